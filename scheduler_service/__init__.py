@@ -1,0 +1,1 @@
+"""The scheduler service: decides what each step computes. Holds no tensor and never imports torch."""

@@ -1,0 +1,90 @@
+"""The plain data that enters and leaves the scheduler core."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from shared.step_plan import Int32Array, RowLogprobs, RowSampling
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of the scheduler. Those that a worker has too are cut to the worker's."""
+
+    max_num_seqs: int = 256
+    """Sequences running at once."""
+    max_num_batched_tokens: int = 8192
+    """Token budget of a step; at least max_num_seqs, so that every decoding row always fits."""
+    max_chunk_tokens: int | None = None
+    """Prompt tokens of one sequence in one step at most; None is the token budget."""
+    max_plans_in_flight: int = 2
+    """1 to 4."""
+    max_num_waiting: int = 4096
+    """Sequences that were never admitted, at most; past it QueueFull. Preempted ones don't count."""
+    enable_prefix_caching: bool = True
+    admission_watermark: float = 0.01
+    """Share of the blocks that an admission leaves free, so that running sequences can grow."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One sequence to generate. max_tokens counts output tokens; stop_token_ids holds the end-of-sequence ids too."""
+
+    sequence_id: str
+    prompt_token_ids: Int32Array
+    max_tokens: int
+    sampling: RowSampling = RowSampling()
+    stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    """Lower is admitted earlier and preempted later."""
+    cache_salt: str = ""
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedSequence:
+    """The end of a sequence. stop_token_id is set where one matched, error where reason is ERROR."""
+
+    sequence_id: str
+    reason: FinishReason
+    num_output_tokens: int
+    num_cached_tokens: int
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """What one step brought: parallel lists of sequences and their new token, then the sequences that ended."""
+
+    step_id: int
+    sequence_ids: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: dict[str, RowLogprobs] = field(default_factory=dict)
+    finished: list[FinishedSequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Gauges, then counters since the start. total = free + cached + used blocks; block 0 is not counted."""
+
+    num_waiting_sequences: int
+    num_running_sequences: int
+    num_total_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_used_blocks: int
+    block_size: int
+    num_steps_in_flight: int
+    num_steps: int
+    num_preemptions: int
+    num_worker_losses: int
+    num_prompt_tokens: int
+    num_cached_prompt_tokens: int
+    num_output_tokens: int
+    num_overshoot_tokens: int

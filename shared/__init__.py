@@ -1,0 +1,1 @@
+"""What both services say: step plans, configuration, errors, server scaffolding, logs. Never imports torch."""

@@ -1,0 +1,91 @@
+"""The errors that Tandem raises on purpose. Anything else that escapes is a bug and ends as INTERNAL.
+
+TandemError
+├── InvalidRequest            INVALID_ARGUMENT, BadRequest field violations
+├── RequestIdInUse            ALREADY_EXISTS
+├── RequestNotFound           NOT_FOUND
+├── RetryLater
+│   ├── QueueFull             RESOURCE_EXHAUSTED, RetryInfo
+│   ├── Draining              UNAVAILABLE, RetryInfo
+│   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
+├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
+├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
+├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
+├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
+├── ModelError                the model folder cannot be served; names file and key
+└── ConfigError               a setting is wrong; names it
+"""
+
+from dataclasses import dataclass
+
+
+class TandemError(Exception):
+    """Base of all of them. Its text is for the user."""
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """`field` is the request field's path in protobuf JSON style, for example `sampling.top_p`."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(TandemError):
+    """The request is wrong, and would be tomorrow."""
+
+    def __init__(self, *violations: FieldViolation) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = violations
+
+
+class RequestIdInUse(TandemError):
+    """A live request has this id."""
+
+
+class RequestNotFound(TandemError):
+    """No live request has this id."""
+
+
+class RetryLater(TandemError):
+    """Base of the refusals that pass with time; `retry_after_s` is the advice given in RetryInfo."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(RetryLater):
+    """The bounded queue is full."""
+
+
+class Draining(RetryLater):
+    """The server takes no new requests."""
+
+
+class WorkerUnavailable(RetryLater):
+    """No worker with the right model came back in the stated time."""
+
+
+class SequenceFailed(TandemError):
+    """This sequence could not be computed; others were."""
+
+
+class SessionRefused(TandemError):
+    """The session does not fit this worker."""
+
+
+class SessionTaken(TandemError):
+    """The session belongs to another."""
+
+
+class InvalidPlan(TandemError):
+    """The batch cannot follow this plan; nothing of it was applied."""
+
+
+class ModelError(TandemError):
+    """The model folder cannot be served."""
+
+
+class ConfigError(TandemError):
+    """A setting is missing, unknown or out of range."""

@@ -1,0 +1,28 @@
+"""The interface between the worker's servicer and what executes its plans. Knows no torch, so a fake can stand in."""
+
+from typing import Protocol
+
+from shared.step_plan import StepPlan, StepResult, WorkerInfo
+
+
+class PendingStep(Protocol):
+    """A step whose work is queued on the device."""
+
+    def wait(self) -> StepResult:
+        """Blocks until the step's tokens are on the host. Called once, in the order of the steps."""
+
+
+class Runner(Protocol):
+    """Executes plans. All calls but PendingStep.wait come from one thread; wait comes from another."""
+
+    @property
+    def info(self) -> WorkerInfo: ...
+
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Applies a plan to the batch and queues its forward pass.
+
+        Raises InvalidPlan, with nothing applied, where the batch cannot follow the plan.
+        """
+
+    def reset(self) -> None:
+        """Empties the batch, for a new session; the next plan's step_id is 1."""
