@@ -12,6 +12,7 @@ TandemError
 ├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
 ├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
+├── ProtocolError             INTERNAL: the peer broke the step protocol
 ├── ModelError                the model folder cannot be served; names file and key
 └── ConfigError               a setting is wrong; names it
 """
@@ -89,3 +90,7 @@ class ModelError(TandemError):
 
 class ConfigError(TandemError):
     """A setting is missing, unknown or out of range."""
+
+
+class ProtocolError(TandemError):
+    """The peer broke the step protocol; the session can't go on."""

@@ -100,7 +100,7 @@ class StepResult:
     token_ids: list[int]
     faults: tuple[RowFault, ...] = ()
     logprobs: tuple[RowLogprobs, ...] = ()
-    times: StepTimes = StepTimes()
+    times: StepTimes = field(default_factory=StepTimes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from shared.errors import ConfigError
 from shared.step_plan import Int32Array, RowLogprobs, RowSampling
 
 
@@ -24,6 +25,22 @@ class SchedulerConfig:
     admission_watermark: float = 0.01
     """Share of the blocks that an admission leaves free, so that running sequences can grow."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), so that every decoding row fits a step"
+            )
+        if self.max_chunk_tokens is not None and self.max_chunk_tokens < 1:
+            raise ConfigError(f"max_chunk_tokens must be at least 1, is {self.max_chunk_tokens}")
+        if not 1 <= self.max_plans_in_flight <= 4:
+            raise ConfigError(f"max_plans_in_flight must be 1 to 4, is {self.max_plans_in_flight}")
+        if not 0 <= self.admission_watermark < 1:
+            raise ConfigError(f"admission_watermark must be in [0, 1), is {self.admission_watermark}")
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
@@ -32,7 +49,7 @@ class SequenceRequest:
     sequence_id: str
     prompt_token_ids: Int32Array
     max_tokens: int
-    sampling: RowSampling = RowSampling()
+    sampling: RowSampling = field(default_factory=RowSampling)
     stop_token_ids: frozenset[int] = frozenset()
     priority: int = 0
     """Lower is admitted earlier and preempted later."""

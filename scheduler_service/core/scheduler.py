@@ -1,0 +1,412 @@
+"""The scheduler: events in, step plans out. Pure and deterministic: equal calls give equal plans.
+
+There is no prefill phase and no decode phase: each sequence's computed tokens catch up with its length, and
+each step shares one token budget, decoding rows first. schedule() may run again before update(): a sequence
+has scheduled tokens (in plans) and confirmed ones (in results). Knows nothing of text, clients, time or the wire.
+"""
+
+import heapq
+from array import array
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from scheduler_service.core.integrity import check_integrity
+from scheduler_service.core.residency import Residency
+from scheduler_service.core.sequence import Sequence, SequenceState
+from scheduler_service.core.types import (
+    FinishedSequence,
+    FinishReason,
+    Load,
+    SchedulerConfig,
+    SequenceRequest,
+    StepOutputs,
+)
+from shared.errors import FieldViolation, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
+from shared.step_plan import Int32Array, NewRow, StepPlan, StepResult, WorkerInfo
+
+MAX_LOSSES_IN_A_ROW = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """Whose results a plan will bring, rows ascending: never looked up through the rows' present owners."""
+
+    step_id: int
+    rows: list[int]
+    sequences: list[Sequence]
+
+
+class _PlanBuilder:
+    """What the plan under construction holds so far."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.added: list[NewRow] = []
+        self.appended_rows: list[int] = []
+        self.appended_ids: list[int] = []
+        self.chunks: dict[int, int] = {}
+        # Sequences whose chunk reaches their last known token, so that they sample.
+        self.completed: list[Sequence] = []
+
+
+class Scheduler:
+    """One scheduler for one worker. schedule() and update() drive everything."""
+
+    def __init__(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
+        self.config = config
+        self._live: dict[str, Sequence] = {}
+        self._queue: list[tuple[tuple[int, int], Sequence]] = []
+        self._num_new = 0
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_losses = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_overshoot_tokens = 0
+        self._is_attached = True
+        # The suspect that was admitted last.
+        self._suspect: Sequence | None = None
+        self._start_session(worker)
+
+    # Events
+
+    def add(self, request: SequenceRequest) -> None:
+        """Queues a sequence. Raises RequestIdInUse, InvalidRequest (it can never fit) or QueueFull."""
+        if request.sequence_id in self._live:
+            raise RequestIdInUse(f"sequence {request.sequence_id!r} is live")
+        if len(request.prompt_token_ids) == 0:
+            raise InvalidRequest(FieldViolation("prompt", "must hold at least one token"))
+        if request.max_tokens < 1:
+            raise InvalidRequest(FieldViolation("stopping.max_tokens", "must be at least 1"))
+        sequence = Sequence(request, self._num_arrivals)
+        if problem := self._residency.why_never_fits(sequence):
+            raise InvalidRequest(FieldViolation("prompt", problem))
+        if self._num_new >= self.config.max_num_waiting:
+            raise QueueFull(f"{self._num_new} sequences are waiting")
+        self._num_arrivals += 1
+        self._num_new += 1
+        self._num_prompt_tokens += sequence.num_prompt_tokens
+        self._live[request.sequence_id] = sequence
+        self._enqueue(sequence)
+
+    def abort(self, sequence_id: str) -> bool:
+        """Ends a sequence; its blocks are free at once. False if it is not live."""
+        sequence = self._live.get(sequence_id)
+        if sequence is None:
+            return False
+        self._finish(sequence, FinishReason.ABORT)
+        return True
+
+    def stop(self, sequence_id: str, num_output_tokens: int) -> bool:
+        """Ends a sequence at a stop that the front end found in its text; what came after is overshoot."""
+        sequence = self._live.get(sequence_id)
+        if sequence is None:
+            return False
+        num_past = max(0, sequence.num_output_tokens - num_output_tokens)
+        self._num_output_tokens -= num_past
+        self._num_overshoot_tokens += num_past
+        self._finish(sequence, FinishReason.STOP)
+        return True
+
+    def reset_prefix_cache(self) -> int:
+        """Forgets cached blocks that no sequence uses; gives their number."""
+        return self._residency.blocks.reset_cache()
+
+    def lose_worker(self) -> list[FinishedSequence]:
+        """Everything the worker held is gone: preempts all, forgets the prefix cache, never retries a step.
+
+        Gives the sequences that end here, because they were present at too many losses in a row.
+        """
+        self._is_attached = False
+        self._num_losses += 1
+        present = set(self._residency.rows.running())
+        present.update(sequence for step in self._in_flight for sequence in step.sequences)
+        self._start_session(self._residency.worker)
+        ended = []
+        for sequence in sorted(present, key=lambda sequence: sequence.arrival):
+            if sequence.state is SequenceState.FINISHED:
+                continue
+            sequence.note_loss(self.config.max_plans_in_flight)
+            if sequence.state is not SequenceState.WAITING:
+                sequence.leave_row()
+                sequence.move_to(SequenceState.WAITING)
+                self._enqueue(sequence)
+            if sequence.loss_streak >= MAX_LOSSES_IN_A_ROW:
+                error = f"the worker was lost {sequence.loss_streak} times in a row while computing this sequence"
+                ended.append(self._finish(sequence, FinishReason.ERROR, error=error))
+        return ended
+
+    def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
+        """A new, empty worker. Gives the sequences that end here because they don't fit it."""
+        if self._is_attached:
+            raise ValueError("a worker is attached")
+        self._is_attached = True
+        self._start_session(worker)
+        ended = []
+        for sequence in list(self._live.values()):
+            # The block size may be another.
+            sequence.block_keys.clear()
+            if problem := self._residency.why_never_fits(sequence):
+                ended.append(self._finish(sequence, FinishReason.ERROR, error=problem))
+        return ended
+
+    # Steps
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None: nothing to compute, enough plans in flight, or no worker."""
+        if not self._is_attached or len(self._in_flight) >= self.config.max_plans_in_flight:
+            return None
+        plan = _PlanBuilder(self._max_num_batched_tokens)
+        self._grow_decoding_rows(plan)
+        decoding = self._residency.rows.decoding()
+        plan.budget -= len(decoding)
+        for sequence in self._residency.prefilling:
+            if plan.budget > 0:
+                self._schedule_chunk(plan, sequence)
+        self._admit(plan)
+        if not len(decoding) and not plan.chunks:
+            return None
+        step_plan = self._close(plan, decoding)
+        self._advance(plan, decoding)
+        return step_plan
+
+    def update(self, result: StepResult) -> StepOutputs:
+        """Takes a step's result. Results come in the order of the plans and fit them; ProtocolError if not."""
+        if not self._in_flight or self._in_flight[0].step_id != result.step_id:
+            raise ProtocolError(f"result of step {result.step_id}, which is not the oldest in flight")
+        step = self._in_flight[0]
+        faults = {fault.row: fault.code for fault in result.faults}
+        expected = [int(row not in faults) for row in step.rows]
+        if result.num_token_ids != expected or len(result.token_ids) != sum(expected):
+            raise ProtocolError(f"result of step {result.step_id} does not fit its plan")
+        if not {*faults, *(report.row for report in result.logprobs)} <= set(step.rows):
+            raise ProtocolError(f"result of step {result.step_id} speaks of rows that did not sample")
+        self._in_flight.popleft()
+        outputs = StepOutputs(step.step_id)
+        owners = dict(zip(step.rows, step.sequences, strict=True)) if faults or result.logprobs else {}
+        for row, code in faults.items():
+            sequence = owners.pop(row)
+            if sequence.state is not SequenceState.FINISHED:
+                self._residency.distrust(sequence)
+                error = f"the worker reports row fault {code}: the logits are not finite"
+                outputs.finished.append(self._finish(sequence, FinishReason.ERROR, error=error))
+        self._confirm(list(owners.values()) if faults else step.sequences, result.token_ids, outputs)
+        if result.logprobs:
+            confirmed = set(outputs.sequence_ids)
+            reports = {owners[report.row].sequence_id: report for report in result.logprobs}
+            outputs.logprobs = {key: report for key, report in reports.items() if key in confirmed}
+        return outputs
+
+    # Questions
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def longest_prefix(self, token_ids: Int32Array, cache_salt: str = "") -> int:
+        """Tokens at the start of token_ids whose KV is cached."""
+        blocks = self._residency.blocks
+        keys: list[int] = []
+        tokens = array("i", token_ids.tolist())
+        blocks.extend_keys(keys, tokens, cache_salt)
+        return len(blocks.match(keys, tokens, cache_salt)) * blocks.block_size
+
+    def load(self) -> Load:
+        blocks = self._residency.blocks
+        return Load(
+            num_waiting_sequences=sum(s.state is SequenceState.WAITING for s in self._live.values()),
+            num_running_sequences=self._residency.rows.num_used,
+            num_total_blocks=blocks.num_total,
+            num_free_blocks=blocks.num_free,
+            num_cached_blocks=blocks.num_cached,
+            num_used_blocks=blocks.num_used,
+            block_size=blocks.block_size,
+            num_steps_in_flight=len(self._in_flight),
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+            num_worker_losses=self._num_losses,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_prompt_tokens=self._num_cached_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_overshoot_tokens=self._num_overshoot_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books don't balance."""
+        queue = [sequence for _, sequence in self._queue]
+        steps = [step.sequences for step in self._in_flight]
+        check_integrity(self._live.values(), queue, self._residency, steps)
+        num_new = sum(sequence.num_cached_tokens is None for sequence in self._live.values())
+        assert self._num_new == num_new, "new sequences are miscounted"
+
+    # The parts of a step
+
+    def _grow_decoding_rows(self, plan: _PlanBuilder) -> None:
+        """Gives each decoding row a block for its next position, preempting the last in order where none is left."""
+        residency, rows = self._residency, self._residency.rows
+        full = np.flatnonzero(rows.is_decoding & (rows.next_position >= rows.capacity))
+        # In order, so that a victim never has a block appended in this very plan.
+        for sequence in sorted(map(rows.owner, full.tolist()), key=lambda sequence: sequence.order):
+            while sequence.state is SequenceState.RUNNING and residency.blocks.num_available == 0:
+                self._preempt(max(rows.running(), key=lambda running: running.order))
+            if sequence.state is SequenceState.RUNNING:
+                plan.appended_rows.append(sequence.row)
+                plan.appended_ids.append(residency.grow(sequence))
+
+    def _admit(self, plan: _PlanBuilder) -> None:
+        """Admits waiting sequences, strictly in order: one that must wait is not overtaken."""
+        while self._queue and plan.budget > 0:
+            sequence = self._queue[0][1]
+            if sequence.state is not SequenceState.WAITING:
+                heapq.heappop(self._queue)
+                continue
+            if sequence.num_outstanding or not self._may_run_beside_others(sequence):
+                return
+            new_row = self._residency.try_enter(sequence, self.config.admission_watermark)
+            if new_row is None:
+                return
+            heapq.heappop(self._queue)
+            if sequence.num_cached_tokens is None:
+                self._num_new -= 1
+                sequence.num_cached_tokens = new_row.num_cached_tokens
+                self._num_cached_prompt_tokens += new_row.num_cached_tokens
+            sequence.start_probation(self.config.max_plans_in_flight)
+            if sequence.is_suspect:
+                self._suspect = sequence
+            plan.added.append(new_row)
+            self._schedule_chunk(plan, sequence)
+
+    def _may_run_beside_others(self, sequence: Sequence) -> bool:
+        """A suspect is admitted only beside sequences that are proven, and nothing beside it until it is."""
+        if self._suspect is not None:
+            if self._suspect.state is SequenceState.RUNNING and self._suspect.is_suspect:
+                return False
+            self._suspect = None
+        return not sequence.is_suspect or all(other.is_proven for other in self._residency.rows.running())
+
+    def _schedule_chunk(self, plan: _PlanBuilder, sequence: Sequence) -> None:
+        num_left = len(sequence.token_ids) - sequence.num_computed_tokens
+        num_tokens = min(num_left, plan.budget, self.config.max_chunk_tokens or num_left)
+        plan.budget -= num_tokens
+        plan.chunks[sequence.row] = num_tokens
+        self._residency.compute(sequence, num_tokens)
+        if num_tokens == num_left:
+            plan.completed.append(sequence)
+
+    def _close(self, plan: _PlanBuilder, decoding: Int32Array) -> StepPlan:
+        """Numbers the plan and notes whose results it will bring."""
+        rows = decoding.tolist()
+        if plan.completed:
+            rows = sorted(rows + [sequence.row for sequence in plan.completed])
+        sequences = list(map(self._residency.rows.owner, rows))
+        self._in_flight.append(_StepInFlight(self._next_step_id, rows, sequences))
+        chunk_rows = sorted(plan.chunks)
+        step_plan = StepPlan(
+            step_id=self._next_step_id,
+            removed_rows=_ints(sorted(self._residency.removed_rows)),
+            added_rows=tuple(plan.added),
+            appended_block_rows=_ints(plan.appended_rows),
+            appended_block_ids=_ints(plan.appended_ids),
+            chunk_rows=_ints(chunk_rows),
+            chunk_num_tokens=_ints([plan.chunks[row] for row in chunk_rows]),
+        )
+        self._residency.removed_rows.clear()
+        self._next_step_id += 1
+        self._num_steps += 1
+        return step_plan
+
+    def _advance(self, plan: _PlanBuilder, decoding: Int32Array) -> None:
+        """Moves every row on, past the plan: ends by length are known now, before any result."""
+        rows = self._residency.rows
+        is_last = rows.next_position[decoding] == rows.last_position[decoding]
+        drained = list(map(rows.owner, decoding[is_last].tolist()))
+        self._residency.advance(decoding)
+        for sequence in plan.completed:
+            self._residency.start_decoding(sequence)
+            if len(sequence.token_ids) + 1 == sequence.max_len:
+                drained.append(sequence)
+        for sequence in drained:
+            sequence.move_to(SequenceState.DRAINING)
+            self._residency.vacate(sequence)
+
+    # Moves
+
+    def _confirm(self, sequences: list[Sequence], token_ids: list[int], outputs: StepOutputs) -> None:
+        """Appends a step's tokens to the sequences that are still live; the rest is overshoot."""
+        residency = self._residency
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            state = sequence.state
+            if state is SequenceState.FINISHED:
+                self._num_overshoot_tokens += 1
+                continue
+            sequence.token_ids.append(token_id)
+            outputs.sequence_ids.append(sequence.sequence_id)
+            outputs.token_ids.append(token_id)
+            if token_id in sequence.stop_token_ids:
+                outputs.finished.append(self._finish(sequence, FinishReason.STOP, stop_token_id=token_id))
+            elif state is SequenceState.RUNNING:
+                residency.note_confirmed(sequence)
+            elif state is SequenceState.WAITING:
+                sequence.num_outstanding -= 1
+            elif len(sequence.token_ids) == sequence.max_len:
+                outputs.finished.append(self._finish(sequence, FinishReason.LENGTH))
+        self._num_output_tokens += len(outputs.token_ids)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Sends a sequence back to wait with all its tokens; it will be computed again."""
+        self._num_preemptions += 1
+        sequence.num_outstanding = sum(sequence in step.sequences for step in self._in_flight)
+        sequence.move_to(SequenceState.WAITING)
+        self._residency.vacate(sequence)
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        if len(self._queue) > 2 * len(self._live):
+            # Most of the queue has ended while waiting.
+            self._queue = [entry for entry in self._queue if entry[1].state is SequenceState.WAITING]
+            heapq.heapify(self._queue)
+        heapq.heappush(self._queue, (sequence.order, sequence))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        stop_token_id: int | None = None,
+        error: str | None = None,
+    ) -> FinishedSequence:
+        if sequence.state is SequenceState.RUNNING:
+            self._residency.vacate(sequence)
+        if sequence.num_cached_tokens is None:
+            self._num_new -= 1
+        sequence.move_to(SequenceState.FINISHED)
+        del self._live[sequence.sequence_id]
+        return FinishedSequence(
+            sequence_id=sequence.sequence_id,
+            reason=reason,
+            num_output_tokens=sequence.num_output_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            stop_token_id=stop_token_id,
+            error=error,
+        )
+
+    def _start_session(self, worker: WorkerInfo) -> None:
+        """An empty worker: its limits, all its rows and blocks free, step ids from 1."""
+        config = self.config
+        self._max_num_batched_tokens = min(config.max_num_batched_tokens, worker.max_num_batched_tokens)
+        num_rows = min(config.max_num_seqs, worker.max_num_rows, self._max_num_batched_tokens)
+        self._residency = Residency(worker, num_rows, enable_prefix_caching=config.enable_prefix_caching)
+        self._next_step_id = 1
+        self._in_flight: deque[_StepInFlight] = deque()
+        self._suspect = None
+
+
+def _ints(values: list[int]) -> Int32Array:
+    return np.array(values, np.int32)
