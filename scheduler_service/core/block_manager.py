@@ -158,9 +158,9 @@ class BlockManager:
         assert counted == dict(references), f"references {counted} != holders {dict(references)}"
         free, cached, used = set(self._free), set(self._evictable), set(counted)
         assert len(free) == len(self._free), "a block is free twice"
-        assert not (free & cached or free & used or cached & used), "a block is in two states"
-        assert free | cached | used == set(range(1, self.num_total + 1)), "a block is lost"
-        assert self.num_free + self.num_cached + self.num_used == self.num_total
+        everything = sorted([*free, *cached, *used])
+        assert everything == list(range(1, self.num_total + 1)), "a block is lost or in two states"
+        assert self.num_used == len(used), "free + cached + used is not the total"
         registered = {block.block_id: block for block in self._registered if block is not None}
         assert registered.keys() >= cached, "an unregistered block is cached"
         assert not registered.keys() & free, "a free block is registered"

@@ -1,4 +1,4 @@
-"""A sequence, its states, and the one table of legal transitions. Knows nothing of rows' contents or other sequences."""
+"""A sequence, its states, and the one table of legal transitions. Knows nothing of what rows and blocks hold."""
 
 from array import array
 from enum import Enum, auto

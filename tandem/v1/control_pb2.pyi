@@ -202,7 +202,7 @@ class GetLoadResponse(_message.Message):
     num_cached_prompt_tokens: _builtins.int
     num_output_tokens: _builtins.int
     num_overshoot_tokens: _builtins.int
-    """Tokens computed past a stop that was found late, and thrown away."""
+    """Tokens computed for sequences that had ended already, and thrown away."""
     def __init__(
         self,
         *,

@@ -1,0 +1,105 @@
+"""The settings of both services, and the one way in which a command reads them. Names are vLLM's where it has them."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shared.errors import ConfigError
+from shared.settings import add_options, option, read_settings, refuse_unknown_variables
+
+MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What both services have."""
+
+    model: str = option("embedded", "model folder, hub id, or 'embedded' for the small model inside the package")
+    served_model_name: str = option("", "name that requests give; the folder's or hub id's last part if empty")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface")
+    port: int = option(0, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
+    port_file: str = option("", "file to write the bound port to, once it listens")
+    tls_cert: str = option("", "PEM file of the server's certificate chain; with it, only TLS is spoken")
+    tls_key: str = option("", "PEM file of the certificate's private key")
+    tls_client_ca: str = option("", "PEM file of the authority that client certificates must come from")
+    log_level: str = option("info", "least severe messages to log", choices=("debug", "info", "warning", "error"))
+
+
+T = TypeVar("T", bound=ServiceSettings)
+
+
+@dataclass(frozen=True)
+class SchedulerSettings(ServiceSettings):
+    """The scheduler service."""
+
+    port: int = option(50051, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
+    worker_address: str = option("127.0.0.1:50052", "HOST:PORT of the worker service")
+    worker_ca: str = option("", "PEM file of the authority of the worker's certificate; with it, TLS is spoken to it")
+    tokenizer: str = option("", "folder with tokenizer.json; the model's if empty")
+    max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1)
+    max_num_batched_tokens: int = option(8192, "token budget of a step", unit="tokens", minimum=1)
+    max_chunk_tokens: int | None = option(
+        None, "prompt tokens of one sequence in one step, at most; the budget if none", unit="tokens", minimum=1
+    )
+    max_plans_in_flight: int = option(2, "step plans sent ahead of their results", minimum=1, maximum=4)
+    max_num_waiting: int = option(4096, "sequences that wait for their first step, at most", minimum=1)
+    enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
+    worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)
+    step_timeout_s: float = option(60.0, "a step with no result for so long is a lost worker", unit="seconds", minimum=0.1)
+    drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
+    record: str = option("", "file to record the scheduler's events and plans in, for replay")
+
+
+@dataclass(frozen=True)
+class WorkerSettings(ServiceSettings):
+    """The worker service."""
+
+    port: int = option(50052, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
+    device: str = option("auto", "where the model runs; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto",
+        "type of weights and activations; auto is bfloat16 on a GPU, float32 on a CPU",
+        choices=("auto", "float64", "float32", "bfloat16"),
+    )
+    block_size: int = option(16, "KV block size", unit="tokens", minimum=1, maximum=1024)
+    num_blocks: int | None = option(None, "KV blocks; measured if none", minimum=2)
+    kv_cache_memory_gib: float = option(1.0, "KV pool on a CPU, where num_blocks is none", unit="GiB", minimum=0)
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory for weights, activations and KV pool", minimum=0.05, maximum=1.0
+    )
+    max_model_len: int | None = option(None, "context; the model's own if none", unit="tokens", minimum=1)
+    max_num_seqs: int = option(256, "rows of the batch", minimum=1)
+    max_num_batched_tokens: int = option(8192, "tokens in a step, at most", unit="tokens", minimum=1)
+    num_threads: int | None = option(None, "CPU threads of a forward pass; torch's choice if none", minimum=1)
+
+
+def read_command_line(
+    settings_class: type[T], program: str, description: str, arguments: Sequence[str] | None = None
+) -> T:
+    """Settings from the command line and the environment. Exits with status 2 and one line where they are wrong."""
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
+    add_options(parser, settings_class)
+    namespace = parser.parse_args(arguments)
+    try:
+        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings))
+        settings = read_settings(settings_class, namespace, os.environ)
+        check_tls(settings)
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    return settings
+
+
+def check_tls(settings: ServiceSettings) -> None:
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise ConfigError("--tls-cert and --tls-key go together")
+    if settings.tls_client_ca and not settings.tls_cert:
+        raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+
+
+def model_name(settings: ServiceSettings) -> str:
+    """The name under which the model is served."""
+    return settings.served_model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,160 @@
+"""The one place where errors become gRPC statuses with google.rpc details.
+
+Wraps Tandem's own services; the standard ones (health, reflection, channelz) are left as they are.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from shared import errors
+from shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemError
+
+logger = logging.getLogger(__name__)
+
+DETAILS_METADATA_KEY = "grpc-status-details-bin"
+ERROR_DOMAIN = "tandem"
+OUR_METHODS = "/tandem."
+
+STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.RequestIdInUse: grpc.StatusCode.ALREADY_EXISTS,
+    errors.RequestNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.SequenceFailed: grpc.StatusCode.INTERNAL,
+    errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SessionTaken: grpc.StatusCode.ABORTED,
+    errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ProtocolError: grpc.StatusCode.INTERNAL,
+}
+
+
+class _Undecodable:
+    """Stands for request bytes that are no message; raising inside gRPC's deserialiser would give INTERNAL."""
+
+    def __init__(self, message_name: str) -> None:
+        self.message_name = message_name
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Maps TandemError to its status, bytes that are no message to INVALID_ARGUMENT, and our bugs to INTERNAL."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(OUR_METHODS):
+            return handler
+        if handler.unary_unary:
+            make, wrapped = grpc.unary_unary_rpc_method_handler, _wrap_unary(handler.unary_unary)
+        elif handler.unary_stream:
+            make, wrapped = grpc.unary_stream_rpc_method_handler, _wrap_unary_stream(handler.unary_stream)
+        else:
+            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_stream_stream(handler.stream_stream)
+        return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[operator, no-any-return]
+
+
+def status_of(error: TandemError) -> status_pb2.Status:
+    """The google.rpc.Status of an error, with its details."""
+    code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)]
+    if isinstance(error, InvalidRequest):
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+            for v in error.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+    if isinstance(error, RetryLater):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(retry)
+    status = status_pb2.Status(code=code.value[0], message=str(error))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    """Ends the call with the error's status. Never returns."""
+    if isinstance(error, TandemError):
+        code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
+        status = status_of(error)
+        metadata = ((DETAILS_METADATA_KEY, status.SerializeToString()),)
+        await context.abort(code, str(error), metadata)
+    logger.error("unexpected error", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has more")
+    raise AssertionError("abort returned")
+
+
+def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
+    def tolerant(data: bytes) -> Message | _Undecodable:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            owner = getattr(deserialize, "__self__", None)
+            return _Undecodable(owner.DESCRIPTOR.name if owner is not None else "message of this method")
+
+    return tolerant
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Undecodable):
+        raise InvalidRequest(FieldViolation("", f"the bytes are no {request.message_name}"))
+    return request
+
+
+def _wrap_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def unary(request: Any, context: Any) -> Any:
+        try:
+            return await behavior(_checked(request), context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await abort_with(context, error)
+
+    return unary
+
+
+def _wrap_unary_stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
+    async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async with aclosing(behavior(_checked(request), context)) as responses:
+                async for response in responses:
+                    yield response
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await abort_with(context, error)
+
+    return unary_stream
+
+
+def _wrap_stream_stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
+    async def checked_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            yield _checked(request)
+
+    async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        try:
+            async with aclosing(behavior(checked_all(requests), context)) as responses:
+                async for response in responses:
+                    yield response
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await abort_with(context, error)
+
+    return stream_stream

@@ -1,0 +1,41 @@
+"""gRPC channel and server options that both ends agree on."""
+
+Options = list[tuple[str, int]]
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""A prompt of a million token ids is 3 to 5 MB; gRPC's own limit of 4 MB would refuse it."""
+
+KEEPALIVE_TIME_MS = 10_000
+"""An idle connection is pinged this often, so that a peer that vanished without a word is noticed."""
+
+KEEPALIVE_TIMEOUT_MS = 5_000
+"""A ping with no answer for so long closes the connection."""
+
+MIN_PING_INTERVAL_MS = 5_000
+"""A server takes pings this often, streams or not; more often is GOAWAY with too_many_pings."""
+
+CHANNEL_OPTIONS: Options = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A restarted peer is found again within this time.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+SERVER_OPTIONS: Options = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+    ("grpc.enable_channelz", 1),
+    # A port in use is an error, not a second server that shares it.
+    ("grpc.so_reuseport", 0),
+]

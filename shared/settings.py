@@ -1,0 +1,127 @@
+"""Frozen settings from command-line flags and environment variables: a flag wins over its variable.
+
+Knows how to read, check and describe the fields of a settings dataclass, not what they mean. A field named
+`max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from shared.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "TANDEM_"
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of a settings dataclass, with what --help says of it and the values it takes."""
+    metadata = {"text": text, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """Adds a flag for each field; one that two classes share is added once."""
+    known: set[str] = set()
+    for settings_class in classes:
+        for field in dataclasses.fields(settings_class):
+            if field.name in known:
+                continue
+            known.add(field.name)
+            details = [field.metadata["text"]]
+            if field.metadata["unit"]:
+                details.append(f"in {field.metadata['unit']}")
+            if field.metadata["choices"]:
+                details.append(f"one of {', '.join(field.metadata['choices'])}")
+            default = "none" if field.default in (None, "") else field.default
+            details.append(f"default {default}; environment {variable_of(field.name)}")
+            parser.add_argument(
+                flag_of(field.name),
+                default=None,
+                dest=field.name,
+                metavar=_value_type(settings_class, field.name).__name__.upper(),
+                help="; ".join(details).replace("%", "%%"),
+            )
+
+
+def read_settings(
+    settings_class: type[T], arguments: argparse.Namespace, environment: Mapping[str, str]
+) -> T:
+    """Builds the settings; ConfigError names the flag or variable that is wrong."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+        raw, source = getattr(arguments, field.name, None), flag_of(field.name)
+        if raw is None and variable_of(field.name) in environment:
+            raw, source = environment[variable_of(field.name)], variable_of(field.name)
+        if raw is not None:
+            values[field.name] = _convert(raw, source, _value_type(settings_class, field.name), field.metadata)
+    return settings_class(**values)
+
+
+def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:
+    """A misspelt variable is an error, not a setting that silently keeps its default."""
+    known = {variable_of(field.name) for cls in classes for field in dataclasses.fields(cls)}
+    for name in environment:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"unknown environment variable {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def to_arguments(settings: Any) -> list[str]:
+    """The flags that give these settings again."""
+    arguments = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            arguments += [flag_of(field.name), str(value).lower() if isinstance(value, bool) else str(value)]
+    return arguments
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def _value_type(settings_class: type, name: str) -> type:
+    """int of a field `int` or `int | None`."""
+    hint = typing.get_type_hints(settings_class)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return typing.cast(type, hint)
+
+
+def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any]) -> Any:
+    value: Any
+    if value_type is bool:
+        if raw.lower() not in ("true", "false"):
+            raise ConfigError(f"{source} must be true or false, is {raw!r}")
+        return raw.lower() == "true"
+    try:
+        value = value_type(raw)
+    except ValueError:
+        raise ConfigError(f"{source} must be of type {value_type.__name__}, is {raw!r}") from None
+    minimum, maximum, choices = metadata["minimum"], metadata["maximum"], metadata["choices"]
+    # Written so that NaN fails too.
+    if minimum is not None and not value >= minimum:
+        raise ConfigError(f"{source} must be at least {minimum}, is {raw}")
+    if maximum is not None and not value <= maximum:
+        raise ConfigError(f"{source} must be at most {maximum}, is {raw}")
+    if choices and value not in choices:
+        raise ConfigError(f"{source} must be one of {', '.join(choices)}, is {raw!r}")
+    return value

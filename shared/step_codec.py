@@ -1,0 +1,177 @@
+"""Step plans, results and worker infos to protobuf and back. Knows the wire's field names, not their rules."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from shared.step_plan import (
+    Int32Array,
+    NewRow,
+    RowFault,
+    RowLogprobs,
+    RowSampling,
+    StepPlan,
+    StepResult,
+    StepTimes,
+    WorkerInfo,
+)
+from tandem.v1 import worker_pb2
+
+PROTOCOL_VERSION = 1
+
+
+def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
+    return worker_pb2.StepPlan(
+        step_id=plan.step_id,
+        removed_rows=plan.removed_rows.tolist(),
+        added_rows=[_encode_row(row) for row in plan.added_rows],
+        appended_block_rows=plan.appended_block_rows.tolist(),
+        appended_block_ids=plan.appended_block_ids.tolist(),
+        chunk_rows=plan.chunk_rows.tolist(),
+        chunk_num_tokens=plan.chunk_num_tokens.tolist(),
+    )
+
+
+def decode_plan(message: worker_pb2.StepPlan) -> StepPlan:
+    return StepPlan(
+        step_id=message.step_id,
+        removed_rows=_ints(message.removed_rows),
+        added_rows=tuple(_decode_row(row) for row in message.added_rows),
+        appended_block_rows=_ints(message.appended_block_rows),
+        appended_block_ids=_ints(message.appended_block_ids),
+        chunk_rows=_ints(message.chunk_rows),
+        chunk_num_tokens=_ints(message.chunk_num_tokens),
+    )
+
+
+def encode_result(result: StepResult) -> worker_pb2.StepResult:
+    times = result.times
+    return worker_pb2.StepResult(
+        step_id=result.step_id,
+        num_token_ids=result.num_token_ids,
+        token_ids=result.token_ids,
+        faults=[worker_pb2.RowFault(row=f.row, code=worker_pb2.RowFaultCode.ValueType(f.code)) for f in result.faults],
+        logprobs=[
+            worker_pb2.RowLogprobs(
+                row=r.row, logprob=r.logprob, top_token_ids=r.top_token_ids, top_logprobs=r.top_logprobs
+            )
+            for r in result.logprobs
+        ],
+        times=worker_pb2.StepTimes(
+            received_ns=times.received_ns,
+            prepared_ns=times.prepared_ns,
+            sampled_ns=times.sampled_ns,
+            sent_ns=times.sent_ns,
+            gpu_duration_ns=times.gpu_duration_ns,
+        ),
+    )
+
+
+def decode_result(message: worker_pb2.StepResult) -> StepResult:
+    times = message.times
+    return StepResult(
+        step_id=message.step_id,
+        num_token_ids=list(message.num_token_ids),
+        token_ids=list(message.token_ids),
+        faults=tuple(RowFault(fault.row, fault.code) for fault in message.faults),
+        logprobs=tuple(
+            RowLogprobs(report.row, report.logprob, tuple(report.top_token_ids), tuple(report.top_logprobs))
+            for report in message.logprobs
+        ),
+        times=StepTimes(
+            times.received_ns, times.prepared_ns, times.sampled_ns, times.sent_ns, times.gpu_duration_ns
+        ),
+    )
+
+
+def encode_info(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
+    return worker_pb2.GetWorkerInfoResponse(
+        protocol_version=info.protocol_version,
+        worker_instance_id=info.worker_instance_id,
+        fingerprint=info.fingerprint,
+        model=info.model,
+        dtype=info.dtype,
+        device=info.device,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        num_blocks=info.num_blocks,
+        block_size_tokens=info.block_size,
+        max_num_rows=info.max_num_rows,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        eos_token_ids=info.eos_token_ids,
+        default_temperature=info.default_temperature,
+        default_top_k=info.default_top_k,
+        default_top_p=info.default_top_p,
+        default_min_p=info.default_min_p,
+    )
+
+
+def decode_info(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
+    return WorkerInfo(
+        protocol_version=message.protocol_version,
+        worker_instance_id=message.worker_instance_id,
+        fingerprint=message.fingerprint,
+        model=message.model,
+        dtype=message.dtype,
+        device=message.device,
+        vocab_size=message.vocab_size,
+        max_model_len=message.max_model_len,
+        num_blocks=message.num_blocks,
+        block_size=message.block_size_tokens,
+        max_num_rows=message.max_num_rows,
+        max_num_batched_tokens=message.max_num_batched_tokens,
+        eos_token_ids=tuple(message.eos_token_ids),
+        default_temperature=message.default_temperature if message.HasField("default_temperature") else None,
+        default_top_k=message.default_top_k if message.HasField("default_top_k") else None,
+        default_top_p=message.default_top_p if message.HasField("default_top_p") else None,
+        default_min_p=message.default_min_p if message.HasField("default_min_p") else None,
+    )
+
+
+def _encode_row(row: NewRow) -> worker_pb2.NewRow:
+    sampling = row.sampling
+    return worker_pb2.NewRow(
+        row=row.row,
+        sequence_id=row.sequence_id,
+        token_ids=row.token_ids.tolist(),
+        num_prompt_tokens=row.num_prompt_tokens,
+        num_computed_tokens=row.num_computed_tokens,
+        num_cached_tokens=row.num_cached_tokens,
+        block_ids=row.block_ids.tolist(),
+        sampling=worker_pb2.RowSampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            choice_index=sampling.choice_index,
+            num_logprobs=sampling.num_logprobs,
+        ),
+    )
+
+
+def _decode_row(message: worker_pb2.NewRow) -> NewRow:
+    sampling = message.sampling
+    return NewRow(
+        row=message.row,
+        sequence_id=message.sequence_id,
+        token_ids=_ints(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_computed_tokens=message.num_computed_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        block_ids=_ints(message.block_ids),
+        sampling=RowSampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            choice_index=sampling.choice_index,
+            num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
+        ),
+    )
+
+
+def _ints(values: Iterable[int]) -> Int32Array:
+    # By way of uint32: a number past int32 then turns negative, which validation refuses, instead of raising here.
+    return np.array(list(values), np.uint32).astype(np.int32)

@@ -1,0 +1,72 @@
+"""Short ways to make the plain data that tests feed to the scheduler."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from scheduler_service.core.types import SequenceRequest
+from shared.step_plan import RowSampling, WorkerInfo
+
+VOCAB_SIZE = 1000
+
+GREEDY = RowSampling(temperature=0.0)
+
+
+def worker_info(**changes: object) -> WorkerInfo:
+    """A small worker; `changes` name WorkerInfo's fields."""
+    info = WorkerInfo(
+        protocol_version=1,
+        worker_instance_id="worker-1",
+        fingerprint="fake-model",
+        model="fake",
+        dtype="float32",
+        device="cpu",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=4096,
+        num_blocks=1025,
+        block_size=16,
+        max_num_rows=256,
+        max_num_batched_tokens=8192,
+    )
+    return replace(info, **changes)  # type: ignore[arg-type]
+
+
+def create_request(
+    sequence_id: str = "r0/0",
+    prompt: Iterable[int] = (1, 2, 3),
+    max_tokens: int = 8,
+    *,
+    sampling: RowSampling = GREEDY,
+    stop_token_ids: Iterable[int] = (),
+    priority: int = 0,
+    cache_salt: str = "",
+) -> SequenceRequest:
+    """One greedy sequence that ends by length."""
+    return SequenceRequest(
+        sequence_id=sequence_id,
+        prompt_token_ids=np.array(list(prompt), np.int32),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop_token_ids=frozenset(stop_token_ids),
+        priority=priority,
+        cache_salt=cache_salt,
+    )
+
+
+def create_requests(
+    count: int,
+    *,
+    prompt_len: int = 10,
+    max_tokens: int = 8,
+    common_prefix: Sequence[int] = (),
+    seed: int = 0,
+) -> list[SequenceRequest]:
+    """Sequences r0/0, r1/0, ... of random prompts, all starting with common_prefix; every second one is seeded."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for index in range(count):
+        prompt = [*common_prefix, *rng.integers(0, VOCAB_SIZE, prompt_len - len(common_prefix)).tolist()]
+        sampling = RowSampling(temperature=1.0, seed=index) if index % 2 else GREEDY
+        requests.append(create_request(f"r{index}/0", prompt, max_tokens, sampling=sampling))
+    return requests

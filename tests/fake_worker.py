@@ -1,0 +1,245 @@
+"""A worker without a model: it executes plans by the rules of worker.proto and fails loudly where one breaks them.
+
+Each slot remembers which token chain was stored there, so a read of an unwritten, foreign or stale slot is seen, and
+a sampled token is a hash of what the row reads through its block table. Written apart from worker_service/batch.py:
+this is the truth that the scheduler is held against. Knows nothing of how a scheduler decides.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from scheduler_service.core.types import SequenceRequest
+from shared.errors import InvalidPlan
+from shared.step_plan import (
+    FAULT_NAN_LOGITS,
+    PADDING_BLOCK,
+    NewRow,
+    RowFault,
+    RowLogprobs,
+    RowSampling,
+    StepPlan,
+    StepResult,
+    WorkerInfo,
+)
+from tests.builders import VOCAB_SIZE, worker_info
+
+Chain = npt.NDArray[np.uint64]
+"""Entry p stands for the tokens 0 to p of a sequence, all of them. 0 is an unwritten slot."""
+
+
+class BrokenPlan(InvalidPlan, AssertionError):
+    """A plan that breaks the protocol, or whose rows would read or write what is not theirs."""
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise BrokenPlan(message)
+
+
+def extend_chain(chain: list[int], token_ids: list[int]) -> None:
+    for token_id in token_ids:
+        chain.append(xxhash.xxh64_intdigest(token_id.to_bytes(4, "little"), chain[-1] if chain else 0) | 1)
+
+
+def sample(contents: Chain, sampling: RowSampling, vocab_size: int) -> int:
+    """The token after what was read: of the contents and, unless greedy, of seed, choice and position."""
+    noise = (sampling.seed, sampling.choice_index, len(contents)) if sampling.temperature > 0 else (0, 0, 0)
+    return xxhash.xxh64_intdigest(contents.tobytes() + repr(noise).encode()) % vocab_size
+
+
+def expected_tokens(request: SequenceRequest, n: int | None = None, *, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    """The first n tokens (all of them by default) of a request's true output, computed alone, with no cache."""
+    chain: list[int] = []
+    extend_chain(chain, request.prompt_token_ids.tolist())
+    output: list[int] = []
+    while len(output) < min(request.max_tokens, request.max_tokens if n is None else n):
+        output.append(sample(np.array(chain, np.uint64), request.sampling, vocab_size))
+        if output[-1] in request.stop_token_ids:
+            break
+        extend_chain(chain, output[-1:])
+    return output
+
+
+@dataclass
+class FakeRow:
+    """What the worker knows of a row. chain has an entry for each of its tokens, sampled ones included."""
+
+    sequence_id: str
+    salt: str
+    chain: list[int]
+    num_computed_tokens: int
+    num_cached_tokens: int
+    block_ids: list[int]
+    sampling: RowSampling
+    added_at: int
+    is_decoding: bool = False
+
+
+class FakePendingStep:
+    """A result that is known, and given out when the runner's gate and delay let it through."""
+
+    def __init__(self, result: StepResult, gate: threading.Semaphore | None, delay_s: float) -> None:
+        self._result = result
+        self._gate = gate
+        self._delay_s = delay_s
+
+    def wait(self) -> StepResult:
+        if self._gate is not None:
+            self._gate.acquire()
+        if self._delay_s:
+            time.sleep(self._delay_s)
+        return self._result
+
+
+class FakeRunner:
+    """A Runner. `gate`: each wait() takes one permit, so that a test says when results come. `delay_s`: each wait()
+    takes that long. `salt_of`: the cache salt of a sequence id, which no plan carries; blocks must not cross salts.
+    Sequence ids in `faulty` answer with a row fault.
+    """
+
+    def __init__(
+        self,
+        info: WorkerInfo | None = None,
+        *,
+        gate: threading.Semaphore | None = None,
+        delay_s: float = 0.0,
+        salt_of: Callable[[str], str] = lambda sequence_id: "",
+    ) -> None:
+        self._info = info or worker_info()
+        self.gate = gate
+        self.delay_s = delay_s
+        self._salt_of = salt_of
+        self.faulty: set[str] = set()
+        self.num_steps = 0
+        self.num_full_hits = 0
+        self.reset()
+
+    @property
+    def info(self) -> WorkerInfo:
+        return self._info
+
+    def reset(self) -> None:
+        num_slots = self._info.num_blocks * self._info.block_size
+        self._slots: Chain = np.zeros(num_slots, np.uint64)
+        self._salts: list[str | None] = [None] * self._info.num_blocks
+        self.rows: dict[int, FakeRow] = {}
+        self._last_step_id = 0
+
+    def execute(self, plan: StepPlan) -> FakePendingStep:
+        check(plan.step_id == self._last_step_id + 1, f"step {plan.step_id} follows {self._last_step_id}")
+        self._last_step_id = plan.step_id
+        self.num_steps += 1
+        self._change_batch(plan)
+        num_tokens = self._num_tokens_by_row(plan)
+        written: set[int] = set()
+        for row, count in num_tokens.items():
+            self._store(self.rows[row], count, written)
+        result = self._read_and_sample(plan.step_id, num_tokens)
+        return FakePendingStep(result, self.gate, self.delay_s)
+
+    def _change_batch(self, plan: StepPlan) -> None:
+        for row in plan.removed_rows.tolist():
+            check(row in self.rows, f"row {row} is removed but empty")
+            del self.rows[row]
+        for new_row in plan.added_rows:
+            self._add(new_row)
+        for row, block_id in zip(plan.appended_block_rows.tolist(), plan.appended_block_ids.tolist(), strict=True):
+            check(row in self.rows, f"a block is appended to the empty row {row}")
+            self.rows[row].block_ids.append(block_id)
+        self._holders: dict[int, list[FakeRow]] = {}
+        for row, state in self.rows.items():
+            check(len(set(state.block_ids)) == len(state.block_ids), f"row {row} has a block twice")
+            for block_id in state.block_ids:
+                check(PADDING_BLOCK < block_id < self._info.num_blocks, f"row {row} has block {block_id}")
+                self._holders.setdefault(block_id, []).append(state)
+
+    def _add(self, new: NewRow) -> None:
+        num_tokens, cached, computed = len(new.token_ids), new.num_cached_tokens, new.num_computed_tokens
+        check(0 <= new.row < self._info.max_num_rows, f"there is no row {new.row}")
+        check(new.row not in self.rows, f"row {new.row} is taken")
+        check(1 <= new.num_prompt_tokens <= num_tokens < self._info.max_model_len, f"{num_tokens} tokens in a new row")
+        check(0 <= computed < num_tokens and cached % self._info.block_size == 0, f"{computed=} {cached=}")
+        check(computed == cached or (computed == cached - 1 and cached == num_tokens), f"{computed=} {cached=}")
+        self.num_full_hits += computed < cached
+        chain: list[int] = []
+        extend_chain(chain, new.token_ids.tolist())
+        salt = self._salt_of(new.sequence_id)
+        block_ids = new.block_ids.tolist()
+        self.rows[new.row] = FakeRow(
+            new.sequence_id, salt, chain, computed, cached, block_ids, new.sampling, self._last_step_id
+        )
+
+    def _num_tokens_by_row(self, plan: StepPlan) -> dict[int, int]:
+        """Rows that compute in this step, ascending, and how many tokens each."""
+        rows = plan.chunk_rows.tolist()
+        check(rows == sorted(set(rows)) and len(rows) == len(plan.chunk_num_tokens), f"chunk rows {rows}")
+        chunks = dict(zip(rows, plan.chunk_num_tokens.tolist(), strict=True))
+        for row, count in chunks.items():
+            check(row in self.rows and not self.rows[row].is_decoding, f"row {row} has a chunk and does not prefill")
+            left = len(self.rows[row].chain) - self.rows[row].num_computed_tokens
+            check(1 <= count <= left, f"row {row} computes {count} of {left} tokens")
+        num_tokens = {r: 1 if s.is_decoding else chunks.get(r, 0) for r, s in sorted(self.rows.items())}
+        total = sum(num_tokens.values())
+        check(0 < total <= self._info.max_num_batched_tokens, f"a step of {total} tokens")
+        return {row: count for row, count in num_tokens.items() if count}
+
+    def _store(self, row: FakeRow, count: int, written: set[int]) -> None:
+        size = self._info.block_size
+        end = row.num_computed_tokens + count
+        check(end <= len(row.block_ids) * size, f"{row.sequence_id} writes past its block table")
+        for position in range(max(row.num_computed_tokens, row.num_cached_tokens), end):
+            block_id = row.block_ids[position // size]
+            slot = block_id * size + position % size
+            check(slot not in written, f"slot {slot} is written twice in a step")
+            # Rows that came with this very step may share a block that it fills; others own what they read.
+            owners = [r.sequence_id for r in self._holders[block_id] if r is not row and r.added_at < self._last_step_id]
+            check(not owners, f"{row.sequence_id} writes block {block_id}, which {owners} read")
+            written.add(slot)
+            self._slots[slot] = row.chain[position]
+            self._salts[block_id] = row.salt
+
+    def _read_and_sample(self, step_id: int, num_tokens: dict[int, int]) -> StepResult:
+        counts: list[int] = []
+        token_ids: list[int] = []
+        faults: list[RowFault] = []
+        logprobs: list[RowLogprobs] = []
+        for index, count in num_tokens.items():
+            row = self.rows[index]
+            row.num_computed_tokens += count
+            contents = self._read(row)
+            if row.num_computed_tokens < len(row.chain):
+                continue
+            row.is_decoding = True
+            token_id = sample(contents, row.sampling, self._info.vocab_size)
+            check(len(row.chain) < self._info.max_model_len, f"{row.sequence_id} outgrows the context")
+            extend_chain(row.chain, [token_id])
+            if row.sequence_id in self.faulty:
+                counts.append(0)
+                faults.append(RowFault(index, FAULT_NAN_LOGITS))
+                continue
+            counts.append(1)
+            token_ids.append(token_id)
+            if row.sampling.num_logprobs is not None:
+                top = tuple((token_id + i) % self._info.vocab_size for i in range(row.sampling.num_logprobs))
+                logprobs.append(RowLogprobs(index, -0.5, top, tuple(-0.5 - i for i in range(len(top)))))
+        return StepResult(step_id, counts, token_ids, tuple(faults), tuple(logprobs))
+
+    def _read(self, row: FakeRow) -> Chain:
+        """What the row's newest position attends to; every slot must hold this row's own past."""
+        size, count = self._info.block_size, row.num_computed_tokens
+        blocks = np.array(row.block_ids, np.int64)
+        positions = np.arange(count)
+        contents: Chain = self._slots[blocks[positions // size] * size + positions % size]
+        wrong = np.flatnonzero(contents != np.array(row.chain[:count], np.uint64))
+        if len(wrong):
+            what = "foreign" if contents[wrong[0]] else "unwritten"
+            raise BrokenPlan(f"{row.sequence_id} reads a slot at position {wrong[0]} that is {what}")
+        salts = {self._salts[block_id] for block_id in row.block_ids[: -(-count // size)]}
+        check(salts == {row.salt}, f"{row.sequence_id} with salt {row.salt!r} reads blocks of {salts}")
+        return contents

@@ -1,0 +1,49 @@
+"""tandem-worker: the worker service as a process."""
+
+import asyncio
+import logging
+import sys
+
+from shared.config import WorkerSettings, read_command_line
+from shared.errors import ConfigError, ModelError
+from shared.log import configure_logging
+from shared.server import Server, server_credentials, stop_event, write_port_file
+from tandem.v1 import worker_pb2_grpc
+from worker_service.runner import Runner
+from worker_service.servicer import SERVICE_NAME, WorkerServicer
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+
+
+async def serve(settings: WorkerSettings, runner: Runner) -> None:
+    servicer = WorkerServicer(runner)
+    server = Server(
+        {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
+        credentials=server_credentials(settings),
+    )
+    stopping = stop_event()
+    port = await server.start(settings.host, settings.port)
+    await server.set_ready([SERVICE_NAME], True)
+    write_port_file(settings.port_file, port)
+    await stopping.wait()
+    logger.info("stopping")
+    await server.stop(STOP_GRACE_S)
+
+
+def main() -> None:
+    settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
+    configure_logging(settings.log_level)
+    try:
+        # torch is imported only now, so that --help and wrong flags answer at once.
+        from worker_service.model_runner import build_runner
+
+        asyncio.run(serve(settings, build_runner(settings)))
+    except (ConfigError, ModelError) as error:
+        print(f"tandem-worker: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
