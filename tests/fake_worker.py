@@ -198,7 +198,9 @@ class FakeRunner:
             slot = block_id * size + position % size
             check(slot not in written, f"slot {slot} is written twice in a step")
             # Rows that came with this very step may share a block that it fills; others own what they read.
-            owners = [r.sequence_id for r in self._holders[block_id] if r is not row and r.added_at < self._last_step_id]
+            owners = [
+                r.sequence_id for r in self._holders[block_id] if r is not row and r.added_at < self._last_step_id
+            ]
             check(not owners, f"{row.sequence_id} writes block {block_id}, which {owners} read")
             written.add(slot)
             self._slots[slot] = row.chain[position]

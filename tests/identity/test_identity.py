@@ -86,7 +86,7 @@ CASES = list(dict.fromkeys([*one_factor_cases(), *pairwise_cases()]))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A wide initialisation, so that greedy outputs don't fall into loops.
     return save_random_model(
-        tmp_path_factory.mktemp("model"), dtype="float64", seed=3, initializer_range=0.3, max_position_embeddings=512
+        tmp_path_factory.mktemp("model"), dtype="float64", seed=3
     )
 
 

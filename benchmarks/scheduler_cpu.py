@@ -1,0 +1,175 @@
+"""What the scheduler costs in CPU time a step, with a worker that answers at once.
+
+All sequences decode in steady state, prefix caching on. Timed is this thread's CPU time of each part: schedule,
+encode (to protobuf bytes), decode (of the result's bytes), update. The worker's own part is not timed.
+Writes benchmarks/results/scheduler_cpu.json.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from scheduler_service.core.scheduler import Scheduler
+from scheduler_service.core.types import SchedulerConfig, SequenceRequest
+from shared.step_codec import decode_result, encode_plan, encode_result
+from shared.step_plan import RowSampling, StepPlan, StepResult, WorkerInfo
+from tandem.v1 import worker_pb2
+
+PARTS = ("schedule", "encode", "decode", "update")
+NUM_STEPS = 2000
+NUM_WARM_UP_STEPS = 100
+PROMPT_LEN = 32
+BLOCK_SIZE = 16
+VOCAB_SIZE = 151_936
+REPOSITORY = Path(__file__).parent.parent
+
+
+def make_scheduler(num_sequences: int, max_plans_in_flight: int) -> Scheduler:
+    # More than any sequence gets: none ends.
+    max_tokens = NUM_STEPS + 10 * NUM_WARM_UP_STEPS
+    max_model_len = PROMPT_LEN + BLOCK_SIZE + max_tokens
+    worker = WorkerInfo(
+        protocol_version=1,
+        worker_instance_id="benchmark",
+        fingerprint="benchmark",
+        model="benchmark",
+        dtype="bfloat16",
+        device="none",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=max_model_len,
+        num_blocks=num_sequences * (max_model_len // BLOCK_SIZE + 2),
+        block_size=BLOCK_SIZE,
+        max_num_rows=num_sequences,
+        max_num_batched_tokens=8192,
+    )
+    config = SchedulerConfig(
+        max_num_seqs=num_sequences, max_num_batched_tokens=8192, max_plans_in_flight=max_plans_in_flight
+    )
+    scheduler = Scheduler(config, worker)
+    rng = np.random.default_rng(0)
+    for index in range(num_sequences):
+        # Different lengths, so that not all rows need a new block in the same step.
+        prompt = rng.integers(0, VOCAB_SIZE, PROMPT_LEN + index % BLOCK_SIZE).astype(np.int32)
+        sampling = RowSampling(temperature=0.6, top_k=20, top_p=0.95, seed=index)
+        scheduler.add(SequenceRequest(f"request-{index}/0", prompt, max_tokens, sampling, frozenset({VOCAB_SIZE})))
+    return scheduler
+
+
+class InstantWorker:
+    """Answers with random ids, knowing only which rows of a plan sample."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(1)
+        self._left: dict[int, int] = {}
+        self.num_decoding = 0
+
+    def execute(self, plan: StepPlan) -> bytes:
+        assert not len(plan.removed_rows), "steady state has no removals"
+        for row in plan.added_rows:
+            self._left[row.row] = len(row.token_ids) - row.num_computed_tokens
+        for row, count in zip(plan.chunk_rows.tolist(), plan.chunk_num_tokens.tolist(), strict=True):
+            self._left[row] -= count
+            self.num_decoding += self._left[row] == 0
+        token_ids = self._rng.integers(0, VOCAB_SIZE, self.num_decoding).tolist()
+        result = StepResult(plan.step_id, [1] * self.num_decoding, token_ids)
+        return encode_result(result).SerializeToString()
+
+
+def measure(num_sequences: int, max_plans_in_flight: int) -> dict[str, object]:
+    """CPU time of each part of NUM_STEPS steps, in microseconds."""
+    scheduler = make_scheduler(num_sequences, max_plans_in_flight)
+    worker = InstantWorker()
+    in_flight: deque[bytes] = deque()
+    times: dict[str, list[int]] = {part: [] for part in PARTS}
+    clock = time.thread_time_ns
+
+    def step() -> None:
+        start = clock()
+        plan = scheduler.schedule()
+        scheduled = clock()
+        assert plan is not None
+        encode_plan(plan).SerializeToString()
+        encoded = clock()
+        in_flight.append(worker.execute(plan))
+        times["schedule"].append(scheduled - start)
+        times["encode"].append(encoded - scheduled)
+        if len(in_flight) < max_plans_in_flight:
+            return
+        data = in_flight.popleft()
+        start = clock()
+        result = decode_result(worker_pb2.StepResult.FromString(data))
+        decoded = clock()
+        scheduler.update(result)
+        updated = clock()
+        times["decode"].append(decoded - start)
+        times["update"].append(updated - decoded)
+
+    while worker.num_decoding < num_sequences:
+        step()
+    for _ in range(NUM_WARM_UP_STEPS):
+        step()
+    for part_times in times.values():
+        part_times.clear()
+    for _ in range(NUM_STEPS):
+        step()
+    load = scheduler.load()
+    assert load.num_running_sequences == num_sequences and load.num_preemptions == 0
+    parts = np.array([times[part] for part in PARTS]) / 1000
+    report: dict[str, object] = {part: percentiles(values) for part, values in zip(PARTS, parts, strict=True)}
+    return report | {"total": percentiles(parts.sum(axis=0))}
+
+
+def percentiles(microseconds: np.ndarray) -> dict[str, float]:
+    return {
+        name: round(float(np.percentile(microseconds, q)), 1) for name, q in (("p50", 50), ("p90", 90), ("p99", 99))
+    }
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-sequences", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--max-plans-in-flight", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "scheduler_cpu.json")
+    arguments = parser.parse_args()
+    report = {
+        "what": "thread CPU time of the scheduler a decode step, microseconds",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "is_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "cpu": cpu_model(),
+        "python": platform.python_version(),
+        "num_steps": NUM_STEPS,
+        "block_size_tokens": BLOCK_SIZE,
+        "max_plans_in_flight": arguments.max_plans_in_flight,
+        "by_num_sequences": {},
+    }
+    for num_sequences in arguments.num_sequences:
+        measured = measure(num_sequences, arguments.max_plans_in_flight)
+        report["by_num_sequences"][num_sequences] = measured  # type: ignore[index]
+        print(num_sequences, json.dumps(measured))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""docker-compose.yml brought up for real: `make compose-test`.
+
+Not collected by pytest: it needs a container engine (see compose_engine.py), root and some minutes. Every wait in it
+is bounded. The truth for a disturbed stream is the same request undisturbed, both in float64.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.e2e.compose_engine import Engine, free_port, install_missing_tools
+from tests.e2e.grpcurl import grpcurl, json_stream
+
+HEALTHY_TIMEOUT_S = 120
+STREAM_TIMEOUT_S = 120
+NUM_TOKENS = 400
+NUM_TOKENS_BEFORE_KILL = 40
+SERVICES = ("worker", "scheduler")
+
+
+class Deployment:
+    """The two containers, and a client of theirs on this machine."""
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        self.engine = engine
+        self.address = address
+        self._channel = grpc.insecure_channel(address)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    def wait_healthy(self) -> None:
+        deadline = time.monotonic() + HEALTHY_TIMEOUT_S
+        missing = list(SERVICES)
+        while missing := [service for service in missing if not self.engine.is_healthy(service)]:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not healthy after {HEALTHY_TIMEOUT_S} s: {missing}")
+            time.sleep(0.5)
+
+    def tokens(self, temperature: float, disturb: Callable[[], object] | None = None) -> list[int]:
+        """The tokens of a stream; `disturb` is called once, while it runs."""
+        request = inference_pb2.GenerateStreamRequest(
+            prompt=inference_pb2.Prompt(text="First Citizen:\n"),
+            sampling=inference_pb2.SamplingParams(temperature=temperature, seed=11),
+            stopping=inference_pb2.StoppingCriteria(max_tokens=NUM_TOKENS, ignore_eos=True),
+        )
+        token_ids: list[int] = []
+        for message in self._inference.GenerateStream(request, timeout=STREAM_TIMEOUT_S):
+            token_ids += message.token_ids
+            if disturb is not None and len(token_ids) >= NUM_TOKENS_BEFORE_KILL:
+                assert self.num_running() == 1, "the stream ended before it could be disturbed"
+                disturb()
+                disturb = None
+        assert disturb is None, "the stream was never disturbed"
+        assert len(token_ids) == NUM_TOKENS, f"{len(token_ids)} tokens in place of {NUM_TOKENS}"
+        return token_ids
+
+    def num_running(self) -> int:
+        return self._load().num_running_sequences
+
+    def num_worker_losses(self) -> int:
+        return self._load().num_worker_losses
+
+    def _load(self) -> control_pb2.GetLoadResponse:
+        response: control_pb2.GetLoadResponse = self._control.GetLoad(control_pb2.GetLoadRequest(), timeout=10)
+        return response
+
+    def kill_and_start_worker(self) -> None:
+        name = self.engine.container("worker")
+        self.engine.podman("kill", "--signal", "KILL", name)
+        self.engine.podman("start", name)
+
+    def crash_worker(self) -> None:
+        """Kills its process behind the engine's back, as the kernel would for want of memory."""
+        os.kill(int(self.engine.inspect("worker", "{{.State.Pid}}")), 9)
+
+
+def check_health(deployment: Deployment) -> None:
+    for service in SERVICES:
+        assert deployment.engine.is_healthy(service), service
+
+
+def check_not_root(deployment: Deployment) -> None:
+    for service in SERVICES:
+        user = deployment.engine.podman("exec", deployment.engine.container(service), "id", "-un")
+        assert user == "tandem", user
+
+
+def check_no_cuda_packages(deployment: Deployment) -> None:
+    packages = deployment.engine.podman("exec", deployment.engine.container("worker"), "pip", "list")
+    assert "torch " in packages and "nvidia" not in packages and "triton" not in packages, packages
+
+
+def check_grpcurl_lists(deployment: Deployment) -> None:
+    listed = grpcurl(deployment.address, "list").split()
+    assert {"tandem.v1.InferenceService", "tandem.v1.ControlService", "grpc.health.v1.Health"} <= set(listed), listed
+
+
+def check_grpcurl_streams_text(deployment: Deployment) -> None:
+    request = {"prompt": {"text": "First Citizen:\n"}, "stopping": {"max_tokens": 24, "ignore_eos": True}}
+    output = grpcurl(deployment.address, "tandem.v1.InferenceService/GenerateStream", data=json.dumps(request))
+    text = "".join(message.get("textDelta", "") for message in json_stream(output))
+    assert text.strip(), output
+
+
+def check_killed_worker(deployment: Deployment) -> None:
+    for temperature in (0.0, 1.0):
+        undisturbed = deployment.tokens(temperature)
+        assert len(set(undisturbed)) >= 20, undisturbed
+        losses = deployment.num_worker_losses()
+        assert deployment.tokens(temperature, deployment.kill_and_start_worker) == undisturbed
+        assert deployment.num_worker_losses() == losses + 1
+
+
+def check_crashed_worker(deployment: Deployment) -> None:
+    """Nobody starts it again but the restart policy."""
+    undisturbed = deployment.tokens(1.0)
+    losses = deployment.num_worker_losses()
+    assert deployment.tokens(1.0, deployment.crash_worker) == undisturbed
+    assert deployment.num_worker_losses() == losses + 1
+
+
+CHECKS = (
+    check_health,
+    check_not_root,
+    check_no_cuda_packages,
+    check_grpcurl_lists,
+    check_grpcurl_streams_text,
+    check_killed_worker,
+    check_crashed_worker,
+    check_health,
+)
+
+
+def report(name: str, check: Callable[[], object]) -> bool:
+    started = time.monotonic()
+    try:
+        check()
+    except Exception:
+        traceback.print_exc()
+        print(f"FAILED {name}", flush=True)
+        return False
+    print(f"passed {name} ({time.monotonic() - started:.1f} s)", flush=True)
+    return True
+
+
+def tear_down(engine: Engine) -> None:
+    engine.remove(SERVICES)
+    assert not engine.leftovers(), engine.leftovers()
+
+
+def run_checks(engine: Engine, address: str) -> list[bool]:
+    def bring_up() -> None:
+        engine.compose("build", timeout_s=500)
+        engine.compose("up", "--detach", timeout_s=90)
+        deployment.wait_healthy()
+
+    deployment = Deployment(engine, address)
+    passed = [report("bring_up", bring_up)]
+    if all(passed):
+        passed += [report(check.__name__, lambda check=check: check(deployment)) for check in CHECKS]  # type: ignore[misc]
+    if not all(passed):
+        for service in SERVICES:
+            print(f"--- {service}", flush=True)
+            subprocess.run(["podman", "logs", "--tail", "60", engine.container(service)], timeout=30, check=False)
+    return passed
+
+
+def main() -> int:
+    install_missing_tools()
+    with tempfile.TemporaryDirectory(prefix="tandem-compose-") as folder:
+        port = free_port()
+        variables = {"PORT": str(port), "DTYPE": "float64", "MODEL": "embedded", "MODEL_DIR": "models"}
+        bare = Engine("tandem", Path(folder), {})
+        engine = Engine(f"tandem-test-{os.getpid()}", Path(folder), {**variables, "BASE_IMAGE": bare.base_image()})
+        passed: list[bool] = []
+        try:
+            passed += run_checks(engine, f"127.0.0.1:{port}")
+        finally:
+            passed.append(report("tear_down", lambda: tear_down(engine)))
+    print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

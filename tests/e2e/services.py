@@ -1,0 +1,218 @@
+"""The two services as real processes, and streams read from them while things break.
+
+Ports are chosen by the services and read from their port files. Each wait is bounded by WAIT_S, which no run comes
+near unless something is wrong.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shared.grpc_options import CHANNEL_OPTIONS
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.e2e.waiting import WAIT_S, wait_until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+INFERENCE = "tandem.v1.InferenceService"
+WORKER = "tandem.v1.WorkerService"
+
+ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
+
+
+class Service:
+    """One service process. Started again, it listens on the port that it had."""
+
+    def __init__(self, module: str, flags: Sequence[str], folder: Path) -> None:
+        """folder: for its port file and its log."""
+        self._module = module
+        self._flags = tuple(flags)
+        self._port_file = folder / f"{module}.port"
+        self.log_file = folder / f"{module}.log"
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        self._port_file.unlink(missing_ok=True)
+        flags = [*self._flags, "--port", str(self.port), "--port-file", str(self._port_file)]
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", self._module, *flags],
+                cwd=REPOSITORY,
+                env={name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_listening(self) -> None:
+        wait_until(lambda: self._port_file.exists() or self.process.poll() is not None, f"{self._module} listens")
+        assert self.process.poll() is None, f"{self._module} ended:\n{self.log_file.read_text()[-4000:]}"
+        self.port = int(self._port_file.read_text())
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """-9, and waits until it is gone. A frozen process dies of it too."""
+        self.process.kill()
+        self.process.wait(WAIT_S)
+
+
+class Engine:
+    """A worker and a scheduler of its own, ready, with stubs that talk to the scheduler."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        *,
+        worker_flags: Sequence[str] = (),
+        scheduler_flags: Sequence[str] = (),
+        dtype: str = "float64",
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
+        folder = Path(self._folder.name)
+        common = ["--model", str(model)]
+        fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
+        self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder)
+        try:
+            self.worker.wait_listening()
+            flags = [*common, "--worker-address", self.worker.address, *scheduler_flags]
+            self.scheduler = Service("scheduler_service", flags, folder)
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def connect(self) -> None:
+        """Waits until the scheduler is ready and opens a channel to it."""
+        self.scheduler.wait_listening()
+        self.channel = grpc.insecure_channel(self.scheduler.address, CHANNEL_OPTIONS)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.control = control_pb2_grpc.ControlServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+        wait_until(self.is_ready, "the scheduler is ready")
+
+    def is_ready(self) -> bool:
+        response = self.health.Check(
+            health_pb2.HealthCheckRequest(service=INFERENCE), timeout=WAIT_S, wait_for_ready=True
+        )
+        return bool(response.status == ServingStatus.SERVING)
+
+    def load(self) -> control_pb2.GetLoadResponse:
+        response: control_pb2.GetLoadResponse = self.control.GetLoad(control_pb2.GetLoadRequest(), timeout=WAIT_S)
+        return response
+
+    def restart_worker(self) -> None:
+        self.worker.start()
+        self.worker.wait_listening()
+
+    def stream(self, request: inference_pb2.GenerateStreamRequest, timeout_s: float = WAIT_S) -> "Stream":
+        return Stream(self.inference.GenerateStream(request, timeout=timeout_s))
+
+    def logs(self) -> str:
+        services = [getattr(self, name) for name in ("worker", "scheduler") if hasattr(self, name)]
+        return "\n".join(service.log_file.read_text() for service in services)
+
+    def close(self) -> None:
+        if hasattr(self, "channel"):
+            self.channel.close()
+        for name in ("scheduler", "worker"):
+            if hasattr(self, name):
+                getattr(self, name).kill()
+        self._folder.cleanup()
+
+
+class Stream:
+    """A call that is read in a thread of its own, so that a test can act while it runs."""
+
+    def __init__(self, call: "grpc.CallIterator[inference_pb2.GenerateStreamResponse]") -> None:
+        self.call = call
+        self.token_ids: list[int] = []
+        self.finish: inference_pb2.Finish | None = None
+        self.usage: inference_pb2.Usage | None = None
+        self.error: grpc.RpcError | None = None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for message in self.call:
+                self.token_ids += message.token_ids
+                if message.HasField("finish"):
+                    self.finish = message.finish
+                if message.HasField("usage"):
+                    self.usage = message.usage
+        except grpc.RpcError as error:
+            self.error = error
+
+    def wait_tokens(self, count: int) -> None:
+        wait_until(lambda: len(self.token_ids) >= count or not self._thread.is_alive(), f"{count} tokens of a stream")
+        assert len(self.token_ids) >= count, f"ended after {len(self.token_ids)} tokens: {self.error}"
+
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), f"still running, with {len(self.token_ids)} tokens"
+
+    def result(self) -> list[int]:
+        """All tokens of a stream that ended well."""
+        self.join()
+        assert self.error is None, self.error
+        assert self.finish is not None and self.usage is not None
+        assert self.usage.num_output_tokens == len(self.token_ids)
+        return self.token_ids
+
+
+class HealthWatch:
+    """Every status that a server has told of one service since the watch began."""
+
+    def __init__(self, engine: Engine, service: str) -> None:
+        self.statuses: list[str] = []
+        self._call = engine.health.Watch(health_pb2.HealthCheckRequest(service=service))
+        threading.Thread(target=self._read, daemon=True).start()
+        wait_until(lambda: bool(self.statuses), f"a first health status of {service!r}")
+
+    def _read(self) -> None:
+        try:
+            for response in self._call:
+                self.statuses.append(ServingStatus.Name(response.status))
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.CANCELLED:
+                self.statuses.append(error.code().name)
+
+    def wait_status(self, status: str) -> None:
+        wait_until(lambda: self.statuses[-1] == status, f"health status {status}; were {self.statuses}")
+
+    def close(self) -> None:
+        self._call.cancel()
+
+
+def random_prompt(length: int, vocab_size: int, seed: int = 0) -> list[int]:
+    token_ids: list[int] = np.random.default_rng(seed).integers(0, vocab_size, length).tolist()
+    return token_ids
+
+
+def generate_request(
+    token_ids: Sequence[int], max_tokens: int, *, temperature: float = 0.0, seed: int = 0, request_id: str | None = None
+) -> inference_pb2.GenerateStreamRequest:
+    return inference_pb2.GenerateStreamRequest(
+        request_id=request_id,
+        prompt=inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=token_ids)),
+        sampling=inference_pb2.SamplingParams(temperature=temperature, top_k=0, top_p=1.0, seed=seed),
+        stopping=inference_pb2.StoppingCriteria(max_tokens=max_tokens, ignore_eos=True),
+    )

@@ -1,0 +1,92 @@
+"""What a user sees who has grpcurl and no stubs: everything is found by reflection. The model is the embedded one."""
+
+import json
+
+import pytest
+
+from tests.e2e.conftest import StartEngine
+from tests.e2e.grpcurl import GrpcurlError, grpcurl, json_stream
+from tests.e2e.services import INFERENCE, WORKER, Engine
+
+STANDARD_SERVICES = {"grpc.health.v1.Health", "grpc.channelz.v1.Channelz", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine: StartEngine) -> Engine:
+    return start_engine("embedded", dtype="float32")
+
+
+def test_list_names_every_service(engine: Engine) -> None:
+    own = {INFERENCE, "tandem.v1.ControlService"}
+    assert set(grpcurl(engine.scheduler.address, "list").split()) == own | STANDARD_SERVICES
+    assert set(grpcurl(engine.worker.address, "list").split()) == {WORKER} | STANDARD_SERVICES
+
+
+def test_describe_shows_methods_and_fields(engine: Engine) -> None:
+    service = grpcurl(engine.scheduler.address, "describe", INFERENCE)
+    assert "rpc GenerateStream ( .tandem.v1.GenerateStreamRequest )" in service
+    assert "optional float temperature = 1;" in grpcurl(
+        engine.scheduler.address, "describe", "tandem.v1.SamplingParams"
+    )
+    assert "rpc ExecuteSteps ( stream" in grpcurl(engine.worker.address, "describe", WORKER)
+    assert "uint64 step_id = 1;" in grpcurl(engine.worker.address, "describe", "tandem.v1.StepPlan")
+
+
+@pytest.mark.parametrize("service", ["", INFERENCE, "tandem.v1.ControlService"])
+def test_the_scheduler_is_healthy(engine: Engine, service: str) -> None:
+    data = json.dumps({"service": service})
+    assert json_stream(grpcurl(engine.scheduler.address, "grpc.health.v1.Health/Check", data=data)) == [
+        {"status": "SERVING"}
+    ]
+
+
+@pytest.mark.parametrize("service", ["", WORKER])
+def test_the_worker_is_healthy(engine: Engine, service: str) -> None:
+    data = json.dumps({"service": service})
+    assert json_stream(grpcurl(engine.worker.address, "grpc.health.v1.Health/Check", data=data)) == [
+        {"status": "SERVING"}
+    ]
+
+
+def test_health_of_an_unknown_service_is_not_found(engine: Engine) -> None:
+    with pytest.raises(GrpcurlError, match="NotFound"):
+        grpcurl(engine.scheduler.address, "grpc.health.v1.Health/Check", data='{"service": "tandem.v1.Nothing"}')
+
+
+def test_worker_info_answers(engine: Engine) -> None:
+    [info] = json_stream(grpcurl(engine.worker.address, f"{WORKER}/GetWorkerInfo"))
+    assert info["dtype"] == "float32" and info["device"] == "cpu" and info["fingerprint"]
+
+
+def test_a_generation_streams_text(engine: Engine) -> None:
+    request = {
+        "prompt": {"text": "First Citizen:\n"},
+        "sampling": {"temperature": 0},
+        "stopping": {"max_tokens": 24, "ignore_eos": True},
+    }
+    output = grpcurl(engine.scheduler.address, f"{INFERENCE}/GenerateStream", data=json.dumps(request))
+    messages = json_stream(output)
+    assert len(messages) > 1
+    assert sum(len(message.get("tokenIds", [])) for message in messages) == 24
+    assert "".join(message.get("textDelta", "") for message in messages).strip()
+    assert messages[-1]["finish"] == {"reason": "FINISH_REASON_LENGTH"}
+    assert messages[-1]["usage"]["numOutputTokens"] == 24
+    [whole] = json_stream(grpcurl(engine.scheduler.address, f"{INFERENCE}/Generate", data=json.dumps(request)))
+    assert whole["choices"][0]["text"] == "".join(message.get("textDelta", "") for message in messages)
+
+
+def test_a_bad_request_is_refused_with_its_fields(engine: Engine) -> None:
+    request = {"prompt": {"text": "To be"}, "sampling": {"topP": 1.5}, "stopping": {"maxTokens": 0}}
+    with pytest.raises(GrpcurlError) as caught:
+        grpcurl(engine.scheduler.address, f"{INFERENCE}/GenerateStream", data=json.dumps(request))
+    assert "Code: InvalidArgument" in caught.value.output
+    assert "google.rpc.BadRequest" in caught.value.output
+    assert "sampling.topP" in caught.value.output or "sampling.top_p" in caught.value.output
+    assert "stopping.maxTokens" in caught.value.output or "stopping.max_tokens" in caught.value.output
+
+
+def test_load_is_there_for_an_operator(engine: Engine) -> None:
+    [load] = json_stream(grpcurl(engine.scheduler.address, "tandem.v1.ControlService/GetLoad"))
+    assert (
+        load["numTotalBlocks"] > 0 and load["numFreeBlocks"] + load.get("numCachedBlocks", 0) == load["numTotalBlocks"]
+    )

@@ -1,0 +1,105 @@
+"""Two real processes: several engines on a host, long prompts, callers that go away, an orderly end."""
+
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.e2e.conftest import VOCAB_SIZE, StartEngine
+from tests.e2e.services import Engine, generate_request, random_prompt
+from tests.e2e.waiting import WAIT_S, wait_until
+from tests.model_factory import save_random_model
+
+NUM_LONG_PROMPT_TOKENS = 40_000
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine: StartEngine) -> Engine:
+    return start_engine()
+
+
+@pytest.fixture(scope="module")
+def long_context_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As small as a model gets, so that 40,000 tokens of attention take seconds."""
+    return save_random_model(
+        tmp_path_factory.mktemp("long"),
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=65_536,
+    )
+
+
+def blocks_of(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+def test_two_engines_share_a_host(engine: Engine, start_engine: StartEngine) -> None:
+    other = start_engine()
+    ports = {service.port for each in (engine, other) for service in (each.worker, each.scheduler)}
+    assert len(ports) == 4
+    request = generate_request(random_prompt(9, VOCAB_SIZE), 60, temperature=0.7, seed=1)
+    streams = [each.stream(request) for each in (engine, other)]
+    first, second = (stream.result() for stream in streams)
+    assert first == second and len(first) == 60
+    # The one's worker dies; the other doesn't notice.
+    other.worker.kill()
+    wait_until(lambda: other.load().num_worker_losses == 1, "the other engine's loss")
+    assert engine.stream(request).result() == first
+    assert engine.load().num_worker_losses == 0
+    other.close()
+
+
+def test_a_prompt_of_40000_tokens_is_served(start_engine: StartEngine, long_context_folder: Path) -> None:
+    engine = start_engine(
+        long_context_folder, dtype="float32", worker_flags=["--num-blocks", "2600", "--max-num-batched-tokens", "1024"]
+    )
+    request = generate_request(random_prompt(NUM_LONG_PROMPT_TOKENS, VOCAB_SIZE), 3)
+    stream = engine.stream(request)
+    assert len(stream.result()) == 3
+    assert stream.usage is not None and stream.usage.num_prompt_tokens == NUM_LONG_PROMPT_TOKENS
+    engine.close()
+
+
+def test_a_cancelled_request_gives_its_blocks_back_while_others_run(engine: Engine) -> None:
+    block_size = engine.load().block_size_tokens
+    kept = engine.stream(generate_request(random_prompt(8, VOCAB_SIZE, seed=1), 900))
+    cancelled = engine.stream(generate_request(random_prompt(900, VOCAB_SIZE, seed=2), 120))
+    kept.wait_tokens(1)
+    cancelled.wait_tokens(1)
+    assert engine.load().num_used_blocks >= blocks_of(900, block_size)
+    cancelled.call.cancel()
+    cancelled.join()
+    assert cancelled.error is not None and cancelled.error.code() == grpc.StatusCode.CANCELLED
+    wait_until(lambda: engine.load().num_running_sequences == 1, "the cancelled sequence is gone")
+    num_tokens = len(kept.token_ids)
+    load = engine.load()
+    assert kept.is_running() and load.num_running_sequences == 1
+    assert load.num_used_blocks < blocks_of(8 + num_tokens, block_size) + blocks_of(900, block_size)
+    assert len(kept.result()) == 900
+    assert engine.load().num_used_blocks == 0
+
+
+def test_a_request_past_its_deadline_gives_its_blocks_back(engine: Engine) -> None:
+    late = engine.stream(generate_request(random_prompt(20, VOCAB_SIZE, seed=3), 1000), timeout_s=0.3)
+    late.join()
+    assert late.error is not None and late.error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    wait_until(lambda: engine.load().num_running_sequences == 0, "the late sequence is gone")
+    load = engine.load()
+    assert load.num_used_blocks == 0 and load.num_waiting_sequences == 0
+    assert load.num_free_blocks + load.num_cached_blocks == load.num_total_blocks
+
+
+def test_sigterm_finishes_what_runs_and_ends_with_status_0(engine: Engine) -> None:
+    stream = engine.stream(generate_request(random_prompt(5, VOCAB_SIZE, seed=4), 300))
+    stream.wait_tokens(1)
+    engine.scheduler.signal(signal.SIGTERM)
+    assert len(stream.result()) == 300
+    assert engine.scheduler.process.wait(WAIT_S) == 0
+    engine.worker.signal(signal.SIGTERM)
+    assert engine.worker.process.wait(WAIT_S) == 0

@@ -1,0 +1,142 @@
+"""The promise that the split exists for: a worker dies or freezes, and every stream goes on as if nothing happened.
+
+The truth is the same eight requests on the same engine, undisturbed.
+"""
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from tandem.v1 import inference_pb2
+from tests.e2e.conftest import VOCAB_SIZE, StartEngine
+from tests.e2e.services import INFERENCE, Engine, HealthWatch, Stream, generate_request, random_prompt
+from tests.e2e.waiting import wait_until
+
+NUM_STREAMS = 8
+NUM_TOKENS = 400
+NUM_TOKENS_BEFORE = 20
+STEP_TIMEOUT_S = 1.0
+
+
+def make_requests() -> list[inference_pb2.GenerateStreamRequest]:
+    """Half of them greedy, half seeded, of unequal length."""
+    return [
+        generate_request(
+            random_prompt(5 + 9 * index, VOCAB_SIZE, seed=index),
+            NUM_TOKENS + index,
+            temperature=0.8 if index % 2 else 0.0,
+            seed=100 + index,
+        )
+        for index in range(NUM_STREAMS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine: StartEngine) -> Engine:
+    return start_engine(scheduler_flags=["--step-timeout-s", str(STEP_TIMEOUT_S)])
+
+
+@pytest.fixture(scope="module")
+def truth(engine: Engine) -> list[list[int]]:
+    outputs = [stream.result() for stream in [engine.stream(request) for request in make_requests()]]
+    assert [len(output) for output in outputs] == [NUM_TOKENS + index for index in range(NUM_STREAMS)]
+    assert sum(len(set(output)) for output in outputs) / NUM_STREAMS >= 20
+    return outputs
+
+
+def wait_mid_way(streams: list[Stream], num_tokens: int) -> None:
+    """Until every stream has so many tokens; none has ended by then."""
+    for stream in streams:
+        stream.wait_tokens(num_tokens)
+    assert all(len(stream.token_ids) < NUM_TOKENS and stream.is_running() for stream in streams)
+
+
+def wait_loss(engine: Engine, count: int) -> None:
+    wait_until(lambda: engine.load().num_worker_losses >= count, f"{count} worker losses")
+
+
+def kill_and_replace(engine: Engine, streams: list[Stream]) -> None:
+    losses = engine.load().num_worker_losses
+    engine.worker.kill()
+    wait_loss(engine, losses + 1)
+    assert all(stream.is_running() for stream in streams)
+    engine.restart_worker()
+
+
+def kill_twice(engine: Engine, streams: list[Stream]) -> None:
+    kill_and_replace(engine, streams)
+    # Suspects run one after another after a loss: any of them shows that the engine goes on.
+    counts = [len(stream.token_ids) for stream in streams]
+    wait_until(
+        lambda: any(len(stream.token_ids) > count for stream, count in zip(streams, counts, strict=True)), "a token"
+    )
+    assert any(stream.is_running() for stream in streams)
+    kill_and_replace(engine, streams)
+
+
+def freeze_and_thaw(engine: Engine, streams: list[Stream]) -> None:
+    losses = engine.load().num_worker_losses
+    engine.worker.signal(signal.SIGSTOP)
+    wait_loss(engine, losses + 1)
+    assert all(stream.is_running() for stream in streams)
+    engine.worker.signal(signal.SIGCONT)
+
+
+def freeze_and_replace(engine: Engine, streams: list[Stream]) -> None:
+    losses = engine.load().num_worker_losses
+    engine.worker.signal(signal.SIGSTOP)
+    wait_loss(engine, losses + 1)
+    assert all(stream.is_running() for stream in streams)
+    engine.worker.kill()
+    engine.restart_worker()
+
+
+Disturbance = Callable[[Engine, list[Stream]], None]
+
+
+@pytest.mark.parametrize(
+    ("disturb", "num_losses"),
+    [(kill_and_replace, 1), (kill_twice, 2), (freeze_and_thaw, 1), (freeze_and_replace, 1)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
+    engine: Engine, truth: list[list[int]], disturb: Disturbance, num_losses: int
+) -> None:
+    losses = engine.load().num_worker_losses
+    readiness, liveness = HealthWatch(engine, INFERENCE), HealthWatch(engine, "")
+    streams = [engine.stream(request) for request in make_requests()]
+    wait_mid_way(streams, NUM_TOKENS_BEFORE)
+    disturb(engine, streams)
+    assert [stream.result() for stream in streams] == truth
+    readiness.wait_status("SERVING")
+    assert readiness.statuses == ["SERVING", *["NOT_SERVING", "SERVING"] * num_losses]
+    assert liveness.statuses == ["SERVING"]
+    assert engine.load().num_worker_losses == losses + num_losses
+    assert engine.load().num_used_blocks == 0
+    readiness.close()
+    liveness.close()
+
+
+def test_new_requests_queue_while_the_worker_is_away(engine: Engine, truth: list[list[int]]) -> None:
+    losses = engine.load().num_worker_losses
+    engine.worker.kill()
+    wait_loss(engine, losses + 1)
+    streams = [engine.stream(request) for request in make_requests()]
+    wait_until(lambda: engine.load().num_waiting_sequences == NUM_STREAMS, "eight waiting sequences")
+    engine.restart_worker()
+    assert [stream.result() for stream in streams] == truth
+
+
+def test_the_worker_serves_the_next_scheduler_after_one_was_killed(engine: Engine, truth: list[list[int]]) -> None:
+    streams = [engine.stream(request) for request in make_requests()]
+    wait_mid_way(streams, NUM_TOKENS_BEFORE)
+    worker_pid = engine.worker.process.pid
+    engine.scheduler.kill()
+    for stream in streams:
+        stream.join()
+        assert stream.error is not None
+    engine.scheduler.start()
+    engine.connect()
+    assert [stream.result() for stream in [engine.stream(request) for request in make_requests()]] == truth
+    assert engine.worker.process.pid == worker_pid and engine.worker.process.poll() is None

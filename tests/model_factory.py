@@ -1,0 +1,39 @@
+"""Small random Qwen3 checkpoints, made by transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    # Wide, so that greedy outputs don't fall into loops.
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "architectures": ["Qwen3ForCausalLM"],
+}
+
+
+def save_random_model(
+    folder: Path, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any
+) -> Path:
+    """A checkpoint of DEFAULTS changed by `config`; norms' weights are random too, so that a wrong one shows."""
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(**{**DEFAULTS, **config}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    model.generation_config = GenerationConfig()
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder

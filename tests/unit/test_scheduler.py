@@ -1,0 +1,415 @@
+"""The scheduler core's rules one by one; what holds under any order of events is in test_scheduler_properties.py."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from scheduler_service.core.scheduler import Scheduler
+from scheduler_service.core.types import FinishReason, SchedulerConfig, SequenceRequest
+from shared.errors import ConfigError, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
+from shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
+from tests.builders import create_request, create_requests, worker_info
+from tests.engine import Engine, run
+from tests.fake_worker import FakeRunner, expected_tokens
+
+
+def make_engine(worker: WorkerInfo | None = None, **config: object) -> Engine:
+    runner = FakeRunner(worker)
+    return Engine(Scheduler(SchedulerConfig(**config), runner.info), runner)  # type: ignore[arg-type]
+
+
+def launch(engine: Engine) -> StepPlan:
+    plan = engine.launch()
+    assert plan is not None
+    return plan
+
+
+def added_ids(plan: StepPlan) -> list[str]:
+    return [row.sequence_id for row in plan.added_rows]
+
+
+def chunks(plan: StepPlan) -> dict[int, int]:
+    return dict(zip(plan.chunk_rows.tolist(), plan.chunk_num_tokens.tolist(), strict=True))
+
+
+def expected(requests: list[SequenceRequest]) -> dict[str, list[int]]:
+    return {request.sequence_id: expected_tokens(request) for request in requests}
+
+
+# The budget
+
+
+def test_decoding_rows_and_prompt_chunks_share_one_budget() -> None:
+    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=10, enable_prefix_caching=False)
+    requests = [create_request("a/0", range(6)), create_request("b/0", range(20, 36)), create_request("c/0", range(3))]
+    engine.add(*requests)
+    assert [chunks(launch(engine)), chunks(launch(engine))] == [{0: 6, 1: 4}, {1: 9}]
+    engine.deliver()
+    # The last 3 of b; a decodes; c enters.
+    assert chunks(launch(engine)) == {1: 3, 2: 3}
+    engine.drain()
+    assert engine.outputs == expected(requests)
+
+
+@pytest.mark.parametrize("max_chunk_tokens", [1, 3, 7])
+def test_chunks_are_bounded(max_chunk_tokens: int) -> None:
+    engine = make_engine(max_chunk_tokens=max_chunk_tokens)
+    requests = create_requests(3, prompt_len=15)
+    engine.add(*requests)
+    plans = [launch(engine), launch(engine)]
+    assert all(count <= max_chunk_tokens for plan in plans for count in chunks(plan).values())
+    engine.drain()
+    assert engine.outputs == expected(requests)
+
+
+def test_a_steady_decode_plan_is_empty() -> None:
+    engine = make_engine()
+    engine.add(create_request(prompt=range(3), max_tokens=10))
+    launch(engine)
+    plan = launch(engine)
+    assert not plan.added_rows
+    assert not sum(len(getattr(plan, name)) for name in StepPlan.__slots__ if name not in ("step_id", "added_rows"))
+
+
+# Plans in flight
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_plans_in_flight_are_bounded(depth: int) -> None:
+    engine = make_engine(max_plans_in_flight=depth)
+    engine.add(create_request(max_tokens=20))
+    for _ in range(depth):
+        launch(engine)
+    assert engine.launch() is None
+    engine.deliver()
+    assert launch(engine).step_id == depth + 1
+
+
+def test_ends_by_length_are_predicted() -> None:
+    engine = make_engine(max_plans_in_flight=4)
+    engine.add(create_request(max_tokens=2))
+    launch(engine)
+    launch(engine)
+    assert engine.launch() is None
+    assert engine.scheduler.load().num_used_blocks == 0
+    engine.drain()
+    assert engine.scheduler.load().num_overshoot_tokens == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_stop_id_overshoots_by_the_depth_and_nobody_sees_it(depth: int) -> None:
+    engine = make_engine(max_plans_in_flight=depth)
+    tokens = expected_tokens(create_request(max_tokens=50))
+    request = create_request(max_tokens=50, stop_token_ids=[tokens[7]])
+    engine.add(request)
+    engine.drain()
+    assert engine.outputs[request.sequence_id] == tokens[:8]
+    finished = engine.finished[request.sequence_id]
+    assert (finished.reason, finished.stop_token_id) == (FinishReason.STOP, tokens[7])
+    load = engine.scheduler.load()
+    assert (load.num_output_tokens, load.num_overshoot_tokens) == (8, depth - 1)
+
+
+def test_a_late_stop_takes_tokens_back_and_frees_the_blocks() -> None:
+    engine = make_engine(max_plans_in_flight=2)
+    engine.add(create_request(max_tokens=50))
+    for _ in range(10):
+        engine.step()
+    assert engine.scheduler.stop("r0/0", 7)
+    load = engine.scheduler.load()
+    assert (load.num_output_tokens, load.num_overshoot_tokens, load.num_used_blocks) == (7, 3, 0)
+    engine.drain()
+    assert len(engine.outputs["r0/0"]) == 10
+    assert not engine.scheduler.stop("r0/0", 7)
+
+
+def test_an_aborted_sequence_is_out_of_the_next_plan_and_its_id_is_free() -> None:
+    engine = make_engine(max_plans_in_flight=3)
+    engine.add(create_request(max_tokens=50))
+    launch(engine)
+    launch(engine)
+    assert engine.scheduler.abort("r0/0")
+    assert engine.scheduler.load().num_used_blocks == 0
+    again = create_request(prompt=[9, 8, 7], max_tokens=5)
+    engine.add(again)
+    plan = launch(engine)
+    assert plan.removed_rows.tolist() == [0] and added_ids(plan) == ["r0/0"]
+    engine.drain()
+    assert engine.outputs["r0/0"] == expected_tokens(again)
+
+
+def test_a_live_id_is_refused() -> None:
+    engine = make_engine()
+    engine.add(create_request())
+    with pytest.raises(RequestIdInUse):
+        engine.scheduler.add(create_request(prompt=[5]))
+    engine.drain()
+    assert engine.outputs["r0/0"] == expected_tokens(create_request())
+
+
+# Order
+
+
+def test_priority_then_arrival() -> None:
+    engine = make_engine(max_num_seqs=1)
+    for name, priority in (("late", 1), ("second", 0), ("third", 0), ("first", -1)):
+        engine.add(create_request(f"{name}/0", priority=priority, max_tokens=1))
+    order = []
+    while engine.scheduler.num_unfinished:
+        plan = engine.launch()
+        order += added_ids(plan) if plan else []
+        engine.deliver()
+    assert order == ["first/0", "second/0", "third/0", "late/0"]
+
+
+def test_the_last_in_order_is_preempted_and_keeps_its_place() -> None:
+    worker = worker_info(block_size=4, num_blocks=9)
+    engine = make_engine(worker, max_num_seqs=3, enable_prefix_caching=False, max_plans_in_flight=1)
+    requests = [
+        create_request("low/0", range(8), 20, priority=5),
+        create_request("old/0", range(10, 18), 20),
+        create_request("new/0", range(20, 28), 4),
+    ]
+    engine.add(*requests)
+    admitted: Counter[str] = Counter()
+    while engine.scheduler.num_unfinished:
+        plan = engine.launch()
+        admitted.update(added_ids(plan) if plan else [])
+        engine.deliver()
+    assert admitted["old/0"] == admitted["new/0"] == 1 < admitted["low/0"]
+    assert engine.outputs == expected(requests)
+
+
+def test_the_queue_is_bounded_and_preempted_sequences_dont_count() -> None:
+    engine = make_engine(max_num_waiting=2)
+    engine.add(*create_requests(2))
+    with pytest.raises(QueueFull):
+        engine.scheduler.add(create_request("more/0"))
+    launch(engine)
+    engine.scheduler.add(create_request("more/0"))
+    engine.scheduler.check_integrity()
+
+
+def test_an_admission_leaves_the_watermark_free() -> None:
+    worker = worker_info(block_size=4, num_blocks=11)
+    engine = make_engine(worker, admission_watermark=0.3)
+    engine.add(create_request("a/0", range(16)), create_request("b/0", range(20, 36)))
+    assert added_ids(launch(engine)) == ["a/0"]
+    alone = make_engine(worker, admission_watermark=0.3)
+    alone.add(create_request(prompt=range(39), max_tokens=2))
+    assert added_ids(launch(alone)) == ["r0/0"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [create_request(prompt=[]), create_request(max_tokens=0), create_request(max_tokens=4096)],
+    ids=["empty", "no tokens", "too long"],
+)
+def test_what_can_never_run_is_refused(request_: SequenceRequest) -> None:
+    engine = make_engine()
+    with pytest.raises(InvalidRequest):
+        engine.scheduler.add(request_)
+    assert engine.scheduler.num_unfinished == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_num_seqs": 0},
+        {"max_num_seqs": 10, "max_num_batched_tokens": 9},
+        {"max_chunk_tokens": 0},
+        {"max_plans_in_flight": 5},
+        {"max_plans_in_flight": 0},
+        {"max_num_waiting": 0},
+        {"admission_watermark": 1.0},
+    ],
+)
+def test_a_wrong_config_names_the_key(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change)) if len(change) == 1 else "max_num_batched_tokens"):
+        SchedulerConfig(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        StepResult(2, [1], [5]),
+        StepResult(1, [1, 1], [5, 5]),
+        StepResult(1, [1], []),
+        StepResult(1, [0], []),
+        StepResult(1, [1], [5], logprobs=(RowLogprobs(3, -1.0),)),
+    ],
+    ids=["other step", "too many rows", "too few ids", "no fault", "other row"],
+)
+def test_a_result_that_does_not_fit_its_plan_is_refused_whole(result: StepResult) -> None:
+    engine = make_engine()
+    engine.add(create_request())
+    launch(engine)
+    with pytest.raises(ProtocolError):
+        engine.scheduler.update(result)
+    engine.drain()
+    assert engine.outputs["r0/0"] == expected_tokens(create_request())
+
+
+# Prefix cache
+
+
+def test_generated_text_is_cached_too() -> None:
+    engine = make_engine(worker_info(block_size=4))
+    first = create_request(prompt=range(6), max_tokens=13)
+    engine.add(first)
+    engine.drain()
+    # The next turn continues the conversation.
+    text = [*range(6), *expected_tokens(first)]
+    assert engine.scheduler.longest_prefix(np.array(text, np.int32)) == 16
+    second = create_request("r1/0", prompt=[*text, 5, 5])
+    engine.add(second)
+    engine.drain()
+    assert engine.finished["r1/0"].num_cached_tokens == 16
+    assert engine.outputs["r1/0"] == expected_tokens(second)
+
+
+def test_salts_keep_caches_apart() -> None:
+    engine = make_engine(worker_info(block_size=4))
+    for index, (salt, num_cached) in enumerate([("a", 0), ("b", 0), ("a", 8), ("", 0)]):
+        engine.add(create_request(f"r{index}/0", prompt=range(10), cache_salt=salt))
+        engine.drain()
+        assert engine.finished[f"r{index}/0"].num_cached_tokens == num_cached
+
+
+def test_reset_forgets_what_nobody_uses() -> None:
+    engine = make_engine(worker_info(block_size=4))
+    engine.add(create_request(prompt=range(10), max_tokens=1))
+    engine.drain()
+    assert engine.scheduler.reset_prefix_cache() == 2
+    assert engine.scheduler.longest_prefix(np.arange(10, dtype=np.int32)) == 0
+    assert engine.scheduler.load().num_free_blocks == 1024
+
+
+# Faults and losses
+
+
+def test_a_row_fault_ends_one_sequence_and_its_blocks_are_not_trusted() -> None:
+    engine = make_engine(worker_info(block_size=4))
+    requests = create_requests(3, prompt_len=12, max_tokens=6)
+    engine.runner.faulty.add("r1/0")  # type: ignore[attr-defined]
+    engine.add(*requests)
+    engine.drain()
+    finished = engine.finished.pop("r1/0")
+    assert finished.reason is FinishReason.ERROR and finished.error
+    assert engine.outputs.pop("r1/0") == []
+    assert engine.outputs == {r.sequence_id: expected_tokens(r) for r in requests if r.sequence_id != "r1/0"}
+    assert engine.scheduler.longest_prefix(requests[1].prompt_token_ids) == 0
+
+
+def test_logprobs_reach_the_sequence_that_asked() -> None:
+    engine = make_engine()
+    engine.add(create_request("a/0"), create_request("b/0", sampling=RowSampling(num_logprobs=2)))
+    launch(engine)
+    outputs = engine.deliver()
+    assert outputs.logprobs.keys() == {"b/0"}
+    assert outputs.logprobs["b/0"].top_token_ids[0] == engine.outputs["b/0"][0]
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+@pytest.mark.parametrize("num_delivered", range(6))
+def test_a_lost_worker_loses_and_repeats_no_token(num_delivered: int, block_size: int) -> None:
+    engine = make_engine(max_plans_in_flight=3)
+    requests = create_requests(5, prompt_len=20, max_tokens=9)
+    engine.add(*requests)
+    for _ in range(num_delivered):
+        engine.step()
+    engine.lose_worker()
+    assert engine.scheduler.schedule() is None
+    assert engine.scheduler.longest_prefix(requests[0].prompt_token_ids) == 0
+    late = create_request("late/0")
+    engine.add(late)
+    engine.attach_worker(FakeRunner(worker_info(block_size=block_size, num_blocks=1024 // block_size)))
+    assert launch(engine).step_id == 1
+    engine.drain()
+    assert engine.outputs == expected([*requests, late])
+
+
+def test_a_worker_of_another_block_size_has_a_prefix_cache_of_its_own() -> None:
+    engine = make_engine(worker_info(block_size=16))
+    request = create_request(prompt=range(40), max_tokens=20)
+    engine.add(request)
+    engine.step()
+    engine.lose_worker()
+    engine.attach_worker(FakeRunner(worker_info(block_size=4)))
+    engine.drain()
+    assert engine.scheduler.longest_prefix(request.prompt_token_ids) == 40
+    assert engine.outputs["r0/0"] == expected_tokens(request)
+
+
+def test_a_smaller_worker_ends_what_no_longer_fits() -> None:
+    engine = make_engine()
+    large, small = create_request("large/0", range(100), 50), create_request("small/0", range(10), 20)
+    engine.add(large, small)
+    engine.step()
+    engine.lose_worker()
+    engine.attach_worker(FakeRunner(worker_info(num_blocks=5)))
+    assert engine.finished["large/0"].reason is FinishReason.ERROR
+    engine.drain()
+    assert engine.outputs["small/0"] == expected_tokens(small)
+
+
+def run_with_poison(engine: Engine, poison: set[str]) -> list[set[str]]:
+    """Runs to the end; the worker dies in every step that computes one of `poison`. Gives for each loss the
+    sequences that were present and had brought no token since they were admitted.
+    """
+    unproven_at_losses = []
+    num_tokens_at_admission: dict[str, int] = {}
+    while engine.scheduler.num_unfinished:
+        plan = engine.launch()
+        for sequence_id in added_ids(plan) if plan else []:
+            num_tokens_at_admission[sequence_id] = len(engine.outputs[sequence_id])
+        present = {row.sequence_id for row in engine.runner.rows.values()}  # type: ignore[attr-defined]
+        if present & poison:
+            unproven_at_losses.append({s for s in present if len(engine.outputs[s]) == num_tokens_at_admission[s]})
+            engine.lose_worker()
+            engine.attach_worker(FakeRunner(engine.runner.info))
+        elif plan is None:
+            engine.deliver()
+    return unproven_at_losses
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("poison", [{"r2/0"}, {"r0/0"}, {"r1/0", "r4/0"}])
+def test_no_poisonous_sequence_survives_three_losses_and_the_innocent_finish(poison: set[str], depth: int) -> None:
+    engine = make_engine(max_plans_in_flight=depth)
+    requests = create_requests(6, max_tokens=12)
+    engine.add(*requests)
+    unproven_at_losses = run_with_poison(engine, poison)
+    assert {s for s, finished in engine.finished.items() if finished.reason is FinishReason.ERROR} == poison
+    assert len(unproven_at_losses) <= 3 * len(poison)
+    assert all(len(unproven & poison) == 1 for unproven in unproven_at_losses[2:]), "two suspects meet"
+    assert all(len(unproven) == 1 for unproven in unproven_at_losses[2:]), "a suspect is beside one that is not proven"
+    innocent = [request for request in requests if request.sequence_id not in poison]
+    assert {s: tokens for s, tokens in engine.outputs.items() if s not in poison} == expected(innocent)
+
+
+def test_losses_with_progress_between_them_end_nobody() -> None:
+    engine = make_engine()
+    requests = create_requests(4, max_tokens=60)
+    engine.add(*requests)
+    for _ in range(6):
+        for _ in range(8):
+            engine.step()
+        engine.lose_worker()
+        engine.attach_worker(FakeRunner())
+    engine.drain()
+    assert engine.outputs == expected(requests)
+
+
+def test_nothing_keeps_a_scheduler_from_being_used_again() -> None:
+    """run() twice on one scheduler: rows, ids and the cache carry over."""
+    engine = make_engine(worker_info(num_blocks=12), max_num_seqs=4)
+    requests = create_requests(10, prompt_len=40, max_tokens=30, common_prefix=range(16))
+    for _ in range(2):
+        assert run(engine.scheduler, engine.runner, requests) == expected(requests)
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.load().num_used_blocks == 0

@@ -1,0 +1,1 @@
+"""The parts of the forward pass. They know torch, never the wire."""

@@ -1,0 +1,1 @@
+"""Model families. They know torch and the layers, never the wire."""
