@@ -2,14 +2,14 @@
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS build
-# PyTorch's own index has CPU builds. The torch of PyPI would bring several GB of CUDA packages, so it is
-# installed first, from here, and what comes after finds it there.
+# PyTorch's own index has CPU builds; the torch of PyPI would bring several GB of CUDA packages. So torch is
+# installed first, and alone, from there.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 RUN python3 -m venv /opt/tandem
 COPY constraints.txt ./
-RUN /opt/tandem/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX_URL}" -c constraints.txt torch
-COPY pyproject.toml README.md ./
+RUN /opt/tandem/bin/pip install --no-cache-dir --no-deps --index-url "${TORCH_INDEX_URL}" -c constraints.txt torch
+COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY tandem tandem
 COPY scheduler_service scheduler_service

@@ -47,10 +47,10 @@ class RecordingScheduler(Scheduler):
     def add(self, request: SequenceRequest) -> None:
         self._record("add", super().add, request)
 
-    def abort(self, sequence_id: str) -> bool:
+    def abort(self, sequence_id: str) -> FinishedSequence | None:
         return self._record("abort", super().abort, sequence_id)
 
-    def stop(self, sequence_id: str, num_output_tokens: int) -> bool:
+    def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
         return self._record("stop", super().stop, sequence_id, num_output_tokens)
 
     def schedule(self) -> StepPlan | None:

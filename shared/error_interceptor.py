@@ -87,7 +87,7 @@ def status_of(error: TandemError) -> status_pb2.Status:
     return status
 
 
-async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
     """Ends the call with the error's status. Never returns."""
     if isinstance(error, TandemError):
         code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)

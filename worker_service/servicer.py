@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "tandem.v1.WorkerService"
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):

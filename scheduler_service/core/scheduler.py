@@ -93,24 +93,22 @@ class Scheduler:
         self._live[request.sequence_id] = sequence
         self._enqueue(sequence)
 
-    def abort(self, sequence_id: str) -> bool:
-        """Ends a sequence; its blocks are free at once. False if it is not live."""
+    def abort(self, sequence_id: str) -> FinishedSequence | None:
+        """Ends a sequence; its blocks are free at once. None if it is not live."""
         sequence = self._live.get(sequence_id)
-        if sequence is None:
-            return False
-        self._finish(sequence, FinishReason.ABORT)
-        return True
+        return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
-    def stop(self, sequence_id: str, num_output_tokens: int) -> bool:
-        """Ends a sequence at a stop that the front end found in its text; what came after is overshoot."""
+    def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
+        """Ends a sequence at a stop that the front end found in its text; what came after is overshoot. None if it
+        is not live.
+        """
         sequence = self._live.get(sequence_id)
         if sequence is None:
-            return False
+            return None
         num_past = max(0, sequence.num_output_tokens - num_output_tokens)
         self._num_output_tokens -= num_past
         self._num_overshoot_tokens += num_past
-        self._finish(sequence, FinishReason.STOP)
-        return True
+        return self._finish(sequence, FinishReason.STOP)
 
     def reset_prefix_cache(self) -> int:
         """Forgets cached blocks that no sequence uses; gives their number."""

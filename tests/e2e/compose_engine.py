@@ -43,9 +43,7 @@ class EngineError(Exception):
 def run(command: Sequence[str], timeout_s: float, *, environment: dict[str, str] | None = None) -> str:
     """The command's output; EngineError if it fails or takes too long."""
     try:
-        done = subprocess.run(
-            command, env=environment, timeout=timeout_s, capture_output=True, text=True
-        )
+        done = subprocess.run(command, env=environment, timeout=timeout_s, capture_output=True, text=True)
     except subprocess.TimeoutExpired as error:
         raise EngineError(f"took more than {timeout_s:g} s: {' '.join(command)}") from error
     if done.returncode != 0:

@@ -107,7 +107,7 @@ def check_grpcurl_lists(deployment: Deployment) -> None:
 def check_grpcurl_streams_text(deployment: Deployment) -> None:
     request = {"prompt": {"text": "First Citizen:\n"}, "stopping": {"max_tokens": 24, "ignore_eos": True}}
     output = grpcurl(deployment.address, "tandem.v1.InferenceService/GenerateStream", data=json.dumps(request))
-    text = "".join(message.get("textDelta", "") for message in json_stream(output))
+    text = "".join(message.get("text_delta", "") for message in json_stream(output))
     assert text.strip(), output
 
 

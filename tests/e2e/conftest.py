@@ -38,5 +38,4 @@ def start_engine(model_folder: Path) -> Iterator[StartEngine]:
 
     yield start
     for engine in engines:
-        print(engine.logs())
         engine.close()

@@ -85,11 +85,13 @@ class Engine:
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
+        # A random model has no tokenizer; any will do where prompts are token ids.
+        tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
         self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder)
         try:
             self.worker.wait_listening()
-            flags = [*common, "--worker-address", self.worker.address, *scheduler_flags]
+            flags = [*common, *tokenizer, "--worker-address", self.worker.address, *scheduler_flags]
             self.scheduler = Service("scheduler_service", flags, folder)
             self.connect()
         except BaseException:
@@ -122,16 +124,15 @@ class Engine:
     def stream(self, request: inference_pb2.GenerateStreamRequest, timeout_s: float = WAIT_S) -> "Stream":
         return Stream(self.inference.GenerateStream(request, timeout=timeout_s))
 
-    def logs(self) -> str:
-        services = [getattr(self, name) for name in ("worker", "scheduler") if hasattr(self, name)]
-        return "\n".join(service.log_file.read_text() for service in services)
-
     def close(self) -> None:
+        """Kills what still runs and prints both logs, for whoever reads of a failure. A second time it does nothing."""
         if hasattr(self, "channel"):
             self.channel.close()
         for name in ("scheduler", "worker"):
-            if hasattr(self, name):
-                getattr(self, name).kill()
+            service: Service | None = getattr(self, name, None)
+            if service is not None and service.log_file.exists():
+                service.kill()
+                print(service.log_file.read_text())
         self._folder.cleanup()
 
 

@@ -67,26 +67,27 @@ def test_a_generation_streams_text(engine: Engine) -> None:
     output = grpcurl(engine.scheduler.address, f"{INFERENCE}/GenerateStream", data=json.dumps(request))
     messages = json_stream(output)
     assert len(messages) > 1
-    assert sum(len(message.get("tokenIds", [])) for message in messages) == 24
-    assert "".join(message.get("textDelta", "") for message in messages).strip()
+    assert sum(len(message.get("token_ids", [])) for message in messages) == 24
+    assert "".join(message.get("text_delta", "") for message in messages).strip()
     assert messages[-1]["finish"] == {"reason": "FINISH_REASON_LENGTH"}
-    assert messages[-1]["usage"]["numOutputTokens"] == 24
+    assert messages[-1]["usage"]["num_output_tokens"] == 24
     [whole] = json_stream(grpcurl(engine.scheduler.address, f"{INFERENCE}/Generate", data=json.dumps(request)))
-    assert whole["choices"][0]["text"] == "".join(message.get("textDelta", "") for message in messages)
+    assert whole["choices"][0]["text"] == "".join(message.get("text_delta", "") for message in messages)
 
 
 def test_a_bad_request_is_refused_with_its_fields(engine: Engine) -> None:
-    request = {"prompt": {"text": "To be"}, "sampling": {"topP": 1.5}, "stopping": {"maxTokens": 0}}
+    request = {"prompt": {"text": "To be"}, "sampling": {"top_p": 1.5}, "stopping": {"max_tokens": 0}}
     with pytest.raises(GrpcurlError) as caught:
         grpcurl(engine.scheduler.address, f"{INFERENCE}/GenerateStream", data=json.dumps(request))
     assert "Code: InvalidArgument" in caught.value.output
     assert "google.rpc.BadRequest" in caught.value.output
-    assert "sampling.topP" in caught.value.output or "sampling.top_p" in caught.value.output
-    assert "stopping.maxTokens" in caught.value.output or "stopping.max_tokens" in caught.value.output
+    for field in ("sampling.top_p", "stopping.max_tokens"):
+        assert field in caught.value.output
 
 
 def test_load_is_there_for_an_operator(engine: Engine) -> None:
     [load] = json_stream(grpcurl(engine.scheduler.address, "tandem.v1.ControlService/GetLoad"))
     assert (
-        load["numTotalBlocks"] > 0 and load["numFreeBlocks"] + load.get("numCachedBlocks", 0) == load["numTotalBlocks"]
+        load["num_total_blocks"] > 0
+        and load["num_free_blocks"] + load.get("num_cached_blocks", 0) == load["num_total_blocks"]
     )

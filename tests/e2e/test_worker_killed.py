@@ -97,8 +97,12 @@ Disturbance = Callable[[Engine, list[Stream]], None]
 
 @pytest.mark.parametrize(
     ("disturb", "num_losses"),
-    [(kill_and_replace, 1), (kill_twice, 2), (freeze_and_thaw, 1), (freeze_and_replace, 1)],
-    ids=lambda value: getattr(value, "__name__", ""),
+    [
+        pytest.param(kill_and_replace, 1, id="killed"),
+        pytest.param(kill_twice, 2, id="killed-twice"),
+        pytest.param(freeze_and_thaw, 1, id="frozen"),
+        pytest.param(freeze_and_replace, 1, id="frozen-then-killed"),
+    ],
 )
 def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
     engine: Engine, truth: list[list[int]], disturb: Disturbance, num_losses: int

@@ -1,0 +1,42 @@
+"""tandem-scheduler: the scheduler service as a process."""
+
+import asyncio
+import logging
+import sys
+
+from scheduler_service.service import SchedulerService
+from shared.config import SchedulerSettings, read_command_line
+from shared.errors import ConfigError, ModelError
+from shared.log import configure_logging
+from shared.server import stop_event, write_port_file
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: SchedulerSettings) -> None:
+    service = SchedulerService(settings)
+    stopping = stop_event()
+    write_port_file(settings.port_file, await service.start())
+    stopped = asyncio.create_task(stopping.wait())
+    failed = asyncio.create_task(service.wait())
+    await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
+    logger.info("stopping")
+    await service.stop(settings.drain_grace_s)
+    stopped.cancel()
+    if failed.done() and not failed.cancelled():
+        failed.result()
+    failed.cancel()
+
+
+def main() -> None:
+    settings = read_command_line(SchedulerSettings, "tandem-scheduler", "Schedules requests onto a worker service.")
+    configure_logging(settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except (ConfigError, ModelError) as error:
+        print(f"tandem-scheduler: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The control RPCs: what an operator asks of a running scheduler service."""
+
+import time
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from scheduler_service.front_end import FrontEnd
+from shared.errors import WorkerUnavailable
+from shared.step_codec import PROTOCOL_VERSION
+from tandem.v1 import control_pb2, control_pb2_grpc
+
+SERVICE_NAME = "tandem.v1.ControlService"
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class ControlServicer(control_pb2_grpc.ControlServiceServicer):
+    def __init__(self, front_end: FrontEnd, version: str) -> None:
+        self._front_end = front_end
+        self._version = version
+        self._started = time.monotonic()
+
+    async def GetServerInfo(
+        self, request: control_pb2.GetServerInfoRequest, context: Context
+    ) -> control_pb2.GetServerInfoResponse:
+        step_loop = self._front_end.step_loop
+        if step_loop.is_connected:
+            state = control_pb2.WORKER_STATE_READY
+        elif step_loop.worker is None:
+            state = control_pb2.WORKER_STATE_CONNECTING
+        else:
+            state = control_pb2.WORKER_STATE_LOST
+        uptime = Duration()
+        uptime.FromMilliseconds(round((time.monotonic() - self._started) * 1000))
+        return control_pb2.GetServerInfoResponse(
+            version=self._version,
+            protocol_version=PROTOCOL_VERSION,
+            scheduler_id=step_loop.scheduler_id,
+            session_epoch=step_loop.epoch,
+            worker_state=state,
+            worker_instance_id=step_loop.worker.worker_instance_id if step_loop.worker else "",
+            uptime=uptime,
+            draining=self._front_end.is_draining,
+        )
+
+    async def GetModelInfo(
+        self, request: control_pb2.GetModelInfoRequest, context: Context
+    ) -> control_pb2.GetModelInfoResponse:
+        worker = self._front_end.step_loop.worker
+        if worker is None:
+            raise WorkerUnavailable("no worker has been seen yet")
+        return control_pb2.GetModelInfoResponse(
+            model=worker.model,
+            fingerprint=worker.fingerprint,
+            dtype=worker.dtype,
+            vocab_size=worker.vocab_size,
+            max_model_len=worker.max_model_len,
+            eos_token_ids=worker.eos_token_ids,
+        )
+
+    async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
+        scheduler = self._front_end.step_loop.scheduler
+        if scheduler is None:
+            return control_pb2.GetLoadResponse()
+        load = scheduler.load()
+        return control_pb2.GetLoadResponse(
+            num_waiting_sequences=load.num_waiting_sequences,
+            num_running_sequences=load.num_running_sequences,
+            num_total_blocks=load.num_total_blocks,
+            num_free_blocks=load.num_free_blocks,
+            num_cached_blocks=load.num_cached_blocks,
+            num_used_blocks=load.num_used_blocks,
+            block_size_tokens=load.block_size,
+            num_steps_in_flight=load.num_steps_in_flight,
+            num_steps=load.num_steps,
+            num_preemptions=load.num_preemptions,
+            num_worker_losses=load.num_worker_losses,
+            num_prompt_tokens=load.num_prompt_tokens,
+            num_cached_prompt_tokens=load.num_cached_prompt_tokens,
+            num_output_tokens=load.num_output_tokens,
+            num_overshoot_tokens=load.num_overshoot_tokens,
+        )
+
+    async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
+        self._front_end.abort(request.request_id)
+        return control_pb2.AbortResponse()
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        await self._front_end.drain()
+        return control_pb2.DrainResponse()
+
+    async def ResetPrefixCache(
+        self, request: control_pb2.ResetPrefixCacheRequest, context: Context
+    ) -> control_pb2.ResetPrefixCacheResponse:
+        scheduler = self._front_end.step_loop.scheduler
+        count = scheduler.reset_prefix_cache() if scheduler is not None else 0
+        return control_pb2.ResetPrefixCacheResponse(num_forgotten_blocks=count)

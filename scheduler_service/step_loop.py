@@ -1,0 +1,195 @@
+"""The sole caller of the scheduler core: plan -> worker -> update, some plans in flight.
+
+Knows the core and the worker's interface; of the front end only a sink that takes each step's outputs as one
+batch of plain data, so that it could be another process. When the worker is lost it waits for one with the same
+fingerprint and goes on; no step is ever retried.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from scheduler_service.core.scheduler import Scheduler
+from scheduler_service.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
+from scheduler_service.worker_client import WorkerClient, WorkerSession
+from shared.errors import TandemError, WorkerUnavailable
+from shared.step_plan import WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+MIN_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 1.0
+
+CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], Scheduler]
+
+
+class Sink(Protocol):
+    """What the step loop tells the front end, between steps."""
+
+    def on_outputs(self, outputs: StepOutputs) -> None: ...
+
+    def on_finished(self, finished: list[FinishedSequence]) -> None:
+        """Sequences that ended outside a step."""
+
+    def on_worker_gone(self, error: WorkerUnavailable) -> None:
+        """No worker came back in time: every live sequence has ended."""
+
+    async def on_readiness(self, is_ready: bool) -> None: ...
+
+
+class StepLoop:
+    """Runs one scheduler against one worker address, through losses of the worker. All of it is one event loop's."""
+
+    def __init__(
+        self,
+        client: WorkerClient,
+        config: SchedulerConfig,
+        sink: Sink,
+        *,
+        scheduler_id: str,
+        worker_wait_s: float,
+        step_timeout_s: float,
+        create_scheduler: CreateScheduler = Scheduler,
+    ) -> None:
+        self.scheduler_id = scheduler_id
+        self.epoch = 0
+        self.scheduler: Scheduler | None = None
+        self.worker: WorkerInfo | None = None
+        self.is_connected = False
+        self._client = client
+        self._config = config
+        self._sink = sink
+        self._worker_wait_s = worker_wait_s
+        self._step_timeout_s = step_timeout_s
+        self._create_scheduler = create_scheduler
+        # No worker in time: new sequences are refused until there is one.
+        self._has_given_up = False
+        self._has_news = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self._sent_at: deque[float] = deque()
+
+    def submit(self, requests: list[SequenceRequest]) -> None:
+        """Queues sequences, all or none. Raises what Scheduler.add raises, and WorkerUnavailable."""
+        if self.scheduler is None:
+            raise WorkerUnavailable("no worker has been seen yet")
+        if self._has_given_up:
+            raise WorkerUnavailable("the worker is gone")
+        added = []
+        try:
+            for request in requests:
+                self.scheduler.add(request)
+                added.append(request)
+        except TandemError:
+            for request in added:
+                self.scheduler.abort(request.sequence_id)
+            raise
+        self._has_news.set()
+
+    def abort(self, sequence_id: str) -> FinishedSequence | None:
+        return self.scheduler.abort(sequence_id) if self.scheduler else None
+
+    def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
+        return self.scheduler.stop(sequence_id, num_output_tokens) if self.scheduler else None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            session = await self._connect()
+            self._has_given_up = False
+            self.is_connected = True
+            await self._sink.on_readiness(True)
+            try:
+                await self._run_session(session)
+            except Exception as error:
+                # Whatever it was, the outcome of the steps in flight is unknown.
+                is_expected = isinstance(error, WorkerUnavailable)
+                logger.warning("worker lost: %s", error, exc_info=None if is_expected else error)
+            finally:
+                self.is_connected = False
+                await session.close()
+            await self._sink.on_readiness(False)
+            assert self.scheduler is not None
+            self._sink.on_finished(self.scheduler.lose_worker())
+
+    async def _connect(self) -> WorkerSession:
+        """A session with the right worker; gives up on the live sequences, but not on the worker, in time."""
+        started, backoff = time.monotonic(), MIN_BACKOFF_S
+        while True:
+            try:
+                return await self._try_connect()
+            except WorkerUnavailable as error:
+                logger.info("no worker yet: %s", error)
+                waited_s = time.monotonic() - started
+                if self.scheduler is not None and waited_s >= self._worker_wait_s and not self._has_given_up:
+                    self._give_up(WorkerUnavailable(f"no worker came back in {self._worker_wait_s} s: {error}"))
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    async def _try_connect(self) -> WorkerSession:
+        info = await self._client.get_info()
+        is_needed = self.scheduler is not None and self.scheduler.num_unfinished > 0
+        if self.worker is not None and is_needed and info.fingerprint != self.worker.fingerprint:
+            raise WorkerUnavailable(f"the worker has another model: fingerprint {info.fingerprint}")
+        self.epoch += 1
+        session = await self._client.open_session(info, self.scheduler_id, self.epoch)
+        logger.info("session %d with worker %s, %s", self.epoch, info.worker_instance_id, info.model)
+        self.worker = info
+        if self.scheduler is None:
+            self.scheduler = self._create_scheduler(self._config, info)
+        else:
+            self._sink.on_finished(self.scheduler.attach_worker(info))
+        return session
+
+    def _give_up(self, error: WorkerUnavailable) -> None:
+        self._has_given_up = True
+        logger.error("%s", error)
+        self._sink.on_worker_gone(error)
+
+    async def _run_session(self, session: WorkerSession) -> None:
+        """Until the worker is lost: then raises why."""
+        self._sent_at.clear()
+        self._has_news.set()
+        parts: list[Coroutine[Any, Any, None]] = [
+            self._receive(session),
+            self._send_on_news(session),
+            self._watch(),
+        ]
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, session: WorkerSession) -> None:
+        assert self.scheduler is not None
+        async for result in session.results():
+            outputs = self.scheduler.update(result)
+            self._sent_at.popleft()
+            # The worker first: the next plan leaves before the front end hears of this step.
+            await self._send_plans(session)
+            self._sink.on_outputs(outputs)
+
+    async def _send_on_news(self, session: WorkerSession) -> None:
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            await self._send_plans(session)
+
+    async def _send_plans(self, session: WorkerSession) -> None:
+        assert self.scheduler is not None
+        async with self._sending:
+            while (plan := self.scheduler.schedule()) is not None:
+                self._sent_at.append(time.monotonic())
+                await session.send(plan)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._step_timeout_s / 10)
+            if self._sent_at and time.monotonic() - self._sent_at[0] > self._step_timeout_s:
+                raise WorkerUnavailable(f"no result for {self._step_timeout_s} s")

@@ -1,0 +1,115 @@
+"""The worker as the step loop sees it, and its gRPC implementation. Knows the wire, decides nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import grpc
+
+from shared.errors import ProtocolError, WorkerUnavailable
+from shared.grpc_options import CHANNEL_OPTIONS
+from shared.step_codec import PROTOCOL_VERSION, decode_info, decode_result, encode_plan
+from shared.step_plan import StepPlan, StepResult, WorkerInfo
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class WorkerSession(Protocol):
+    """One session with one worker."""
+
+    info: WorkerInfo
+
+    async def send(self, plan: StepPlan) -> None: ...
+
+    def results(self) -> AsyncIterator[StepResult]:
+        """Results in the order of the plans, until the session ends: then raises WorkerUnavailable."""
+
+    async def close(self) -> None: ...
+
+
+class WorkerClient(Protocol):
+    async def get_info(self) -> WorkerInfo:
+        """WorkerUnavailable where no worker answers."""
+
+    async def open_session(self, info: WorkerInfo, scheduler_id: str, epoch: int) -> WorkerSession:
+        """WorkerUnavailable where the worker does not take it."""
+
+    async def close(self) -> None: ...
+
+
+class GrpcWorkerClient:
+    """A worker service at an address."""
+
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._address = address
+        self._channel = (
+            grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
+        )
+        self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
+
+    async def get_info(self) -> WorkerInfo:
+        try:
+            # wait_for_ready, so that a channel in backoff tries again within the time.
+            response = await self._stub.GetWorkerInfo(
+                worker_pb2.GetWorkerInfoRequest(), timeout=CONNECT_TIMEOUT_S, wait_for_ready=True
+            )
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailable(f"worker at {self._address}: {error.details()}") from error
+        return decode_info(response)
+
+    async def open_session(self, info: WorkerInfo, scheduler_id: str, epoch: int) -> WorkerSession:
+        call = self._stub.ExecuteSteps()
+        opening = worker_pb2.OpenSession(
+            protocol_version=PROTOCOL_VERSION,
+            scheduler_id=scheduler_id,
+            session_epoch=epoch,
+            worker_instance_id=info.worker_instance_id,
+        )
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await call.write(worker_pb2.ExecuteStepsRequest(open=opening))
+                response = await call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            call.cancel()
+            raise WorkerUnavailable(f"worker at {self._address}: {_why(call, error)}") from error
+        if response is grpc.aio.EOF or response.WhichOneof("kind") != "opened":
+            call.cancel()
+            raise WorkerUnavailable(f"worker at {self._address} did not open the session")
+        return GrpcWorkerSession(info, call)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class GrpcWorkerSession:
+    """An ExecuteSteps stream whose first message was answered."""
+
+    def __init__(self, info: WorkerInfo, call: "grpc.aio.StreamStreamCall") -> None:  # type: ignore[type-arg]
+        self.info = info
+        self._call = call
+
+    async def send(self, plan: StepPlan) -> None:
+        try:
+            await self._call.write(worker_pb2.ExecuteStepsRequest(plan=encode_plan(plan)))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise WorkerUnavailable(_why(self._call, error)) from error
+
+    async def results(self) -> AsyncIterator[StepResult]:
+        try:
+            while (response := await self._call.read()) is not grpc.aio.EOF:
+                if response.WhichOneof("kind") != "result":
+                    raise ProtocolError("the worker answered a plan with no result")
+                yield decode_result(response.result)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailable(_why(self._call, error)) from error
+        raise WorkerUnavailable("the worker ended the session")
+
+    async def close(self) -> None:
+        self._call.cancel()
+
+
+def _why(call: "grpc.aio.StreamStreamCall", error: Exception) -> str:  # type: ignore[type-arg]
+    return error.details() or str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else repr(error)

@@ -1,0 +1,1 @@
+"""Tandem, as a user imports it."""
