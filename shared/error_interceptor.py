@@ -1,4 +1,4 @@
-"""The one place where errors become gRPC statuses with google.rpc details.
+"""The one place where errors leave the server, as gRPC statuses with google.rpc details.
 
 Wraps Tandem's own services; the standard ones (health, reflection, channelz) are left as they are.
 """
@@ -10,33 +10,14 @@ from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
-from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
 
-from shared import errors
-from shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemError
+from shared.errors import FieldViolation, InvalidRequest, TandemError
+from shared.rich_status import DETAILS_METADATA_KEY, code_of, status_of
 
 logger = logging.getLogger(__name__)
 
-DETAILS_METADATA_KEY = "grpc-status-details-bin"
-ERROR_DOMAIN = "tandem"
 OUR_METHODS = "/tandem."
-
-STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
-    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.RequestIdInUse: grpc.StatusCode.ALREADY_EXISTS,
-    errors.RequestNotFound: grpc.StatusCode.NOT_FOUND,
-    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.Draining: grpc.StatusCode.UNAVAILABLE,
-    errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
-    errors.SequenceFailed: grpc.StatusCode.INTERNAL,
-    errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.SessionTaken: grpc.StatusCode.ABORTED,
-    errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.ProtocolError: grpc.StatusCode.INTERNAL,
-}
-
 
 class _Undecodable:
     """Stands for request bytes that are no message; raising inside gRPC's deserialiser would give INTERNAL."""
@@ -65,35 +46,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[operator, no-any-return]
 
 
-def status_of(error: TandemError) -> status_pb2.Status:
-    """The google.rpc.Status of an error, with its details."""
-    code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)]
-    if isinstance(error, InvalidRequest):
-        violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in error.violations
-        ]
-        details.append(error_details_pb2.BadRequest(field_violations=violations))
-    if isinstance(error, RetryLater):
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
-        details.append(retry)
-    status = status_pb2.Status(code=code.value[0], message=str(error))
-    for detail in details:
-        packed = any_pb2.Any()
-        packed.Pack(detail)
-        status.details.append(packed)
-    return status
-
-
 async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
     """Ends the call with the error's status. Never returns."""
     if isinstance(error, TandemError):
-        code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
-        status = status_of(error)
-        metadata = ((DETAILS_METADATA_KEY, status.SerializeToString()),)
-        await context.abort(code, str(error), metadata)
+        metadata = ((DETAILS_METADATA_KEY, status_of(error).SerializeToString()),)
+        await context.abort(code_of(error), str(error), metadata)
     logger.error("unexpected error", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has more")
     raise AssertionError("abort returned")

@@ -17,6 +17,7 @@ from shared.errors import ConfigError
 ENVIRONMENT_PREFIX = "TANDEM_"
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def option(
@@ -33,9 +34,9 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def add_options(parser: argparse.ArgumentParser, *classes: type) -> None:
-    """Adds a flag for each field; one that two classes share is added once."""
-    known: set[str] = set()
+def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
+    """Adds a flag for each field but those in `without`; one that two classes share is added once."""
+    known = set(without)
     for settings_class in classes:
         for field in dataclasses.fields(settings_class):
             if field.name in known:
@@ -90,6 +91,11 @@ def to_arguments(settings: Any) -> list[str]:
     return arguments
 
 
+def option_names(names: Iterable[str]) -> set[str]:
+    """The environment variables of some fields."""
+    return {variable_of(name) for name in names}
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -125,3 +131,13 @@ def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any
     if choices and value not in choices:
         raise ConfigError(f"{source} must be one of {', '.join(choices)}, is {raw!r}")
     return value
+
+
+def split_keywords(values: Mapping[str, object], first: type[T], second: type[U]) -> tuple[T, U]:
+    """Two settings from keyword arguments, each taking the fields that it has. ConfigError for one that neither has."""
+    fields = [{field.name for field in dataclasses.fields(cls)} for cls in (first, second)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields[0] | fields[1]:
+            raise ConfigError(f"unknown setting {name}")
+    one, other = ({name: value for name, value in values.items() if name in known} for known in fields)
+    return first(**one), second(**other)

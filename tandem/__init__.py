@@ -1,1 +1,21 @@
-"""Tandem, as a user imports it."""
+"""Tandem, as a user imports it: a client of a running server, and LLM, which runs one of its own."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tandem.client import TandemClient
+    from tandem.llm import LLM
+    from tandem.sampling_params import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "TandemClient"]
+
+_MODULES = {"LLM": "tandem.llm", "SamplingParams": "tandem.sampling_params", "TandemClient": "tandem.client"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the services import the stubs inside this package and need none of the rest."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_MODULES[name]), name)

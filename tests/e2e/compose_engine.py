@@ -134,6 +134,8 @@ class Engine:
                     Path(f"{root}.tar").unlink()
         if not self._has_image(base):
             print(f"making {base}", flush=True)
+            for stale in self.podman("images", "--quiet", "--filter", f"reference={base.partition(':')[0]}").split():
+                self.podman("image", "rm", "--force", stale)
             with tempfile.TemporaryDirectory(prefix="tandem-base-") as folder:
                 download_wheels(Path(folder, "wheels"))
                 Path(folder, "Dockerfile").write_text(

@@ -174,7 +174,8 @@ class Stream:
         """All tokens of a stream that ended well."""
         self.join()
         assert self.error is None, self.error
-        assert self.finish is not None and self.usage is not None
+        assert self.finish is not None
+        assert self.usage is not None
         assert self.usage.num_output_tokens == len(self.token_ids)
         return self.token_ids
 

@@ -55,7 +55,9 @@ def test_health_of_an_unknown_service_is_not_found(engine: Engine) -> None:
 
 def test_worker_info_answers(engine: Engine) -> None:
     [info] = json_stream(grpcurl(engine.worker.address, f"{WORKER}/GetWorkerInfo"))
-    assert info["dtype"] == "float32" and info["device"] == "cpu" and info["fingerprint"]
+    assert info["dtype"] == "float32"
+    assert info["device"] == "cpu"
+    assert info["fingerprint"]
 
 
 def test_a_generation_streams_text(engine: Engine) -> None:
@@ -87,7 +89,5 @@ def test_a_bad_request_is_refused_with_its_fields(engine: Engine) -> None:
 
 def test_load_is_there_for_an_operator(engine: Engine) -> None:
     [load] = json_stream(grpcurl(engine.scheduler.address, "tandem.v1.ControlService/GetLoad"))
-    assert (
-        load["num_total_blocks"] > 0
-        and load["num_free_blocks"] + load.get("num_cached_blocks", 0) == load["num_total_blocks"]
-    )
+    assert load["num_total_blocks"] > 0
+    assert load["num_free_blocks"] + load.get("num_cached_blocks", 0) == load["num_total_blocks"]

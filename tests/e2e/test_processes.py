@@ -46,7 +46,8 @@ def test_two_engines_share_a_host(engine: Engine, start_engine: StartEngine) -> 
     request = generate_request(random_prompt(9, VOCAB_SIZE), 60, temperature=0.7, seed=1)
     streams = [each.stream(request) for each in (engine, other)]
     first, second = (stream.result() for stream in streams)
-    assert first == second and len(first) == 60
+    assert first == second
+    assert len(first) == 60
     # The one's worker dies; the other doesn't notice.
     other.worker.kill()
     wait_until(lambda: other.load().num_worker_losses == 1, "the other engine's loss")
@@ -62,7 +63,8 @@ def test_a_prompt_of_40000_tokens_is_served(start_engine: StartEngine, long_cont
     request = generate_request(random_prompt(NUM_LONG_PROMPT_TOKENS, VOCAB_SIZE), 3)
     stream = engine.stream(request)
     assert len(stream.result()) == 3
-    assert stream.usage is not None and stream.usage.num_prompt_tokens == NUM_LONG_PROMPT_TOKENS
+    assert stream.usage is not None
+    assert stream.usage.num_prompt_tokens == NUM_LONG_PROMPT_TOKENS
     engine.close()
 
 
@@ -75,11 +77,13 @@ def test_a_cancelled_request_gives_its_blocks_back_while_others_run(engine: Engi
     assert engine.load().num_used_blocks >= blocks_of(900, block_size)
     cancelled.call.cancel()
     cancelled.join()
-    assert cancelled.error is not None and cancelled.error.code() == grpc.StatusCode.CANCELLED
+    assert cancelled.error is not None
+    assert cancelled.error.code() == grpc.StatusCode.CANCELLED
     wait_until(lambda: engine.load().num_running_sequences == 1, "the cancelled sequence is gone")
     num_tokens = len(kept.token_ids)
     load = engine.load()
-    assert kept.is_running() and load.num_running_sequences == 1
+    assert kept.is_running()
+    assert load.num_running_sequences == 1
     assert load.num_used_blocks < blocks_of(8 + num_tokens, block_size) + blocks_of(900, block_size)
     assert len(kept.result()) == 900
     assert engine.load().num_used_blocks == 0
@@ -88,10 +92,12 @@ def test_a_cancelled_request_gives_its_blocks_back_while_others_run(engine: Engi
 def test_a_request_past_its_deadline_gives_its_blocks_back(engine: Engine) -> None:
     late = engine.stream(generate_request(random_prompt(20, VOCAB_SIZE, seed=3), 1000), timeout_s=0.3)
     late.join()
-    assert late.error is not None and late.error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert late.error is not None
+    assert late.error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     wait_until(lambda: engine.load().num_running_sequences == 0, "the late sequence is gone")
     load = engine.load()
-    assert load.num_used_blocks == 0 and load.num_waiting_sequences == 0
+    assert load.num_used_blocks == 0
+    assert load.num_waiting_sequences == 0
     assert load.num_free_blocks + load.num_cached_blocks == load.num_total_blocks
 
 

@@ -143,4 +143,5 @@ def test_the_worker_serves_the_next_scheduler_after_one_was_killed(engine: Engin
     engine.scheduler.start()
     engine.connect()
     assert [stream.result() for stream in [engine.stream(request) for request in make_requests()]] == truth
-    assert engine.worker.process.pid == worker_pid and engine.worker.process.poll() is None
+    assert engine.worker.process.pid == worker_pid
+    assert engine.worker.process.poll() is None

@@ -1,0 +1,73 @@
+"""Tandem's errors as gRPC statuses with google.rpc details, and back. The server writes what the client reads."""
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from shared import errors
+from shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemError
+
+DETAILS_METADATA_KEY = "grpc-status-details-bin"
+ERROR_DOMAIN = "tandem"
+
+STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.RequestIdInUse: grpc.StatusCode.ALREADY_EXISTS,
+    errors.RequestNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Draining: grpc.StatusCode.UNAVAILABLE,
+    errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.SequenceFailed: grpc.StatusCode.INTERNAL,
+    errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.SessionTaken: grpc.StatusCode.ABORTED,
+    errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ProtocolError: grpc.StatusCode.INTERNAL,
+}
+
+
+def code_of(error: TandemError) -> grpc.StatusCode:
+    return STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def status_of(error: TandemError) -> status_pb2.Status:
+    """ErrorInfo always; BadRequest for a wrong request; RetryInfo where waiting helps."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)]
+    if isinstance(error, InvalidRequest):
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+            for v in error.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+    if isinstance(error, RetryLater):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(retry)
+    status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def error_of(error: grpc.RpcError) -> Exception:
+    """The TandemError that a server sent; `error` itself where it is none."""
+    trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    status = status_pb2.Status()
+    for key, value in trailing or ():
+        if key == DETAILS_METADATA_KEY:
+            status.ParseFromString(value)
+    info, bad_request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for message in (info, bad_request, retry):
+            detail.Unpack(message)
+    classes = {error_class.__name__: error_class for error_class in STATUS_CODES}
+    if info.domain != ERROR_DOMAIN or info.reason not in classes:
+        return error
+    error_class = classes[info.reason]
+    if error_class is InvalidRequest:
+        return InvalidRequest(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
+    if issubclass(error_class, RetryLater):
+        return error_class(status.message, retry.retry_delay.ToMilliseconds() / 1000)
+    return error_class(status.message)

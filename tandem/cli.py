@@ -1,0 +1,115 @@
+"""The command `tandem`: serve, generate, demo. Exit status 0 is success, 1 a failure, 2 a wrong command line."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import grpc
+
+from shared.config import SchedulerSettings, WorkerSettings, check_tls
+from shared.errors import ConfigError, TandemError
+from shared.settings import add_options, option_names, read_settings, refuse_unknown_variables
+from tandem.client import TandemClient
+from tandem.processes import Services
+from tandem.sampling_params import SamplingParams
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings))
+        return int(options.run(options))
+    except ConfigError as error:
+        print(f"tandem {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (TandemError, grpc.RpcError) as error:
+        details = error.details() if isinstance(error, grpc.Call) else error
+        print(f"tandem {options.command}: {details}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tandem", description="An LLM inference engine in two gRPC services.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser(
+        "serve",
+        help="run both services on this machine",
+        description="Runs a worker and a scheduler service; a worker that dies is started again. "
+        "--port and the TLS flags are the scheduler's; the worker takes a free port of this machine.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("served", metavar="MODEL", help="model folder, hub id, or 'embedded'")
+    add_options(serve, SchedulerSettings, WorkerSettings, without=("model", "worker_address", "worker_ca"))
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="stream a generation from a running server", allow_abbrev=False)
+    generate.add_argument("prompt", help="text to go on from")
+    generate.add_argument("--address", default="127.0.0.1:50051", help="HOST:PORT of the server; default %(default)s")
+    generate.add_argument("--max-tokens", type=int, default=128, help="output tokens, at most; default %(default)s")
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("seed", int)):
+        generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    generate.set_defaults(run=_generate)
+
+    demo = commands.add_parser("demo", help="both services and one generation, from the embedded model")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    options.model = options.served
+    scheduler = read_settings(SchedulerSettings, options, os.environ)
+    check_tls(scheduler)
+    # The worker is this machine's own affair: a free port, no TLS.
+    private = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
+    worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in private}, port="0")
+    environment = {name: value for name, value in os.environ.items() if name not in option_names(private)}
+    worker = read_settings(WorkerSettings, worker_options, environment)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Services(worker, scheduler) as services:
+            print(f"tandem serve: listening on {services.address}", file=sys.stderr)
+            services.supervise()
+    except KeyboardInterrupt:
+        return 0
+    return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _generate(options: argparse.Namespace) -> int:
+    params = SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+        ignore_eos=options.ignore_eos or None,
+    )
+    with TandemClient(options.address) as client:
+        for delta in client.generate_stream(options.prompt, params):
+            print(delta.text_delta, end="", flush=True)
+    print()
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from tandem.demo import run_demo
+
+    run_demo()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""A client of a scheduler service. Replies are the protobuf messages of tandem.v1; errors are those of shared.errors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from shared.grpc_options import CHANNEL_OPTIONS
+from shared.rich_status import error_of
+from tandem.sampling_params import SamplingParams
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+T = TypeVar("T")
+
+
+class TandemClient:
+    """One connection; safe to share between threads. What a server refuses raises its TandemError; failures of the
+    transport, deadlines among them, raise grpc.RpcError.
+    """
+
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """address is HOST:PORT. With credentials, TLS is spoken."""
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    def __enter__(self) -> "TandemClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int | None = None,
+        cache_salt: str | None = None,
+        timeout_s: float | None = None,
+    ) -> inference_pb2.GenerateResponse:
+        """Runs a prompt to its end. timeout_s is the deadline, after which the server drops the request."""
+        fields = _fields(prompt, params, request_id, priority, cache_salt)
+        return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s)
+
+    def generate_stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int | None = None,
+        cache_salt: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[inference_pb2.GenerateStreamResponse]:
+        """Yields the output as it comes. Closing the iterator aborts the request."""
+        fields = _fields(prompt, params, request_id, priority, cache_salt)
+        call = self._inference.GenerateStream(inference_pb2.GenerateStreamRequest(**fields), timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(_call(self._inference.Tokenize, inference_pb2.TokenizeRequest(text=text)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return _call(self._inference.Detokenize, inference_pb2.DetokenizeRequest(token_ids=token_ids)).text
+
+    def server_info(self) -> control_pb2.GetServerInfoResponse:
+        return _call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
+
+    def model_info(self) -> control_pb2.GetModelInfoResponse:
+        return _call(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())
+
+    def load(self) -> control_pb2.GetLoadResponse:
+        return _call(self._control.GetLoad, control_pb2.GetLoadRequest())
+
+    def abort(self, request_id: str) -> None:
+        _call(self._control.Abort, control_pb2.AbortRequest(request_id=request_id))
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Returns when the live requests have ended; new ones are refused from the call on."""
+        _call(self._control.Drain, control_pb2.DrainRequest(), timeout_s)
+
+    def reset_prefix_cache(self) -> int:
+        """Gives the number of blocks forgotten."""
+        response = _call(self._control.ResetPrefixCache, control_pb2.ResetPrefixCacheRequest())
+        return response.num_forgotten_blocks
+
+
+def _fields(
+    prompt: Prompt,
+    params: SamplingParams | None,
+    request_id: str | None,
+    priority: int | None,
+    cache_salt: str | None,
+) -> dict[str, Any]:
+    """The fields that both generate requests have."""
+    params = params or SamplingParams()
+    if isinstance(prompt, str):
+        message = inference_pb2.Prompt(text=prompt)
+    else:
+        message = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=prompt))
+    return {
+        "prompt": message,
+        "sampling": params.sampling(),
+        "stopping": params.stopping(),
+        "output": params.output(),
+        "num_choices": params.n,
+        "request_id": request_id,
+        "priority": priority,
+        "cache_salt": cache_salt,
+    }
+
+
+def _call(method: Callable[..., T], request: object, timeout_s: float | None = None) -> T:
+    try:
+        return method(request, timeout=timeout_s)
+    except grpc.RpcError as error:
+        raise error_of(error) from error

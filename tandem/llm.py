@@ -1,0 +1,55 @@
+"""Offline use: both services as children of this process, behind one object."""
+
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from shared.config import SchedulerSettings, WorkerSettings
+from shared.settings import split_keywords
+from tandem.client import Prompt, TandemClient
+from tandem.processes import ServiceFailed, Services
+from tandem.sampling_params import SamplingParams
+from tandem.v1 import inference_pb2
+
+MAX_CONCURRENT_REQUESTS = 256
+STARTUP_TIMEOUT_S = 600.0
+
+
+class LLM:
+    """A model to generate with. Use it as a context manager, or close() it: that stops the services."""
+
+    def __init__(self, model: str = "embedded", **settings: object) -> None:
+        """settings: fields of WorkerSettings and SchedulerSettings by name; an unknown one raises ConfigError."""
+        worker, scheduler = split_keywords({"model": model, "port": 0, **settings}, WorkerSettings, SchedulerSettings)
+        # What the services log is shown only if they fail.
+        self._log = tempfile.TemporaryFile("w+")
+        self._services = Services(worker, scheduler, self._log)
+        try:
+            self._services.__enter__()
+            self._services.wait_until_ready(STARTUP_TIMEOUT_S)
+        except ServiceFailed as error:
+            self._log.seek(0)
+            log = self._log.read()
+            self._services.stop()
+            raise ServiceFailed(f"{error}\n{log}") from error
+        self.client = TandemClient(self._services.address)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.client.close()
+        self._services.stop()
+        self._log.close()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[inference_pb2.GenerateResponse]:
+        """One reply a prompt, in their order. A prompt is text or token ids."""
+        is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        every: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item, assignment]
+        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
+            return list(pool.map(lambda prompt: self.client.generate(prompt, params), every))

@@ -1,0 +1,150 @@
+"""Both services as child processes of this one: start, wait until ready, restart the worker, stop, leave nothing.
+
+Ports are free ones, told through files. On Linux the children are told to die with their parent, so that not even
+kill -9 leaves them behind.
+"""
+
+import ctypes
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shared.config import SchedulerSettings, WorkerSettings
+from shared.errors import TandemError
+from shared.settings import to_arguments
+
+INFERENCE_SERVICE = "tandem.v1.InferenceService"
+STOP_TIMEOUT_S = 10.0
+POLL_S = 0.05
+MAX_RESTART_BACKOFF_S = 5.0
+PR_SET_PDEATHSIG = 1
+
+
+class ServiceFailed(TandemError):
+    """A service process did not start, or ended on its own."""
+
+
+class Services:
+    """A worker and a scheduler process. A context manager: leaving it stops both."""
+
+    def __init__(self, worker: WorkerSettings, scheduler: SchedulerSettings, log: IO[str] | None = None) -> None:
+        """log takes what both print; None is this process's stderr."""
+        self._worker_settings = to_arguments(worker)
+        self._scheduler_settings = to_arguments(scheduler)
+        self._log = log
+        self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
+        self.worker: subprocess.Popen[bytes] | None = None
+        self.scheduler: subprocess.Popen[bytes] | None = None
+        self.worker_address = ""
+        self.address = ""
+
+    def __enter__(self) -> "Services":
+        try:
+            self.start_worker(self._worker_settings)
+            scheduler_port = self._start_scheduler()
+        except BaseException:
+            self.stop()
+            raise
+        self.address = f"127.0.0.1:{scheduler_port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start_worker(self, arguments: Sequence[str]) -> None:
+        self.worker, port = self._start("worker_service", arguments)
+        self.worker_address = f"127.0.0.1:{port}"
+
+    def restart_worker(self) -> None:
+        """Starts a worker on the port of the one before, which is gone."""
+        self.start_worker([*self._worker_settings, "--port", self.worker_address.rpartition(":")[2]])
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Until the scheduler serves with its worker. ServiceFailed if a process ends, or time does."""
+        deadline = time.monotonic() + timeout_s
+        with grpc.insecure_channel(self.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < deadline:
+                self.check_alive()
+                try:
+                    request = health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE)
+                    if stub.Check(request, timeout=1).status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                except grpc.RpcError:
+                    # Not listening yet.
+                    pass
+                time.sleep(POLL_S)
+        raise ServiceFailed(f"the services are not ready after {timeout_s} s")
+
+    def check_alive(self) -> None:
+        for name, process in (("worker", self.worker), ("scheduler", self.scheduler)):
+            if process is not None and process.poll() is not None:
+                raise ServiceFailed(f"the {name} ended with status {process.returncode}")
+
+    def supervise(self) -> None:
+        """Starts the worker again whenever it ends; returns when the scheduler ends."""
+        assert self.worker is not None and self.scheduler is not None, "only inside the context"  # noqa: PT018
+        backoff, started = POLL_S, time.monotonic()
+        while self.scheduler.poll() is None:
+            if self.worker.poll() is not None:
+                print(f"tandem: the worker ended with status {self.worker.returncode}; restarting", file=sys.stderr)
+                lived_long = time.monotonic() - started > 2 * MAX_RESTART_BACKOFF_S
+                backoff = POLL_S if lived_long else min(2 * backoff, MAX_RESTART_BACKOFF_S)
+                time.sleep(backoff)
+                started = time.monotonic()
+                try:
+                    self.restart_worker()
+                except ServiceFailed as error:
+                    print(f"tandem: {error}", file=sys.stderr)
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """The scheduler first, so that it has its worker to the end."""
+        for process in (self.scheduler, self.worker):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(STOP_TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        self._folder.cleanup()
+
+    def _start_scheduler(self) -> int:
+        arguments = [*self._scheduler_settings, "--worker-address", self.worker_address]
+        self.scheduler, port = self._start("scheduler_service", arguments)
+        return port
+
+    def _start(self, module: str, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
+        """A running service and the port that it listens on."""
+        port_file = Path(self._folder.name) / f"{module}.port"
+        port_file.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments, "--port-file", str(port_file)],
+            stderr=self._log,
+            # Out of the terminal's reach: Ctrl-C is ours, and we stop them in order.
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            while not port_file.exists():
+                if process.poll() is not None:
+                    raise ServiceFailed(f"{module} ended with status {process.returncode} before it listened")
+                time.sleep(POLL_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return process, int(port_file.read_text())
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

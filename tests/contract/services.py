@@ -1,0 +1,240 @@
+"""Both services in this process, over real loopback gRPC: the worker's servicer runs a fake runner.
+
+Ports are chosen by the services; a worker that is started again listens where it did. Waits are bounded by WAIT_S.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+import xxhash
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from scheduler_service.core.types import SequenceRequest
+from scheduler_service.service import SchedulerService
+from shared.config import SchedulerSettings
+from shared.error_interceptor import DETAILS_METADATA_KEY
+from shared.grpc_options import CHANNEL_OPTIONS
+from shared.server import Server
+from shared.step_plan import RowSampling, WorkerInfo
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc, worker_pb2_grpc
+from tests.builders import worker_info
+from tests.fake_worker import FakeRunner, expected_tokens
+from worker_service.runner import Runner
+from worker_service.servicer import SERVICE_NAME, WorkerServicer
+
+HOST = "127.0.0.1"
+INFERENCE = "tandem.v1.InferenceService"
+CONTROL = "tandem.v1.ControlService"
+WAIT_S = 30.0
+POLL_INTERVAL_S = 0.005
+
+MODEL = "embedded"
+VOCAB_SIZE = 1024
+"""Of the embedded model's tokenizer."""
+
+
+def model_info(**changes: object) -> WorkerInfo:
+    """A fake worker's info, whose vocabulary is that of the embedded model's tokenizer."""
+    return worker_info(**{"model": MODEL, "vocab_size": VOCAB_SIZE, **changes})
+
+
+class Services:
+    """A worker service and a scheduler service. `async with` starts both and stops what still runs."""
+
+    def __init__(self, runner: Runner | None = None, **settings: Any) -> None:
+        """settings: SchedulerSettings' fields."""
+        self.runner = runner or FakeRunner(model_info())
+        self._settings = settings
+        self._worker: Server | None = None
+        self._worker_port = 0
+
+    async def start_worker(self, runner: Runner | None = None) -> None:
+        self.runner = runner or self.runner
+        servicer = WorkerServicer(self.runner)
+        self._worker = Server({SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)})
+        self._worker_port = await self._worker.start(HOST, self._worker_port)
+
+    async def stop_worker(self) -> None:
+        """At once, like a worker that dies."""
+        if self._worker is not None:
+            await self._worker.stop(0)
+            self._worker = None
+
+    async def start(self, *, wait_ready: bool = True) -> None:
+        await self.start_worker()
+        settings: dict[str, Any] = {"model": MODEL, "port": 0, "worker_address": f"{HOST}:{self._worker_port}"}
+        self.service = SchedulerService(SchedulerSettings(**settings | self._settings))
+        self.port = await self.service.start()
+        self.channel = grpc.aio.insecure_channel(f"{HOST}:{self.port}", CHANNEL_OPTIONS)
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.control = control_pb2_grpc.ControlServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+        if wait_ready:
+            await self.wait_health("SERVING")
+
+    async def __aenter__(self) -> "Services":
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.channel.close()
+        await self.service.stop(0)
+        await self.stop_worker()
+
+    async def health_of(self, service: str) -> str:
+        response = await self.health.Check(health_pb2.HealthCheckRequest(service=service))
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+    async def wait_health(self, status: str) -> None:
+        async def has_status() -> bool:
+            return await self.health_of(INFERENCE) == status
+
+        await wait_until(has_status, f"health {status}")
+
+    async def load(self) -> control_pb2.GetLoadResponse:
+        response: control_pb2.GetLoadResponse = await self.control.GetLoad(control_pb2.GetLoadRequest())
+        return response
+
+    async def wait_load(self, is_so: Callable[[control_pb2.GetLoadResponse], bool], what: str) -> None:
+        async def check() -> bool:
+            return is_so(await self.load())
+
+        await wait_until(check, what)
+
+    async def generate(self, request: inference_pb2.GenerateStreamRequest) -> inference_pb2.GenerateResponse:
+        """The same request, unary."""
+        unary = inference_pb2.GenerateRequest.FromString(request.SerializeToString())
+        response: inference_pb2.GenerateResponse = await self.inference.Generate(unary)
+        return response
+
+    async def stream(self, request: inference_pb2.GenerateStreamRequest) -> "StreamedOutput":
+        return await read_stream(self.inference.GenerateStream(request))
+
+
+async def wait_until(is_done: Callable[[], Awaitable[bool]], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not await is_done():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        await asyncio.sleep(POLL_INTERVAL_S)
+
+
+@dataclass
+class StreamedChoice:
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[inference_pb2.TokenLogprob] = field(default_factory=list)
+    finish: inference_pb2.Finish | None = None
+
+
+@dataclass
+class StreamedOutput:
+    """A stream's messages and, for each choice, what they add up to."""
+
+    messages: list[inference_pb2.GenerateStreamResponse] = field(default_factory=list)
+    choices: dict[int, StreamedChoice] = field(default_factory=dict)
+
+    def add(self, message: inference_pb2.GenerateStreamResponse) -> None:
+        self.messages.append(message)
+        choice = self.choices.setdefault(message.choice_index, StreamedChoice())
+        assert choice.finish is None, "news after a choice's end"
+        choice.text += message.text_delta
+        choice.token_ids += message.token_ids
+        choice.logprobs += message.logprobs
+        if message.HasField("finish"):
+            choice.finish = message.finish
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids if self.choices else []
+
+    @property
+    def usage(self) -> inference_pb2.Usage:
+        assert [m.HasField("usage") for m in self.messages] == [False] * (len(self.messages) - 1) + [True]
+        return self.messages[-1].usage
+
+
+async def read_stream(
+    call: AsyncIterable[inference_pb2.GenerateStreamResponse], output: StreamedOutput | None = None
+) -> StreamedOutput:
+    """Reads to the end. `output` lets another task see what has come."""
+    output = output or StreamedOutput()
+    async for message in call:
+        output.add(message)
+    return output
+
+
+def stream_request(
+    prompt: str | Iterable[int] = (1, 2, 3),
+    max_tokens: int | None = 8,
+    *,
+    temperature: float | None = 0.0,
+    seed: int | None = None,
+    request_id: str | None = None,
+    **fields: Any,
+) -> inference_pb2.GenerateStreamRequest:
+    """A greedy request that goes on past end-of-sequence tokens. fields: of the message, or of its parts."""
+    request = inference_pb2.GenerateStreamRequest(request_id=request_id)
+    if isinstance(prompt, str):
+        request.prompt.text = prompt
+    else:
+        request.prompt.token_ids.ids.extend(prompt)
+    parts = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens, "ignore_eos": True, **fields}
+    for name, value in parts.items():
+        if value is not None:
+            set_field(request, name, value)
+    return request
+
+
+def set_field(request: inference_pb2.GenerateStreamRequest, name: str, value: Any) -> None:
+    holders: list[Message] = [request, request.sampling, request.stopping, request.output]
+    holder = next(part for part in holders if name in part.DESCRIPTOR.fields_by_name)
+    if isinstance(value, list):
+        getattr(holder, name).extend(value)
+    else:
+        setattr(holder, name, value)
+
+
+def true_tokens(
+    request: inference_pb2.GenerateStreamRequest,
+    prompt_ids: Iterable[int] | None = None,
+    choice_index: int = 0,
+    stop_token_ids: Iterable[int] = (),
+) -> list[int]:
+    """What the fake model gives for a request, computed alone. The seed is the request's or its id's hash."""
+    sampling = request.sampling
+    seed = sampling.seed if sampling.HasField("seed") else xxhash.xxh64_intdigest(request.request_id)
+    sequence = SequenceRequest(
+        sequence_id="truth",
+        prompt_token_ids=np.array(list(prompt_ids or request.prompt.token_ids.ids), np.int32),
+        max_tokens=request.stopping.max_tokens,
+        sampling=RowSampling(temperature=sampling.temperature, seed=seed, choice_index=choice_index),
+        stop_token_ids=frozenset(stop_token_ids),
+    )
+    return expected_tokens(sequence, vocab_size=VOCAB_SIZE)
+
+
+def details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
+    """The google.rpc.Status that came with an error."""
+    return status_pb2.Status.FromString(dict(error.trailing_metadata())[DETAILS_METADATA_KEY])
+
+
+def violations(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    """Field -> description, of an error's BadRequest."""
+    bad_request = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(bad_request) for detail in details(error).details), details(error)
+    return {violation.field: violation.description for violation in bad_request.field_violations}
+
+
+def retry_delay_s(error: grpc.aio.AioRpcError) -> float:
+    """Of an error's RetryInfo."""
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in details(error).details), details(error)
+    return float(retry.retry_delay.ToMilliseconds() / 1000)
