@@ -5,7 +5,6 @@ import logging
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -36,7 +35,7 @@ class SchedulerService:
         settings: SchedulerSettings,
         *,
         client: WorkerClient | None = None,
-        interceptors: Sequence["grpc.aio.ServerInterceptor[Any, Any]"] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
         """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address."""
         self._settings = settings
@@ -58,7 +57,9 @@ class SchedulerService:
         control = control_servicer.ControlServicer(self.front_end, VERSION)
         self._server = Server(
             {
-                servicer.SERVICE_NAME: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, s),
+                servicer.SERVICE_NAME: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+                    inference, s
+                ),
                 control_servicer.SERVICE_NAME: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(
                     control, s
                 ),

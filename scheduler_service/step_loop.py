@@ -171,9 +171,12 @@ class StepLoop:
         async for result in session.results():
             outputs = self.scheduler.update(result)
             self._sent_at.popleft()
-            # The worker first: the next plan leaves before the front end hears of this step.
-            await self._send_plans(session)
-            self._sink.on_outputs(outputs)
+            try:
+                # The worker first: the next plan leaves before the front end hears of this step.
+                await self._send_plans(session)
+            finally:
+                # Even if the worker is lost in the sending: the core counts these tokens as given out.
+                self._sink.on_outputs(outputs)
 
     async def _send_on_news(self, session: WorkerSession) -> None:
         while True:

@@ -25,5 +25,6 @@ async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = 
     if len(text) <= INLINE_CHARACTERS:
         encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     else:
-        encoding = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        # Of the library's calls only the batched ones let go of the GIL.
+        [encoding] = await asyncio.to_thread(tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
     return list(encoding.ids)

@@ -59,9 +59,7 @@ async def check_request(request: AnyGenerateRequest, tokenizer: Tokenizer, worke
     stopping, output = request.stopping, request.output
     num_choices = request.num_choices if request.HasField("num_choices") else 1
     violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
-    violations.check(
-        output.num_logprobs <= MAX_LOGPROBS, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}"
-    )
+    violations.check(output.num_logprobs <= MAX_LOGPROBS, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
     violations.check(
         len(stopping.stop_strings) <= MAX_STOP_STRINGS, "stopping.stop_strings", f"must be {MAX_STOP_STRINGS} at most"
     )
@@ -147,9 +145,7 @@ async def _read_prompt(
         violations.check(False, field, f"{outside[0]} is not in the vocabulary of {worker.vocab_size}")
         return np.empty(0, np.int32)
     limit = worker.max_model_len
-    violations.check(
-        len(ids) < limit, field, f"{len(ids)} tokens leave no room for output in the context of {limit}"
-    )
+    violations.check(len(ids) < limit, field, f"{len(ids)} tokens leave no room for output in the context of {limit}")
     return np.array(ids, np.int32)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
@@ -61,7 +61,8 @@ class GrpcWorkerClient:
         return decode_info(response)
 
     async def open_session(self, info: WorkerInfo, scheduler_id: str, epoch: int) -> WorkerSession:
-        call = self._stub.ExecuteSteps()
+        # Typed by hand: the stubs have it that read() gives an object.
+        call: Any = self._stub.ExecuteSteps()
         opening = worker_pb2.OpenSession(
             protocol_version=PROTOCOL_VERSION,
             scheduler_id=scheduler_id,
@@ -74,7 +75,7 @@ class GrpcWorkerClient:
                 response = await call.read()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             call.cancel()
-            raise WorkerUnavailable(f"worker at {self._address}: {_why(call, error)}") from error
+            raise WorkerUnavailable(f"worker at {self._address}: {_why(error)}") from error
         if response is grpc.aio.EOF or response.WhichOneof("kind") != "opened":
             call.cancel()
             raise WorkerUnavailable(f"worker at {self._address} did not open the session")
@@ -87,7 +88,7 @@ class GrpcWorkerClient:
 class GrpcWorkerSession:
     """An ExecuteSteps stream whose first message was answered."""
 
-    def __init__(self, info: WorkerInfo, call: "grpc.aio.StreamStreamCall") -> None:  # type: ignore[type-arg]
+    def __init__(self, info: WorkerInfo, call: Any) -> None:
         self.info = info
         self._call = call
 
@@ -95,7 +96,7 @@ class GrpcWorkerSession:
         try:
             await self._call.write(worker_pb2.ExecuteStepsRequest(plan=encode_plan(plan)))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise WorkerUnavailable(_why(self._call, error)) from error
+            raise WorkerUnavailable(_why(error)) from error
 
     async def results(self) -> AsyncIterator[StepResult]:
         try:
@@ -104,12 +105,12 @@ class GrpcWorkerSession:
                     raise ProtocolError("the worker answered a plan with no result")
                 yield decode_result(response.result)
         except grpc.aio.AioRpcError as error:
-            raise WorkerUnavailable(_why(self._call, error)) from error
+            raise WorkerUnavailable(_why(error)) from error
         raise WorkerUnavailable("the worker ended the session")
 
     async def close(self) -> None:
         self._call.cancel()
 
 
-def _why(call: "grpc.aio.StreamStreamCall", error: Exception) -> str:  # type: ignore[type-arg]
+def _why(error: Exception) -> str:
     return error.details() or str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else repr(error)

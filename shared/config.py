@@ -48,7 +48,9 @@ class SchedulerSettings(ServiceSettings):
     max_num_waiting: int = option(4096, "sequences that wait for their first step, at most", minimum=1)
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
     worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)
-    step_timeout_s: float = option(60.0, "a step with no result for so long is a lost worker", unit="seconds", minimum=0.1)
+    step_timeout_s: float = option(
+        60.0, "a step with no result for so long is a lost worker", unit="seconds", minimum=0.1
+    )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
     record: str = option("", "file to record the scheduler's events and plans in, for replay")
 
@@ -58,7 +60,9 @@ class WorkerSettings(ServiceSettings):
     """The worker service."""
 
     port: int = option(50052, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
-    device: str = option("auto", "where the model runs; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "where the model runs; auto takes a GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
     dtype: str = option(
         "auto",
         "type of weights and activations; auto is bfloat16 on a GPU, float32 on a CPU",

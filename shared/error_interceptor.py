@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 OUR_METHODS = "/tandem."
 
+
 class _Undecodable:
     """Stands for request bytes that are no message; raising inside gRPC's deserialiser would give INTERNAL."""
 
@@ -26,14 +27,14 @@ class _Undecodable:
         self.message_name = message_name
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps TandemError to its status, bytes that are no message to INVALID_ARGUMENT, and our bugs to INTERNAL."""
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
+    ) -> Any:
         handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(OUR_METHODS):
             return handler
@@ -43,7 +44,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             make, wrapped = grpc.unary_stream_rpc_method_handler, _wrap_unary_stream(handler.unary_stream)
         else:
             make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_stream_stream(handler.stream_stream)
-        return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)  # type: ignore[operator, no-any-return]
+        return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)
 
 
 async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:

@@ -25,7 +25,7 @@ def resolve_model(name: str, files: list[str]) -> Path:
         raise ModelError(f"{name}: no such folder, and no hub id of the form OWNER/NAME")
     # Slow to import, and most models are folders.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=files))

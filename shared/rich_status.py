@@ -1,5 +1,7 @@
 """Tandem's errors as gRPC statuses with google.rpc details, and back. The server writes what the client reads."""
 
+from typing import Any
+
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
@@ -53,12 +55,16 @@ def status_of(error: TandemError) -> status_pb2.Status:
 
 def error_of(error: grpc.RpcError) -> Exception:
     """The TandemError that a server sent; `error` itself where it is none."""
-    trailing = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
+    trailing: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     status = status_pb2.Status()
     for key, value in trailing or ():
         if key == DETAILS_METADATA_KEY:
             status.ParseFromString(value)
-    info, bad_request, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    info, bad_request, retry = (
+        error_details_pb2.ErrorInfo(),
+        error_details_pb2.BadRequest(),
+        error_details_pb2.RetryInfo(),
+    )
     for detail in status.details:
         for message in (info, bad_request, retry):
             detail.Unpack(message)

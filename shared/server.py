@@ -10,7 +10,6 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
@@ -35,7 +34,7 @@ class Server:
         self,
         services: dict[str, Register],
         *,
-        interceptors: Sequence["grpc.aio.ServerInterceptor[Any, Any]"] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """services: full name -> what adds its servicer to a server. Interceptors run inside the error mapping."""
@@ -47,7 +46,12 @@ class Server:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         channelz.add_channelz_servicer(self._server)
-        names = [*services, health.SERVICE_NAME, channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name, reflection.SERVICE_NAME]
+        names = [
+            *services,
+            health.SERVICE_NAME,
+            channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
+            reflection.SERVICE_NAME,
+        ]
         reflection.enable_server_reflection(names, self._server)
 
     async def start(self, host: str, port: int) -> int:

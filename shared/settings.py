@@ -58,9 +58,7 @@ def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterab
             )
 
 
-def read_settings(
-    settings_class: type[T], arguments: argparse.Namespace, environment: Mapping[str, str]
-) -> T:
+def read_settings(settings_class: type[T], arguments: argparse.Namespace, environment: Mapping[str, str]) -> T:
     """Builds the settings; ConfigError names the flag or variable that is wrong."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]

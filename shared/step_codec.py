@@ -78,9 +78,7 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
             RowLogprobs(report.row, report.logprob, tuple(report.top_token_ids), tuple(report.top_logprobs))
             for report in message.logprobs
         ),
-        times=StepTimes(
-            times.received_ns, times.prepared_ns, times.sampled_ns, times.sent_ns, times.gpu_duration_ns
-        ),
+        times=StepTimes(times.received_ns, times.prepared_ns, times.sampled_ns, times.sent_ns, times.gpu_duration_ns),
     )
 
 

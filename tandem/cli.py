@@ -54,7 +54,9 @@ def _build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-tokens", type=int, default=128, help="output tokens, at most; default %(default)s")
     for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("seed", int)):
         generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated"
+    )
     generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
     generate.set_defaults(run=_generate)
 

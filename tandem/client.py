@@ -1,4 +1,4 @@
-"""A client of a scheduler service. Replies are the protobuf messages of tandem.v1; errors are those of shared.errors."""
+"""A client of a scheduler service. Replies are tandem.v1 messages, errors those of shared.errors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar

@@ -22,7 +22,7 @@ class LLM:
         """settings: fields of WorkerSettings and SchedulerSettings by name; an unknown one raises ConfigError."""
         worker, scheduler = split_keywords({"model": model, "port": 0, **settings}, WorkerSettings, SchedulerSettings)
         # What the services log is shown only if they fail.
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
         self._services = Services(worker, scheduler, self._log)
         try:
             self._services.__enter__()

@@ -91,7 +91,7 @@ class Services:
 
     def supervise(self) -> None:
         """Starts the worker again whenever it ends; returns when the scheduler ends."""
-        assert self.worker is not None and self.scheduler is not None, "only inside the context"  # noqa: PT018
+        assert self.worker is not None and self.scheduler is not None, "only inside the context"
         backoff, started = POLL_S, time.monotonic()
         while self.scheduler.poll() is None:
             if self.worker.poll() is not None:

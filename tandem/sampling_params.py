@@ -38,6 +38,4 @@ class SamplingParams:
         )
 
     def output(self) -> inference_pb2.OutputOptions:
-        return inference_pb2.OutputOptions(
-            num_logprobs=self.logprobs, skip_special_tokens=self.skip_special_tokens
-        )
+        return inference_pb2.OutputOptions(num_logprobs=self.logprobs, skip_special_tokens=self.skip_special_tokens)

@@ -137,9 +137,7 @@ def train(model: Qwen3ForCausalLM, ids: torch.Tensor, held_out: torch.Tensor, st
 
 def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     model.to("cpu", torch.bfloat16)
-    model.generation_config = GenerationConfig(
-        eos_token_id=0, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
-    )
+    model.generation_config = GenerationConfig(eos_token_id=0, do_sample=True, temperature=0.8, top_k=50, top_p=0.95)
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, model_max_length=2 * CONTEXT

@@ -128,16 +128,18 @@ class _PendingStep:
             token_ids=[token_id for token_id, bad in zip(token_ids, is_bad, strict=True) if not bad],
             faults=tuple(RowFault(row, FAULT_NAN_LOGITS) for row, bad in zip(self._rows, is_bad, strict=True) if bad),
             logprobs=self._reports(is_bad),
-            times=StepTimes(
-                prepared_ns=self._prepared_ns, sampled_ns=time.time_ns(), gpu_duration_ns=gpu_duration_ns
-            ),
+            times=StepTimes(prepared_ns=self._prepared_ns, sampled_ns=time.time_ns(), gpu_duration_ns=gpu_duration_ns),
         )
 
     def _reports(self, is_bad: list[bool]) -> tuple[RowLogprobs, ...]:
         copies = self._copies
         if copies.logprobs is None or copies.top_ids is None or copies.top_logprobs is None:
             return ()
-        logprobs, top_ids, top_logprobs = copies.logprobs.tolist(), copies.top_ids.tolist(), copies.top_logprobs.tolist()
+        logprobs, top_ids, top_logprobs = (
+            copies.logprobs.tolist(),
+            copies.top_ids.tolist(),
+            copies.top_logprobs.tolist(),
+        )
         return tuple(
             RowLogprobs(row, logprobs[i], tuple(top_ids[i][:count]), tuple(top_logprobs[i][:count]))
             for i, (row, count) in enumerate(zip(self._rows, self._num_logprobs, strict=True))
@@ -366,7 +368,9 @@ def _run_largest_step(model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.
     lengths = [min(budget - num_rows + 1, info.max_model_len), *[1] * (num_rows - 1)]
     num_blocks = [-(-length // size) for length in lengths]
     ends = np.cumsum(num_blocks) + 1
-    runner = _make_runner(model, kv_cache.allocate(int(ends[-1]), shape, device), replace(info, num_blocks=int(ends[-1])))
+    runner = _make_runner(
+        model, kv_cache.allocate(int(ends[-1]), shape, device), replace(info, num_blocks=int(ends[-1]))
+    )
     runner.execute(
         StepPlan(
             step_id=1,

@@ -36,7 +36,7 @@ def load_weights(folder: Path, targets: dict[str, torch.Tensor], ignored: frozen
             raise ModelError(f"{path}: {name}: has shape {list(tensor.shape)}, must be {list(target.shape)}")
         target.copy_(tensor)
         contents = tensor.contiguous().view(torch.uint8).numpy()
-        digests[name] = f"{tensor.dtype} {list(tensor.shape)} {xxhash.xxh3_128_hexdigest(contents)}"
+        digests[name] = f"{tensor.dtype} {list(tensor.shape)} {xxhash.xxh3_128_hexdigest(contents.data)}"
     if missing:
         first = min(missing)
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -46,7 +46,9 @@ def load_weights(folder: Path, targets: dict[str, torch.Tensor], ignored: frozen
 
 def fingerprint_of(config: ModelConfig, dtype: torch.dtype, contents: str) -> str:
     """Equal for equal config, dtype, tensor shapes and contents."""
-    return xxhash.xxh3_128_hexdigest(json.dumps([dataclasses.asdict(config), str(dtype), contents], sort_keys=True).encode())
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps([dataclasses.asdict(config), str(dtype), contents], sort_keys=True).encode()
+    )
 
 
 def _main_file(folder: Path) -> Path:

@@ -59,7 +59,9 @@ class Services:
     async def start_worker(self, runner: Runner | None = None) -> None:
         self.runner = runner or self.runner
         servicer = WorkerServicer(self.runner)
-        self._worker = Server({SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)})
+        self._worker = Server(
+            {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)}
+        )
         self._worker_port = await self._worker.start(HOST, self._worker_port)
 
     async def stop_worker(self) -> None:
@@ -210,7 +212,7 @@ def true_tokens(
 ) -> list[int]:
     """What the fake model gives for a request, computed alone. The seed is the request's or its id's hash."""
     sampling = request.sampling
-    seed = sampling.seed if sampling.HasField("seed") else xxhash.xxh64_intdigest(request.request_id)
+    seed = sampling.seed if sampling.HasField("seed") else xxhash.xxh64_intdigest(request.request_id.encode())
     sequence = SequenceRequest(
         sequence_id="truth",
         prompt_token_ids=np.array(list(prompt_ids or request.prompt.token_ids.ids), np.int32),
@@ -223,7 +225,7 @@ def true_tokens(
 
 def details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
     """The google.rpc.Status that came with an error."""
-    return status_pb2.Status.FromString(dict(error.trailing_metadata())[DETAILS_METADATA_KEY])
+    return status_pb2.Status.FromString(error.trailing_metadata()[DETAILS_METADATA_KEY])
 
 
 def violations(error: grpc.aio.AioRpcError) -> dict[str, str]:

@@ -45,9 +45,8 @@ async def test_unary_and_joined_stream_are_the_truth(tokenizer: Tokenizer) -> No
         assert output.finish == inference_pb2.Finish(reason=LENGTH)
     assert streamed.usage.num_prompt_tokens == unary.usage.num_prompt_tokens == len(prompt_ids)
     assert streamed.usage.num_output_tokens == unary.usage.num_output_tokens == 60
-    # All full blocks of the prompt but one token, and the first run's output is not asked for.
     assert streamed.usage.num_cached_tokens == 0
-    assert unary.usage.num_cached_tokens == (len(prompt_ids) - 1) // 16 * 16
+    assert unary.usage.num_cached_tokens == len(prompt_ids) // 16 * 16
 
 
 async def test_many_streams_at_once_are_each_the_truth() -> None:

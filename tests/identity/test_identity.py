@@ -85,9 +85,7 @@ CASES = list(dict.fromkeys([*one_factor_cases(), *pairwise_cases()]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A wide initialisation, so that greedy outputs don't fall into loops.
-    return save_random_model(
-        tmp_path_factory.mktemp("model"), dtype="float64", seed=3
-    )
+    return save_random_model(tmp_path_factory.mktemp("model"), dtype="float64", seed=3)
 
 
 def make_prompts(vocab_size: int) -> list[np.ndarray]:
