@@ -17,8 +17,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, front_end: FrontEnd, version: str) -> None:
+    def __init__(self, front_end: FrontEnd, served_model: str, version: str) -> None:
         self._front_end = front_end
+        self._served_model = served_model
         self._version = version
         self._started = time.monotonic()
 
@@ -52,7 +53,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         if worker is None:
             raise WorkerUnavailable("no worker has been seen yet")
         return control_pb2.GetModelInfoResponse(
-            model=worker.model,
+            model=self._served_model,
             fingerprint=worker.fingerprint,
             dtype=worker.dtype,
             vocab_size=worker.vocab_size,

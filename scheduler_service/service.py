@@ -54,7 +54,7 @@ class SchedulerService:
         )
         self.front_end.connect(self.step_loop)
         inference = servicer.InferenceServicer(self.front_end, model_name(settings))
-        control = control_servicer.ControlServicer(self.front_end, VERSION)
+        control = control_servicer.ControlServicer(self.front_end, model_name(settings), VERSION)
         self._server = Server(
             {
                 servicer.SERVICE_NAME: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(

@@ -90,7 +90,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _open(self, request: AnyGenerateRequest) -> LiveRequest:
         self._front_end.refuse_if_draining()
-        checked = await check_request(request, self._front_end.tokenizer, self._worker())
+        checked = await check_request(request, self._front_end.tokenizer, self._worker(), self._served_model)
         return self._front_end.open(checked)
 
     def _worker(self) -> WorkerInfo:

@@ -48,13 +48,19 @@ class _Violations:
 
 def check_model(wanted: str, served: str) -> None:
     if wanted and wanted != served:
-        raise InvalidRequest(FieldViolation("model", f"{wanted!r} is not served here; {served!r} is"))
+        raise InvalidRequest(FieldViolation("model", _not_served(wanted, served)))
 
 
-async def check_request(request: AnyGenerateRequest, tokenizer: Tokenizer, worker: WorkerInfo) -> GenerationRequest:
+def _not_served(wanted: str, served: str) -> str:
+    return f"{wanted!r} is not served here; {served!r} is"
+
+
+async def check_request(
+    request: AnyGenerateRequest, tokenizer: Tokenizer, worker: WorkerInfo, served_model: str
+) -> GenerationRequest:
     """Raises InvalidRequest with every violation."""
-    check_model(request.model, worker.model)
     violations = _Violations()
+    violations.check(request.model in ("", served_model), "model", _not_served(request.model, served_model))
     sampling = _read_sampling(request.sampling, worker, violations)
     stopping, output = request.stopping, request.output
     num_choices = request.num_choices if request.HasField("num_choices") else 1

@@ -29,8 +29,8 @@ class WorkerSession(Protocol):
 
 
 class WorkerClient(Protocol):
-    async def get_info(self) -> WorkerInfo:
-        """WorkerUnavailable where no worker answers."""
+    async def get_info(self, timeout_s: float) -> WorkerInfo:
+        """WorkerUnavailable where no worker answers in time."""
 
     async def open_session(self, info: WorkerInfo, scheduler_id: str, epoch: int) -> WorkerSession:
         """WorkerUnavailable where the worker does not take it."""
@@ -50,11 +50,11 @@ class GrpcWorkerClient:
         )
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
 
-    async def get_info(self) -> WorkerInfo:
+    async def get_info(self, timeout_s: float) -> WorkerInfo:
         try:
             # wait_for_ready, so that a channel in backoff tries again within the time.
             response = await self._stub.GetWorkerInfo(
-                worker_pb2.GetWorkerInfoRequest(), timeout=CONNECT_TIMEOUT_S, wait_for_ready=True
+                worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s, wait_for_ready=True
             )
         except grpc.aio.AioRpcError as error:
             raise WorkerUnavailable(f"worker at {self._address}: {error.details()}") from error

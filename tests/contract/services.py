@@ -70,8 +70,11 @@ class Services:
             await self._worker.stop(0)
             self._worker = None
 
-    async def start(self, *, wait_ready: bool = True) -> None:
+    async def start(self, *, has_worker: bool = True) -> None:
+        """has_worker: wait for it; else its address is known, and nobody listens there."""
         await self.start_worker()
+        if not has_worker:
+            await self.stop_worker()
         settings: dict[str, Any] = {"model": MODEL, "port": 0, "worker_address": f"{HOST}:{self._worker_port}"}
         self.service = SchedulerService(SchedulerSettings(**settings | self._settings))
         self.port = await self.service.start()
@@ -79,7 +82,7 @@ class Services:
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.control = control_pb2_grpc.ControlServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
-        if wait_ready:
+        if has_worker:
             await self.wait_health("SERVING")
 
     async def __aenter__(self) -> "Services":
@@ -87,9 +90,15 @@ class Services:
         return self
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
         await self.channel.close()
         await self.service.stop(0)
         await self.stop_worker()
+
+    async def drain(self) -> None:
+        await self.control.Drain(control_pb2.DrainRequest())
 
     async def health_of(self, service: str) -> str:
         response = await self.health.Check(health_pb2.HealthCheckRequest(service=service))

@@ -167,7 +167,7 @@ def run_checks(engine: Engine, address: str) -> list[bool]:
     deployment = Deployment(engine, address)
     passed = [report("bring_up", bring_up)]
     if all(passed):
-        passed += [report(check.__name__, lambda check=check: check(deployment)) for check in CHECKS]  # type: ignore[misc]
+        passed += [report(check.__name__, lambda check=check: check(deployment)) for check in CHECKS]
     if not all(passed):
         for service in SERVICES:
             print(f"--- {service}", flush=True)
