@@ -39,9 +39,12 @@ class Detokenizer:
     def _release(self, text: str) -> str:
         self._num_decoded += len(text)
         self._held += text
-        matches = [(index, stop) for stop in self._stop_strings if (index := self._held.find(stop)) >= 0]
+        matches = [
+            (index + len(stop), index, stop) for stop in self._stop_strings if (index := self._held.find(stop)) >= 0
+        ]
         if matches:
-            index, self.matched_stop = min(matches)
+            # The first to be complete, however the text falls into tokens.
+            _, index, self.matched_stop = min(matches)
             return self._held[:index]
         num_kept = self._num_to_hold()
         cut = len(self._held) - num_kept

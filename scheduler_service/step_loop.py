@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
-from scheduler_service.worker_client import WorkerClient, WorkerSession
+from scheduler_service.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
 from shared.errors import TandemError, WorkerUnavailable
 from shared.step_plan import WorkerInfo
 
@@ -116,20 +116,23 @@ class StepLoop:
 
     async def _connect(self) -> WorkerSession:
         """A session with the right worker; gives up on the live sequences, but not on the worker, in time."""
-        started, backoff = time.monotonic(), MIN_BACKOFF_S
+        deadline, backoff = time.monotonic() + self._worker_wait_s, MIN_BACKOFF_S
         while True:
+            may_give_up = self.scheduler is not None and not self._has_given_up
+            # A worker that hangs must not hold up the giving up.
+            left_s = max(deadline - time.monotonic(), MIN_BACKOFF_S) if may_give_up else CONNECT_TIMEOUT_S
+            timeout_s = min(left_s, CONNECT_TIMEOUT_S)
             try:
-                return await self._try_connect()
+                return await self._try_connect(timeout_s)
             except WorkerUnavailable as error:
                 logger.info("no worker yet: %s", error)
-                waited_s = time.monotonic() - started
-                if self.scheduler is not None and waited_s >= self._worker_wait_s and not self._has_given_up:
-                    self._give_up(WorkerUnavailable(f"no worker came back in {self._worker_wait_s} s: {error}"))
+                if may_give_up and time.monotonic() >= deadline:
+                    self._give_up(WorkerUnavailable(f"no worker came back in {self._worker_wait_s:g} s: {error}"))
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
 
-    async def _try_connect(self) -> WorkerSession:
-        info = await self._client.get_info()
+    async def _try_connect(self, timeout_s: float) -> WorkerSession:
+        info = await self._client.get_info(timeout_s)
         is_needed = self.scheduler is not None and self.scheduler.num_unfinished > 0
         if self.worker is not None and is_needed and info.fingerprint != self.worker.fingerprint:
             raise WorkerUnavailable(f"the worker has another model: fingerprint {info.fingerprint}")

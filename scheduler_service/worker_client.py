@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import grpc
 
 from shared.errors import ProtocolError, WorkerUnavailable
-from shared.grpc_options import CHANNEL_OPTIONS
+from shared.grpc_options import WORKER_CHANNEL_OPTIONS
 from shared.step_codec import PROTOCOL_VERSION, decode_info, decode_result, encode_plan
 from shared.step_plan import StepPlan, StepResult, WorkerInfo
 from tandem.v1 import worker_pb2, worker_pb2_grpc
@@ -44,9 +44,9 @@ class GrpcWorkerClient:
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         self._address = address
         self._channel = (
-            grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+            grpc.aio.insecure_channel(address, WORKER_CHANNEL_OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
+            else grpc.aio.secure_channel(address, credentials, WORKER_CHANNEL_OPTIONS)
         )
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
 

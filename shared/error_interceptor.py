@@ -57,7 +57,10 @@ async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Excep
     raise AssertionError("abort returned")
 
 
-def _tolerant(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
+def _tolerant(deserialize: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | _Undecodable] | None:
+    if deserialize is None:
+        return None
+
     def tolerant(data: bytes) -> Message | _Undecodable:
         try:
             return deserialize(data)

@@ -11,7 +11,11 @@ KEEPALIVE_TIME_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 5_000
 """A ping with no answer for so long closes the connection."""
 
-MIN_PING_INTERVAL_MS = 5_000
+WORKER_KEEPALIVE_TIME_MS = 2_000
+WORKER_KEEPALIVE_TIMEOUT_MS = 3_000
+"""The scheduler notices a worker whose machine vanished within these; all streams wait for it."""
+
+MIN_PING_INTERVAL_MS = 1_000
 """A server takes pings this often, streams or not; more often is GOAWAY with too_many_pings."""
 
 CHANNEL_OPTIONS: Options = [
@@ -25,6 +29,12 @@ CHANNEL_OPTIONS: Options = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+WORKER_CHANNEL_OPTIONS: Options = [
+    *(option for option in CHANNEL_OPTIONS if option[0] not in ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms")),
+    ("grpc.keepalive_time_ms", WORKER_KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", WORKER_KEEPALIVE_TIMEOUT_MS),
 ]
 
 SERVER_OPTIONS: Options = [

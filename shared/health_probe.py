@@ -18,7 +18,7 @@ def health_status(address: str, service: str = "") -> str:
     with grpc.insecure_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)  # type: ignore[attr-defined]
+            response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)
         except grpc.RpcError as error:
             return str(error.code().name)
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))

@@ -29,7 +29,8 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
 
 
 def code_of(error: TandemError) -> grpc.StatusCode:
-    return STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
+    """Of the error's class, or of the nearest one that it derives from."""
+    return next((STATUS_CODES[c] for c in type(error).__mro__ if c in STATUS_CODES), grpc.StatusCode.INTERNAL)
 
 
 def status_of(error: TandemError) -> status_pb2.Status:

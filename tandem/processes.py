@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from shared.config import SchedulerSettings, WorkerSettings
 from shared.errors import TandemError
+from shared.health_probe import health_status
 from shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
@@ -70,18 +68,11 @@ class Services:
     def wait_until_ready(self, timeout_s: float) -> None:
         """Until the scheduler serves with its worker. ServiceFailed if a process ends, or time does."""
         deadline = time.monotonic() + timeout_s
-        with grpc.insecure_channel(self.address) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while time.monotonic() < deadline:
-                self.check_alive()
-                try:
-                    request = health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE)
-                    if stub.Check(request, timeout=1).status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-                except grpc.RpcError:
-                    # Not listening yet.
-                    pass
-                time.sleep(POLL_S)
+        while time.monotonic() < deadline:
+            self.check_alive()
+            if health_status(self.address, INFERENCE_SERVICE) == "SERVING":
+                return
+            time.sleep(POLL_S)
         raise ServiceFailed(f"the services are not ready after {timeout_s} s")
 
     def check_alive(self) -> None:

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
 import grpc
@@ -145,7 +145,7 @@ class _Session:
                 next_step_id += 1
                 self._pending.put((self._runner.execute(plan), received_ns))
         except Exception as error:
-            self._loop.call_soon_threadsafe(self.end, error)
+            self._tell(self.end, error)
         finally:
             self._pending.put(None)
 
@@ -155,9 +155,14 @@ class _Session:
                 pending, received_ns = item
                 result = pending.wait()
                 times = dataclasses.replace(result.times, received_ns=received_ns, sent_ns=time.time_ns())
-                self._loop.call_soon_threadsafe(self._deliver, dataclasses.replace(result, times=times))
+                self._tell(self._deliver, dataclasses.replace(result, times=times))
         except Exception as error:
-            self._loop.call_soon_threadsafe(self.end, error)
+            self._tell(self.end, error)
+
+    def _tell(self, callback: Callable[[Any], None], news: Any) -> None:
+        """From a thread to the loop. An ended session has nobody to tell, and its loop may be closed."""
+        if self.is_live:
+            self._loop.call_soon_threadsafe(callback, news)
 
     def _deliver(self, result: StepResult) -> None:
         if self.is_live:

@@ -77,8 +77,8 @@ class Services:
             await self.stop_worker()
         settings: dict[str, Any] = {"model": MODEL, "port": 0, "worker_address": f"{HOST}:{self._worker_port}"}
         self.service = SchedulerService(SchedulerSettings(**settings | self._settings))
-        self.port = await self.service.start()
-        self.channel = grpc.aio.insecure_channel(f"{HOST}:{self.port}", CHANNEL_OPTIONS)
+        self.address = f"{HOST}:{await self.service.start()}"
+        self.channel = grpc.aio.insecure_channel(self.address, CHANNEL_OPTIONS)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.control = control_pb2_grpc.ControlServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)

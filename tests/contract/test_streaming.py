@@ -6,6 +6,7 @@ import threading
 import grpc
 import pytest
 
+from tandem.v1 import inference_pb2_grpc
 from tests.contract.services import Services, StreamedOutput, model_info, read_stream, stream_request, true_tokens
 from tests.fake_worker import FakeRunner
 
@@ -26,11 +27,12 @@ async def test_a_reader_that_keeps_up_gets_one_token_a_message() -> None:
 
 
 async def test_a_slow_reader_gets_several_tokens_a_message_and_holds_up_nobody() -> None:
-    # Log-probabilities make messages large, so that the transport's window fills while the reader sleeps.
-    slow_request = stream_request(max_tokens=3000, num_logprobs=20)
+    # Log-probabilities make messages large, so that the transport's window, kept small, fills while the reader sleeps.
+    slow_request = stream_request(max_tokens=2000, num_logprobs=20)
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
     fast_request = stream_request([4, 5], max_tokens=200)
-    async with Services() as services:
-        messages = aiter(services.inference.GenerateStream(slow_request))
+    async with Services() as services, grpc.aio.insecure_channel(services.address, small_window) as channel:
+        messages = aiter(inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(slow_request))
         output = StreamedOutput()
         output.add(await anext(messages))
         # The other one runs, and so does the slow reader's own sequence, to their ends.
@@ -40,7 +42,7 @@ async def test_a_slow_reader_gets_several_tokens_a_message_and_holds_up_nobody()
     assert fast.token_ids == true_tokens(fast_request)
     assert output.token_ids == true_tokens(slow_request)
     assert max(len(message.token_ids) for message in output.messages) > 10
-    assert len(output.choices[0].logprobs) == 3000
+    assert len(output.choices[0].logprobs) == 2000
 
 
 @pytest.mark.parametrize("num_choices", [1, 3])

@@ -21,6 +21,7 @@ from tests.e2e.compose_engine import Engine, free_port, install_missing_tools
 from tests.e2e.grpcurl import grpcurl, json_stream
 
 HEALTHY_TIMEOUT_S = 120
+MAX_RESTARTS = 5
 STREAM_TIMEOUT_S = 120
 NUM_TOKENS = 400
 NUM_TOKENS_BEFORE_KILL = 40
@@ -41,8 +42,10 @@ class Deployment:
         deadline = time.monotonic() + HEALTHY_TIMEOUT_S
         missing = list(SERVICES)
         while missing := [service for service in missing if not self.engine.is_healthy(service)]:
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not healthy after {HEALTHY_TIMEOUT_S} s: {missing}")
+            assert time.monotonic() < deadline, f"not healthy after {HEALTHY_TIMEOUT_S} s: {missing}"
+            for service in missing:
+                restarts = int(self.engine.inspect(service, "{{.RestartCount}}"))
+                assert restarts < MAX_RESTARTS, f"{service} ends again and again"
             time.sleep(0.5)
 
     def tokens(self, temperature: float, disturb: Callable[[], object] | None = None) -> list[int]:

@@ -1,0 +1,120 @@
+"""TandemClient against real services: replies, streams, errors as Tandem's own classes."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import grpc
+import pytest
+
+from shared.errors import Draining, InvalidRequest, RequestIdInUse, RequestNotFound
+from tandem.client import TandemClient
+from tandem.sampling_params import SamplingParams
+from tandem.v1 import inference_pb2
+from tests.contract.services import MODEL, Services
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+async def services() -> AsyncIterator[Services]:
+    async with Services() as services:
+        yield services
+
+
+async def call(services: Services, use: Callable[[TandemClient], T]) -> T:
+    """The client is synchronous, and the services live in this loop."""
+
+    def in_thread() -> T:
+        with TandemClient(services.address) as client:
+            return use(client)
+
+    return await asyncio.to_thread(in_thread)
+
+
+async def test_generate_is_the_joined_stream(services: Services) -> None:
+    params = SamplingParams(seed=3, max_tokens=20, n=2, logprobs=2, ignore_eos=True)
+    whole = await call(services, lambda client: client.generate("ROMEO:", params))
+    deltas = await call(services, lambda client: list(client.generate_stream("ROMEO:", params)))
+    for choice in whole.choices:
+        mine = [delta for delta in deltas if delta.choice_index == choice.choice_index]
+        assert "".join(delta.text_delta for delta in mine) == choice.text
+        assert [token_id for delta in mine for token_id in delta.token_ids] == list(choice.token_ids)
+        assert len(choice.token_ids) == len(choice.logprobs) == 20
+        assert mine[-1].finish.reason == choice.finish.reason == inference_pb2.FINISH_REASON_LENGTH
+    assert whole.choices[0].token_ids != whole.choices[1].token_ids
+    assert deltas[-1].usage == whole.usage
+
+
+async def test_text_and_its_token_ids_are_the_same_prompt(services: Services) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5)
+    token_ids = await call(services, lambda client: client.tokenize("JULIET:\nO"))
+    assert await call(services, lambda client: client.detokenize(token_ids)) == "JULIET:\nO"
+    by_text = await call(services, lambda client: client.generate("JULIET:\nO", params))
+    by_ids = await call(services, lambda client: client.generate(token_ids, params))
+    assert by_text.choices == by_ids.choices
+
+
+async def test_closing_a_stream_aborts_its_request(services: Services) -> None:
+    def read_two(client: TandemClient) -> None:
+        stream = client.generate_stream("x", SamplingParams(max_tokens=1000, ignore_eos=True))
+        next(stream), next(stream)
+        stream.close()
+
+    services.runner.delay_s = 0.002
+    await call(services, read_two)
+    await services.wait_load(lambda load: load.num_running_sequences == 0, "the request has gone")
+    assert (await services.load()).num_output_tokens < 1000
+
+
+async def test_what_the_server_refuses_is_an_error_of_tandem(services: Services) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await call(services, lambda client: client.generate("x", SamplingParams(top_p=2.0, max_tokens=0)))
+    assert {violation.field for violation in caught.value.violations} == {"sampling.top_p", "stopping.max_tokens"}
+    with pytest.raises(InvalidRequest, match="empty"):
+        await call(services, lambda client: list(client.generate_stream("")))
+    with pytest.raises(RequestNotFound, match="'gone'"):
+        await call(services, lambda client: client.abort("gone"))
+    await call(services, lambda client: client.drain(timeout_s=10))
+    with pytest.raises(Draining) as draining:
+        await call(services, lambda client: client.generate("x"))
+    assert draining.value.retry_after_s > 0
+
+
+async def test_a_live_request_id_is_refused_and_can_be_aborted(services: Services) -> None:
+    services.runner.delay_s = 0.002
+    started = threading.Event()
+
+    def read_all(client: TandemClient) -> inference_pb2.Finish:
+        params = SamplingParams(max_tokens=4000, ignore_eos=True)
+        last = inference_pb2.GenerateStreamResponse()
+        for last in client.generate_stream("x", params, request_id="mine"):
+            started.set()
+        return last.finish
+
+    def use_again_and_abort(client: TandemClient) -> None:
+        started.wait(10)
+        with pytest.raises(RequestIdInUse):
+            client.generate("y", request_id="mine")
+        client.abort("mine")
+
+    finish, _ = await asyncio.gather(call(services, read_all), call(services, use_again_and_abort))
+    assert finish.reason == inference_pb2.FINISH_REASON_ABORT
+
+
+async def test_a_deadline_is_the_transports_error(services: Services) -> None:
+    services.runner.delay_s = 0.05
+    with pytest.raises(grpc.RpcError) as caught:
+        await call(services, lambda c: c.generate("x", SamplingParams(max_tokens=1000, ignore_eos=True), timeout_s=0.2))
+    assert isinstance(caught.value, grpc.Call)
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_what_an_operator_asks(services: Services) -> None:
+    await call(services, lambda client: client.generate("a" * 200, SamplingParams(max_tokens=2)))
+    assert (await call(services, lambda client: client.server_info())).session_epoch == 1
+    assert (await call(services, lambda client: client.model_info())).model == MODEL
+    load = await call(services, lambda client: client.load())
+    assert load.num_cached_blocks > 0
+    assert await call(services, lambda client: client.reset_prefix_cache()) == load.num_cached_blocks

@@ -1,0 +1,123 @@
+"""The scaffolding that both services share: TLS, interceptors, ports, channelz."""
+
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+
+from shared.config import WorkerSettings
+from shared.errors import ConfigError
+from shared.server import Server, server_credentials
+from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tests.builders import worker_info
+from tests.fake_worker import FakeRunner
+from worker_service.servicer import SERVICE_NAME, WorkerServicer
+
+
+def make_server(**options: Any) -> Server:
+    servicer = WorkerServicer(FakeRunner(worker_info()))
+    return Server({SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)}, **options)
+
+
+@asynccontextmanager
+async def running(server: Server) -> AsyncIterator[int]:
+    """Gives the port."""
+    try:
+        yield await server.start("127.0.0.1", 0)
+    finally:
+        await server.stop(0)
+
+
+def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """A self-signed certificate for localhost, and its key."""
+    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    arguments = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *arguments], check=True, capture_output=True)
+    return certificate, key
+
+
+async def ask(port: int, credentials: grpc.ChannelCredentials | None) -> str:
+    address = f"localhost:{port}"
+    channel = grpc.aio.secure_channel(address, credentials) if credentials else grpc.aio.insecure_channel(address)
+    async with channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        response = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), timeout=10)
+        return str(response.worker_instance_id)
+
+
+async def test_with_a_certificate_only_tls_is_spoken(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "server")
+    settings = WorkerSettings(tls_cert=str(certificate), tls_key=str(key))
+    server = make_server(credentials=server_credentials(settings))
+    async with running(server) as port:
+        assert (
+            await ask(port, grpc.ssl_channel_credentials(certificate.read_bytes())) == worker_info().worker_instance_id
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(port, None)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_with_a_client_authority_a_client_must_show_its_certificate(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "server")
+    client_certificate, client_key = make_certificate(tmp_path, "client")
+    settings = WorkerSettings(tls_cert=str(certificate), tls_key=str(key), tls_client_ca=str(client_certificate))
+    server = make_server(credentials=server_credentials(settings))
+    async with running(server) as port:
+        pair = (client_key.read_bytes(), client_certificate.read_bytes())
+        known = grpc.ssl_channel_credentials(certificate.read_bytes(), *pair)
+        assert await ask(port, known) == worker_info().worker_instance_id
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(port, grpc.ssl_channel_credentials(certificate.read_bytes()))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_certificate_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--tls-key: .*no-key\.pem"):
+        server_credentials(WorkerSettings(tls_cert="no-cert.pem", tls_key="no-key.pem"))
+
+
+async def test_a_port_in_use_is_an_error() -> None:
+    first, second = make_server(), make_server()
+    async with running(first) as port:
+        with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}"):
+            await second.start("127.0.0.1", port)
+
+
+class Refuse(grpc.aio.ServerInterceptor):
+    """What an authenticating interceptor does with a call it doesn't know."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        async def refuse(request: Any, context: Any) -> Any:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+        if ("token", "secret") in handler_call_details.invocation_metadata:
+            return await continuation(handler_call_details)
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+async def test_interceptors_see_every_call() -> None:
+    server = make_server(interceptors=[Refuse()])
+    async with running(server) as port:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(port, None)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            response = await stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), metadata=(("token", "secret"),))
+            assert response.worker_instance_id
+
+
+async def test_channelz_counts_calls() -> None:
+    server = make_server()
+    async with running(server) as port:
+        await ask(port, None)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            servers = await channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest())
+        assert sum(each.data.calls_started for each in servers.server) >= 1

@@ -1,0 +1,238 @@
+"""The worker dies, hangs or changes under running streams. The truth is what the fake model gives undisturbed."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import grpc
+import pytest
+
+from shared.step_plan import StepPlan, WorkerInfo
+from tandem.v1 import control_pb2, inference_pb2
+from tests.contract.services import (
+    CONTROL,
+    INFERENCE,
+    Services,
+    StreamedOutput,
+    model_info,
+    read_stream,
+    retry_delay_s,
+    stream_request,
+    true_tokens,
+    wait_until,
+)
+from tests.fake_worker import FakePendingStep, FakeRunner
+
+MANY = 100_000
+
+
+def make_requests(count: int = 8, max_tokens: int = 40) -> list[inference_pb2.GenerateStreamRequest]:
+    """Half of them greedy, half seeded, some with a prompt in common."""
+    return [
+        stream_request(range(1, 20 + 5 * (index // 2)), max_tokens + index, temperature=float(index % 2), seed=index)
+        for index in range(count)
+    ]
+
+
+class Streams:
+    """Requests that are read while a test does something else."""
+
+    def __init__(self, services: Services, requests: Sequence[inference_pb2.GenerateStreamRequest]) -> None:
+        self.requests = requests
+        self.outputs = [StreamedOutput() for _ in requests]
+        self.tasks = [
+            asyncio.create_task(read_stream(services.inference.GenerateStream(request), output))
+            for request, output in zip(requests, self.outputs, strict=True)
+        ]
+
+    async def wait_tokens(self, count: int) -> None:
+        async def have_tokens() -> bool:
+            return all(len(output.token_ids) >= count for output in self.outputs)
+
+        await wait_until(have_tokens, f"{count} tokens of each stream")
+
+    async def wait_total(self, count: int) -> None:
+        async def have_tokens() -> bool:
+            return sum(len(output.token_ids) for output in self.outputs) >= count
+
+        await wait_until(have_tokens, f"{count} tokens in all")
+
+    @classmethod
+    async def mid_way(
+        cls, services: Services, requests: Sequence[inference_pb2.GenerateStreamRequest], num_steps: int = 8
+    ) -> "Streams":
+        """Started together on a worker whose gate is closed, then run for so many steps."""
+        streams = cls(services, requests)
+        await services.wait_load(
+            lambda load: load.num_running_sequences + load.num_waiting_sequences == len(requests), "all have come"
+        )
+        open_gate(services.runner, num_steps)
+        # The plans that were in flight before the last request came may lack it.
+        await streams.wait_tokens(num_steps - 5)
+        return streams
+
+    async def check_truth(self) -> None:
+        await asyncio.gather(*self.tasks)
+        assert [output.token_ids for output in self.outputs] == [true_tokens(request) for request in self.requests]
+        assert [output.usage.num_output_tokens for output in self.outputs] == [
+            len(output.token_ids) for output in self.outputs
+        ]
+
+
+def gated_runner(number: int, permits: int = 0, **changes: object) -> FakeRunner:
+    """A worker of its own, that gives so many results and then none."""
+    info = model_info(worker_instance_id=f"worker-{number}", **changes)
+    return FakeRunner(info, gate=threading.Semaphore(permits))
+
+
+def open_gate(runner: object, permits: int = MANY) -> None:
+    assert isinstance(runner, FakeRunner) and runner.gate is not None
+    runner.gate.release(permits)
+
+
+async def kill_worker(services: Services) -> None:
+    """It never answers again, and its port is closed."""
+    losses = (await services.load()).num_worker_losses
+    runner = services.runner
+    await services.stop_worker()
+    await services.wait_load(lambda load: load.num_worker_losses == losses + 1, "the loss is noticed")
+    open_gate(runner)
+
+
+@pytest.mark.parametrize("num_kills", [1, 2])
+@pytest.mark.parametrize("max_plans_in_flight", [1, 2, 4])
+async def test_streams_go_on_with_the_next_worker(num_kills: int, max_plans_in_flight: int) -> None:
+    async with Services(gated_runner(0), max_plans_in_flight=max_plans_in_flight) as services:
+        streams = await Streams.mid_way(services, make_requests(), num_steps=15)
+        for number in range(1, num_kills + 1):
+            await kill_worker(services)
+            num_tokens = sum(len(output.token_ids) for output in streams.outputs)
+            is_last = number == num_kills
+            await services.start_worker(gated_runner(number, MANY if is_last else 12))
+            if not is_last:
+                await streams.wait_total(num_tokens + 1)
+        await streams.check_truth()
+        server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
+        load = await services.load()
+    assert server.session_epoch == num_kills + 1 and server.worker_instance_id == f"worker-{num_kills}"
+    assert load.num_worker_losses == num_kills and load.num_used_blocks == 0
+
+
+async def test_while_the_worker_is_away_calls_queue_and_readiness_says_so() -> None:
+    async with Services(gated_runner(0)) as services:
+        streams = await Streams.mid_way(services, make_requests(2))
+        await kill_worker(services)
+        await services.wait_health("NOT_SERVING")
+        assert await services.health_of("") == await services.health_of(CONTROL) == "SERVING"
+        server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
+        assert server.worker_state == control_pb2.WORKER_STATE_LOST
+        later = Streams(services, make_requests(4, max_tokens=9))
+        await services.wait_load(lambda load: load.num_waiting_sequences == 6, "all wait")
+        assert (await services.load()).num_used_blocks == 0
+        await services.start_worker(gated_runner(1, MANY))
+        await streams.check_truth()
+        await later.check_truth()
+        assert await services.health_of(INFERENCE) == "SERVING"
+
+
+async def test_what_is_cancelled_or_aborted_while_the_worker_is_away_stays_so() -> None:
+    to_abort = stream_request(max_tokens=50, request_id="aborted")
+    async with Services(gated_runner(0)) as services:
+        streams = await Streams.mid_way(services, [*make_requests(2), to_abort])
+        await kill_worker(services)
+        kept, cancelled, aborted = streams.tasks
+        cancelled.cancel()
+        await services.control.Abort(control_pb2.AbortRequest(request_id="aborted"))
+        output = await aborted
+        assert output.choices[0].finish == inference_pb2.Finish(reason=inference_pb2.FINISH_REASON_ABORT)
+        await services.wait_load(lambda load: load.num_waiting_sequences == 1, "one is left")
+        await services.start_worker(gated_runner(1, MANY))
+        assert (await kept).token_ids == true_tokens(streams.requests[0])
+
+
+async def test_no_worker_in_time_ends_all_with_advice_and_a_later_worker_serves_again() -> None:
+    async with Services(gated_runner(0), worker_wait_s=0.2) as services:
+        streams = await Streams.mid_way(services, make_requests(3))
+        await kill_worker(services)
+        errors = await asyncio.gather(*streams.tasks, return_exceptions=True)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await services.stream(stream_request())
+        for error in [*errors, caught.value]:
+            assert isinstance(error, grpc.aio.AioRpcError)
+            assert error.code() == grpc.StatusCode.UNAVAILABLE and retry_delay_s(error) > 0
+        load = await services.load()
+        assert load.num_waiting_sequences == load.num_running_sequences == load.num_used_blocks == 0
+        await services.start_worker(gated_runner(1, MANY))
+        await services.wait_health("SERVING")
+        assert (await services.stream(stream_request())).token_ids == true_tokens(stream_request())
+
+
+async def test_a_worker_that_hangs_past_the_watchdog_is_lost_and_may_come_back() -> None:
+    async with Services(gated_runner(0), step_timeout_s=1.5) as services:
+        streams = await Streams.mid_way(services, make_requests(4))
+        await services.wait_load(lambda load: load.num_worker_losses == 1, "the watchdog bites")
+        assert all(not task.done() for task in streams.tasks)
+        open_gate(services.runner)
+        await streams.check_truth()
+        assert (await services.load()).num_worker_losses == 1
+
+
+class PoisonedRunner(FakeRunner):
+    """Fails whole whenever the poison is in its batch."""
+
+    def execute(self, plan: StepPlan) -> FakePendingStep:
+        if any(row.sequence_id == "poison/0" for row in plan.added_rows):
+            raise RuntimeError("the poison works")
+        return super().execute(plan)
+
+
+async def test_a_poisonous_request_ends_and_all_others_complete() -> None:
+    async with Services(PoisonedRunner(model_info())) as services:
+        streams = Streams(services, make_requests(6, max_tokens=300))
+        await streams.wait_tokens(1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await services.stream(stream_request(request_id="poison"))
+        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        await streams.check_truth()
+        assert (await services.load()).num_worker_losses == 3
+
+
+class AskedRunner(FakeRunner):
+    """Counts how often it was asked for its info."""
+
+    num_questions = 0
+
+    @property
+    def info(self) -> WorkerInfo:
+        self.num_questions += 1
+        return super().info
+
+    async def was_asked_again(self) -> bool:
+        return self.num_questions >= 3
+
+
+async def test_live_requests_wait_for_their_own_model() -> None:
+    async with Services(gated_runner(0)) as services:
+        streams = await Streams.mid_way(services, make_requests(2))
+        await kill_worker(services)
+        other = AskedRunner(model_info(worker_instance_id="worker-1", fingerprint="other-model"))
+        await services.start_worker(other)
+        await wait_until(other.was_asked_again, "the scheduler has refused the other worker")
+        assert await services.health_of(INFERENCE) == "NOT_SERVING"
+        await services.stop_worker()
+        await services.start_worker(gated_runner(2, MANY))
+        await streams.check_truth()
+        assert other.num_steps == 0
+
+
+async def test_with_no_live_request_another_model_is_taken() -> None:
+    async with Services(gated_runner(0, MANY)) as services:
+        await services.stream(stream_request())
+        await kill_worker(services)
+        await services.start_worker(gated_runner(1, MANY, fingerprint="other-model", block_size=32, num_blocks=65))
+        await services.wait_health("SERVING")
+        info = await services.control.GetModelInfo(control_pb2.GetModelInfoRequest())
+        assert info.fingerprint == "other-model"
+        assert (await services.load()).num_total_blocks == 64
+        request = stream_request(range(1, 100), 50)
+        assert (await services.stream(request)).token_ids == true_tokens(request)

@@ -1,0 +1,143 @@
+"""The commands and LLM as a user runs them, with real processes and the embedded model."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared.errors import ConfigError, InvalidRequest
+from tandem import LLM, SamplingParams, TandemClient
+from tests.e2e.waiting import wait_until
+
+TANDEM = [sys.executable, "-m", "tandem.cli"]
+
+
+def run_tandem(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TANDEM, *arguments], capture_output=True, text=True, timeout=90)
+
+
+def test_the_demo_streams_text_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tandem.demo"], stdout=subprocess.PIPE, text=True, env=environment
+    ) as demo:
+        assert demo.stdout is not None
+        output, children = "", {}
+        for line in demo.stdout:
+            output += line
+            children |= {child.pid: child for child in psutil.Process(demo.pid).children()}
+    assert demo.returncode == 0
+    assert "ROMEO:\n" in output
+    assert re.search(r"\n200 tokens: TTFT \d+\.\d ms, then \d+ tokens/s\n", output)
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def serving(tmp_path: Path, *flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """tandem serve with the embedded model: the process and the scheduler's address."""
+    port_file = tmp_path / "port"
+    command = [*TANDEM, "serve", "embedded", "--port", "0", "--dtype", "float64", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        try:
+            address = ""
+            for line in process.stderr:
+                if match := re.search(rb"tandem serve: listening on (\S+)", line):
+                    address = match[1].decode()
+                    break
+            assert address, "tandem serve ended"
+            with TandemClient(address) as client:
+                wait_until(lambda: client.server_info().session_epoch > 0, "a session")
+            yield process, address
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.stderr.close()
+            process.wait(20)
+    assert not port_file.exists()
+
+
+def test_serve_starts_a_killed_worker_again_and_the_stream_goes_on(tmp_path: Path) -> None:
+    params = SamplingParams(seed=1, max_tokens=400, ignore_eos=True)
+    with serving(tmp_path) as (process, address), TandemClient(address) as client:
+        undisturbed = list(client.generate("ROMEO:\n", params).choices[0].token_ids)
+        client.reset_prefix_cache()
+        stream = client.generate_stream("ROMEO:\n", params)
+        token_ids = list(next(stream).token_ids)
+        worker = next(child for child in psutil.Process(process.pid).children() if "worker_service" in child.cmdline())
+        worker.kill()
+        for delta in stream:
+            token_ids += delta.token_ids
+        assert client.load().num_worker_losses == 1
+        generated = run_tandem("generate", "ROMEO:\n", "--address", address, "--max-tokens", "5", "--temperature", "0")
+        expected = client.generate("ROMEO:\n", SamplingParams(temperature=0.0, max_tokens=5)).choices[0].text
+    assert token_ids == undisturbed
+    assert (generated.returncode, generated.stdout) == (0, expected + "\n")
+    assert process.returncode == 0
+
+
+def test_killed_serve_takes_its_services_along(tmp_path: Path) -> None:
+    with serving(tmp_path) as (process, _):
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 2
+        process.kill()
+        process.wait()
+        gone, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive and len(gone) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "problem"),
+    [
+        ([], 2, "the following arguments are required: command"),
+        (["serve"], 2, "the following arguments are required: MODEL"),
+        (["serve", "embedded", "--block-size", "0"], 2, "--block-size must be at least 1, is 0"),
+        (["serve", "embedded", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
+        (["serve", "/no/such/model", "--port", "0"], 1, "/no/such/model: no such folder"),
+        (["generate", "x", "--address", "127.0.0.1:1"], 1, "tandem generate: "),
+    ],
+)
+def test_a_wrong_command_says_so(arguments: list[str], status: int, problem: str) -> None:
+    done = run_tandem(*arguments)
+    assert done.returncode == status
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_llm_generates_from_text_and_token_ids_and_leaves_nothing_behind() -> None:
+    me = psutil.Process()
+    before = set(me.children())
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    with LLM("embedded", max_num_seqs=4, dtype="float64") as llm:
+        started = set(me.children()) - before
+        ids = llm.client.tokenize("JULIET:\n")
+        by_text, by_ids = llm.generate(["JULIET:\n", ids], params)
+        assert by_text.choices == by_ids.choices
+        assert llm.generate("JULIET:\n", params)[0].choices == by_text.choices
+        assert llm.generate(ids, params)[0].choices == by_text.choices
+        with pytest.raises(InvalidRequest):
+            llm.generate("x", SamplingParams(temperature=-1.0))
+    assert len(started) == 2
+    assert not set(me.children()) & started
+
+
+def test_llm_refuses_unknown_settings() -> None:
+    with pytest.raises(ConfigError, match="unknown setting max_num_sequences"):
+        LLM("embedded", max_num_sequences=4)
+
+
+def test_the_scheduler_never_loads_torch() -> None:
+    code = (
+        "import sys; import scheduler_service.__main__, scheduler_service.service, tandem.client; "
+        "print([name for name in ('torch', 'transformers', 'safetensors') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

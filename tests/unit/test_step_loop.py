@@ -1,0 +1,102 @@
+"""The step loop against a worker whose failures come at chosen moments: what the core confirmed is always delivered."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from scheduler_service.core.types import FinishedSequence, SchedulerConfig, StepOutputs
+from scheduler_service.step_loop import StepLoop
+from shared.errors import WorkerUnavailable
+from shared.step_plan import StepPlan, StepResult, WorkerInfo
+from tests.builders import create_requests, worker_info
+from tests.fake_worker import FakeRunner, expected_tokens
+
+
+class FlakySession:
+    """Runs plans at once. After `num_sends` plans, sending fails; results of earlier plans still come."""
+
+    def __init__(self, num_sends: int | None) -> None:
+        self.info = worker_info()
+        self._runner = FakeRunner(self.info)
+        self._num_sends = num_sends
+        self._results: asyncio.Queue[StepResult] = asyncio.Queue()
+
+    async def send(self, plan: StepPlan) -> None:
+        await asyncio.sleep(0)
+        if self._num_sends is not None and plan.step_id > self._num_sends:
+            raise WorkerUnavailable("broken pipe")
+        self._results.put_nowait(self._runner.execute(plan).wait())
+
+    async def results(self) -> AsyncIterator[StepResult]:
+        while True:
+            yield await self._results.get()
+
+    async def close(self) -> None:
+        pass
+
+
+class FlakyClient:
+    """Each session lasts for so many plans; the last one for ever."""
+
+    def __init__(self, sends: list[int]) -> None:
+        self._sends: list[int | None] = [*sends, None]
+
+    async def get_info(self, timeout_s: float) -> WorkerInfo:
+        return worker_info()
+
+    async def open_session(self, info: WorkerInfo, scheduler_id: str, epoch: int) -> FlakySession:
+        return FlakySession(self._sends.pop(0))
+
+    async def close(self) -> None:
+        pass
+
+
+class Collector:
+    """A sink that keeps each sequence's tokens."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.ready = asyncio.Event()
+        self.all_ended = asyncio.Event()
+        self._num_left = num_sequences
+
+    def on_outputs(self, outputs: StepOutputs) -> None:
+        for sequence_id, token_id in zip(outputs.sequence_ids, outputs.token_ids, strict=True):
+            self.tokens.setdefault(sequence_id, []).append(token_id)
+        self.on_finished(outputs.finished)
+
+    def on_finished(self, finished: list[FinishedSequence]) -> None:
+        self._num_left -= len(finished)
+        if not self._num_left:
+            self.all_ended.set()
+
+    def on_worker_gone(self, error: WorkerUnavailable) -> None:
+        raise AssertionError(error)
+
+    async def on_readiness(self, is_ready: bool) -> None:
+        if is_ready:
+            self.ready.set()
+
+
+@pytest.mark.parametrize("max_plans_in_flight", [1, 2, 4])
+@pytest.mark.parametrize("sends", [[1], [5], [6], [9, 7]])
+async def test_tokens_survive_a_loss_while_the_next_plan_is_sent(max_plans_in_flight: int, sends: list[int]) -> None:
+    requests = create_requests(3, prompt_len=20, max_tokens=25)
+    sink = Collector(len(requests))
+    step_loop = StepLoop(
+        FlakyClient(sends),
+        SchedulerConfig(max_plans_in_flight=max_plans_in_flight),
+        sink,
+        scheduler_id="test",
+        worker_wait_s=10,
+        step_timeout_s=10,
+    )
+    running = asyncio.create_task(step_loop.run())
+    await sink.ready.wait()
+    step_loop.submit(requests)
+    await sink.all_ended.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert step_loop.scheduler is not None and step_loop.scheduler.load().num_worker_losses == len(sends)
+    assert sink.tokens == {request.sequence_id: expected_tokens(request) for request in requests}
