@@ -88,10 +88,11 @@ async def test_a_live_request_id_is_refused_and_can_be_aborted(services: Service
 
     def read_all(client: TandemClient) -> inference_pb2.Finish:
         params = SamplingParams(max_tokens=4000, ignore_eos=True)
-        last = inference_pb2.GenerateStreamResponse()
-        for last in client.generate_stream("x", params, request_id="mine"):
+        finish = inference_pb2.Finish()
+        for delta in client.generate_stream("x", params, request_id="mine"):
             started.set()
-        return last.finish
+            finish = delta.finish
+        return finish
 
     def use_again_and_abort(client: TandemClient) -> None:
         started.wait(10)
