@@ -24,7 +24,7 @@ from shared.config import SchedulerSettings, WorkerSettings
 from tandem.client import TandemClient
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
-from worker_service.model_runner import build_runner
+from worker_service.startup import build_runner
 
 NUM_PROMPTS = 16
 PROMPT_LEN = 128

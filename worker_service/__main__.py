@@ -37,7 +37,7 @@ def main() -> None:
     configure_logging(settings.log_level)
     try:
         # torch is imported only now, so that --help and wrong flags answer at once.
-        from worker_service.model_runner import build_runner
+        from worker_service.startup import build_runner
 
         asyncio.run(serve(settings, build_runner(settings)))
     except (ConfigError, ModelError) as error:

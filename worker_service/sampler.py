@@ -36,7 +36,9 @@ def sample(logits: torch.Tensor, rows: SamplingRows, *, any_random: bool, any_tr
     if not any_random:
         return greedy
     is_greedy = rows.temperature == 0
-    scaled = logits / torch.where(is_greedy, 1.0, rows.temperature).to(logits.dtype)[:, None]
+    # Below the row's largest, so that no temperature, however small, overflows.
+    below = logits - logits.amax(-1, keepdim=True)
+    scaled = below / torch.where(is_greedy, 1.0, rows.temperature).to(logits.dtype)[:, None]
     if any_truncated:
         scaled = truncate(scaled, rows.top_k, rows.top_p, rows.min_p)
     noise = gumbel_noise(rows.seed, rows.choice_index, rows.position, logits.shape[1]).to(logits.dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scheduler_service.core.integrity import check_integrity
+from scheduler_service.core.plan_builder import PlanBuilder
 from scheduler_service.core.residency import Residency
 from scheduler_service.core.sequence import Sequence, SequenceState
 from scheduler_service.core.types import (
@@ -24,7 +25,7 @@ from scheduler_service.core.types import (
     StepOutputs,
 )
 from shared.errors import FieldViolation, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
-from shared.step_plan import Int32Array, NewRow, StepPlan, StepResult, WorkerInfo
+from shared.step_plan import Int32Array, StepPlan, StepResult, WorkerInfo
 
 MAX_LOSSES_IN_A_ROW = 3
 
@@ -36,19 +37,6 @@ class _StepInFlight:
     step_id: int
     rows: list[int]
     sequences: list[Sequence]
-
-
-class _PlanBuilder:
-    """What the plan under construction holds so far."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.added: list[NewRow] = []
-        self.appended_rows: list[int] = []
-        self.appended_ids: list[int] = []
-        self.chunks: dict[int, int] = {}
-        # Sequences whose chunk reaches their last known token, so that they sample.
-        self.completed: list[Sequence] = []
 
 
 class Scheduler:
@@ -158,7 +146,7 @@ class Scheduler:
         """The next step, or None: nothing to compute, enough plans in flight, or no worker."""
         if not self._is_attached or len(self._in_flight) >= self.config.max_plans_in_flight:
             return None
-        plan = _PlanBuilder(self._max_num_batched_tokens)
+        plan = PlanBuilder(self._max_num_batched_tokens)
         self._grow_decoding_rows(plan)
         decoding = self._residency.rows.decoding()
         plan.budget -= len(decoding)
@@ -247,7 +235,7 @@ class Scheduler:
 
     # The parts of a step
 
-    def _grow_decoding_rows(self, plan: _PlanBuilder) -> None:
+    def _grow_decoding_rows(self, plan: PlanBuilder) -> None:
         """Gives each decoding row a block for its next position, preempting the last in order where none is left."""
         residency, rows = self._residency, self._residency.rows
         full = np.flatnonzero(rows.is_decoding & (rows.next_position >= rows.capacity))
@@ -259,7 +247,7 @@ class Scheduler:
                 plan.appended_rows.append(sequence.row)
                 plan.appended_ids.append(residency.grow(sequence))
 
-    def _admit(self, plan: _PlanBuilder) -> None:
+    def _admit(self, plan: PlanBuilder) -> None:
         """Admits waiting sequences, strictly in order: one that must wait is not overtaken."""
         while self._queue and plan.budget > 0:
             sequence = self._queue[0][1]
@@ -290,7 +278,7 @@ class Scheduler:
             self._suspect = None
         return not sequence.is_suspect or all(other.is_proven for other in self._residency.rows.running())
 
-    def _schedule_chunk(self, plan: _PlanBuilder, sequence: Sequence) -> None:
+    def _schedule_chunk(self, plan: PlanBuilder, sequence: Sequence) -> None:
         num_left = len(sequence.token_ids) - sequence.num_computed_tokens
         num_tokens = min(num_left, plan.budget, self.config.max_chunk_tokens or num_left)
         plan.budget -= num_tokens
@@ -299,29 +287,20 @@ class Scheduler:
         if num_tokens == num_left:
             plan.completed.append(sequence)
 
-    def _close(self, plan: _PlanBuilder, decoding: Int32Array) -> StepPlan:
+    def _close(self, plan: PlanBuilder, decoding: Int32Array) -> StepPlan:
         """Numbers the plan and notes whose results it will bring."""
         rows = decoding.tolist()
         if plan.completed:
             rows = sorted(rows + [sequence.row for sequence in plan.completed])
         sequences = list(map(self._residency.rows.owner, rows))
         self._in_flight.append(_StepInFlight(self._next_step_id, rows, sequences))
-        chunk_rows = sorted(plan.chunks)
-        step_plan = StepPlan(
-            step_id=self._next_step_id,
-            removed_rows=_ints(sorted(self._residency.removed_rows)),
-            added_rows=tuple(plan.added),
-            appended_block_rows=_ints(plan.appended_rows),
-            appended_block_ids=_ints(plan.appended_ids),
-            chunk_rows=_ints(chunk_rows),
-            chunk_num_tokens=_ints([plan.chunks[row] for row in chunk_rows]),
-        )
+        step_plan = plan.build(self._next_step_id, self._residency.removed_rows)
         self._residency.removed_rows.clear()
         self._next_step_id += 1
         self._num_steps += 1
         return step_plan
 
-    def _advance(self, plan: _PlanBuilder, decoding: Int32Array) -> None:
+    def _advance(self, plan: PlanBuilder, decoding: Int32Array) -> None:
         """Moves every row on, past the plan: ends by length are known now, before any result."""
         rows = self._residency.rows
         is_last = rows.next_position[decoding] == rows.last_position[decoding]
@@ -404,7 +383,3 @@ class Scheduler:
         self._next_step_id = 1
         self._in_flight: deque[_StepInFlight] = deque()
         self._suspect = None
-
-
-def _ints(values: list[int]) -> Int32Array:
-    return np.array(values, np.int32)

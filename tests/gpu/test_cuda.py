@@ -15,8 +15,9 @@ from shared.config import WorkerSettings
 from shared.step_plan import RowSampling
 from tests.engine import run
 from tests.model_factory import save_random_model
-from worker_service.model_runner import ModelRunner, build_runner
+from worker_service.model_runner import ModelRunner
 from worker_service.sampler import gumbel_noise
+from worker_service.startup import build_runner
 
 pytestmark = [
     pytest.mark.gpu,

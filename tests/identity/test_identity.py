@@ -21,7 +21,8 @@ from shared.config import WorkerSettings
 from shared.step_plan import RowSampling
 from tests.engine import run
 from tests.model_factory import save_random_model
-from worker_service.model_runner import ModelRunner, build_runner
+from worker_service.model_runner import ModelRunner
+from worker_service.startup import build_runner
 
 NUM_REQUESTS = 64
 NUM_OUTPUT_TOKENS = 40

@@ -15,7 +15,8 @@ from shared.errors import ModelError
 from shared.model_folder import resolve_model
 from shared.step_plan import NewRow, RowSampling, StepPlan
 from tests.model_factory import save_random_model
-from worker_service.model_runner import ModelRunner, build_runner
+from worker_service.model_runner import ModelRunner
+from worker_service.startup import build_runner
 
 YARN = {
     "rope_type": "yarn",

@@ -91,6 +91,14 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
     assert chi_square < degrees + 5 * np.sqrt(2 * degrees)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tiny_temperature_is_greedy(dtype: torch.dtype) -> None:
+    logits = torch.from_numpy(np.random.default_rng(2).normal(5, 2, (6, VOCAB))).to(dtype)
+    rows = make_rows(6, temperature=1e-42, top_k=10, top_p=0.9)
+    for any_truncated in (False, True):
+        assert torch.equal(sample(logits, rows, any_random=True, any_truncated=any_truncated), logits.argmax(-1))
+
+
 def test_noise_is_standard_gumbel_and_independent_of_its_neighbours() -> None:
     positions = torch.arange(400)
     seeds = torch.zeros(400, dtype=torch.int64)

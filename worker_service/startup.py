@@ -1,0 +1,158 @@
+"""From settings to a runner: loads the model, measures the memory for its KV pool, allocates it."""
+
+import logging
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.config import WorkerSettings, model_name
+from shared.errors import ConfigError, ModelError
+from shared.model_folder import ALL_FILES, resolve_model
+from shared.step_codec import PROTOCOL_VERSION
+from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
+from worker_service import kv_cache
+from worker_service.batch import MAX_LOGPROBS, Batch
+from worker_service.layers.attention import torch_attention
+from worker_service.model_config import ModelConfig, read_generation_defaults, read_model_config
+from worker_service.model_runner import ModelRunner
+from worker_service.models.qwen3 import Qwen3
+from worker_service.weights import fingerprint_of, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def build_runner(settings: WorkerSettings) -> ModelRunner:
+    """Loads a model and makes it ready. Raises ModelError or ConfigError, naming what is wrong."""
+    folder = resolve_model(settings.model, ALL_FILES)
+    device, dtype = _device_of(settings), _dtype_of(settings)
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    config = read_model_config(folder)
+    defaults = read_generation_defaults(folder, config.vocab_size)
+    wanted_len = settings.max_model_len or config.max_position_embeddings
+    if wanted_len > config.max_position_embeddings:
+        raise ConfigError(f"--max-model-len {wanted_len}: the model's context is {config.max_position_embeddings}")
+    if settings.max_num_batched_tokens < settings.max_num_seqs:
+        raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
+    model, contents = _load_model(folder, config, wanted_len, device, dtype)
+    info = WorkerInfo(
+        protocol_version=PROTOCOL_VERSION,
+        worker_instance_id=uuid.uuid4().hex,
+        fingerprint=fingerprint_of(config, dtype, contents),
+        model=model_name(settings),
+        dtype=str(dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        vocab_size=config.vocab_size,
+        max_model_len=wanted_len,
+        num_blocks=0,
+        block_size=settings.block_size,
+        max_num_rows=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        eos_token_ids=defaults.eos_token_ids,
+        default_temperature=defaults.temperature,
+        default_top_k=defaults.top_k,
+        default_top_p=defaults.top_p,
+        default_min_p=defaults.min_p,
+    )
+    shape = kv_cache.shape_of(config, settings.block_size, dtype)
+    num_blocks = settings.num_blocks or _measure_blocks(settings, model, shape, device, info)
+    # More than all rows at full length could use would only cost memory.
+    num_blocks = min(num_blocks, settings.max_num_seqs * -(-wanted_len // settings.block_size) + 1)
+    max_model_len = kv_cache.cut_context(wanted_len, num_blocks, settings.block_size)
+    info = replace(info, num_blocks=num_blocks, max_model_len=max_model_len)
+    logger.info(
+        "%s, %s on %s: %d KV blocks of %d tokens, context %d",
+        info.model, info.dtype, info.device, num_blocks - 1, settings.block_size, max_model_len,
+    )  # fmt: skip
+    return make_runner(model, kv_cache.allocate(num_blocks, shape, device), info)
+
+
+def make_runner(model: Qwen3, cache: torch.Tensor, info: WorkerInfo) -> ModelRunner:
+    batch = Batch(
+        num_rows=info.max_num_rows,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        max_model_len=info.max_model_len,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        vocab_size=info.vocab_size,
+    )
+    return ModelRunner(model, cache, batch, info)
+
+
+def _device_of(settings: WorkerSettings) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_gpu:
+        raise ConfigError("--device cuda: torch finds no GPU")
+    return torch.device("cuda" if has_gpu and settings.device != "cpu" else "cpu")
+
+
+def _dtype_of(settings: WorkerSettings) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if _device_of(settings).type == "cuda" else torch.float32
+    return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+
+
+def _load_model(
+    folder: Path, config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Qwen3, str]:
+    """The model with its weights, and the digest of the checkpoint's contents."""
+    try:
+        with device:
+            model = Qwen3(config, torch_attention, num_positions, dtype)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"too little memory for the weights: {error}") from error
+    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
+    return model, load_weights(folder, model.checkpoint_targets(), ignored)
+
+
+def _measure_blocks(
+    settings: WorkerSettings, model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.device, info: WorkerInfo
+) -> int:
+    """Blocks that fit beside the weights and the largest step; on a CPU, in the memory that the settings allow."""
+    if device.type == "cpu":
+        return kv_cache.num_blocks_within(int(settings.kv_cache_memory_gib * 2**30), shape)
+    torch.cuda.reset_peak_memory_stats(device)
+    _run_largest_step(model, shape, device, info)
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    outside_torch = total - free - torch.cuda.memory_reserved(device)
+    used = torch.cuda.max_memory_allocated(device) + outside_torch
+    torch.cuda.empty_cache()
+    return kv_cache.num_blocks_within(int(total * settings.gpu_memory_utilization) - used, shape)
+
+
+def _run_largest_step(model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.device, info: WorkerInfo) -> None:
+    """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from."""
+    size, budget = shape.block_size, info.max_num_batched_tokens
+    num_rows = min(info.max_num_rows, budget)
+    # One long prompt, for attention's memory, and one token for each other row, for the sampler's.
+    lengths = [min(budget - num_rows + 1, info.max_model_len), *[1] * (num_rows - 1)]
+    num_blocks = [-(-length // size) for length in lengths]
+    ends = np.cumsum(num_blocks) + 1
+    runner = make_runner(
+        model, kv_cache.allocate(int(ends[-1]), shape, device), replace(info, num_blocks=int(ends[-1]))
+    )
+    runner.execute(
+        StepPlan(
+            step_id=1,
+            added_rows=tuple(
+                NewRow(
+                    row=row,
+                    sequence_id="largest step",
+                    token_ids=np.zeros(length, np.int32),
+                    num_prompt_tokens=length,
+                    num_computed_tokens=0,
+                    num_cached_tokens=0,
+                    block_ids=np.arange(end - count, end, dtype=np.int32),
+                    sampling=RowSampling(top_k=20, top_p=0.95, num_logprobs=MAX_LOGPROBS),
+                )
+                for row, (length, count, end) in enumerate(zip(lengths, num_blocks, ends.tolist(), strict=True))
+            ),
+            chunk_rows=np.arange(num_rows, dtype=np.int32),
+            chunk_num_tokens=np.array(lengths, np.int32),
+        )
+    ).wait()
