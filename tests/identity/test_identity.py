@@ -194,8 +194,10 @@ def test_same_tokens(case: Case, folder: Path, truth: Truth, seen: dict[str, int
     outputs, load = execute(folder, case, truth.requests)
     assert outputs == truth.outputs
     assert (load.num_preemptions > 0) == case.preempted
-    assert case.prefix_caching or load.num_cached_prompt_tokens == 0
-    if case.prefix_caching:
+    if not case.prefix_caching:
+        assert load.num_cached_prompt_tokens == 0
+    elif case.batch == 1 or case.block_size < 256:
+        # All at once, no prompt may have filled a block of 256 before the others are admitted.
         assert load.num_cached_prompt_tokens > 0
     assert (load.num_overshoot_tokens > 0) == (case.depth > 1)
     seen["preemptions"] += load.num_preemptions
