@@ -14,6 +14,7 @@ from shared.settings import add_options, option_names, read_settings, refuse_unk
 from tandem.client import TandemClient
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
+from tandem.terminal import stream_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,15 +101,17 @@ def _generate(options: argparse.Namespace) -> int:
         ignore_eos=options.ignore_eos or None,
     )
     with TandemClient(options.address) as client:
-        for delta in client.generate_stream(options.prompt, params):
-            print(delta.text_delta, end="", flush=True)
-    print()
+        speed = stream_text(client, options.prompt, params)
+    print(flush=True)
+    print(speed, file=sys.stderr)
     return 0
 
 
 def _demo(options: argparse.Namespace) -> int:
     from tandem.demo import run_demo
 
+    # So that SIGTERM stops the services and removes their folder too.
+    signal.signal(signal.SIGTERM, _interrupt)
     run_demo()
     return 0
 

@@ -1,7 +1,7 @@
 """Both services as child processes of this one: start, wait until ready, restart the worker, stop, leave nothing.
 
-Ports are free ones, told through files. On Linux the children are told to die with their parent, so that not even
-kill -9 leaves them behind.
+Ports are free ones, told through files. On Linux the children die with the thread that started them, so that not even
+kill -9 leaves them behind: start them from one that lives as long as they should.
 """
 
 import ctypes

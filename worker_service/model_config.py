@@ -163,10 +163,15 @@ def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefault
         return GenerationDefaults(eos_token_ids)
     if values.get("do_sample") is False:
         return GenerationDefaults(eos_token_ids, temperature=0.0)
-    return GenerationDefaults(
-        eos_token_ids=eos_token_ids,
-        temperature=values.get("temperature"),
-        top_k=values.get("top_k"),
-        top_p=values.get("top_p"),
-        min_p=values.get("min_p"),
-    )
+    limits: dict[str, tuple[type, float]] = {
+        "temperature": (float, math.inf),
+        "top_k": (int, math.inf),
+        "top_p": (float, 1),
+        "min_p": (float, 1),
+    }
+    for key, (kind, most) in limits.items():
+        value = values.get(key)
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value <= most):
+            raise reader.fail(key, f"{value!r} is out of range")
+    return GenerationDefaults(eos_token_ids, **{key: values.get(key) for key in limits})

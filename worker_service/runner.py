@@ -13,7 +13,7 @@ class PendingStep(Protocol):
 
 
 class Runner(Protocol):
-    """Executes plans. All calls but PendingStep.wait come from one thread; wait comes from another."""
+    """Executes plans. execute comes from one thread, PendingStep.wait from another, reset while neither runs."""
 
     @property
     def info(self) -> WorkerInfo: ...

@@ -60,8 +60,6 @@ def build_runner(settings: WorkerSettings) -> ModelRunner:
     )
     shape = kv_cache.shape_of(config, settings.block_size, dtype)
     num_blocks = settings.num_blocks or _measure_blocks(settings, model, shape, device, info)
-    # More than all rows at full length could use would only cost memory.
-    num_blocks = min(num_blocks, settings.max_num_seqs * -(-wanted_len // settings.block_size) + 1)
     max_model_len = kv_cache.cut_context(wanted_len, num_blocks, settings.block_size)
     info = replace(info, num_blocks=num_blocks, max_model_len=max_model_len)
     logger.info(

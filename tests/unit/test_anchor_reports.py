@@ -4,13 +4,15 @@ Here are those that concern scheduling, against the core with the fake worker. T
 - greedy forbidden (nano-vllm #249), no top-k and top-p (#260): unit/worker/test_sampler.py, identity/test_identity.py
 - no serving (nano-vllm #5, #244): contract/test_inference.py, e2e/test_grpcurl.py
 - generation that goes on after the client has gone (mini-sglang #15, SGLang #37833):
-  contract/test_streaming.py::test_a_cancelled_call_leaves_nothing_behind, ::test_a_passed_deadline_leaves_nothing_behind,
+  contract/test_streaming.py::test_a_cancelled_call_leaves_nothing_behind,
+  contract/test_streaming.py::test_a_passed_deadline_leaves_nothing_behind,
   e2e/test_processes.py::test_a_cancelled_request_gives_its_blocks_back_while_others_run
 - neither TLS nor auth (vLLM #38295, #45903): contract/test_server.py::test_with_a_certificate_only_tls_is_spoken,
   ::test_with_a_client_authority_a_client_must_show_its_certificate, ::test_interceptors_see_every_call
 - discovery, readiness, drain, load (vLLM #47768): e2e/test_grpcurl.py::test_list_names_every_service,
   contract/test_worker_service.py::test_health_tells_liveness_from_readiness_and_can_be_watched,
-  contract/test_control.py::test_drain_finishes_what_runs_and_refuses_what_comes, ::test_load_counts_what_runs_and_what_ran
+  contract/test_control.py::test_drain_finishes_what_runs_and_refuses_what_comes,
+  contract/test_control.py::test_load_counts_what_runs_and_what_ran
 - fixed port and shared-memory name: e2e/test_processes.py::test_two_engines_share_a_host
 - a shard that loses its state throws the batch away (TGI #283, #2316): e2e/test_worker_killed.py
 """

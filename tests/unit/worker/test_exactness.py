@@ -234,9 +234,10 @@ def test_generation_defaults_are_the_models(tmp_path: Path) -> None:
     assert (info.default_temperature, info.default_top_k, info.default_top_p) == (0.6, 20, 0.95)
     assert info.default_min_p is None
     assert info.eos_token_ids == (3, 0)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 999}))
-    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id: 999"):
-        make_runner(folder)
+    for key, value in (("eos_token_id", 999), ("top_p", 1.5), ("top_k", 2.5), ("temperature", "hot"), ("min_p", -0.1)):
+        (folder / "generation_config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(ModelError, match=rf"generation_config\.json: {key}: {value!r}"):
+            make_runner(folder)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "noslash", "a/b/c"])

@@ -1,0 +1,23 @@
+"""A generation shown as it comes, and how fast it came."""
+
+import time
+
+from tandem.client import Prompt, TandemClient
+from tandem.sampling_params import SamplingParams
+
+
+def stream_text(client: TandemClient, prompt: Prompt, params: SamplingParams) -> str:
+    """Prints the text of the first choice; gives a line on its speed."""
+    started = first_at = last_at = time.perf_counter()
+    num_tokens = num_first = 0
+    for delta in client.generate_stream(prompt, params):
+        last_at = time.perf_counter()
+        if not num_tokens:
+            first_at, num_first = last_at, len(delta.token_ids)
+        num_tokens += len(delta.token_ids)
+        print(delta.text_delta, end="", flush=True)
+    speed = f"{num_tokens} tokens: TTFT {(first_at - started) * 1e3:.1f} ms"
+    # What came with the first message took no time of its own.
+    if num_tokens > num_first:
+        speed += f", then {(num_tokens - num_first) / (last_at - first_at):.0f} tokens/s"
+    return speed
