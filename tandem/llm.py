@@ -19,7 +19,10 @@ class LLM:
     """A model to generate with. Use it as a context manager, or close() it: that stops the services."""
 
     def __init__(self, model: str = "embedded", **settings: object) -> None:
-        """settings: fields of WorkerSettings and SchedulerSettings by name; an unknown one raises ConfigError."""
+        """settings: fields of WorkerSettings and SchedulerSettings by name; an unknown one raises ConfigError.
+
+        TANDEM_* variables are not read.
+        """
         worker, scheduler = split_keywords({"model": model, "port": 0, **settings}, WorkerSettings, SchedulerSettings)
         # What the services log is shown only if they fail.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
@@ -27,11 +30,14 @@ class LLM:
         try:
             self._services.__enter__()
             self._services.wait_until_ready(STARTUP_TIMEOUT_S)
-        except ServiceFailed as error:
+        except BaseException as error:
+            self._services.stop()
             self._log.seek(0)
             log = self._log.read()
-            self._services.stop()
-            raise ServiceFailed(f"{error}\n{log}") from error
+            self._log.close()
+            if isinstance(error, ServiceFailed):
+                raise ServiceFailed(f"{error}\n{log}") from error
+            raise
         self.client = TandemClient(self._services.address)
 
     def __enter__(self) -> "LLM":

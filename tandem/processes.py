@@ -1,10 +1,13 @@
 """Both services as child processes of this one: start, wait until ready, restart the worker, stop, leave nothing.
 
-Ports are free ones, told through files. On Linux the children die with the thread that started them, so that not even
+Ports are free ones, told through files. The children have their settings as flags alone: TANDEM_* variables are for
+whoever made the settings. On Linux the children die with the thread that started them, so that not even
 kill -9 leaves them behind: start them from one that lives as long as they should.
 """
 
+import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from typing import IO
 from shared.config import SchedulerSettings, WorkerSettings
 from shared.errors import TandemError
 from shared.health_probe import health_status
-from shared.settings import to_arguments
+from shared.settings import ENVIRONMENT_PREFIX, to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 STOP_TIMEOUT_S = 10.0
@@ -37,6 +40,8 @@ class Services:
         """log takes what both print; None is this process's stderr."""
         self._worker_settings = to_arguments(worker)
         self._scheduler_settings = to_arguments(scheduler)
+        self._worker_host, self._scheduler_host = _connectable(worker.host), _connectable(scheduler.host)
+        self._drain_grace_s = scheduler.drain_grace_s
         self._log = log
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
         self.worker: subprocess.Popen[bytes] | None = None
@@ -51,7 +56,7 @@ class Services:
         except BaseException:
             self.stop()
             raise
-        self.address = f"127.0.0.1:{scheduler_port}"
+        self.address = f"{self._scheduler_host}:{scheduler_port}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,7 +64,7 @@ class Services:
 
     def start_worker(self, arguments: Sequence[str]) -> None:
         self.worker, port = self._start("worker_service", arguments)
-        self.worker_address = f"127.0.0.1:{port}"
+        self.worker_address = f"{self._worker_host}:{port}"
 
     def restart_worker(self) -> None:
         """Starts a worker on the port of the one before, which is gone."""
@@ -98,16 +103,16 @@ class Services:
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """The scheduler first, so that it has its worker to the end."""
-        for process in (self.scheduler, self.worker):
-            if process is not None and process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
+        """The scheduler first, so that it has its worker while it drains. An interrupt meanwhile kills both."""
+        try:
+            _end(self.scheduler, self._drain_grace_s + STOP_TIMEOUT_S)
+            _end(self.worker, STOP_TIMEOUT_S)
+        finally:
+            for process in (self.scheduler, self.worker):
+                if process is not None:
                     process.kill()
                     process.wait()
-        self._folder.cleanup()
+            self._folder.cleanup()
 
     def _start_scheduler(self) -> int:
         arguments = [*self._scheduler_settings, "--worker-address", self.worker_address]
@@ -121,6 +126,7 @@ class Services:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, "--port-file", str(port_file)],
             stderr=self._log,
+            env={name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)},
             # Out of the terminal's reach: Ctrl-C is ours, and we stop them in order.
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
@@ -135,6 +141,20 @@ class Services:
             process.wait()
             raise
         return process, int(port_file.read_text())
+
+
+def _end(process: "subprocess.Popen[bytes] | None", timeout_s: float) -> None:
+    """Asks it to end, and waits."""
+    if process is not None and process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+
+
+def _connectable(host: str) -> str:
+    """Where to reach what listens on a host."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _die_with_parent() -> None:

@@ -234,10 +234,8 @@ class ModelRunner:
         return _HostCopies(self._to_host(sampled), self._to_host(is_bad), logprobs, top_ids, top_logprobs)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values.astype(np.int64))
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        # From pageable memory: the driver copies arrays this small before it returns, and does not wait for the device.
+        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)
 
     def _to_host(self, values: torch.Tensor) -> torch.Tensor:
         if values.device.type == "cpu":

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import Load, SchedulerConfig, SequenceRequest
 from shared.config import WorkerSettings
-from shared.step_plan import RowSampling
+from shared.step_plan import RowSampling, StepPlan
 from tests.engine import run
 from tests.model_factory import save_random_model
 from worker_service.model_runner import ModelRunner
+from worker_service.runner import PendingStep
 from worker_service.startup import build_runner
 
 NUM_REQUESTS = 64
@@ -118,10 +119,26 @@ def make_requests(vocab_size: int) -> list[SequenceRequest]:
     return requests
 
 
-def execute(folder: Path, case: Case, requests: list[SequenceRequest]) -> tuple[dict[str, list[int]], Load]:
-    """Runs the requests; alone means that each is added when the one before has ended."""
+class CountingRunner:
+    """The real runner, and how many rows were added to it: those past one a request are resumes."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.info = runner.info
+        self.reset = runner.reset
+        self.num_added = 0
+        self._runner = runner
+
+    def execute(self, plan: StepPlan) -> PendingStep:
+        self.num_added += len(plan.added_rows)
+        return self._runner.execute(plan)
+
+
+def execute(folder: Path, case: Case, requests: list[SequenceRequest]) -> tuple[dict[str, list[int]], Load, int]:
+    """Runs the requests; alone means that each is added when the one before has ended. Gives the outputs, the
+    scheduler's counts and the number of resumes.
+    """
     num_pool_tokens = 1536 if case.preempted else 256 * 2 * NUM_REQUESTS
-    runner = make_runner(folder, case.block_size, num_pool_tokens // case.block_size + 1)
+    runner = CountingRunner(make_runner(folder, case.block_size, num_pool_tokens // case.block_size + 1))
     config = SchedulerConfig(
         max_num_seqs=NUM_REQUESTS,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
@@ -134,7 +151,7 @@ def execute(folder: Path, case: Case, requests: list[SequenceRequest]) -> tuple[
     for start in range(0, len(requests), case.batch):
         outputs |= run(scheduler, runner, requests[start : start + case.batch])
     scheduler.check_integrity()
-    return outputs, scheduler.load()
+    return outputs, scheduler.load(), runner.num_added - len(requests)
 
 
 def make_runner(folder: Path, block_size: int, num_blocks: int) -> ModelRunner:
@@ -164,7 +181,7 @@ def truth(folder: Path) -> Truth:
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     requests = make_requests(model.config.vocab_size)
-    outputs, _ = execute(folder, Case(), requests)
+    outputs, _, _ = execute(folder, Case(), requests)
     for request in requests:
         if request.sampling.temperature == 0:
             prompt = torch.tensor(request.prompt_token_ids[None].astype(np.int64))
@@ -184,16 +201,16 @@ def truth(folder: Path) -> Truth:
 @pytest.fixture(scope="module")
 def seen() -> Iterator[dict[str, int]]:
     """What happened over all cases; everything that can go wrong must have been tried."""
-    counts = dict.fromkeys(("preemptions", "prefix_hits", "overshoots"), 0)
+    counts = dict.fromkeys(("preemptions", "resumes", "prefix_hits", "overshoots"), 0)
     yield counts
     assert all(counts.values()), counts
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_tokens(case: Case, folder: Path, truth: Truth, seen: dict[str, int]) -> None:
-    outputs, load = execute(folder, case, truth.requests)
+    outputs, load, num_resumes = execute(folder, case, truth.requests)
     assert outputs == truth.outputs
-    assert (load.num_preemptions > 0) == case.preempted
+    assert (load.num_preemptions > 0) == (num_resumes > 0) == case.preempted
     if not case.prefix_caching:
         assert load.num_cached_prompt_tokens == 0
     elif case.batch == 1 or case.block_size < 256:
@@ -201,6 +218,7 @@ def test_same_tokens(case: Case, folder: Path, truth: Truth, seen: dict[str, int
         assert load.num_cached_prompt_tokens > 0
     assert (load.num_overshoot_tokens > 0) == (case.depth > 1)
     seen["preemptions"] += load.num_preemptions
+    seen["resumes"] += num_resumes
     seen["prefix_hits"] += load.num_cached_prompt_tokens
     seen["overshoots"] += load.num_overshoot_tokens
 

@@ -2,10 +2,11 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension, in float32 or wider."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension; torch sums in float32 or wider."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -13,6 +14,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,96 @@
+"""The services as children: what reaches them, and how they are stopped."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared.config import SchedulerSettings, WorkerSettings
+from tandem import SamplingParams, TandemClient, processes
+from tandem.processes import Services
+
+STARTUP_TIMEOUT_S = 60.0
+
+
+def test_variables_change_nothing_that_was_set_for_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Both settings are the defaults, which are not repeated as flags.
+    monkeypatch.setenv("TANDEM_HOST", "0.0.0.0")
+    monkeypatch.setenv("TANDEM_BLOCK_SIZE", "32")
+    with Services(WorkerSettings(port=0), SchedulerSettings(port=0)) as services:
+        services.wait_until_ready(STARTUP_TIMEOUT_S)
+        with TandemClient(services.address) as client:
+            assert client.load().block_size_tokens == 16
+        for process in (services.worker, services.scheduler):
+            assert process is not None
+            connections = psutil.Process(process.pid).net_connections()
+            listening = [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
+            assert listening and all(ip.removeprefix("::ffff:") == "127.0.0.1" for ip in listening)
+
+
+def test_stopping_lets_running_requests_end_within_the_drain_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that the grace is all the time that the scheduler has.
+    monkeypatch.setattr(processes, "STOP_TIMEOUT_S", 0.0)
+    token_ids: list[int] = []
+    has_begun = threading.Event()
+
+    def read(client: TandemClient) -> None:
+        try:
+            for delta in client.generate_stream("ROMEO:\n", SamplingParams(max_tokens=300, ignore_eos=True)):
+                token_ids.extend(delta.token_ids)
+                has_begun.set()
+        finally:
+            has_begun.set()
+
+    with Services(WorkerSettings(port=0), SchedulerSettings(port=0, drain_grace_s=60.0)) as services:
+        services.wait_until_ready(STARTUP_TIMEOUT_S)
+        scheduler = services.scheduler
+        with TandemClient(services.address) as client:
+            reader = threading.Thread(target=read, args=[client])
+            reader.start()
+            has_begun.wait(STARTUP_TIMEOUT_S)
+            services.stop()
+            reader.join()
+    assert len(token_ids) == 300
+    assert scheduler is not None and scheduler.returncode == 0
+
+
+def test_a_terminated_demo_leaves_nothing_behind(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tandem.demo"], stdout=subprocess.PIPE, text=True, env=environment
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("worker at "):
+                break
+        children = psutil.Process(demo.pid).children()
+        demo.send_signal(signal.SIGTERM)
+        demo.stdout.read()
+    assert demo.returncode == 130
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_gives_text_on_stdout_and_its_speed_on_stderr() -> None:
+    with Services(WorkerSettings(port=0), SchedulerSettings(port=0)) as services:
+        services.wait_until_ready(STARTUP_TIMEOUT_S)
+        arguments = ["generate", "ROMEO:\n", "--address", services.address, "--temperature", "0", "--ignore-eos"]
+        for max_tokens in (1, 12):
+            done = subprocess.run(
+                [sys.executable, "-m", "tandem.cli", *arguments, "--max-tokens", str(max_tokens)],
+                capture_output=True,
+                text=True,
+                timeout=STARTUP_TIMEOUT_S,
+            )
+            with TandemClient(services.address) as client:
+                params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+                expected = client.generate("ROMEO:\n", params).choices[0].text
+            assert (done.returncode, done.stdout) == (0, expected + "\n")
+            assert re.match(rf"{max_tokens} tokens: TTFT \d+\.\d ms", done.stderr)
