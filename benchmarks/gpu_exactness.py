@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,15 @@ def compare_logits(folder: Path, reference: Any, ids: list[int]) -> dict[str, An
 
 
 def generate(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy output through both services, in bf16, all prompts one after the other."""
+    """Greedy output through both services, in bf16, all prompts at once."""
     worker = WorkerSettings(model=str(folder), dtype="bfloat16", device="cuda", port=0, gpu_memory_utilization=0.5)
     scheduler = SchedulerSettings(model=str(folder), port=0)
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_LEN, ignore_eos=True)
     with Services(worker, scheduler) as services:
         services.wait_until_ready(120)
-        with TandemClient(services.address) as client:
-            return [list(client.generate(prompt, params).choices[0].token_ids) for prompt in prompts]
+        with TandemClient(services.address) as client, ThreadPoolExecutor(len(prompts)) as pool:
+            replies = pool.map(lambda prompt: client.generate(prompt, params), prompts)
+            return [list(reply.choices[0].token_ids) for reply in replies]
 
 
 @torch.inference_mode()
