@@ -45,7 +45,6 @@ class _Choice:
         self.index = index
         self.detokenizer = detokenizer
         self.num_output_tokens = 0
-        self.is_finished = False
         self.delta = ChoiceDelta(index)
 
     def add_token(self, token_id: int, logprobs: RowLogprobs | None, *, has_text: bool) -> None:
@@ -60,7 +59,6 @@ class _Choice:
         self.delta.text += self.detokenizer.finish()
         self.delta.stop_string = self.detokenizer.matched_stop
         self.delta.finished = finished
-        self.is_finished = True
 
     def take(self) -> ChoiceDelta:
         delta, self.delta = self.delta, ChoiceDelta(self.index)

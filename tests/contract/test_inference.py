@@ -264,3 +264,14 @@ async def test_a_row_fault_ends_one_request_and_no_other() -> None:
         )
     assert isinstance(results[0], StreamedOutput) and results[0].token_ids == true_tokens(good)
     assert isinstance(results[1], grpc.aio.AioRpcError) and results[1].code() == grpc.StatusCode.INTERNAL
+
+
+async def test_messages_larger_than_grpcs_own_limit_pass(tokenizer: Tokenizer) -> None:
+    """4 MiB is gRPC's default; a request and a reply of more go through."""
+    token_ids = [500] * 2_200_000
+    async with Services() as services:
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        assert request.ByteSize() > 4 * 2**20
+        reply = await services.inference.Detokenize(request)
+    assert reply.ByteSize() > 4 * 2**20
+    assert reply.text == tokenizer.decode(token_ids[:1]) * len(token_ids)

@@ -1,5 +1,6 @@
 """The scaffolding that both services share: TLS, interceptors, ports, channelz."""
 
+import asyncio
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 
 from shared.config import WorkerSettings
 from shared.errors import ConfigError
+from shared.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
 from shared.server import Server, server_credentials
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tests.builders import worker_info
@@ -121,3 +123,16 @@ async def test_channelz_counts_calls() -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             servers = await channelz_pb2_grpc.ChannelzStub(channel).GetServers(channelz_pb2.GetServersRequest())
         assert sum(each.data.calls_started for each in servers.server) >= 1
+
+
+@pytest.mark.slow
+async def test_an_idle_channel_survives_its_keepalive_pings() -> None:
+    """Pings that a server finds too frequent end in GOAWAY."""
+    pings_s = 3.5 * WORKER_KEEPALIVE_TIME_MS / 1000
+    async with (
+        running(make_server()) as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", WORKER_CHANNEL_OPTIONS) as channel,
+    ):
+        await channel.channel_ready()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(channel.wait_for_state_change(grpc.ChannelConnectivity.READY), pings_s)
