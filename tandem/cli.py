@@ -46,7 +46,7 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     serve.add_argument("served", metavar="MODEL", help="model folder, hub id, or 'embedded'")
-    add_options(serve, SchedulerSettings, WorkerSettings, without=("model", "worker_address", "worker_ca"))
+    add_options(serve, SchedulerSettings, WorkerSettings, without=("model", "port_file", "worker_address", "worker_ca"))
     serve.set_defaults(run=_serve)
 
     generate = commands.add_parser("generate", help="stream a generation from a running server", allow_abbrev=False)
