@@ -14,6 +14,7 @@ import pytest
 
 from shared.errors import ConfigError, InvalidRequest
 from tandem import LLM, SamplingParams, TandemClient
+from tandem.v1.control_pb2 import WORKER_STATE_READY
 from tests.e2e.waiting import wait_until
 
 TANDEM = [sys.executable, "-m", "tandem.cli"]
@@ -55,7 +56,7 @@ def serving(*flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
                     break
             assert address, "tandem serve ended"
             with TandemClient(address) as client:
-                wait_until(lambda: client.server_info().session_epoch > 0, "a session")
+                wait_until(lambda: client.server_info().worker_state == WORKER_STATE_READY, "the worker")
             yield process, address
         finally:
             process.send_signal(signal.SIGINT)
