@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from worker_service.layers.attention import AttentionMetadata, ChunkMetadata
+from worker_service.layers.attention import AttentionMetadata, ChunkMetadata, DecodeGroup
 from worker_service.model_runner import ModelRunner
 
 
@@ -25,6 +25,7 @@ def teacher_forced_logits(runner: ModelRunner, token_ids: list[int], num_prefill
         decode_start=num_prefill,
         decode_block_tables=nothing.view(0, 0),
         decode_context_lens=nothing,
+        decode_groups=(),
     )
     hidden = [runner.model(ids[:num_prefill], positions[:num_prefill], runner.cache, chunk)]
     for position in range(num_prefill, len(token_ids)):
@@ -35,6 +36,7 @@ def teacher_forced_logits(runner: ModelRunner, token_ids: list[int], num_prefill
             decode_start=0,
             decode_block_tables=table[None],
             decode_context_lens=positions[here] + 1,
+            decode_groups=(DecodeGroup(1, len(table)),),
         )
         hidden.append(runner.model(ids[here], positions[here], runner.cache, step))
     return runner.model.compute_logits(torch.cat(hidden))

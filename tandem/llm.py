@@ -16,7 +16,9 @@ STARTUP_TIMEOUT_S = 600.0
 
 
 class LLM:
-    """A model to generate with. Use it as a context manager, or close() it: that stops the services."""
+    """A model to generate with. Use it as a context manager, or close() it: that stops the services. On Linux they
+    also stop with the thread that made this object.
+    """
 
     def __init__(self, model: str = "embedded", **settings: object) -> None:
         """settings: fields of WorkerSettings and SchedulerSettings by name; an unknown one raises ConfigError.

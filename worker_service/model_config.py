@@ -4,9 +4,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.errors import ModelError
+
+T = TypeVar("T", list[Any], dict[str, Any])
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 
@@ -76,6 +78,14 @@ class _Reader:
             raise self.fail(key, f"must be a positive number, is {value!r}")
         return value
 
+    def typed(self, key: str, kind: type[T], values: dict[str, Any] | None = None) -> T:
+        """The key's list or object; an empty one where it is missing or null."""
+        value = (self.values if values is None else values).get(key)
+        value = kind() if value is None else value
+        if not isinstance(value, kind):
+            raise self.fail(key, f"must be a {kind.__name__}, is {value!r}")
+        return value
+
     def whole(self, key: str, default: int | None = None, values: dict[str, Any] | None = None) -> int:
         value = self.number(key, default, values)
         if value != int(value):
@@ -86,15 +96,15 @@ class _Reader:
 def read_model_config(folder: Path) -> ModelConfig:
     """Raises ModelError, naming file and key, where the model is not one that Tandem runs."""
     reader = _Reader(folder / "config.json")
-    architectures = reader.values.get("architectures") or []
+    architectures = reader.typed("architectures", list)
     if ARCHITECTURE not in architectures:
         raise reader.fail("architectures", f"{architectures} is not supported; {ARCHITECTURE} is")
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
         if reader.values.get(key, wanted) != wanted:
             raise reader.fail(key, f"{reader.values[key]!r} is not supported; {wanted!r} is")
-    kinds = set(reader.values.get("layer_types") or [])
-    if kinds - {"full_attention"}:
-        raise reader.fail("layer_types", f"{sorted(kinds)} are not supported; full_attention is")
+    kinds = reader.typed("layer_types", list)
+    if any(kind != "full_attention" for kind in kinds):
+        raise reader.fail("layer_types", f"{kinds} are not supported; full_attention is")
     num_heads = reader.whole("num_attention_heads")
     num_kv_heads = reader.whole("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
@@ -104,8 +114,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     if head_dim % 2:
         raise reader.fail("head_dim", f"must be even, is {head_dim}")
     # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
-    rope = {**(reader.values.get("rope_scaling") or {}), **(reader.values.get("rope_parameters") or {})}
+    rope = {**reader.typed("rope_scaling", dict), **reader.typed("rope_parameters", dict)}
     rope_theta = reader.number("rope_theta", values={**reader.values, **rope})
+    if rope_theta <= 1:
+        raise reader.fail("rope_theta", f"must be above 1, is {rope_theta}")
     max_position_embeddings = reader.whole("max_position_embeddings")
     return ModelConfig(
         vocab_size=reader.whole("vocab_size"),
@@ -129,11 +141,13 @@ def _read_yarn(reader: _Reader, rope: dict[str, Any], max_position_embeddings: i
         return None
     if kind != "yarn":
         raise reader.fail("rope_type", f"{kind!r} is not supported; 'default' and 'yarn' are")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise reader.fail("partial_rotary_factor", f"{rope['partial_rotary_factor']!r} is not supported; 1 is")
     original = reader.whole("original_max_position_embeddings", max_position_embeddings, rope)
     factor = reader.number("factor", max_position_embeddings / original, rope)
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     attention_factor = _mscale(factor, 1.0)
-    if mscale and mscale_all_dim:
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale, mscale_all_dim = reader.number("mscale", values=rope), reader.number("mscale_all_dim", values=rope)
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
     return YarnScaling(
         factor=factor,
@@ -155,6 +169,10 @@ def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefault
     reader = _Reader(path if path.exists() else folder / "config.json")
     values = reader.values
     eos = values.get("eos_token_id")
+    if eos is None and path.exists():
+        # Older folders have it in config.json alone; without it nothing would ever stop.
+        reader = _Reader(folder / "config.json")
+        eos = reader.values.get("eos_token_id")
     eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     for token_id in eos_token_ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
@@ -163,15 +181,16 @@ def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefault
         return GenerationDefaults(eos_token_ids)
     if values.get("do_sample") is False:
         return GenerationDefaults(eos_token_ids, temperature=0.0)
-    limits: dict[str, tuple[type, float]] = {
-        "temperature": (float, math.inf),
-        "top_k": (int, math.inf),
-        "top_p": (float, 1),
-        "min_p": (float, 1),
+    # What the wire's float and uint32 hold, and what a row's sampling accepts.
+    limits: dict[str, tuple[type, float, float]] = {
+        "temperature": (float, 0, 3e38),
+        "top_k": (int, 0, 2**32 - 1),
+        "top_p": (float, 1e-30, 1),
+        "min_p": (float, 0, 1),
     }
-    for key, (kind, most) in limits.items():
+    for key, (kind, least, most) in limits.items():
         value = values.get(key)
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 <= value <= most):
-            raise reader.fail(key, f"{value!r} is out of range")
+        if value is not None and not (is_number and least <= value <= most):
+            raise _Reader(path).fail(key, f"{value!r} is out of range")
     return GenerationDefaults(eos_token_ids, **{key: values.get(key) for key in limits})

@@ -22,7 +22,7 @@ from shared.step_plan import (
     WorkerInfo,
 )
 from worker_service.batch import Batch, StepWork
-from worker_service.layers.attention import AttentionMetadata, ChunkMetadata
+from worker_service.layers.attention import AttentionMetadata, ChunkMetadata, group_decodes
 from worker_service.models.qwen3 import Qwen3
 from worker_service.sampler import SamplingRows, sample
 
@@ -45,18 +45,20 @@ class _RowOptions:
             return
         rows = [new.row for new in new_rows]
         options = [new.sampling for new in new_rows]
-        device = self.temperature.device
-        index = torch.tensor(rows, device=device)
-        self.temperature[index] = torch.tensor([o.temperature for o in options], device=device)
-        self.top_p[index] = torch.tensor([o.top_p for o in options], device=device)
-        self.min_p[index] = torch.tensor([o.min_p for o in options], device=device)
-        self.top_k[index] = torch.tensor([o.top_k for o in options], device=device)
-        seeds = np.array([o.seed for o in options], np.uint64).view(np.int64)
-        self.seed[index] = torch.from_numpy(seeds).to(device)
-        self.choice_index[index] = torch.tensor([o.choice_index for o in options], device=device)
+        index = self._to_device(np.array(rows))
+        self.temperature[index] = self._to_device(np.array([o.temperature for o in options], np.float32))
+        self.top_p[index] = self._to_device(np.array([o.top_p for o in options], np.float32))
+        self.min_p[index] = self._to_device(np.array([o.min_p for o in options], np.float32))
+        self.top_k[index] = self._to_device(np.array([o.top_k for o in options]))
+        self.seed[index] = self._to_device(np.array([o.seed for o in options], np.uint64).view(np.int64))
+        self.choice_index[index] = self._to_device(np.array([o.choice_index for o in options]))
         self.is_random[rows] = [o.temperature > 0 for o in options]
         self.is_truncated[rows] = [o.temperature > 0 and (o.top_k > 0 or o.top_p < 1 or o.min_p > 0) for o in options]
         self.num_logprobs[rows] = [-1 if o.num_logprobs is None else o.num_logprobs for o in options]
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        # torch.tensor(..., device=...) would wait for the step that runs.
+        return torch.from_numpy(values).to(self.temperature.device, non_blocking=True)
 
     def of(self, rows: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
         return SamplingRows(
@@ -187,15 +189,16 @@ class ModelRunner:
             chunks.append(ChunkMetadata(start, count, end, table))
             start += count
             last_index[row] = start - 1
-        decode_rows = work.decode_rows
-        # The batch has counted this step's token already.
+        # Longest context first, so that rows of like length stand together. The batch has counted this step's token.
+        decode_rows = work.decode_rows[np.argsort(-batch.num_computed[work.decode_rows], kind="stable")]
         context_lens = batch.num_computed[decode_rows]
+        num_blocks = -(-context_lens // block_size)
         decode_positions = context_lens - 1
         decode_blocks = batch.block_tables[decode_rows, decode_positions // block_size]
         positions.append(decode_positions)
         slots.append(decode_blocks * block_size + decode_positions % block_size)
         last_index[decode_rows] = start + np.arange(len(decode_rows))
-        most_blocks = -(-int(context_lens.max(initial=0)) // block_size)
+        most_blocks = int(num_blocks.max(initial=0))
         last_tokens = self._last_token[self._to_device(decode_rows)]
         token_ids = torch.cat([self._to_device(np.concatenate(ids)), last_tokens]) if ids else last_tokens
         metadata = AttentionMetadata(
@@ -204,6 +207,7 @@ class ModelRunner:
             decode_start=start,
             decode_block_tables=self._to_device(batch.block_tables[decode_rows, :most_blocks]),
             decode_context_lens=self._to_device(context_lens),
+            decode_groups=group_decodes(num_blocks.tolist(), block_size),
         )
         sampling_indices = self._to_device(last_index[work.sampling_rows])
         return token_ids, self._to_device(np.concatenate(positions)), metadata, sampling_indices

@@ -72,7 +72,7 @@ def _files(folder: Path) -> list[Path]:
     if main.name == SINGLE_FILE:
         return [main]
     try:
-        names = sorted(set(json.loads(main.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files = sorted({folder / name for name in json.loads(main.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{main}: weight_map: {error!r}") from error
-    return [folder / name for name in names]
+    return files

@@ -193,10 +193,6 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self._live)
 
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._in_flight)
-
     def longest_prefix(self, token_ids: Int32Array, cache_salt: str = "") -> int:
         """Tokens at the start of token_ids whose KV is cached."""
         blocks = self._residency.blocks

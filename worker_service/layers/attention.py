@@ -8,6 +8,9 @@ from typing import Protocol
 
 import torch
 
+MAX_GATHERED_TOKENS = 32768
+CHEAP_PADDING_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class ChunkMetadata:
@@ -19,6 +22,14 @@ class ChunkMetadata:
     """Tokens of the row up to and including the chunk's last."""
     block_table: torch.Tensor
     """(blocks of context_len,) int64"""
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decoding rows next to each other that are computed together, each padded to num_blocks."""
+
+    num_rows: int
+    num_blocks: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class AttentionMetadata:
     """(decoding rows, most blocks of one) int64, padded with block 0"""
     decode_context_lens: torch.Tensor
     """(decoding rows,) int64"""
+    decode_groups: tuple[DecodeGroup, ...]
+    """All decoding rows, in their order."""
 
 
 class Attention(Protocol):
@@ -49,7 +62,7 @@ class Attention(Protocol):
 def torch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
 ) -> torch.Tensor:
-    """Attention in plain torch: chunks row by row, decoding rows together over gathered, padded contexts."""
+    """Attention in plain torch: chunks row by row, decoding rows in groups over gathered, padded contexts."""
     key_cache, value_cache = cache
     key_cache.flatten(0, 1)[metadata.slot_mapping] = k
     value_cache.flatten(0, 1)[metadata.slot_mapping] = v
@@ -59,14 +72,37 @@ def torch_attention(
         keys = key_cache[chunk.block_table].flatten(0, 1)[: chunk.context_len]
         values = value_cache[chunk.block_table].flatten(0, 1)[: chunk.context_len]
         out[tokens] = _attend_chunk(q[tokens], keys, values)
-    if metadata.decode_start < len(q):
-        tables = metadata.decode_block_tables
+    first = 0
+    for group in metadata.decode_groups:
+        rows = slice(first, first + group.num_rows)
+        tokens = slice(metadata.decode_start + rows.start, metadata.decode_start + rows.stop)
+        tables = metadata.decode_block_tables[rows, : group.num_blocks]
         keys = key_cache[tables].flatten(1, 2)
         values = value_cache[tables].flatten(1, 2)
-        out[metadata.decode_start :] = _attend_one(
-            q[metadata.decode_start :], keys, values, metadata.decode_context_lens
-        )
+        out[tokens] = _attend_one(q[tokens], keys, values, metadata.decode_context_lens[rows])
+        first = rows.stop
     return out
+
+
+def group_decodes(num_blocks: list[int], block_size: int) -> tuple[DecodeGroup, ...]:
+    """Groups for rows of so many blocks, which must descend.
+
+    Padding all rows to the longest would take rows times context: one long context among many short ones, more
+    memory than the pool itself. So a group gathers MAX_GATHERED_TOKENS at most, one row aside, and a row that would
+    be mostly padding starts the next group, unless that is too little to pay for one.
+    """
+    groups: list[DecodeGroup] = []
+    first = 0
+    for i in range(1, len(num_blocks) + 1):
+        if i < len(num_blocks):
+            most = num_blocks[first]
+            padding = (most - num_blocks[i]) * block_size
+            is_wasteful = padding > max(num_blocks[i] * block_size, CHEAP_PADDING_TOKENS)
+            if not is_wasteful and (i - first + 1) * most * block_size <= MAX_GATHERED_TOKENS:
+                continue
+        groups.append(DecodeGroup(i - first, num_blocks[first]))
+        first = i
+    return tuple(groups)
 
 
 def _attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -16,21 +16,21 @@ PACKED_MODULES: dict[str, tuple[str, ...]] = {
 """Our weight -> the checkpoint's, which it holds one above the other."""
 
 
-def _weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+def _weight(dtype: torch.dtype, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 class Qwen3Attention(nn.Module):
-    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         num_projected = self.num_heads + 2 * self.num_kv_heads
-        self.qkv_proj = _weight(num_projected * self.head_dim, config.hidden_size)
-        self.o_proj = _weight(config.hidden_size, self.num_heads * self.head_dim)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qkv_proj = _weight(dtype, num_projected * self.head_dim, config.hidden_size)
+        self.o_proj = _weight(dtype, config.hidden_size, self.num_heads * self.head_dim)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
         self.attention = attention
 
     def forward(
@@ -44,10 +44,10 @@ class Qwen3Attention(nn.Module):
 
 
 class Qwen3MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_up_proj = _weight(2 * config.intermediate_size, config.hidden_size)
-        self.down_proj = _weight(config.hidden_size, config.intermediate_size)
+        self.gate_up_proj = _weight(dtype, 2 * config.intermediate_size, config.hidden_size)
+        self.down_proj = _weight(dtype, config.hidden_size, config.intermediate_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = linear(x, self.gate_up_proj).chunk(2, dim=-1)
@@ -55,12 +55,12 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3Layer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention, dtype: torch.dtype) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Qwen3Attention(config, attention)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Qwen3Attention(config, attention, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = Qwen3MLP(config, dtype)
 
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
@@ -76,12 +76,11 @@ class Qwen3(nn.Module):
         """num_positions: the longest context that will be served."""
         super().__init__()
         self.config = config
-        self.embed_tokens = _weight(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Qwen3Layer(config, attention) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_tokens = _weight(dtype, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Qwen3Layer(config, attention, dtype) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = _weight(config.vocab_size, config.hidden_size)
-        self.to(dtype)
+            self.lm_head = _weight(dtype, config.vocab_size, config.hidden_size)
         table = build_rotary_table(config, num_positions, dtype)
         self.register_buffer("rotary_table", table, persistent=False)  # (positions, 2, head_dim // 2)
 

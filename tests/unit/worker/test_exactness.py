@@ -185,6 +185,12 @@ def change_config(folder: Path, **changes: Any) -> None:
         ({"vocab_size": -1}, "vocab_size"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
         ({"head_dim": 7}, "head_dim"),
+        ({"architectures": 5}, "architectures"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"rope_parameters": ["x"]}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1.0}}, "rope_theta"),
+        ({"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {**YARN, "mscale": "a", "mscale_all_dim": 1.0}}, "mscale"),
     ],
     ids=str,
 )
@@ -234,10 +240,32 @@ def test_generation_defaults_are_the_models(tmp_path: Path) -> None:
     assert (info.default_temperature, info.default_top_k, info.default_top_p) == (0.6, 20, 0.95)
     assert info.default_min_p is None
     assert info.eos_token_ids == (3, 0)
-    for key, value in (("eos_token_id", 999), ("top_p", 1.5), ("top_k", 2.5), ("temperature", "hot"), ("min_p", -0.1)):
+    for key, value in (
+        ("eos_token_id", 999),
+        ("top_p", 1.5),
+        ("top_k", 2.5),
+        ("temperature", "hot"),
+        ("min_p", -0.1),
+        ("top_p", 0),
+    ):
         (folder / "generation_config.json").write_text(json.dumps({key: value}))
         with pytest.raises(ModelError, match=rf"generation_config\.json: {key}: {value!r}"):
             make_runner(folder)
+
+
+def test_end_of_text_is_found_in_config_json_alone(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path)
+    change_config(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
+    assert make_runner(folder).info.eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', "{}", "no json"])
+def test_a_broken_index_is_refused_by_file_and_key(index: str, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: weight_map"):
+        make_runner(folder)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "noslash", "a/b/c"])
