@@ -1,5 +1,6 @@
 """The control RPCs: what an operator asks of a running scheduler service."""
 
+import dataclasses
 import time
 from typing import Any, TypeAlias
 
@@ -65,24 +66,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         scheduler = self._front_end.step_loop.scheduler
         if scheduler is None:
             return control_pb2.GetLoadResponse()
-        load = scheduler.load()
-        return control_pb2.GetLoadResponse(
-            num_waiting_sequences=load.num_waiting_sequences,
-            num_running_sequences=load.num_running_sequences,
-            num_total_blocks=load.num_total_blocks,
-            num_free_blocks=load.num_free_blocks,
-            num_cached_blocks=load.num_cached_blocks,
-            num_used_blocks=load.num_used_blocks,
-            block_size_tokens=load.block_size,
-            num_steps_in_flight=load.num_steps_in_flight,
-            num_steps=load.num_steps,
-            num_preemptions=load.num_preemptions,
-            num_worker_losses=load.num_worker_losses,
-            num_prompt_tokens=load.num_prompt_tokens,
-            num_cached_prompt_tokens=load.num_cached_prompt_tokens,
-            num_output_tokens=load.num_output_tokens,
-            num_overshoot_tokens=load.num_overshoot_tokens,
-        )
+        values = dataclasses.asdict(scheduler.load())
+        return control_pb2.GetLoadResponse(block_size_tokens=values.pop("block_size"), **values)
 
     async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
         self._front_end.abort(request.request_id)

@@ -41,9 +41,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler.unary_unary:
             make, wrapped = grpc.unary_unary_rpc_method_handler, _wrap_unary(handler.unary_unary)
         elif handler.unary_stream:
-            make, wrapped = grpc.unary_stream_rpc_method_handler, _wrap_unary_stream(handler.unary_stream)
+            make, wrapped = grpc.unary_stream_rpc_method_handler, _wrap_streaming(handler.unary_stream, _checked)
         else:
-            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_stream_stream(handler.stream_stream)
+            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_streaming(handler.stream_stream, _all_checked)
         return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)
 
 
@@ -77,6 +77,11 @@ def _checked(request: Any) -> Any:
     return request
 
 
+async def _all_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
+
+
 def _wrap_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def unary(request: Any, context: Any) -> Any:
         try:
@@ -89,10 +94,12 @@ def _wrap_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaita
     return unary
 
 
-def _wrap_unary_stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
-    async def unary_stream(request: Any, context: Any) -> AsyncIterator[Any]:
+def _wrap_streaming(behavior: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
+    """For methods that stream their responses. check: what a request, or a stream of them, goes through."""
+
+    async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async with aclosing(behavior(_checked(request), context)) as responses:
+            async with aclosing(behavior(check(request), context)) as responses:
                 async for response in responses:
                     yield response
         except (grpc.aio.AbortError, asyncio.CancelledError):
@@ -100,22 +107,4 @@ def _wrap_unary_stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             await abort_with(context, error)
 
-    return unary_stream
-
-
-def _wrap_stream_stream(behavior: Callable[..., Any]) -> Callable[..., Any]:
-    async def checked_all(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for request in requests:
-            yield _checked(request)
-
-    async def stream_stream(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        try:
-            async with aclosing(behavior(checked_all(requests), context)) as responses:
-                async for response in responses:
-                    yield response
-        except (grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            await abort_with(context, error)
-
-    return stream_stream
+    return streaming
