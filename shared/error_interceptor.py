@@ -50,8 +50,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
     """Ends the call with the error's status. Never returns."""
     if isinstance(error, TandemError):
-        metadata = ((DETAILS_METADATA_KEY, status_of(error).SerializeToString()),)
-        await context.abort(code_of(error), str(error), metadata)
+        status = status_of(error)
+        await context.abort(code_of(error), status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),))
     logger.error("unexpected error", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has more")
     raise AssertionError("abort returned")

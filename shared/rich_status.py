@@ -1,5 +1,6 @@
 """Tandem's errors as gRPC statuses with google.rpc details, and back. The server writes what the client reads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -12,6 +13,14 @@ from shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemErro
 
 DETAILS_METADATA_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "tandem"
+
+MAX_TEXT_BYTES = 1024
+"""Of an error's text. It travels twice, once percent-encoded, which may triple it, in metadata for which a client
+takes 8 KiB; past that the client sees RESOURCE_EXHAUSTED in place of the error."""
+
+MAX_VIOLATION_BYTES = 512
+MAX_VIOLATIONS_BYTES = 2048
+"""Of the text of one violation, and of all together; those that don't fit are counted in one more."""
 
 STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -39,14 +48,14 @@ def status_of(error: TandemError) -> status_pb2.Status:
     if isinstance(error, InvalidRequest):
         violations = [
             error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
-            for v in error.violations
+            for v in _fitting(error.violations)
         ]
         details.append(error_details_pb2.BadRequest(field_violations=violations))
     if isinstance(error, RetryLater):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
         details.append(retry)
-    status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
+    status = status_pb2.Status(code=code_of(error).value[0], message=_shortened(str(error), MAX_TEXT_BYTES))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -78,3 +87,21 @@ def error_of(error: grpc.RpcError) -> Exception:
     if issubclass(error_class, RetryLater):
         return error_class(status.message, retry.retry_delay.ToMilliseconds() / 1000)
     return error_class(status.message)
+
+
+def _fitting(violations: Sequence[FieldViolation]) -> list[FieldViolation]:
+    fitting: list[FieldViolation] = []
+    num_bytes = 0
+    for violation in violations:
+        description = _shortened(violation.description, MAX_VIOLATION_BYTES)
+        num_bytes += len(violation.field.encode()) + len(description.encode())
+        if num_bytes > MAX_VIOLATIONS_BYTES:
+            fitting.append(FieldViolation("", f"and {len(violations) - len(fitting)} more"))
+            break
+        fitting.append(FieldViolation(violation.field, description))
+    return fitting
+
+
+def _shortened(text: str, max_bytes: int) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + "..."

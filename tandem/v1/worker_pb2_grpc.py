@@ -57,7 +57,8 @@ class WorkerServiceServicer(object):
 
     def ExecuteSteps(self, request_iterator, context):
         """One stream is one session. The first request opens it and is answered by `opened`; each later one
-        is a plan, run strictly in order and answered exactly once by its result.
+        is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
+        session at once: what was not answered by then is dropped.
         FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
         the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
         cannot follow; nothing of it was applied.

@@ -34,7 +34,8 @@ class WorkerServiceStub:
     GetWorkerInfo: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerInfoRequest, _worker_pb2.GetWorkerInfoResponse]
     ExecuteSteps: _grpc.StreamStreamMultiCallable[_worker_pb2.ExecuteStepsRequest, _worker_pb2.ExecuteStepsResponse]
     """One stream is one session. The first request opens it and is answered by `opened`; each later one
-    is a plan, run strictly in order and answered exactly once by its result.
+    is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
+    session at once: what was not answered by then is dropped.
     FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
     the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
     cannot follow; nothing of it was applied.
@@ -46,7 +47,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetWorkerInfo: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetWorkerInfoRequest, _worker_pb2.GetWorkerInfoResponse]  # type: ignore[assignment]
     ExecuteSteps: _aio.StreamStreamMultiCallable[_worker_pb2.ExecuteStepsRequest, _worker_pb2.ExecuteStepsResponse]  # type: ignore[assignment]
     """One stream is one session. The first request opens it and is answered by `opened`; each later one
-    is a plan, run strictly in order and answered exactly once by its result.
+    is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
+    session at once: what was not answered by then is dropped.
     FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
     the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
     cannot follow; nothing of it was applied.
@@ -67,7 +69,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.ExecuteStepsResponse], _abc.AsyncIterator[_worker_pb2.ExecuteStepsResponse]]:
         """One stream is one session. The first request opens it and is answered by `opened`; each later one
-        is a plan, run strictly in order and answered exactly once by its result.
+        is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
+        session at once: what was not answered by then is dropped.
         FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
         the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
         cannot follow; nothing of it was applied.

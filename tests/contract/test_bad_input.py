@@ -112,6 +112,25 @@ async def test_all_violations_are_told_at_once(services: Services) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("model", {"model": "x" * 200_000}),
+        ("model", {"model": "\u4e16" * 20_000}),
+        ("stopping.stop_token_ids[0]", {"stop_token_ids": [VOCAB_SIZE] * 2000}),
+        ("stopping.stop_strings", {"stop_strings": [""] * 2000}),
+    ],
+    ids=["long name", "long name that is not ASCII", "stop ids", "stop strings"],
+)
+async def test_an_error_that_has_much_to_say_is_cut_to_what_a_client_takes(
+    services: Services, field: str, changes: dict[str, Any]
+) -> None:
+    error = await refusal(services, stream_request(**changes))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert field in violations(error)
+    assert details(error).message == error.details()
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"prompt": [1] * (MAX_MODEL_LEN - 1), "max_tokens": 1},
