@@ -15,9 +15,14 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: SchedulerSettings) -> None:
     service = SchedulerService(settings)
-    stopping = stop_event()
-    write_port_file(settings.port_file, await service.start())
-    stopped = asyncio.create_task(stopping.wait())
+    stopped = asyncio.create_task(stop_event().wait())
+    starting = asyncio.create_task(service.start())
+    await asyncio.wait([stopped, starting], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    write_port_file(settings.port_file, starting.result())
     failed = asyncio.create_task(service.wait())
     await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
     logger.info("stopping")

@@ -1,4 +1,4 @@
-"""The control RPCs: what an operator asks of a running scheduler service."""
+"""The control RPCs: what an operator asks of a running scheduler service. Answered in the step loop's process."""
 
 import dataclasses
 import time
@@ -7,19 +7,17 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from scheduler_service.front_end import FrontEnd
+from scheduler_service.engine_hub import EngineHub
 from shared.errors import WorkerUnavailable
 from shared.step_codec import PROTOCOL_VERSION
 from tandem.v1 import control_pb2, control_pb2_grpc
-
-SERVICE_NAME = "tandem.v1.ControlService"
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, front_end: FrontEnd, served_model: str, version: str) -> None:
-        self._front_end = front_end
+    def __init__(self, hub: EngineHub, served_model: str, version: str) -> None:
+        self._hub = hub
         self._served_model = served_model
         self._version = version
         self._started = time.monotonic()
@@ -27,7 +25,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     async def GetServerInfo(
         self, request: control_pb2.GetServerInfoRequest, context: Context
     ) -> control_pb2.GetServerInfoResponse:
-        step_loop = self._front_end.step_loop
+        step_loop = self._hub.step_loop
         if step_loop.is_connected:
             state = control_pb2.WORKER_STATE_READY
         elif step_loop.worker is None:
@@ -44,13 +42,13 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             worker_state=state,
             worker_instance_id=step_loop.worker.worker_instance_id if step_loop.worker else "",
             uptime=uptime,
-            draining=self._front_end.is_draining,
+            draining=self._hub.is_draining,
         )
 
     async def GetModelInfo(
         self, request: control_pb2.GetModelInfoRequest, context: Context
     ) -> control_pb2.GetModelInfoResponse:
-        worker = self._front_end.step_loop.worker
+        worker = self._hub.step_loop.worker
         if worker is None:
             raise WorkerUnavailable("no worker has been seen yet")
         return control_pb2.GetModelInfoResponse(
@@ -63,23 +61,23 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         )
 
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
-        scheduler = self._front_end.step_loop.scheduler
+        scheduler = self._hub.step_loop.scheduler
         if scheduler is None:
             return control_pb2.GetLoadResponse()
         values = dataclasses.asdict(scheduler.load())
         return control_pb2.GetLoadResponse(block_size_tokens=values.pop("block_size"), **values)
 
     async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
-        self._front_end.abort(request.request_id)
+        self._hub.abort(request.request_id)
         return control_pb2.AbortResponse()
 
     async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
-        await self._front_end.drain()
+        await self._hub.drain()
         return control_pb2.DrainResponse()
 
     async def ResetPrefixCache(
         self, request: control_pb2.ResetPrefixCacheRequest, context: Context
     ) -> control_pb2.ResetPrefixCacheResponse:
-        scheduler = self._front_end.step_loop.scheduler
+        scheduler = self._hub.step_loop.scheduler
         count = scheduler.reset_prefix_cache() if scheduler is not None else 0
         return control_pb2.ResetPrefixCacheResponse(num_forgotten_blocks=count)

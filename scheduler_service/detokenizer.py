@@ -21,15 +21,22 @@ class Detokenizer:
         self._held = ""
         self.matched_stop: str | None = None
 
+    @property
+    def has_stop_strings(self) -> bool:
+        return bool(self._stop_strings)
+
     def add(self, token_id: int) -> str:
         """The text that is certain now. After a match there is no more."""
         self._token_ids.append(token_id)
         return self._release(self._stream.step(self._tokenizer, token_id) or "")
 
-    def finish(self) -> str:
-        """The text that was held back: a possible stop string, an incomplete character."""
+    def finish(self, last_token_ids: Sequence[int] = ()) -> str:
+        """The text of the last tokens, which is cheaper than adding them, and what was held back: a possible stop
+        string, an incomplete character.
+        """
         if self.matched_stop is not None:
             return ""
+        self._token_ids += last_token_ids
         text = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)
         delta = self._release(text[self._num_decoded :])
         if self.matched_stop is None:
@@ -38,6 +45,8 @@ class Detokenizer:
 
     def _release(self, text: str) -> str:
         self._num_decoded += len(text)
+        if not self._stop_strings:
+            return text
         self._held += text
         matches = [
             (index + len(stop), index, stop) for stop in self._stop_strings if (index := self._held.find(stop)) >= 0

@@ -1,30 +1,43 @@
-"""Puts the scheduler service together: tokenizer, front end, step loop, server."""
+"""Puts the scheduler service together: step loop, hub, and the front ends, here or in processes of their own."""
 
 import asyncio
-import logging
+import os
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 
-from scheduler_service import control_servicer, servicer
+from scheduler_service.control_servicer import ControlServicer
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import SchedulerConfig
-from scheduler_service.front_end import FrontEnd
+from scheduler_service.engine_hub import EngineHub
+from scheduler_service.front_end_pool import FrontEndPool
+from scheduler_service.public_server import PublicServer
 from scheduler_service.recorder import RecordingScheduler
 from scheduler_service.step_loop import StepLoop
-from scheduler_service.tokenizer import load_tokenizer
 from scheduler_service.worker_client import GrpcWorkerClient, WorkerClient
 from shared import VERSION
 from shared.config import SchedulerSettings, model_name
-from shared.errors import WorkerUnavailable
+from shared.errors import ConfigError, WorkerUnavailable
 from shared.model_folder import TOKENIZER_FILES, resolve_model
-from shared.server import Server, read_pem, server_credentials
+from shared.server import read_pem
 from shared.step_plan import WorkerInfo
-from tandem.v1 import control_pb2_grpc, inference_pb2_grpc
 
-logger = logging.getLogger(__name__)
+MIN_CPUS_FOR_PROCESSES = 8
+CPUS_PER_FRONT_END = 4
+MAX_DEFAULT_FRONT_ENDS = 4
+
+
+class FrontEnds(Protocol):
+    """All front ends of the service: one in this process, or a pool of processes."""
+
+    async def start(self) -> int:
+        """Listens; gives the port."""
+
+    async def stop(self) -> None: ...
 
 
 class SchedulerService:
@@ -37,42 +50,29 @@ class SchedulerService:
         client: WorkerClient | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
-        """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address."""
+        """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address. Interceptors
+        run in this process alone, so with them there are no others.
+        """
         self._settings = settings
         self._client = client or GrpcWorkerClient(settings.worker_address, _worker_credentials(settings))
         self._recorder: RecordingScheduler | None = None
-        tokenizer = load_tokenizer(resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES))
-        self.front_end = FrontEnd(tokenizer, self._set_ready)
+        self._hub = EngineHub()
         self.step_loop = StepLoop(
             self._client,
             _core_config(settings),
-            self.front_end,
+            self._hub,
             scheduler_id=uuid.uuid4().hex,
             worker_wait_s=settings.worker_wait_s,
             step_timeout_s=settings.step_timeout_s,
             create_scheduler=self._create_scheduler,
         )
-        self.front_end.connect(self.step_loop)
-        inference = servicer.InferenceServicer(self.front_end, model_name(settings))
-        control = control_servicer.ControlServicer(self.front_end, model_name(settings), VERSION)
-        self._server = Server(
-            {
-                servicer.SERVICE_NAME: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-                    inference, s
-                ),
-                control_servicer.SERVICE_NAME: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(
-                    control, s
-                ),
-            },
-            interceptors=interceptors,
-            credentials=server_credentials(settings),
-        )
+        self._hub.connect(self.step_loop)
+        self._front_ends = self._create_front_ends(interceptors)
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Listens and begins to look for the worker; gives the port."""
-        port = await self._server.start(self._settings.host, self._settings.port)
-        await self._server.set_ready([control_servicer.SERVICE_NAME], True)
+        port = await self._front_ends.start()
         self._running = asyncio.create_task(self.step_loop.run())
         return port
 
@@ -85,10 +85,10 @@ class SchedulerService:
         """Takes no new requests; those that run have grace_s to end, then they end UNAVAILABLE."""
         try:
             async with asyncio.timeout(grace_s):
-                await self.front_end.drain()
+                await self._hub.drain()
         except TimeoutError:
-            self.front_end.end_all(WorkerUnavailable("the server is stopping"))
-        await self._server.stop(1.0)
+            self._hub.end_all(WorkerUnavailable("the server is stopping"))
+        await self._front_ends.stop()
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -96,14 +96,32 @@ class SchedulerService:
         if self._recorder is not None:
             self._recorder.close()
 
-    async def _set_ready(self, is_ready: bool) -> None:
-        await self._server.set_ready([servicer.SERVICE_NAME], is_ready)
+    def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
+        settings = self._settings
+        control = ControlServicer(self._hub, model_name(settings), VERSION)
+        tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
+        count = settings.api_server_count
+        if count is None:
+            count = 0 if interceptors else default_num_front_ends()
+        if count == 0:
+            return PublicServer(settings, tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
+        if interceptors:
+            raise ConfigError("interceptors need --api-server-count 0")
+        return FrontEndPool(settings, tokenizer_folder, self._hub, control, count)
 
     def _create_scheduler(self, config: SchedulerConfig, worker: WorkerInfo) -> Scheduler:
         if not self._settings.record:
             return Scheduler(config, worker)
         self._recorder = RecordingScheduler(config, worker, Path(self._settings.record))
         return self._recorder
+
+
+def default_num_front_ends() -> int:
+    """None where CPUs are few or a port can't be shared."""
+    if sys.platform != "linux":
+        return 0
+    num_cpus = len(os.sched_getaffinity(0))
+    return 0 if num_cpus < MIN_CPUS_FOR_PROCESSES else min(num_cpus // CPUS_PER_FRONT_END, MAX_DEFAULT_FRONT_ENDS)
 
 
 def _core_config(settings: SchedulerSettings) -> SchedulerConfig:

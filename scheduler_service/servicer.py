@@ -6,14 +6,12 @@ from typing import Any, TypeAlias
 import grpc
 
 from scheduler_service.core.types import FinishReason
-from scheduler_service.front_end import ChoiceDelta, FrontEnd, LiveRequest
+from scheduler_service.front_end import ChoiceEnd, FrontEnd, LiveRequest
 from scheduler_service.tokenizer import encode
 from scheduler_service.validation import AnyGenerateRequest, check_model, check_request
 from shared.errors import FieldViolation, InvalidRequest, WorkerUnavailable
 from shared.step_plan import RowLogprobs, WorkerInfo
 from tandem.v1 import inference_pb2, inference_pb2_grpc
-
-SERVICE_NAME = "tandem.v1.InferenceService"
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -32,7 +30,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> inference_pb2.GenerateResponse:
-        live = await self._open(request)
+        live = await self._open(request, is_streaming=False)
         try:
             choices = [inference_pb2.Choice(choice_index=index) for index in range(len(live.choices))]
             async for delta in live.deltas():
@@ -40,8 +38,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 choice.text += delta.text
                 choice.token_ids.extend(delta.token_ids)
                 choice.logprobs.extend(map(_logprob, delta.token_ids, delta.logprobs))
-                if delta.finished is not None:
-                    choice.finish.CopyFrom(_finish(delta))
+                if delta.end is not None:
+                    choice.finish.CopyFrom(_finish(delta.end))
             return inference_pb2.GenerateResponse(
                 request_id=live.request.request_id, model=self._served_model, choices=choices, usage=_usage(live)
             )
@@ -51,18 +49,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
-        live = await self._open(request)
+        live = await self._open(request, is_streaming=True)
         try:
             num_open = len(live.choices)
             async for delta in live.deltas():
-                num_open -= delta.finished is not None
+                num_open -= delta.end is not None
                 yield inference_pb2.GenerateStreamResponse(
                     request_id=live.request.request_id,
                     choice_index=delta.choice_index,
                     text_delta=delta.text,
                     token_ids=delta.token_ids,
                     logprobs=map(_logprob, delta.token_ids, delta.logprobs),
-                    finish=_finish(delta) if delta.finished is not None else None,
+                    finish=_finish(delta.end) if delta.end is not None else None,
                     usage=_usage(live) if not num_open else None,
                 )
         finally:
@@ -88,25 +86,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         return inference_pb2.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special_tokens=skip))
 
-    async def _open(self, request: AnyGenerateRequest) -> LiveRequest:
+    async def _open(self, request: AnyGenerateRequest, *, is_streaming: bool) -> LiveRequest:
         self._front_end.refuse_if_draining()
         checked = await check_request(request, self._front_end.tokenizer, self._worker(), self._served_model)
-        return self._front_end.open(checked)
+        return await self._front_end.open(checked, is_streaming=is_streaming)
 
     def _worker(self) -> WorkerInfo:
-        worker = self._front_end.step_loop.worker
+        worker = self._front_end.engine.state.worker
         if worker is None:
             raise WorkerUnavailable("no worker has been seen yet")
         return worker
 
 
-def _finish(delta: ChoiceDelta) -> inference_pb2.Finish:
-    assert delta.finished is not None
-    finish = inference_pb2.Finish(reason=FINISH_REASONS[delta.finished.reason])
-    if delta.stop_string is not None:
-        finish.stop_string = delta.stop_string
-    elif delta.finished.stop_token_id is not None:
-        finish.stop_token_id = delta.finished.stop_token_id
+def _finish(end: ChoiceEnd) -> inference_pb2.Finish:
+    finish = inference_pb2.Finish(reason=FINISH_REASONS[end.reason])
+    if end.stop_string is not None:
+        finish.stop_string = end.stop_string
+    elif end.stop_token_id is not None:
+        finish.stop_token_id = end.stop_token_id
     return finish
 
 

@@ -1,7 +1,7 @@
 """The sole caller of the scheduler core: plan -> worker -> update, some plans in flight.
 
-Knows the core and the worker's interface; of the front end only a sink that takes each step's outputs as one
-batch of plain data, so that it could be another process. When the worker is lost it waits for one with the same
+Knows the core and the worker's interface; of the front ends only a sink that takes each step's outputs as one
+batch of plain data. When the worker is lost it waits for one with the same
 fingerprint and goes on; no step is ever retried.
 """
 
@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from scheduler_service.core.scheduler import Scheduler
@@ -27,7 +27,7 @@ CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], Scheduler]
 
 
 class Sink(Protocol):
-    """What the step loop tells the front end, between steps."""
+    """What the step loop tells the front ends, between steps."""
 
     def on_outputs(self, outputs: StepOutputs) -> None: ...
 
@@ -71,7 +71,7 @@ class StepLoop:
         self._sending = asyncio.Lock()
         self._sent_at: deque[float] = deque()
 
-    def submit(self, requests: list[SequenceRequest]) -> None:
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Queues sequences, all or none. Raises what Scheduler.add raises, and WorkerUnavailable."""
         if self.scheduler is None:
             raise WorkerUnavailable("no worker has been seen yet")
@@ -93,6 +93,11 @@ class StepLoop:
 
     def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
         return self.scheduler.stop(sequence_id, num_output_tokens) if self.scheduler else None
+
+    def discount(self, num_output_tokens: int) -> None:
+        """Tokens of a sequence that has ended turned out to be past a stop."""
+        if self.scheduler:
+            self.scheduler.discount(num_output_tokens)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -174,12 +179,10 @@ class StepLoop:
         async for result in session.results():
             outputs = self.scheduler.update(result)
             self._sent_at.popleft()
-            try:
-                # The worker first: the next plan leaves before the front end hears of this step.
-                await self._send_plans(session)
-            finally:
-                # Even if the worker is lost in the sending: the core counts these tokens as given out.
-                self._sink.on_outputs(outputs)
+            # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
+            # worker has other plans, and a stop that a front end finds here is in the next one.
+            self._sink.on_outputs(outputs)
+            await self._send_plans(session)
 
     async def _send_on_news(self, session: WorkerSession) -> None:
         while True:

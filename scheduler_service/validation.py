@@ -9,6 +9,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from scheduler_service.core.types import SequenceRequest
+from scheduler_service.engine import choices_of
 from scheduler_service.tokenizer import encode
 from shared.errors import FieldViolation, InvalidRequest
 from shared.step_plan import Int32Array, RowSampling, WorkerInfo
@@ -83,29 +84,25 @@ async def check_request(
     request_id = request.request_id or uuid.uuid4().hex
     seed = request.sampling.seed if request.sampling.HasField("seed") else xxhash.xxh64_intdigest(request_id.encode())
     stop_token_ids = frozenset([*stopping.stop_token_ids, *(() if stopping.ignore_eos else worker.eos_token_ids)])
-    sequences = [
-        SequenceRequest(
-            sequence_id=f"{request_id}/{choice_index}",
-            prompt_token_ids=prompt,
-            max_tokens=max_tokens,
-            sampling=RowSampling(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                seed=seed,
-                choice_index=choice_index,
-                num_logprobs=output.num_logprobs if output.HasField("num_logprobs") else None,
-            ),
-            stop_token_ids=stop_token_ids,
-            priority=request.priority,
-            cache_salt=request.cache_salt,
-        )
-        for choice_index in range(num_choices)
-    ]
+    first = SequenceRequest(
+        sequence_id="",
+        prompt_token_ids=prompt,
+        max_tokens=max_tokens,
+        sampling=RowSampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=seed,
+            num_logprobs=output.num_logprobs if output.HasField("num_logprobs") else None,
+        ),
+        stop_token_ids=stop_token_ids,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
     return GenerationRequest(
         request_id=request_id,
-        sequences=sequences,
+        sequences=choices_of(request_id, first, num_choices),
         num_prompt_tokens=len(prompt),
         stop_strings=tuple(stopping.stop_strings),
         skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,

@@ -51,6 +51,13 @@ class SchedulerSettings(ServiceSettings):
     step_timeout_s: float = option(
         60.0, "a step with no result for so long is a lost worker", unit="seconds", minimum=0.1
     )
+    api_server_count: int | None = option(
+        None,
+        "front-end processes beside the scheduler's own; 0 is none; a quarter of the CPUs, 4 at most, if not given, and"
+        " 0 under 8 CPUs",
+        minimum=0,
+        maximum=64,
+    )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
     record: str = option("", "file to record the scheduler's events and plans in, for replay")
 
@@ -77,6 +84,12 @@ class WorkerSettings(ServiceSettings):
     max_model_len: int | None = option(None, "context; the model's own if none", unit="tokens", minimum=1)
     max_num_seqs: int = option(256, "rows of the batch", minimum=1)
     max_num_batched_tokens: int = option(8192, "tokens in a step, at most", unit="tokens", minimum=1)
+    kernels: str = option(
+        "auto",
+        "what computes on a GPU: Triton kernels with cuBLAS, or plain torch; auto takes the kernels where they can run",
+        choices=("auto", "triton", "torch"),
+    )
+    enforce_eager: bool = option(False, "no CUDA graphs: every kernel is launched by itself (true or false)")
     num_threads: int | None = option(None, "CPU threads of a forward pass; torch's choice if none", minimum=1)
 
 

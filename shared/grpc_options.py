@@ -49,3 +49,15 @@ SERVER_OPTIONS: Options = [
     # A port in use is an error, not a second server that shares it.
     ("grpc.so_reuseport", 0),
 ]
+
+SHARED_PORT_OPTIONS: Options = [
+    *(option for option in SERVER_OPTIONS if option[0] != "grpc.so_reuseport"),
+    ("grpc.so_reuseport", 1),
+]
+
+LOCAL_OPTIONS: Options = [
+    # Of one installation, on one machine: nothing to guard against, and a dead peer is seen at once without pings.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+]
+"""Between processes of one service, over a Unix domain socket."""

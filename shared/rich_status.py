@@ -22,6 +22,8 @@ MAX_VIOLATION_BYTES = 512
 MAX_VIOLATIONS_BYTES = 2048
 """Of the text of one violation, and of all together; those that don't fit are counted in one more."""
 
+ELLIPSIS = "..."
+
 STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.RequestIdInUse: grpc.StatusCode.ALREADY_EXISTS,
@@ -70,6 +72,11 @@ def error_of(error: grpc.RpcError) -> Exception:
     for key, value in trailing or ():
         if key == DETAILS_METADATA_KEY:
             status.ParseFromString(value)
+    return read_status(status) or error
+
+
+def read_status(status: status_pb2.Status) -> TandemError | None:
+    """The error that status_of() wrote; None where it was none of Tandem's."""
     info, bad_request, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -80,7 +87,7 @@ def error_of(error: grpc.RpcError) -> Exception:
             detail.Unpack(message)
     classes = {error_class.__name__: error_class for error_class in STATUS_CODES}
     if info.domain != ERROR_DOMAIN or info.reason not in classes:
-        return error
+        return None
     error_class = classes[info.reason]
     if error_class is InvalidRequest:
         return InvalidRequest(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
@@ -103,5 +110,7 @@ def _fitting(violations: Sequence[FieldViolation]) -> list[FieldViolation]:
 
 
 def _shortened(text: str, max_bytes: int) -> str:
+    """Changes nothing the second time: an error may pass several processes."""
     data = text.encode(errors="replace")
-    return text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore") + "..."
+    is_short = len(data) <= max_bytes + len(ELLIPSIS)
+    return text if is_short else data[:max_bytes].decode(errors="ignore") + ELLIPSIS

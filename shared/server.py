@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from shared.config import ServiceSettings
 from shared.error_interceptor import ErrorInterceptor
 from shared.errors import ConfigError
-from shared.grpc_options import SERVER_OPTIONS
+from shared.grpc_options import SERVER_OPTIONS, SHARED_PORT_OPTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,15 @@ class Server:
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
+        shares_port: bool = False,
     ) -> None:
-        """services: full name -> what adds its servicer to a server. Interceptors run inside the error mapping."""
+        """services: full name -> what adds its servicer to a server. Interceptors run inside the error mapping.
+        shares_port: other servers listen where this one does, and the system deals out the connections.
+        """
         self._services = tuple(services)
         self._credentials = credentials
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=SERVER_OPTIONS)
+        options = SHARED_PORT_OPTIONS if shares_port else SERVER_OPTIONS
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=options)
         for register in services.values():
             register(self._server)
         self._health = health.aio.HealthServicer()

@@ -63,6 +63,7 @@ def encode_result(result: StepResult) -> worker_pb2.StepResult:
             sampled_ns=times.sampled_ns,
             sent_ns=times.sent_ns,
             gpu_duration_ns=times.gpu_duration_ns,
+            gpu_idle_ns=times.gpu_idle_ns,
         ),
     )
 
@@ -78,7 +79,14 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
             RowLogprobs(report.row, report.logprob, tuple(report.top_token_ids), tuple(report.top_logprobs))
             for report in message.logprobs
         ),
-        times=StepTimes(times.received_ns, times.prepared_ns, times.sampled_ns, times.sent_ns, times.gpu_duration_ns),
+        times=StepTimes(
+            received_ns=times.received_ns,
+            prepared_ns=times.prepared_ns,
+            sampled_ns=times.sampled_ns,
+            sent_ns=times.sent_ns,
+            gpu_duration_ns=times.gpu_duration_ns,
+            gpu_idle_ns=times.gpu_idle_ns,
+        ),
     )
 
 
@@ -126,8 +134,31 @@ def decode_info(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
     )
 
 
+def encode_sampling(sampling: RowSampling) -> worker_pb2.RowSampling:
+    return worker_pb2.RowSampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        choice_index=sampling.choice_index,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def decode_sampling(message: worker_pb2.RowSampling) -> RowSampling:
+    return RowSampling(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        seed=message.seed,
+        choice_index=message.choice_index,
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+    )
+
+
 def _encode_row(row: NewRow) -> worker_pb2.NewRow:
-    sampling = row.sampling
     return worker_pb2.NewRow(
         row=row.row,
         sequence_id=row.sequence_id,
@@ -136,20 +167,11 @@ def _encode_row(row: NewRow) -> worker_pb2.NewRow:
         num_computed_tokens=row.num_computed_tokens,
         num_cached_tokens=row.num_cached_tokens,
         block_ids=row.block_ids.tolist(),
-        sampling=worker_pb2.RowSampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            choice_index=sampling.choice_index,
-            num_logprobs=sampling.num_logprobs,
-        ),
+        sampling=encode_sampling(row.sampling),
     )
 
 
 def _decode_row(message: worker_pb2.NewRow) -> NewRow:
-    sampling = message.sampling
     return NewRow(
         row=message.row,
         sequence_id=message.sequence_id,
@@ -158,15 +180,7 @@ def _decode_row(message: worker_pb2.NewRow) -> NewRow:
         num_computed_tokens=message.num_computed_tokens,
         num_cached_tokens=message.num_cached_tokens,
         block_ids=_ints(message.block_ids),
-        sampling=RowSampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            choice_index=sampling.choice_index,
-            num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else None,
-        ),
+        sampling=decode_sampling(message.sampling),
     )
 
 

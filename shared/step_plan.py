@@ -82,13 +82,14 @@ class RowLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Unix times of the worker's clock in nanoseconds, and the GPU's share as a duration."""
+    """Unix times of the worker's clock in nanoseconds, and durations: the step's on the GPU, and its idling before."""
 
     received_ns: int = 0
     prepared_ns: int = 0
     sampled_ns: int = 0
     sent_ns: int = 0
     gpu_duration_ns: int = 0
+    gpu_idle_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

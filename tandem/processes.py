@@ -36,8 +36,17 @@ class ServiceFailed(TandemError):
 class Services:
     """A worker and a scheduler process. A context manager: leaving it stops both."""
 
-    def __init__(self, worker: WorkerSettings, scheduler: SchedulerSettings, log: IO[str] | None = None) -> None:
-        """log takes what both print; None is this process's stderr."""
+    def __init__(
+        self,
+        worker: WorkerSettings,
+        scheduler: SchedulerSettings,
+        log: IO[str] | None = None,
+        worker_program: Sequence[str] = ("worker_service",),
+    ) -> None:
+        """log takes what both print; None is this process's stderr. worker_program: a module that takes the worker's
+        flags, and the arguments that it wants before them.
+        """
+        self._worker_program = worker_program
         self._worker_settings = to_arguments(worker)
         self._scheduler_settings = to_arguments(scheduler)
         self._worker_host, self._scheduler_host = _connectable(worker.host), _connectable(scheduler.host)
@@ -63,7 +72,8 @@ class Services:
         self.stop()
 
     def start_worker(self, arguments: Sequence[str]) -> None:
-        self.worker, port = self._start("worker_service", arguments)
+        module, *first = self._worker_program
+        self.worker, port = self._start(module, [*first, *arguments])
         self.worker_address = f"{self._worker_host}:{port}"
 
     def restart_worker(self) -> None:

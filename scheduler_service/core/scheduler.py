@@ -93,10 +93,13 @@ class Scheduler:
         sequence = self._live.get(sequence_id)
         if sequence is None:
             return None
-        num_past = max(0, sequence.num_output_tokens - num_output_tokens)
-        self._num_output_tokens -= num_past
-        self._num_overshoot_tokens += num_past
+        self.discount(max(0, sequence.num_output_tokens - num_output_tokens))
         return self._finish(sequence, FinishReason.STOP)
+
+    def discount(self, num_tokens: int) -> None:
+        """Output tokens that turned out to be past a stop are overshoot. Changes no plan."""
+        self._num_output_tokens -= num_tokens
+        self._num_overshoot_tokens += num_tokens
 
     def reset_prefix_cache(self) -> int:
         """Forgets cached blocks that no sequence uses; gives their number."""

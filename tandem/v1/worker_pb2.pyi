@@ -487,9 +487,7 @@ Global___RowLogprobs: _TypeAlias = RowLogprobs  # noqa: Y015
 
 @_typing.final
 class StepTimes(_message.Message):
-    """Unix times of the worker's clock, except gpu, which is a duration: on a GPU, from the stream's first
-    kernel of the step to its last.
-    """
+    """Unix times of the worker's clock, except gpu's, which are durations by the GPU's own clock."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -498,11 +496,17 @@ class StepTimes(_message.Message):
     SAMPLED_NS_FIELD_NUMBER: _builtins.int
     SENT_NS_FIELD_NUMBER: _builtins.int
     GPU_DURATION_NS_FIELD_NUMBER: _builtins.int
+    GPU_IDLE_NS_FIELD_NUMBER: _builtins.int
     received_ns: _builtins.int
     prepared_ns: _builtins.int
     sampled_ns: _builtins.int
     sent_ns: _builtins.int
     gpu_duration_ns: _builtins.int
+    """From the step's first kernel to its last; 0 on a CPU."""
+    gpu_idle_ns: _builtins.int
+    """From the last kernel of the step before to the first of this one; 0 in a session's first step and
+    on a CPU.
+    """
     def __init__(
         self,
         *,
@@ -511,10 +515,11 @@ class StepTimes(_message.Message):
         sampled_ns: _builtins.int = ...,
         sent_ns: _builtins.int = ...,
         gpu_duration_ns: _builtins.int = ...,
+        gpu_idle_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_duration_ns", b"gpu_duration_ns", "prepared_ns", b"prepared_ns", "received_ns", b"received_ns", "sampled_ns", b"sampled_ns", "sent_ns", b"sent_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_duration_ns", b"gpu_duration_ns", "gpu_idle_ns", b"gpu_idle_ns", "prepared_ns", b"prepared_ns", "received_ns", b"received_ns", "sampled_ns", b"sampled_ns", "sent_ns", b"sent_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -75,7 +75,12 @@ class Services:
         await self.start_worker()
         if not has_worker:
             await self.stop_worker()
-        settings: dict[str, Any] = {"model": MODEL, "port": 0, "worker_address": f"{HOST}:{self._worker_port}"}
+        settings: dict[str, Any] = {
+            "model": MODEL,
+            "port": 0,
+            "api_server_count": 0,
+            "worker_address": f"{HOST}:{self._worker_port}",
+        }
         self.service = SchedulerService(SchedulerSettings(**settings | self._settings))
         self.address = f"{HOST}:{await self.service.start()}"
         self.channel = grpc.aio.insecure_channel(self.address, CHANNEL_OPTIONS)

@@ -176,11 +176,12 @@ def test_a_started_scheduler_has_not_loaded_torch() -> None:
     program = """
 import asyncio, sys
 import scheduler_service.__main__
+import scheduler_service.front_end_process
 from scheduler_service.service import SchedulerService
 from shared.config import SchedulerSettings
 
 async def start():
-    service = SchedulerService(SchedulerSettings(port=0, worker_address="127.0.0.1:1"))
+    service = SchedulerService(SchedulerSettings(port=0, worker_address="127.0.0.1:1", api_server_count=0))
     await service.start()
     await service.stop(0)
 

@@ -83,14 +83,14 @@ def test_serve_starts_a_killed_worker_again_and_the_stream_goes_on() -> None:
     assert process.returncode == 0
 
 
-def test_killed_serve_takes_its_services_along() -> None:
-    with serving() as (process, _):
-        children = psutil.Process(process.pid).children()
-        assert len(children) == 2
+def test_killed_serve_takes_its_services_and_their_front_ends_along() -> None:
+    with serving("--api-server-count", "2") as (process, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 4
         process.kill()
         process.wait()
         gone, alive = psutil.wait_procs(children, timeout=10)
-        assert not alive and len(gone) == 2
+        assert not alive and len(gone) == 4
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def test_variables_change_nothing_that_was_set_for_the_children(monkeypatch: pyt
             assert client.load().block_size_tokens == 16
         for process in (services.worker, services.scheduler):
             assert process is not None
-            connections = psutil.Process(process.pid).net_connections()
+            # The front ends may be processes of their own.
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            connections = [connection for each in tree for connection in each.net_connections()]
             listening = [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
             assert listening and all(ip.removeprefix("::ffff:") == "127.0.0.1" for ip in listening)
 

@@ -30,6 +30,15 @@ def joined(ids: list[int], stops: tuple[str, ...] = (), *, skip: bool = True) ->
 
 
 @settings(max_examples=300, deadline=None)
+@given(ids=st.one_of(any_ids, byte_ids), num_added=st.integers(0, 30))
+@example(ids=TOKENIZER.encode("😀").ids, num_added=1)
+def test_tokens_left_to_the_end_give_the_same_text(ids: list[int], num_added: int) -> None:
+    detokenizer = Detokenizer(TOKENIZER, skip_special_tokens=True)
+    text = "".join(map(detokenizer.add, ids[:num_added])) + detokenizer.finish(ids[num_added:])
+    assert text == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=300, deadline=None)
 @given(ids=st.one_of(any_ids, byte_ids, texts.map(lambda text: TOKENIZER.encode(text).ids)), skip=st.booleans())
 @example(ids=TOKENIZER.encode("😀").ids[:-1], skip=True)
 @example(ids=[END_OF_TEXT, END_OF_TEXT], skip=False)

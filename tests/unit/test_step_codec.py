@@ -58,7 +58,7 @@ reports = st.builds(
     top_token_ids=st.lists(numbers, max_size=3).map(tuple),
     top_logprobs=st.lists(floats, max_size=3).map(tuple),
 )
-times = st.builds(StepTimes, *[st.integers(0, 2**63)] * 5)
+times = st.builds(StepTimes, *[st.integers(0, 2**63)] * 6)
 results = st.builds(
     StepResult,
     step_id=numbers,

@@ -1,0 +1,133 @@
+"""Front ends as processes: starts them, starts one again that ends, tells them to leave. Knows no request.
+
+They share a port and find the engine at a Unix domain socket in a private folder.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import grpc
+
+from scheduler_service.engine_hub import EngineHub
+from scheduler_service.engine_servicer import EngineServicer
+from scheduler_service.front_end_process import FrontEndSettings
+from scheduler_service.shared_port import SharedPort
+from shared.config import SchedulerSettings
+from shared.error_interceptor import ErrorInterceptor
+from shared.errors import ConfigError
+from shared.grpc_options import LOCAL_OPTIONS
+from shared.settings import ENVIRONMENT_PREFIX, to_arguments
+from tandem.v1 import control_pb2_grpc, engine_pb2_grpc
+
+MODULE = "scheduler_service.front_end_process"
+MIN_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 5.0
+STOP_TIMEOUT_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class FrontEndPool:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        tokenizer_folder: Path,
+        hub: EngineHub,
+        control: control_pb2_grpc.ControlServiceServicer,
+        count: int,
+    ) -> None:
+        if sys.platform != "linux":
+            raise ConfigError("--api-server-count must be 0 on this system: only Linux shares a port as it needs")
+        self._settings = settings
+        self._tokenizer_folder = tokenizer_folder
+        self._count = count
+        self._listening = asyncio.Semaphore(0)
+        self._engine = EngineServicer(hub, self._listening.release)
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=LOCAL_OPTIONS)
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self._engine, self._server)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
+        self._processes: set[asyncio.subprocess.Process] = set()
+        self._has_started = False
+        self._cleanup = contextlib.ExitStack()
+        self._keepers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> int:
+        """Returns the port once all listen on it. ConfigError where one can't."""
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """They end the calls that are left, and leave."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._engine.close()
+        waits = [asyncio.create_task(process.wait()) for process in self._processes]
+        if waits:
+            await asyncio.wait(waits, timeout=STOP_TIMEOUT_S)
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
+        await asyncio.gather(*waits)
+        await self._server.stop(0)
+        self._cleanup.close()
+
+    async def _start(self) -> int:
+        port = SharedPort(self._settings.host, self._settings.port)
+        self._cleanup.callback(port.close)
+        # Its mode is 0700: nobody else reaches the socket.
+        folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
+        socket_path = f"{folder}/engine.sock"
+        try:
+            self._server.add_insecure_port(f"unix:{socket_path}")
+        except RuntimeError as error:
+            raise ConfigError(f"can't listen on {socket_path}: {error}") from error
+        await self._server.start()
+        command = self._command(port.port, socket_path)
+        self._keepers = [asyncio.create_task(self._keep(command)) for _ in range(self._count)]
+        all_listen = asyncio.create_task(self._wait_listening())
+        try:
+            done, _ = await asyncio.wait([*self._keepers, all_listen], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            all_listen.cancel()
+        done.pop().result()
+        self._has_started = True
+        logger.info("%d front ends listen on %s:%d", self._count, self._settings.host, port.port)
+        return port.port
+
+    async def _wait_listening(self) -> None:
+        for _ in range(self._count):
+            await self._listening.acquire()
+
+    async def _keep(self, command: list[str]) -> None:
+        """Runs one, and another whenever it ends."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+        backoff_s = MIN_BACKOFF_S
+        while True:
+            started = time.monotonic()
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, env=environment)
+            self._processes.add(process)
+            status = await process.wait()
+            self._processes.remove(process)
+            if not self._has_started:
+                raise ConfigError(f"a front-end process ended with status {status} before it listened")
+            logger.warning("a front-end process ended with status %d; starting another", status)
+            lived_long = time.monotonic() - started > 2 * MAX_BACKOFF_S
+            backoff_s = MIN_BACKOFF_S if lived_long else min(2 * backoff_s, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+
+    def _command(self, port: int, socket_path: str) -> list[str]:
+        values = {field.name: getattr(self._settings, field.name) for field in fields(SchedulerSettings)}
+        values |= {"port": port, "port_file": "", "record": "", "tokenizer": str(self._tokenizer_folder)}
+        settings = FrontEndSettings(**values, engine_socket=socket_path, parent_pid=os.getpid())
+        return [sys.executable, "-m", MODULE, *to_arguments(settings)]

@@ -1,0 +1,80 @@
+"""A front end as a process of its own, started by the scheduler process (front_end_pool.py) and ending with it.
+
+It has the public server and no step loop. It lives as long as its stream to the scheduler process: that says when to
+leave, so signals meant for the scheduler process, which a terminal or a supervisor may send to all, are ignored.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from scheduler_service.control_forwarder import ControlForwarder
+from scheduler_service.public_server import PublicServer
+from scheduler_service.remote_engine import RemoteEngine
+from shared.config import SchedulerSettings, read_command_line
+from shared.errors import ConfigError, ModelError, WorkerUnavailable
+from shared.log import configure_logging
+from shared.settings import option
+
+CONNECT_TIMEOUT_S = 30.0
+PR_SET_PDEATHSIG = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrontEndSettings(SchedulerSettings):
+    """The scheduler's own, with its port chosen and its tokenizer a folder."""
+
+    engine_socket: str = option("", "Unix domain socket of the scheduler process")
+    parent_pid: int = option(0, "process id of the scheduler process", minimum=1)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Not even kill -9 of the scheduler process leaves this one behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        # It died before we asked.
+        sys.exit(1)
+
+
+async def serve(settings: FrontEndSettings) -> None:
+    engine = RemoteEngine(settings.engine_socket)
+    await engine.connect(CONNECT_TIMEOUT_S)
+    server = PublicServer(
+        settings,
+        Path(settings.tokenizer),
+        lambda _: engine,
+        ControlForwarder(engine.control),
+        shares_port=True,
+    )
+    await server.start()
+    engine.say_listening()
+    try:
+        await engine.run(server.front_end)
+    finally:
+        server.front_end.end_all(WorkerUnavailable("the server is stopping"))
+        await server.stop()
+        await engine.close()
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    settings = read_command_line(FrontEndSettings, "tandem-front-end", "Serves clients of a scheduler process.")
+    end_with_parent(settings.parent_pid)
+    configure_logging(settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except (ConfigError, ModelError, WorkerUnavailable) as error:
+        print(f"tandem-front-end: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The public gRPC server on one engine: tokenizer, front end, servicers. The same beside the step loop and away from
+it; knows neither.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+
+from scheduler_service.engine import Engine, EngineListener
+from scheduler_service.front_end import FrontEnd
+from scheduler_service.servicer import InferenceServicer
+from scheduler_service.tokenizer import load_tokenizer
+from shared.config import SchedulerSettings, model_name
+from shared.server import Server, server_credentials
+from tandem.v1 import control_pb2_grpc, inference_pb2_grpc
+
+INFERENCE_SERVICE = "tandem.v1.InferenceService"
+CONTROL_SERVICE = "tandem.v1.ControlService"
+
+STOP_GRACE_S = 1.0
+"""For calls whose requests have ended, to send their last words."""
+
+
+class PublicServer:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        tokenizer_folder: Path,
+        attach: Callable[[EngineListener], Engine],
+        control: control_pb2_grpc.ControlServiceServicer,
+        *,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        shares_port: bool = False,
+    ) -> None:
+        """Raises ConfigError and ModelError."""
+        self._settings = settings
+        self.front_end = FrontEnd(load_tokenizer(tokenizer_folder), self._set_ready)
+        inference = InferenceServicer(self.front_end, model_name(settings))
+        self._server = Server(
+            {
+                INFERENCE_SERVICE: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, s),
+                CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
+            },
+            interceptors=interceptors,
+            credentials=server_credentials(settings),
+            shares_port=shares_port,
+        )
+        self.front_end.connect(attach(self.front_end))
+
+    async def start(self) -> int:
+        """Listens; gives the port."""
+        port = await self._server.start(self._settings.host, self._settings.port)
+        await self._server.set_ready([CONTROL_SERVICE], True)
+        return port
+
+    async def stop(self) -> None:
+        await self._server.stop(STOP_GRACE_S)
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        await self._server.set_ready([INFERENCE_SERVICE], is_ready)

@@ -1,0 +1,106 @@
+"""Front-end processes as tests see them: which process a connection landed in, and what their operating system says."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from scheduler_service.front_end_pool import MODULE
+from shared.grpc_options import CHANNEL_OPTIONS
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.contract.services import HOST, INFERENCE, Services, StreamedOutput, read_stream, wait_until
+
+MAX_CONNECTIONS = 64
+
+
+@dataclass
+class Connection:
+    """A connection of its own, and the front-end process that took it."""
+
+    channel: grpc.aio.Channel
+    process: psutil.Process
+
+    def __post_init__(self) -> None:
+        self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.control = control_pb2_grpc.ControlServiceStub(self.channel)
+        self._health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def generate(self, request: inference_pb2.GenerateStreamRequest) -> inference_pb2.GenerateResponse:
+        unary = inference_pb2.GenerateRequest.FromString(request.SerializeToString())
+        response: inference_pb2.GenerateResponse = await self.inference.Generate(unary)
+        return response
+
+    async def stream(self, request: inference_pb2.GenerateStreamRequest) -> StreamedOutput:
+        return await read_stream(self.inference.GenerateStream(request))
+
+    async def load(self) -> control_pb2.GetLoadResponse:
+        response: control_pb2.GetLoadResponse = await self.control.GetLoad(control_pb2.GetLoadRequest())
+        return response
+
+    async def health_of(self, service: str) -> str:
+        response = await self._health.Check(health_pb2.HealthCheckRequest(service=service))
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+    async def wait_health(self, status: str) -> None:
+        async def has_status() -> bool:
+            return await self.health_of(INFERENCE) == status
+
+        await wait_until(has_status, f"health {status}")
+
+
+def front_end_processes(parent: psutil.Process | None = None) -> list[psutil.Process]:
+    """Children of a process, this one by default, that are front ends and no zombies."""
+    found = []
+    for child in (parent or psutil.Process()).children():
+        try:
+            if MODULE in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def num_connections(process: psutil.Process, port: int) -> int:
+    connections = process.net_connections("tcp")
+    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
+
+
+async def connect(address: str, parent: psutil.Process | None = None) -> Connection:
+    """One more connection. Which front end gets it is the kernel's choice."""
+    port = int(address.rpartition(":")[2])
+    before = {process: num_connections(process, port) for process in front_end_processes(parent)}
+    channel = grpc.aio.insecure_channel(address, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    await asyncio.wait_for(channel.channel_ready(), 10)
+    [owner] = [process for process, count in before.items() if num_connections(process, port) > count]
+    return Connection(channel, owner)
+
+
+@asynccontextmanager
+async def connections_to_each(
+    address: str, count: int = 2, parent: psutil.Process | None = None
+) -> AsyncIterator[list[Connection]]:
+    """A connection to each front end."""
+    async with AsyncExitStack() as stack:
+        found: dict[int, Connection] = {}
+        for _ in range(MAX_CONNECTIONS):
+            connection = await connect(address, parent)
+            stack.push_async_callback(connection.channel.close)
+            found.setdefault(connection.process.pid, connection)
+            if len(found) == count:
+                break
+        assert len(found) == count, f"{MAX_CONNECTIONS} connections reached {len(found)} front ends of {count}"
+        for connection in found.values():
+            await connection.wait_health("SERVING")
+        yield list(found.values())
+
+
+@asynccontextmanager
+async def two_front_ends(services: Services) -> AsyncIterator[tuple[Connection, Connection]]:
+    """Started services, which have two front-end processes, and a connection to each. None is left afterwards."""
+    async with services, connections_to_each(f"{HOST}:{services.address.rpartition(':')[2]}") as (first, second):
+        yield first, second
+    assert front_end_processes() == []
