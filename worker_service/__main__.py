@@ -9,7 +9,6 @@ from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
 from shared.server import Server, server_credentials, stop_event, write_port_file
 from tandem.v1 import worker_pb2_grpc
-from worker_service.runner import Runner
 from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -17,8 +16,7 @@ logger = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
 
 
-async def serve(settings: WorkerSettings, runner: Runner) -> None:
-    servicer = WorkerServicer(runner)
+async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     server = Server(
         {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
         credentials=server_credentials(settings),
@@ -39,7 +37,7 @@ def main() -> None:
         # torch is imported only now, so that --help and wrong flags answer at once.
         from worker_service.startup import build_runner
 
-        asyncio.run(serve(settings, build_runner(settings)))
+        asyncio.run(serve(settings, WorkerServicer(build_runner(settings))))
     except (ConfigError, ModelError) as error:
         print(f"tandem-worker: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,139 +1,22 @@
-"""Executes step plans on a device: batch update, forward pass, sampling. Queues nothing and decides nothing.
+"""Executes step plans in plain torch: batch update, forward pass, sampling. Queues nothing and decides nothing.
 
-A decoding row's input is its own last sampled token, which stays on the device; so a step can be queued before
-the one before it has ended.
+What a CPU runs, and the reference for worker_service/cuda_runner.py. A decoding row's input is its own last sampled
+token, which stays on the device; so a step can be queued before the one before it has ended.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from shared.step_plan import (
-    FAULT_NAN_LOGITS,
-    NewRow,
-    RowFault,
-    RowLogprobs,
-    StepPlan,
-    StepResult,
-    StepTimes,
-    WorkerInfo,
-)
+from shared.step_plan import StepPlan, WorkerInfo
 from worker_service.batch import Batch, StepWork
 from worker_service.layers.attention import AttentionMetadata, ChunkMetadata, group_decodes
 from worker_service.models.qwen3 import Qwen3
-from worker_service.sampler import SamplingRows, sample
-
-
-class _RowOptions:
-    """The rows' sampling options as device arrays, each (rows,), and what the host must know of them."""
-
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        def zeros(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(num_rows, dtype=dtype, device=device)
-
-        self.temperature, self.top_p, self.min_p = (zeros(torch.float32) for _ in range(3))
-        self.top_k, self.seed, self.choice_index = (zeros(torch.int64) for _ in range(3))
-        self.is_random = np.zeros(num_rows, np.bool_)
-        self.is_truncated = np.zeros(num_rows, np.bool_)
-        self.num_logprobs = np.full(num_rows, -1, np.int32)
-
-    def set(self, new_rows: Sequence[NewRow]) -> None:
-        if not new_rows:
-            return
-        rows = [new.row for new in new_rows]
-        options = [new.sampling for new in new_rows]
-        index = self._to_device(np.array(rows))
-        self.temperature[index] = self._to_device(np.array([o.temperature for o in options], np.float32))
-        self.top_p[index] = self._to_device(np.array([o.top_p for o in options], np.float32))
-        self.min_p[index] = self._to_device(np.array([o.min_p for o in options], np.float32))
-        self.top_k[index] = self._to_device(np.array([o.top_k for o in options]))
-        self.seed[index] = self._to_device(np.array([o.seed for o in options], np.uint64).view(np.int64))
-        self.choice_index[index] = self._to_device(np.array([o.choice_index for o in options]))
-        self.is_random[rows] = [o.temperature > 0 for o in options]
-        self.is_truncated[rows] = [o.temperature > 0 and (o.top_k > 0 or o.top_p < 1 or o.min_p > 0) for o in options]
-        self.num_logprobs[rows] = [-1 if o.num_logprobs is None else o.num_logprobs for o in options]
-
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        # torch.tensor(..., device=...) would wait for the step that runs.
-        return torch.from_numpy(values).to(self.temperature.device, non_blocking=True)
-
-    def of(self, rows: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
-        return SamplingRows(
-            temperature=self.temperature[rows],
-            top_k=self.top_k[rows],
-            top_p=self.top_p[rows],
-            min_p=self.min_p[rows],
-            seed=self.seed[rows],
-            choice_index=self.choice_index[rows],
-            position=positions,
-        )
-
-
-@dataclass(frozen=True)
-class _HostCopies:
-    """What a step brings to the host, under way until the event."""
-
-    token_ids: torch.Tensor  # (sampling rows,)
-    is_bad: torch.Tensor  # (sampling rows,)
-    logprobs: torch.Tensor | None  # (sampling rows,), of the sampled tokens
-    top_ids: torch.Tensor | None  # (sampling rows, most asked for)
-    top_logprobs: torch.Tensor | None
-
-
-class _PendingStep:
-    """A step whose kernels are queued."""
-
-    def __init__(
-        self,
-        step_id: int,
-        rows: list[int],
-        num_logprobs: list[int],
-        copies: _HostCopies,
-        prepared_ns: int,
-        events: tuple[torch.cuda.Event, torch.cuda.Event] | None,
-    ) -> None:
-        self._step_id = step_id
-        self._rows = rows
-        self._num_logprobs = num_logprobs
-        self._copies = copies
-        self._prepared_ns = prepared_ns
-        self._events = events
-
-    def wait(self) -> StepResult:
-        gpu_duration_ns = 0
-        if self._events:
-            started, ended = self._events
-            ended.synchronize()
-            gpu_duration_ns = round(started.elapsed_time(ended) * 1e6)
-        copies = self._copies
-        is_bad = copies.is_bad.tolist()
-        token_ids = copies.token_ids.tolist()
-        return StepResult(
-            step_id=self._step_id,
-            num_token_ids=[0 if bad else 1 for bad in is_bad],
-            token_ids=[token_id for token_id, bad in zip(token_ids, is_bad, strict=True) if not bad],
-            faults=tuple(RowFault(row, FAULT_NAN_LOGITS) for row, bad in zip(self._rows, is_bad, strict=True) if bad),
-            logprobs=self._reports(is_bad),
-            times=StepTimes(prepared_ns=self._prepared_ns, sampled_ns=time.time_ns(), gpu_duration_ns=gpu_duration_ns),
-        )
-
-    def _reports(self, is_bad: list[bool]) -> tuple[RowLogprobs, ...]:
-        copies = self._copies
-        if copies.logprobs is None or copies.top_ids is None or copies.top_logprobs is None:
-            return ()
-        logprobs, top_ids, top_logprobs = (
-            copies.logprobs.tolist(),
-            copies.top_ids.tolist(),
-            copies.top_logprobs.tolist(),
-        )
-        return tuple(
-            RowLogprobs(row, logprobs[i], tuple(top_ids[i][:count]), tuple(top_logprobs[i][:count]))
-            for i, (row, count) in enumerate(zip(self._rows, self._num_logprobs, strict=True))
-            if count >= 0 and not is_bad[i]
-        )
+from worker_service.row_options import RowOptions
+from worker_service.sampler import sample
+from worker_service.step_results import PendingStep, Timing, report_logprobs
+from worker_service.transfers import to_host
 
 
 class ModelRunner:
@@ -146,34 +29,36 @@ class ModelRunner:
         self.cache = cache
         self._batch = batch
         self._device = cache.device
-        self._options = _RowOptions(batch.num_rows, self._device)
+        self._options = RowOptions(batch.num_rows, self._device)
+        # Of the step that is queued last.
+        self._ended: torch.cuda.Event | None = None
         self._last_token = torch.zeros(batch.num_rows, dtype=torch.int64, device=self._device)
 
     def reset(self) -> None:
         self._batch.reset()
+        self._ended = None
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> _PendingStep:
+    def execute(self, plan: StepPlan) -> PendingStep:
         """Applies the plan and queues its work; InvalidPlan, with nothing applied, if the batch can't follow it."""
         work = self._batch.apply(plan)
         self._options.set(plan.added_rows)
-        token_ids, positions, metadata, sampling_indices = self._prepare(work)
+        token_ids, metadata, sampling_indices = self._prepare(work)
         prepared_ns = time.time_ns()
-        events = None
-        if self._device.type == "cuda":
-            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            events[0].record()
-        hidden = self.model(token_ids, positions, self.cache, metadata)
-        copies = self._sample(work, hidden[sampling_indices])
-        if events:
-            events[1].record()
+        started = self._record_event()
+        hidden = self.model(self.model.embed_tokens[token_ids], self.cache, metadata)
         rows = work.sampling_rows
-        return _PendingStep(
-            plan.step_id, rows.tolist(), self._options.num_logprobs[rows].tolist(), copies, prepared_ns, events
-        )
+        logits = widened(self.model.compute_logits(hidden[sampling_indices]))
+        sampled = self._sample(rows, logits)
+        num_logprobs = self._options.num_logprobs[rows].tolist()
+        logprobs = report_logprobs(logits, sampled.clamp(min=0), num_logprobs)
+        token_ids = to_host(sampled)
+        previous_ended, self._ended = self._ended, self._record_event()
+        timing = Timing(prepared_ns, started, self._ended, previous_ended)
+        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, num_logprobs, logprobs)
 
-    def _prepare(self, work: StepWork) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata, torch.Tensor]:
-        """Token ids (tokens,), positions (tokens,), attention metadata, and which tokens are sampled from."""
+    def _prepare(self, work: StepWork) -> tuple[torch.Tensor, AttentionMetadata, torch.Tensor]:
+        """Token ids (tokens,), attention metadata, and which tokens are sampled from."""
         batch, block_size = self._batch, self._batch.block_size
         ids, positions, slots, chunks = [], [], [], []
         last_index = np.zeros(batch.num_rows, np.int64)
@@ -202,6 +87,7 @@ class ModelRunner:
         last_tokens = self._last_token[self._to_device(decode_rows)]
         token_ids = torch.cat([self._to_device(np.concatenate(ids)), last_tokens]) if ids else last_tokens
         metadata = AttentionMetadata(
+            positions=self._to_device(np.concatenate(positions)),
             slot_mapping=self._to_device(np.concatenate(slots)),
             chunks=tuple(chunks),
             decode_start=start,
@@ -210,39 +96,35 @@ class ModelRunner:
             decode_groups=group_decodes(num_blocks.tolist(), block_size),
         )
         sampling_indices = self._to_device(last_index[work.sampling_rows])
-        return token_ids, self._to_device(np.concatenate(positions)), metadata, sampling_indices
+        return token_ids, metadata, sampling_indices
 
-    def _sample(self, work: StepWork, hidden: torch.Tensor) -> _HostCopies:
-        """hidden (sampling rows, hidden_size)"""
-        options, rows = self._options, work.sampling_rows
+    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
+        """logits (rows, vocab) -> token ids (rows,), -1 where they are not finite."""
         device_rows = self._to_device(rows)
-        logits = self.model.compute_logits(hidden)
         # The token stands after all that is computed.
         positions = self._to_device(self._batch.num_computed[rows])
         sampled = sample(
             logits,
-            options.of(device_rows, positions),
-            any_random=bool(options.is_random[rows].any()),
-            any_truncated=bool(options.is_truncated[rows].any()),
+            self._options.of(device_rows, positions),
+            any_random=bool(self._options.is_random[rows].any()),
+            any_truncated=bool(self._options.is_truncated[rows].any()),
         )
         is_bad = logits.isnan().any(-1) | ~logits.amax(-1).isfinite()
-        sampled = sampled.masked_fill(is_bad, 0)
-        self._last_token[device_rows] = sampled
-        logprobs = top_ids = top_logprobs = None
-        most = int(options.num_logprobs[rows].max(initial=-1))
-        if most >= 0:
-            distribution = logits.log_softmax(-1)
-            logprobs = self._to_host(distribution.gather(1, sampled[:, None])[:, 0])
-            tops = distribution.topk(min(most, logits.shape[1]), dim=-1)
-            top_logprobs, top_ids = self._to_host(tops.values), self._to_host(tops.indices)
-        return _HostCopies(self._to_host(sampled), self._to_host(is_bad), logprobs, top_ids, top_logprobs)
+        self._last_token[device_rows] = sampled.masked_fill(is_bad, 0)
+        return sampled.masked_fill(is_bad, -1)
+
+    def _record_event(self) -> torch.cuda.Event | None:
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         # From pageable memory: the driver copies arrays this small before it returns, and does not wait for the device.
         return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)
 
-    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
-        if values.device.type == "cpu":
-            return values
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        return host.copy_(values, non_blocking=True)
+
+def widened(logits: torch.Tensor) -> torch.Tensor:
+    """float32 or wider, as sampling wants them."""
+    return logits if logits.dtype == torch.float64 else logits.float()

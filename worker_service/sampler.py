@@ -65,15 +65,17 @@ def gumbel_noise(
 ) -> torch.Tensor:
     """(rows, vocab_size) float64 Gumbel noise: the argmax of logits + noise is a draw from their softmax.
 
-    Each row's key starts a SplitMix64 stream, of which token id takes the number after the id-th; the key is that
-    generator's finaliser over seed, choice and position in turn. Integers wrap alike on every device.
+    Each row's key starts a SplitMix64 stream; the key is that generator's finaliser over seed, choice and position in
+    turn. The stream's i-th number, from 0, serves two token ids: 2 i takes its upper half, 2 i + 1 its lower. Integers
+    wrap alike on every device.
     """
     key = _mix(seed + GOLDEN_GAMMA)
     key = _mix(key + choice_index * GOLDEN_GAMMA + 1)
     key = _mix(key + position * GOLDEN_GAMMA + 2)
-    steps = torch.arange(1, vocab_size + 1, device=seed.device) * GOLDEN_GAMMA
+    steps = torch.arange(1, (vocab_size + 1) // 2 + 1, device=seed.device) * GOLDEN_GAMMA
     bits = _mix(key[:, None] + steps)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    halves = torch.stack([_shift_right(bits, 32), bits & 0xFFFFFFFF], dim=-1).flatten(1)[:, :vocab_size]
+    uniform = (halves.double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log(uniform))
 
 

@@ -1,5 +1,6 @@
 """From settings to a runner: loads the model, measures the memory for its KV pool, allocates it."""
 
+import importlib.util
 import logging
 import uuid
 from dataclasses import replace
@@ -15,17 +16,18 @@ from shared.step_codec import PROTOCOL_VERSION
 from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
 from worker_service import kv_cache
 from worker_service.batch import MAX_LOGPROBS, Batch
-from worker_service.layers.attention import torch_attention
+from worker_service.layers.operations import Operations, TorchOperations
 from worker_service.model_config import ModelConfig, read_generation_defaults, read_model_config
 from worker_service.model_runner import ModelRunner
 from worker_service.models.qwen3 import Qwen3
+from worker_service.runner import Runner
 from worker_service.weights import fingerprint_of, load_weights
 
 logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def build_runner(settings: WorkerSettings) -> ModelRunner:
+def build_runner(settings: WorkerSettings) -> Runner:
     """Loads a model and makes it ready. Raises ModelError or ConfigError, naming what is wrong."""
     folder = resolve_model(settings.model, ALL_FILES)
     device, dtype = _device_of(settings), _dtype_of(settings)
@@ -38,7 +40,8 @@ def build_runner(settings: WorkerSettings) -> ModelRunner:
         raise ConfigError(f"--max-model-len {wanted_len}: the model's context is {config.max_position_embeddings}")
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
-    model, contents = _load_model(folder, config, wanted_len, device, dtype)
+    operations = _make_operations(settings, config, device, dtype)
+    model, contents = _load_model(folder, config, operations, wanted_len, device, dtype)
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
         worker_instance_id=uuid.uuid4().hex,
@@ -66,10 +69,11 @@ def build_runner(settings: WorkerSettings) -> ModelRunner:
         "%s, %s on %s: %d KV blocks of %d tokens, context %d",
         info.model, info.dtype, info.device, num_blocks - 1, settings.block_size, max_model_len,
     )  # fmt: skip
-    return make_runner(model, kv_cache.allocate(num_blocks, shape, device), info)
+    return make_runner(model, kv_cache.allocate(num_blocks, shape, device), info, use_graphs=not settings.enforce_eager)
 
 
-def make_runner(model: Qwen3, cache: torch.Tensor, info: WorkerInfo) -> ModelRunner:
+def make_runner(model: Qwen3, cache: torch.Tensor, info: WorkerInfo, *, use_graphs: bool) -> Runner:
+    """The fast runner for operations that are, the plain one for plain torch."""
     batch = Batch(
         num_rows=info.max_num_rows,
         num_blocks=info.num_blocks,
@@ -78,7 +82,11 @@ def make_runner(model: Qwen3, cache: torch.Tensor, info: WorkerInfo) -> ModelRun
         max_num_batched_tokens=info.max_num_batched_tokens,
         vocab_size=info.vocab_size,
     )
-    return ModelRunner(model, cache, batch, info)
+    if isinstance(model.operations, TorchOperations):
+        return ModelRunner(model, cache, batch, info)
+    from worker_service.cuda_runner import CudaRunner
+
+    return CudaRunner(model, cache, batch, info, use_graphs=use_graphs)
 
 
 def _device_of(settings: WorkerSettings) -> torch.device:
@@ -94,13 +102,51 @@ def _dtype_of(settings: WorkerSettings) -> torch.dtype:
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
 
 
+def _make_operations(
+    settings: WorkerSettings, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Operations:
+    """Triton kernels where they can run, else plain torch, which serves any device, type and shape."""
+    if device.type == "cpu" or settings.kernels == "torch":
+        return TorchOperations()
+    if problem := _why_no_kernels(config, device, dtype):
+        if settings.kernels == "triton":
+            raise ConfigError(f"--kernels triton: {problem}")
+        logger.warning("plain torch instead of the fast kernels: %s", problem)
+        return TorchOperations()
+    from worker_service.layers.triton_operations import TritonOperations
+
+    return TritonOperations(
+        settings.max_num_seqs, config.num_attention_heads, config.num_key_value_heads, config.head_dim, device
+    )
+
+
+def _why_no_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if dtype != torch.bfloat16:
+        return f"they compute in bfloat16, not {dtype}"
+    if config.head_dim not in (32, 64, 128):
+        return f"head_dim {config.head_dim} is not 32, 64 or 128"
+    inner = config.num_attention_heads * config.head_dim
+    if any(width % 64 for width in (config.hidden_size, config.intermediate_size, inner)):
+        return "hidden_size, intermediate_size or the heads' size is no multiple of 64"
+    return None
+
+
 def _load_model(
-    folder: Path, config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    operations: Operations,
+    num_positions: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Qwen3, str]:
     """The model with its weights, and the digest of the checkpoint's contents."""
     try:
         with device:
-            model = Qwen3(config, torch_attention, num_positions, dtype)
+            model = Qwen3(config, operations, num_positions, dtype)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"too little memory for the weights: {error}") from error
     ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
@@ -114,7 +160,7 @@ def _measure_blocks(
     if device.type == "cpu":
         return kv_cache.num_blocks_within(int(settings.kv_cache_memory_gib * 2**30), shape)
     torch.cuda.reset_peak_memory_stats(device)
-    _run_largest_step(model, shape, device, info)
+    _run_largest_step(model, shape, device, info, use_graphs=not settings.enforce_eager)
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     outside_torch = total - free - torch.cuda.memory_reserved(device)
@@ -123,8 +169,12 @@ def _measure_blocks(
     return kv_cache.num_blocks_within(int(total * settings.gpu_memory_utilization) - used, shape)
 
 
-def _run_largest_step(model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.device, info: WorkerInfo) -> None:
-    """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from."""
+def _run_largest_step(
+    model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.device, info: WorkerInfo, *, use_graphs: bool
+) -> None:
+    """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from; beside the
+    graphs, which take memory too.
+    """
     size, budget = shape.block_size, info.max_num_batched_tokens
     num_rows = min(info.max_num_rows, budget)
     # One long prompt, for attention's memory, and one token for each other row, for the sampler's.
@@ -132,7 +182,10 @@ def _run_largest_step(model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.
     num_blocks = [-(-length // size) for length in lengths]
     ends = np.cumsum(num_blocks) + 1
     runner = make_runner(
-        model, kv_cache.allocate(int(ends[-1]), shape, device), replace(info, num_blocks=int(ends[-1]))
+        model,
+        kv_cache.allocate(int(ends[-1]), shape, device),
+        replace(info, num_blocks=int(ends[-1])),
+        use_graphs=use_graphs,
     )
     runner.execute(
         StepPlan(

@@ -1,10 +1,6 @@
-"""Attention over the paged KV cache: one small interface, and the plain torch implementation of it.
-
-The plain one is the reference that faster ones are tested against, and what a CPU runs.
-"""
+"""Attention over the paged KV cache in plain torch: the reference for the kernels, and what a CPU runs."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -36,6 +32,8 @@ class DecodeGroup:
 class AttentionMetadata:
     """What attention needs to know of a step. Tokens of chunks come first, then one token of each decoding row."""
 
+    positions: torch.Tensor
+    """(tokens,) int64"""
     slot_mapping: torch.Tensor
     """(tokens,) int64: where each token's KV goes; slots of block 0 are never read."""
     chunks: tuple[ChunkMetadata, ...]
@@ -49,20 +47,14 @@ class AttentionMetadata:
     """All decoding rows, in their order."""
 
 
-class Attention(Protocol):
-    """q (tokens, heads, head_dim), k and v (tokens, KV heads, head_dim), cache (2, blocks, block_size, KV heads,
-    head_dim) -> (tokens, heads, head_dim). Stores all of the step's k and v before it reads any.
-    """
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor: ...
-
-
 def torch_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
 ) -> torch.Tensor:
-    """Attention in plain torch: chunks row by row, decoding rows in groups over gathered, padded contexts."""
+    """Attention in plain torch: chunks row by row, decoding rows in groups over gathered, padded contexts.
+
+    q (tokens, heads, head_dim), k and v (tokens, KV heads, head_dim), cache (2, blocks, block_size, KV heads, head_dim)
+    -> (tokens, heads, head_dim). Stores all of the step's k and v before it reads any.
+    """
     key_cache, value_cache = cache
     key_cache.flatten(0, 1)[metadata.slot_mapping] = k
     value_cache.flatten(0, 1)[metadata.slot_mapping] = v

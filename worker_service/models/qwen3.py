@@ -2,11 +2,10 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, silu
 
-from worker_service.layers.attention import Attention, AttentionMetadata
 from worker_service.layers.norm import RMSNorm
-from worker_service.layers.rotary import apply_rotary, build_rotary_table
+from worker_service.layers.operations import Operations
+from worker_service.layers.rotary import build_rotary_table
 from worker_service.model_config import ModelConfig
 
 PACKED_MODULES: dict[str, tuple[str, ...]] = {
@@ -21,86 +20,80 @@ def _weight(dtype: torch.dtype, *shape: int) -> nn.Parameter:
 
 
 class Qwen3Attention(nn.Module):
-    def __init__(self, config: ModelConfig, attention: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        num_projected = self.num_heads + 2 * self.num_kv_heads
+        num_projected = config.num_attention_heads + 2 * config.num_key_value_heads
         self.qkv_proj = _weight(dtype, num_projected * self.head_dim, config.hidden_size)
-        self.o_proj = _weight(dtype, config.hidden_size, self.num_heads * self.head_dim)
+        self.o_proj = _weight(dtype, config.hidden_size, config.num_attention_heads * self.head_dim)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype)
-        self.attention = attention
+        self.operations = operations
 
     def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
+        self, x: torch.Tensor, norm: RMSNorm, rotary_table: torch.Tensor, cache: torch.Tensor, metadata: object
     ) -> torch.Tensor:
-        qkv = linear(x, self.qkv_proj).view(len(x), -1, self.head_dim)  # (tokens, heads + 2 KV heads, head_dim)
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q = apply_rotary(self.q_norm(q), rotary)
-        k = apply_rotary(self.k_norm(k), rotary)
-        return linear(self.attention(q, k, v, cache, metadata).flatten(1), self.o_proj)
+        qkv = self.operations.norm_linear(x, norm, self.qkv_proj)
+        qkv = qkv.view(len(x), -1, self.head_dim)  # (tokens, heads + 2 KV heads, head_dim)
+        out = self.operations.attention(qkv, self.q_norm, self.k_norm, rotary_table, cache, metadata)
+        return self.operations.linear_add(out, self.o_proj, x)
 
 
 class Qwen3MLP(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_up_proj = _weight(dtype, 2 * config.intermediate_size, config.hidden_size)
         self.down_proj = _weight(dtype, config.hidden_size, config.intermediate_size)
+        self.operations = operations
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        return linear(silu(gate) * up, self.down_proj)
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        inner = self.operations.norm_gate_up(x, norm, self.gate_up_proj)
+        return self.operations.linear_add(inner, self.down_proj, x)
 
 
 class Qwen3Layer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations, dtype: torch.dtype) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Qwen3Attention(config, attention, dtype)
+        self.self_attn = Qwen3Attention(config, operations, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = Qwen3MLP(config, dtype)
+        self.mlp = Qwen3MLP(config, operations, dtype)
 
     def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
+        self, x: torch.Tensor, rotary_table: torch.Tensor, cache: torch.Tensor, metadata: object
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, metadata)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(x, self.input_layernorm, rotary_table, cache, metadata)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Qwen3(nn.Module):
     """Weights are uninitialised until worker_service.weights has filled checkpoint_targets()."""
 
-    def __init__(self, config: ModelConfig, attention: Attention, num_positions: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations, num_positions: int, dtype: torch.dtype) -> None:
         """num_positions: the longest context that will be served."""
         super().__init__()
         self.config = config
+        self.operations = operations
         self.embed_tokens = _weight(dtype, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Qwen3Layer(config, attention, dtype) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Qwen3Layer(config, operations, dtype) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = _weight(dtype, config.vocab_size, config.hidden_size)
         table = build_rotary_table(config, num_positions, dtype)
         self.register_buffer("rotary_table", table, persistent=False)  # (positions, 2, head_dim // 2)
 
-    def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, caches: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """token_ids and positions (tokens,), caches (layers, 2, blocks, block_size, KV heads, head_dim) -> hidden
-        states (tokens, hidden_size).
+    def forward(self, x: torch.Tensor, caches: torch.Tensor, metadata: object) -> torch.Tensor:
+        """Embedded tokens (tokens, hidden_size), caches (layers, 2, blocks, block_size, KV heads, head_dim), the
+        operations' own metadata -> hidden states (tokens, hidden_size), before the last norm. May write over x.
         """
-        x = self.embed_tokens[token_ids]
-        rotary = self.rotary_table[positions]
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, cache, metadata)
-        return self.norm(x)
+            x = layer(x, self.rotary_table, cache, metadata)
+        return x
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) -> (rows, vocab_size), float32 or wider."""
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, hidden_size) -> (rows, vocab_size), written to `out` where it is given."""
         weight = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = linear(hidden, weight)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.operations.norm_linear(hidden, self.norm, weight, out)
 
     def checkpoint_targets(self) -> dict[str, torch.Tensor]:
         """The checkpoint's tensor names -> where their contents go: views of the weights."""

@@ -36,7 +36,15 @@ def test_decode_rows_of_unequal_context_read_their_own_slots_only(
         torch.stack([k[-1] for k in keys]),
         torch.stack([v[-1] for v in values]),
         cache,
-        AttentionMetadata(torch.cat(slots), (), 0, tables, torch.tensor(lens), group_decodes(num_blocks, block_size)),
+        AttentionMetadata(
+            positions=torch.tensor(lens) - 1,
+            slot_mapping=torch.cat(slots),
+            chunks=(),
+            decode_start=0,
+            decode_block_tables=tables,
+            decode_context_lens=torch.tensor(lens),
+            decode_groups=group_decodes(num_blocks, block_size),
+        ),
     )
     for row, (k, v) in enumerate(zip(keys, values, strict=True)):
         for head in range(4):

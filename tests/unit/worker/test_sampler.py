@@ -136,5 +136,6 @@ def slow_gumbel(seed: int, choice_index: int, position: int, token_id: int) -> f
     key = mix((seed + gamma) & mask)
     key = mix((key + choice_index * gamma + 1) & mask)
     key = mix((key + position * gamma + 2) & mask)
-    bits = mix((key + (token_id + 1) * gamma) & mask)
-    return float(-np.log(-np.log(((bits >> 11) + 0.5) * 2.0**-53)))
+    bits = mix((key + (token_id // 2 + 1) * gamma) & mask)
+    half = bits & 0xFFFFFFFF if token_id % 2 else bits >> 32
+    return float(-np.log(-np.log((half + 0.5) * 2.0**-32)))

@@ -1,0 +1,246 @@
+"""The fast path on a CUDA device: graphs against the same kernels launched one by one, logits against transformers and
+plain torch, tokens against what transformers' logits call for.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.gpu_exactness import FAILED, SAME, Request, judge_output, measure_logit_error
+from benchmarks.teacher_forcing import ForcedText, logits_through_plans, relative_errors, teacher_forced_logits
+from scheduler_service.core.scheduler import Scheduler
+from scheduler_service.core.types import SchedulerConfig, SequenceRequest, StepOutputs
+from shared.config import WorkerSettings
+from shared.step_codec import encode_plan
+from shared.step_plan import RowSampling, StepPlan
+from tandem.v1 import worker_pb2
+from tests.engine import Engine
+from tests.model_factory import save_random_model
+from worker_service.runner import Runner
+from worker_service.startup import build_runner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # Kernels are compiled.
+    pytest.mark.timeout(600),
+]
+
+VOCAB_SIZE = 3000
+MAX_NUM_SEQS = 24
+NUM_REQUESTS = 40
+NUM_BLOCKS = 1024
+FEW_BLOCKS = 40
+TEXT: list[int] = np.random.default_rng(1).integers(0, VOCAB_SIZE, 330).tolist()
+
+# By the sampler that serves a batch of them.
+SAMPLINGS = {
+    "greedy": (RowSampling(temperature=0.0),),
+    "temperature": (RowSampling(temperature=0.0), RowSampling(temperature=0.8)),
+    "truncated": (
+        RowSampling(temperature=0.0),
+        RowSampling(temperature=0.8),
+        RowSampling(temperature=0.8, top_k=20, top_p=0.9),
+        RowSampling(temperature=1.2, top_k=5, min_p=0.1),
+    ),
+    "general": (
+        RowSampling(temperature=0.0),
+        RowSampling(temperature=1.2, min_p=0.1),
+        RowSampling(temperature=0.8, top_p=0.9),
+        RowSampling(temperature=0.8, top_k=200),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the requests."""
+
+    depth: int = 1
+    chunk: int | None = None
+    is_short_of_blocks: bool = False
+
+    def __str__(self) -> str:
+        blocks = "preempted" if self.is_short_of_blocks else "roomy"
+        return f"depth{self.depth}-chunk{self.chunk or 'whole'}-{blocks}"
+
+
+CASES = (Case(), Case(depth=2, chunk=7), Case(depth=4, chunk=16), Case(2, 16, True), Case(4, None, True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(
+        tmp_path_factory.mktemp("model"),
+        dtype="bfloat16",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=2,
+        max_position_embeddings=1024,
+        initializer_range=0.04,
+    )
+
+
+def make_runner(folder: Path, **settings: Any) -> Runner:
+    defaults = {"dtype": "bfloat16", "device": "cuda", "kernels": "triton", "num_blocks": NUM_BLOCKS}
+    sizes = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 256}
+    return build_runner(WorkerSettings(model=str(folder), **{**defaults, **sizes, **settings}))
+
+
+@pytest.fixture(scope="module")
+def with_graphs(folder: Path) -> Runner:
+    return make_runner(folder)
+
+
+@pytest.fixture(scope="module")
+def eager(folder: Path) -> Runner:
+    return make_runner(folder, enforce_eager=True)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Runner:
+    return make_runner(folder, kernels="torch")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).cuda().eval()
+
+
+def make_prompts() -> list[np.ndarray]:
+    """Short ones, ones that share prefixes, ones that are wholly cached when they come again."""
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, VOCAB_SIZE, 200)
+    prompts = [rng.integers(0, VOCAB_SIZE, int(length)) for length in rng.integers(1, 60, 20)]
+    prompts += [np.concatenate([common[:48], rng.integers(0, VOCAB_SIZE, int(n))]) for n in rng.integers(0, 30, 12)]
+    prompts += [common[:n] for n in (16, 48, 112, 129, 160, 160, 176, 200)]
+    return [prompt.astype(np.int32) for prompt in prompts]
+
+
+def make_requests(samplings: tuple[RowSampling, ...]) -> list[SequenceRequest]:
+    """Some report log-probabilities, some have stop ids that come up now and then."""
+    stop_token_ids = frozenset(range(0, VOCAB_SIZE, 40))
+    requests = []
+    for index, prompt in enumerate(make_prompts()):
+        sampling = replace(
+            samplings[index % len(samplings)],
+            seed=index,
+            choice_index=index % 3,
+            num_logprobs=5 if index % 4 == 0 else None,
+        )
+        stops = stop_token_ids if index % 3 == 0 else frozenset()
+        requests.append(SequenceRequest(f"r{index}/0", prompt, 20 + index, sampling, stops))
+    return requests
+
+
+class RecordingEngine(Engine):
+    """Keeps all plans, and all that came of them: tokens, log-probabilities, ends."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        super().__init__(scheduler, runner)
+        self.plans: list[worker_pb2.StepPlan] = []
+        self.steps: list[StepOutputs] = []
+
+    def launch(self) -> StepPlan | None:
+        plan = super().launch()
+        if plan is not None:
+            self.plans.append(encode_plan(plan))
+        return plan
+
+    def deliver(self) -> StepOutputs:
+        self.steps.append(super().deliver())
+        return self.steps[-1]
+
+
+def execute(runner: Runner, case: Case, requests: list[SequenceRequest]) -> RecordingEngine:
+    """Runs the requests to their ends on an empty batch. The scheduler may know of fewer blocks than there are."""
+    runner.reset()
+    info = replace(runner.info, num_blocks=FEW_BLOCKS if case.is_short_of_blocks else NUM_BLOCKS)
+    config = SchedulerConfig(
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=256,
+        max_chunk_tokens=case.chunk,
+        max_plans_in_flight=case.depth,
+    )
+    engine = RecordingEngine(Scheduler(config, info), runner)
+    engine.add(*requests)
+    engine.drain()
+    engine.scheduler.check_integrity()
+    return engine
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("sampler", SAMPLINGS)
+def test_graphs_give_the_tokens_of_the_same_kernels_launched_one_by_one(
+    sampler: str, case: Case, with_graphs: Runner, eager: Runner
+) -> None:
+    requests = make_requests(SAMPLINGS[sampler])
+    one, other = execute(with_graphs, case, requests), execute(eager, case, requests)
+    for plan, its_plan, step, its_step in zip(one.plans, other.plans, one.steps, other.steps, strict=True):
+        assert plan == its_plan
+        assert step == its_step
+    # What should have been tried has been.
+    load = one.scheduler.load()
+    assert (load.num_preemptions > 0) == case.is_short_of_blocks
+    assert (load.num_overshoot_tokens > 0) == (case.depth > 1)
+    assert load.num_cached_prompt_tokens > 0
+    assert any(step.logprobs for step in one.steps)
+    assert np.mean([len(set(tokens)) for tokens in one.outputs.values()]) > 15
+
+
+@pytest.mark.parametrize("sampler", SAMPLINGS)
+def test_tokens_are_those_that_the_logits_of_transformers_call_for(
+    sampler: str, with_graphs: Runner, reference: Any
+) -> None:
+    error = measure_logit_error(with_graphs, reference, [ForcedText(TEXT, 1)])["absolute_max"]
+    requests = make_requests(SAMPLINGS[sampler])
+    outputs = execute(with_graphs, Case(2, 16, is_short_of_blocks=True), requests).outputs
+    kinds = []
+    for request in requests:
+        judged = Request(request.prompt_token_ids.tolist(), request.sampling)
+        kinds += judge_output(reference, judged, outputs[request.sequence_id], error).kinds
+    assert kinds.count(FAILED) == 0
+    # Most would differ if seeds, choices or positions were mixed up.
+    assert kinds.count(SAME) > 0.85 * len(kinds)
+
+
+@pytest.mark.parametrize("max_chunk_tokens", [7, 25])
+@pytest.mark.parametrize("num_prompts", [(129,), (1, 64, 200), (1, 2, 16, 127, 128, 129, 200, 300)], ids=len)
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_logits_match_transformers_and_plain_torch(
+    enforce_eager: bool,
+    num_prompts: tuple[int, ...],
+    max_chunk_tokens: int,
+    with_graphs: Runner,
+    eager: Runner,
+    plain: Runner,
+    reference: Any,
+) -> None:
+    texts = [ForcedText(TEXT[row:], num_prompt) for row, num_prompt in enumerate(num_prompts)]
+    found = logits_through_plans(eager if enforce_eager else with_graphs, texts, max_chunk_tokens)
+    for text, logits in zip(texts, found, strict=True):
+        with torch.inference_mode():
+            ids = torch.tensor([text.token_ids], device=reference.device)
+            expected = reference(ids, logits_to_keep=len(logits)).logits[0]
+        assert len(logits) == len(text.token_ids) - text.num_prompt + 1
+        assert relative_errors(logits, expected).max() < 3e-2
+        in_torch = teacher_forced_logits(plain, text.token_ids, len(text.token_ids))[text.num_prompt - 1 :]
+        assert relative_errors(logits, in_torch).max() < 2e-2
+
+
+def test_the_pool_is_measured_beside_the_graphs_and_leaves_memory(folder: Path) -> None:
+    runner = make_runner(
+        folder, num_blocks=None, gpu_memory_utilization=0.2, max_num_seqs=256, max_num_batched_tokens=8192
+    )
+    free, total = torch.cuda.mem_get_info()
+    assert 0.15 * total < total - free < 0.25 * total
+    assert runner.info.max_model_len == 1024

@@ -1,0 +1,141 @@
+"""The sampling kernels against worker_service/sampler.py, the plain reference."""
+
+import pytest
+import torch
+
+from worker_service.kernels.sampling import MAX_TOP_K, SamplingKernels
+from worker_service.sampler import SamplingRows, sample
+
+VOCAB = 5000
+
+
+class Case:
+    """Rows of one batch, with what both samplers are given."""
+
+    def __init__(self, logits: torch.Tensor, device: torch.device, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.num_rows, self.device = len(logits), device
+        self.logits = logits.bfloat16().to(device)
+
+        def integers(high: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.randint(0, high, (self.num_rows,), generator=generator).to(device, dtype)
+
+        self.options = {
+            "temperature": torch.full((self.num_rows,), 0.8, device=device),
+            "top_k": torch.zeros(self.num_rows, dtype=torch.int32, device=device),
+            "top_p": torch.ones(self.num_rows, device=device),
+            "min_p": torch.zeros(self.num_rows, device=device),
+            "seed": integers(2**62, torch.int64) - 2**61,
+            "choice_index": integers(3, torch.int32),
+        }
+        self.context_lens = integers(4000, torch.int32)
+        self.rows = torch.randperm(self.num_rows, generator=generator).to(device, torch.int32)
+
+    def sample(self, *, is_truncated: bool) -> torch.Tensor:
+        """Tokens in the order of rows; logits' row i belongs to the i-th of rows."""
+        kernels = SamplingKernels(self.num_rows, self.logits.shape[1], self.device)
+        out = torch.full((self.num_rows,), -7, dtype=torch.int32, device=self.device)
+        last = torch.full((self.num_rows,), -7, dtype=torch.int32, device=self.device)
+        kernels(self.logits, self.rows, self.context_lens, self.options, last, out, is_truncated=is_truncated)
+        assert torch.equal(last[self.rows.long()], out.clamp(min=0))
+        return out.long()
+
+    def reference(self) -> torch.Tensor:
+        rows = self.rows.long()
+        o = {name: values[rows] for name, values in self.options.items()}
+        options = SamplingRows(
+            o["temperature"], o["top_k"].long(), o["top_p"], o["min_p"], o["seed"], o["choice_index"].long(),
+            self.context_lens[rows].long(),
+        )  # fmt: skip
+        return sample(self.logits.float(), options, any_random=True, any_truncated=True)
+
+
+def random_logits(num_rows: int, vocab_size: int = VOCAB, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(num_rows, vocab_size) * scale
+
+
+def assert_almost_all_equal(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """Noise in float32 and in float64 may order two nearly equal scores differently, rarely."""
+    assert (out == expected).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("vocab_size", [5000, 2048, 70, 4097])
+def test_greedy_and_temperature(device: torch.device, vocab_size: int) -> None:
+    case = Case(random_logits(128, vocab_size), device)
+    case.options["temperature"][::3] = 0
+    out = case.sample(is_truncated=False)
+    assert_almost_all_equal(out, case.reference())
+    greedy = case.options["temperature"][case.rows.long()] == 0
+    assert torch.equal(out[greedy], case.logits.float().argmax(-1)[greedy])
+
+
+def test_ties_go_to_the_lowest_id(device: torch.device) -> None:
+    logits = torch.zeros(2, VOCAB)
+    logits[0, [4000, 33, 2500]] = 5
+    case = Case(logits, device)
+    case.options["temperature"][:] = 0
+    assert case.sample(is_truncated=False).tolist() == [33, 0]
+    case.options["temperature"][:] = 1e-6
+    case.options["top_k"][:] = 1
+    assert case.sample(is_truncated=True).tolist() == [33, 0]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 20, 63, MAX_TOP_K])
+@pytest.mark.parametrize("kind", ["random", "many ties", "all equal", "peaked", "mostly -inf"])
+def test_truncated(device: torch.device, top_k: int, kind: str) -> None:
+    logits = random_logits(48)
+    if kind == "many ties":
+        logits = logits.round()
+    elif kind == "all equal":
+        logits = torch.full_like(logits, -1.5)
+    elif kind == "peaked":
+        logits[:, 1234] += 30
+    elif kind == "mostly -inf":
+        logits[torch.rand_like(logits) < 0.999] = -torch.inf
+        logits[:, -1] = 0
+    case = Case(logits, device, seed=top_k)
+    case.options["top_k"][:] = top_k
+    case.options["top_p"][::2] = 0.7
+    case.options["min_p"][::3] = 0.1
+    case.options["temperature"][::5] = 0
+    assert_almost_all_equal(case.sample(is_truncated=True), case.reference())
+
+
+def test_rows_with_and_without_top_k_together(device: torch.device) -> None:
+    case = Case(random_logits(96), device)
+    case.options["top_k"][::2] = 20
+    case.options["top_p"][::2] = 0.95
+    assert_almost_all_equal(case.sample(is_truncated=True), case.reference())
+
+
+def test_a_vocabulary_smaller_than_top_k(device: torch.device) -> None:
+    case = Case(random_logits(32, 30), device)
+    case.options["top_k"][:] = 50
+    assert_almost_all_equal(case.sample(is_truncated=True), case.reference())
+
+
+@pytest.mark.parametrize("is_truncated", [False, True])
+def test_bad_rows_and_nobodys(device: torch.device, is_truncated: bool) -> None:
+    logits = random_logits(6)
+    logits[0, 4999] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, 17] = torch.inf
+    case = Case(logits, device)
+    case.options["top_k"][:] = 20 if is_truncated else 0
+    assert case.sample(is_truncated=is_truncated)[:3].tolist() == [-1, -1, -1]
+    assert (case.sample(is_truncated=is_truncated)[3:] >= 0).all()
+    case.rows[4] = -1
+    kernels = SamplingKernels(6, VOCAB, device)
+    out = torch.full((6,), -7, dtype=torch.int32, device=device)
+    kernels(case.logits, case.rows, case.context_lens, case.options, out.clone(), out, is_truncated=is_truncated)
+    assert out[4] == -7
+
+
+def test_frequencies_are_those_of_the_softmax(device: torch.device) -> None:
+    num_rows = 4000
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -30.0]).repeat(num_rows, 1)
+    case = Case(logits, device)
+    counts = case.sample(is_truncated=False).cpu().bincount(minlength=6).double() / num_rows
+    expected = (logits[0].double() / 0.8).softmax(-1)
+    deviation = (expected * (1 - expected) / num_rows).sqrt()
+    assert ((counts - expected).abs() <= 5 * deviation + 1e-9).all()

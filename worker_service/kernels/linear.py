@@ -1,0 +1,113 @@
+"""Linear layers over few tokens, where reading the weights is all the time there is: y = f(x) W^T.
+
+Around the product they can do what stands next to it in a Qwen3 layer: RMSNorm before, SiLU-and-multiply or the
+residual's addition after. They bring weights near while the kernel before still runs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from worker_service.kernels.gdc import wait_for_predecessor
+from worker_service.kernels.launcher import Kernel, supports_pdl
+
+MAX_TOKENS = 4
+MAX_ELEMENTS = 4096
+BLOCK_N = 2
+"""Rows of weights a program, one or two warps: many small programs have the most loads under way."""
+
+
+@triton.jit
+def _vector_linear(
+    x, norm, weight, residual, out, N, eps,
+    K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, SILU_MUL: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A vector product for each token: each program reads BLOCK_N rows of the weights, a tile at a time, the first
+    before it waits for x.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    columns = tl.arange(0, BLOCK_K)
+    places = weight + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    mask = in_rows[:, None] & (columns < K)[None, :]
+    tile = tl.load(places, mask=mask, other=0.0)
+    if SILU_MUL:
+        up_tile = tl.load(places + N.to(tl.int64) * K, mask=mask, other=0.0)
+    wait_for_predecessor(PDL)
+    tokens = tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    square = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        in_columns = start + columns < K
+        if start > 0:
+            mask = in_rows[:, None] & in_columns[None, :]
+            tile = tl.load(places + start, mask=mask, other=0.0)
+            if SILU_MUL:
+                up_tile = tl.load(places + start + N.to(tl.int64) * K, mask=mask, other=0.0)
+        if NORM:
+            scale = tl.load(norm + start + columns, mask=in_columns, other=0.0).to(tl.float32)
+        for token in tl.static_range(TOKENS):
+            values = tl.load(x + token * K + start + columns, mask=in_columns, other=0.0).to(tl.float32)
+            if NORM:
+                square += tl.where(tokens == token, tl.sum(values * values, axis=0), 0.0)
+                values = values * scale
+            part = tl.sum(tile.to(tl.float32) * values[None, :], axis=1)
+            acc += tl.where(tokens[:, None] == token, part[None, :], 0.0)
+            if SILU_MUL:
+                part = tl.sum(up_tile.to(tl.float32) * values[None, :], axis=1)
+                up_acc += tl.where(tokens[:, None] == token, part[None, :], 0.0)
+    if NORM:
+        inverse = tl.rsqrt(square / K + eps)[:, None]
+        acc *= inverse
+        up_acc *= inverse
+    if SILU_MUL:
+        acc = acc * tl.sigmoid(acc) * up_acc
+    where = tokens[:, None] * N + rows[None, :]
+    mask = (tokens < TOKENS)[:, None] & in_rows[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + where, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=mask)
+
+
+_kernel = Kernel(_vector_linear)
+
+
+def is_few(num_tokens: int, width: int) -> bool:
+    """Whether few_token_linear is the fastest: past that, multiplying on the CUDA cores takes longer than reading."""
+    return num_tokens == 1 or (num_tokens <= MAX_TOKENS and num_tokens * width <= MAX_ELEMENTS)
+
+
+def few_token_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    silu_mul: bool = False,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (tokens, K), weight (N, K) -> (tokens, N), written to `out` where it is given. Any number of tokens, but meant
+    for as few as is_few says.
+
+    norm (K,): x goes through RMSNorm first. silu_mul: weight holds gates above ups, and the output is silu(gate) * up,
+    (tokens, N // 2). residual (tokens, N): the product is added to it, in place.
+    """
+    num_tokens, width = x.shape
+    num_outputs = weight.shape[0] // 2 if silu_mul else weight.shape[0]
+    if residual is not None:
+        out = residual
+    elif out is None:
+        out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
+    block_k, num_warps = (512, 1) if width <= 1024 else (2048, 2)
+    _kernel(
+        (triton.cdiv(num_outputs, BLOCK_N), 1, 1),
+        # A pointer that is not used must still be one.
+        x, weight if norm is None else norm, weight, out, out, num_outputs, eps,
+        K=width, TOKENS=num_tokens, BLOCK_M=triton.next_power_of_2(num_tokens), BLOCK_N=BLOCK_N, BLOCK_K=block_k,
+        NORM=norm is not None, SILU_MUL=silu_mul, RESIDUAL=residual is not None, PDL=supports_pdl(x.device),
+        num_warps=num_warps,
+    )  # fmt: skip
+    return out
