@@ -4,7 +4,16 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PROTOS := $(wildcard protos/tandem/v1/*.proto)
 
-.PHONY: help demo test test-slow check protos bench compose-test clean
+# What `make bench` measures on a GPU. Folders in build/models that are not there get random weights of the size that
+# names them; they need the tokenizer.json of a Qwen3.
+MODELS ?= build/models/0.6b build/models/8b
+TOKENIZER ?=
+# temperature or qwen3; further flags of benchmarks.throughput, benchmarks.serve and benchmarks.gaps.
+SAMPLING ?= temperature
+BENCH_FLAGS ?=
+GPU := $(shell command -v nvidia-smi)
+
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scheduler bench-plot compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -36,8 +45,48 @@ protos: $(STAMP)  ## Generates the stubs in tandem/v1 from protos
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs
 
-bench: $(STAMP)  ## The scheduler's CPU cost a step; writes benchmarks/results
+ifneq ($(GPU),)
+BENCH_MODELS := $(MODELS:%=%/config.json)
+endif
+
+bench: $(STAMP) $(BENCH_MODELS)  ## The speed table, on a GPU if there is one; writes benchmarks/results
+ifneq ($(GPU),)
+	for model in $(MODELS); do $(BIN)/python -m benchmarks.throughput $$model --sampling $(SAMPLING) $(BENCH_FLAGS) \
+		--out benchmarks/results/throughput_$$(basename $$model)_$(SAMPLING).json || exit 1; done
+else
+	$(BIN)/python -m benchmarks.throughput embedded --scale 10 --sampling $(SAMPLING) $(BENCH_FLAGS) \
+		--out benchmarks/results/throughput_cpu.json
+endif
+
+bench-serve: $(STAMP) $(BENCH_MODELS)  ## Latencies under load, streams against unary calls; writes benchmarks/results
+ifneq ($(GPU),)
+	for model in $(MODELS); do \
+		$(BIN)/python -m benchmarks.serve $$model --sampling $(SAMPLING) --rates 4 8 16 24 inf $(BENCH_FLAGS) \
+			--out benchmarks/results/serve_$$(basename $$model)_$(SAMPLING).json && \
+		$(BIN)/python -m benchmarks.serve $$model --sampling $(SAMPLING) --compare-unary $(BENCH_FLAGS) \
+			--out benchmarks/results/stream_$$(basename $$model)_$(SAMPLING).json || exit 1; done
+else
+	$(BIN)/python -m benchmarks.serve embedded --scale 10 --clients 2 --rates 4 16 inf --sampling $(SAMPLING) $(BENCH_FLAGS) \
+		--out benchmarks/results/serve_cpu.json
+endif
+
+bench-gaps: $(STAMP) $(BENCH_MODELS)  ## How long the GPU idles between steps; writes benchmarks/results
+ifneq ($(GPU),)
+	for model in $(MODELS); do $(BIN)/python -m benchmarks.gaps $$model --sampling $(SAMPLING) $(BENCH_FLAGS) \
+		--out benchmarks/results/gaps_$$(basename $$model)_$(SAMPLING).json || exit 1; done
+else
+	$(BIN)/python -m benchmarks.gaps embedded --scale 10 --sampling $(SAMPLING) $(BENCH_FLAGS) \
+		--out benchmarks/results/gaps_cpu.json
+endif
+
+bench-scheduler: $(STAMP)  ## The scheduler's CPU cost a step; writes benchmarks/results
 	$(BIN)/python -m benchmarks.scheduler_cpu
+
+bench-plot: $(STAMP)  ## Draws docs/images from benchmarks/results
+	$(BIN)/python -m benchmarks.plot
+
+build/models/%/config.json: | $(STAMP)
+	$(BIN)/python -m benchmarks.checkpoint $* $(@D) $(TOKENIZER)
 
 compose-test: $(STAMP)  ## docker-compose.yml brought up for real, its worker killed under a stream
 	$(BIN)/python -m tests.e2e.compose_test

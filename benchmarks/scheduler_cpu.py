@@ -6,16 +6,14 @@ Writes benchmarks/results/scheduler_cpu.json.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 import time
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import RESULTS, header, percentiles, write_json
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import SchedulerConfig, SequenceRequest
 from shared.step_codec import decode_result, encode_plan, encode_result
@@ -28,7 +26,6 @@ NUM_WARM_UP_STEPS = 100
 PROMPT_LEN = 32
 BLOCK_SIZE = 16
 VOCAB_SIZE = 151_936
-REPOSITORY = Path(__file__).parent.parent
 
 
 def make_scheduler(num_sequences: int, max_plans_in_flight: int) -> Scheduler:
@@ -122,42 +119,17 @@ def measure(num_sequences: int, max_plans_in_flight: int) -> dict[str, object]:
     load = scheduler.load()
     assert load.num_running_sequences == num_sequences and load.num_preemptions == 0
     parts = np.array([times[part] for part in PARTS]) / 1000
-    report: dict[str, object] = {part: percentiles(values) for part, values in zip(PARTS, parts, strict=True)}
-    return report | {"total": percentiles(parts.sum(axis=0))}
-
-
-def percentiles(microseconds: np.ndarray) -> dict[str, float]:
-    return {
-        name: round(float(np.percentile(microseconds, q)), 1) for name, q in (("p50", 50), ("p90", 90), ("p99", 99))
-    }
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    report: dict[str, object] = {part: percentiles(values, 1) for part, values in zip(PARTS, parts, strict=True)}
+    return report | {"total": percentiles(parts.sum(axis=0), 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-sequences", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--max-plans-in-flight", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "results" / "scheduler_cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scheduler_cpu.json")
     arguments = parser.parse_args()
-    report = {
-        "what": "thread CPU time of the scheduler a decode step, microseconds",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "is_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "cpu": cpu_model(),
-        "python": platform.python_version(),
+    report = header("thread CPU time of the scheduler a decode step, microseconds") | {
         "num_steps": NUM_STEPS,
         "block_size_tokens": BLOCK_SIZE,
         "max_plans_in_flight": arguments.max_plans_in_flight,
@@ -165,10 +137,9 @@ def main() -> None:
     }
     for num_sequences in arguments.num_sequences:
         measured = measure(num_sequences, arguments.max_plans_in_flight)
-        report["by_num_sequences"][num_sequences] = measured  # type: ignore[index]
+        report["by_num_sequences"][num_sequences] = measured
         print(num_sequences, json.dumps(measured))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""Draws docs/images: throughput.svg and roofline.svg from the results of benchmarks.throughput, timeline.svg from
+those of benchmarks.gaps (see benchmarks/timeline.py).
+
+Usage: python -m benchmarks.plot [RESULTS_DIR [IMAGES_DIR]]
+
+Takes the runs that have anchors (benchmarks/anchors.py), the newest of each shape and sampling, and says which it
+skips. The same results give the same bytes.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from benchmarks import timeline
+from benchmarks.anchors import FLOOR, NANO_VLLM, VLLM, anchors_of
+from benchmarks.common import REPOSITORY, RESULTS
+
+TANDEM = "Tandem"
+COLOURS = {TANDEM: "#d1495b", VLLM: "#30638e", NANO_VLLM: "#9aa5b1"}
+SAMPLING_TEXTS = {"temperature": "temperature 0.6", "qwen3": "temperature 0.6, top-k 20, top-p 0.95"}
+
+Numbers = dict[str, dict[str, float]]
+"""Of each row: the measured value of each engine, and the floor."""
+
+
+def load_results(folder: Path) -> dict[tuple[str, str], Numbers]:
+    """What was measured with the anchors beside, by shape and sampling."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in sorted(folder.glob("throughput_*.json")):
+        report = json.loads(path.read_text())
+        key = (report["shape"], report["sampling"])
+        if not anchors_of(report):
+            print(f"{path.name}: nothing to compare it with; skipped")
+        elif key not in newest or report["date"] > newest[key]["date"]:
+            newest[key] = report
+    return {
+        key: {
+            name: {TANDEM: report["rows"][name]["median"], **others}
+            for name, others in anchors_of(report).items()
+            if name in report["rows"]
+        }
+        for key, report in sorted(newest.items(), key=lambda item: (item[0][0], -len(anchors_of(item[1]))))
+    }
+
+
+def speed_ratio(row: str, value: float, reference: float) -> float:
+    """How many times as fast as the reference: rates are better when higher, times when lower."""
+    return value / reference if row.startswith("prefill") else reference / value
+
+
+def draw(
+    results: dict[tuple[str, str], Numbers],
+    engines: tuple[str, ...],
+    reference: str,
+    label: Callable[[float, float], str],
+    axis: str,
+    path: Path,
+) -> None:
+    """One panel a model, one group of bars a row: each engine's speed over the reference's."""
+    figure, panels = pyplot.subplots(len(results), 1, figsize=(9, 3.1 * len(results)), squeeze=False)
+    for panel, ((shape, sampling), rows) in zip(panels[:, 0], results.items(), strict=True):
+        present = [engine for engine in engines if any(engine in row for row in rows.values())]
+        width = 0.8 / len(present)
+        for index, engine in enumerate(present):
+            there = [(x, name) for x, name in enumerate(rows) if engine in rows[name]]
+            ratios = [speed_ratio(name, rows[name][engine], rows[name][reference]) for _, name in there]
+            at = [x + (index - (len(present) - 1) / 2) * width for x, _ in there]
+            bars = panel.bar(at, ratios, width, label=engine, color=COLOURS[engine])
+            texts = [label(rows[name][engine], ratio) for (_, name), ratio in zip(there, ratios, strict=True)]
+            panel.bar_label(bars, texts, fontsize=6.5, padding=1)
+        panel.axhline(1, color="black", linewidth=0.6)
+        panel.set_xticks(range(len(rows)), rows, fontsize=8)
+        panel.set_ylabel(axis, fontsize=8)
+        panel.set_title(f"Qwen3-{shape.upper()} shape, one H100, {SAMPLING_TEXTS[sampling]}", fontsize=9)
+        panel.margins(y=0.15)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(fontsize=8, frameon=False, ncols=len(engines))
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    print(f"wrote {path}")
+
+
+def main(results_folder: Path, images: Path) -> None:
+    # Ids in the file are random otherwise.
+    matplotlib.rcParams["svg.hashsalt"] = "tandem"
+    if results := load_results(results_folder):
+        draw_speeds(results, images)
+    else:
+        print(f"no results of benchmarks.throughput to draw in {results_folder}")
+    if samples := timeline.load_samples(results_folder):
+        save(timeline.draw(samples), images / "timeline.svg")
+    else:
+        print(f"no results of benchmarks.gaps to draw in {results_folder}")
+
+
+def draw_speeds(results: dict[tuple[str, str], Numbers], images: Path) -> None:
+    draw(
+        results,
+        (NANO_VLLM, VLLM, TANDEM),
+        VLLM,
+        lambda value, ratio: f"{value:,.0f}" if value >= 1000 else f"{value:.2f}",
+        "speed, vLLM = 1 (s, ms, tok/s on the bars)",
+        images / "throughput.svg",
+    )
+    draw(
+        results,
+        (VLLM, TANDEM),
+        FLOOR,
+        lambda value, ratio: f"{ratio:.0%}",
+        "share of the hardware's floor",
+        images / "roofline.svg",
+    )
+
+
+if __name__ == "__main__":
+    main(
+        Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS,
+        Path(sys.argv[2]) if len(sys.argv) > 2 else REPOSITORY / "docs" / "images",
+    )

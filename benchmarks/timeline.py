@@ -1,0 +1,85 @@
+"""A picture of a few decode steps: who works when, of the samples in the results of benchmarks.gaps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from shared.config import SchedulerSettings
+
+DEPTH = SchedulerSettings().max_plans_in_flight
+BATCH = 64
+LANES = ("wire, scheduler, wire", "worker prepares, launches", "GPU computes", "worker reads, sends")
+STEP_COLOURS = ("#30638e", "#d1495b", "#edae49")
+PREPARING_ALPHA = 0.45
+LANE_HEIGHT = 0.6
+
+Sample = list[dict[str, float]]
+"""Steps that follow one another, as benchmarks.gaps writes them: microseconds."""
+
+
+def load_samples(folder: Path) -> dict[str, Sample]:
+    """The newest sample of each model on a GPU, at the default depth and BATCH rows, by the panel's title."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("gaps_*.json")):
+        report = json.loads(path.read_text())
+        is_newer = report["model"] not in newest or report["date"] > newest[report["model"]]["date"]
+        if report["device"] != "cpu" and sample_in(report) and is_newer:
+            newest[report["model"]] = report
+    return {f"{model} on {report['device']}": sample_in(report) for model, report in sorted(newest.items())}
+
+
+def sample_in(report: dict[str, Any]) -> Sample:
+    """Empty where the report has no such case."""
+    cases = [case for case in report["cases"] if (case["depth"], case["batch"]) == (DEPTH, BATCH)]
+    return cases[0]["sample"] if cases else []
+
+
+def gpu_spans(sample: Sample) -> list[tuple[float, float]]:
+    """From when to when each step ran on the GPU, by the worker's clock.
+
+    Durations and gaps are the GPU's own. Their place is the latest at which no step ends after its result was read.
+    """
+    spans, end = [], 0.0
+    for step in sample:
+        start = end + step["gpu_idle_us"]
+        end = start + step["gpu_duration_us"]
+        spans.append((start, end))
+    shift = min(step["sampled_us"] - end for step, (_, end) in zip(sample, spans, strict=True))
+    return [(start + shift, end + shift) for start, end in spans]
+
+
+def draw(samples: dict[str, Sample]) -> Figure:
+    """A panel a model, a lane for each who works, a colour for each step."""
+    figure = Figure(figsize=(9, 2.6 * len(samples)))
+    panels = figure.subplots(len(samples), 1, squeeze=False)
+    for panel, (title, sample) in zip(panels[:, 0], samples.items(), strict=True):
+        _draw_lanes(panel, sample)
+        panel.set_title(f"{title}: decode steps of {BATCH} rows, {DEPTH} plans in flight", fontsize=9)
+        panel.set_yticks(range(len(LANES)), LANES, fontsize=8)
+        panel.invert_yaxis()
+        panel.tick_params(axis="x", labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("microseconds", fontsize=8)
+    return figure
+
+
+def _draw_lanes(panel: Axes, sample: Sample) -> None:
+    colours = [STEP_COLOURS[i % len(STEP_COLOURS)] for i in range(len(sample))]
+    wire, launcher, gpu, completer = range(len(LANES))
+
+    def bar(lane: int, start: float, end: float, colour: str, alpha: float = 1.0) -> None:
+        # An outline keeps the host's short bars visible; the GPU's would hide gaps.
+        width = 0 if lane == gpu else 0.5
+        panel.barh(lane, end - start, LANE_HEIGHT, start, color=colour, alpha=alpha, edgecolor=colour, linewidth=width)
+
+    for number, (step, (start, end), colour) in enumerate(zip(sample, gpu_spans(sample), colours, strict=True), 1):
+        bar(launcher, step["begun_us"], step["prepared_us"], colour, PREPARING_ALPHA)
+        bar(launcher, step["prepared_us"], step["queued_us"], colour)
+        bar(gpu, start, end, colour)
+        panel.text((start + end) / 2, gpu, f"step {number}", ha="center", va="center", fontsize=7, color="white")
+        bar(completer, end, step["sent_us"], colour)
+    for step, later, colour in zip(sample, sample[DEPTH:], colours[DEPTH:], strict=False):
+        bar(wire, step["sent_us"], later["received_us"], colour)

@@ -1,0 +1,127 @@
+"""The worker service, keeping the times of every step of a session, which it writes to a file when the session ends.
+
+Usage: python -m benchmarks.traced_worker TRACE_JSONL [FLAGS OF tandem-worker]
+
+A line is a TracedStep. Tracing adds two readings of the clock and two list entries to a step.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.config import WorkerSettings, read_command_line
+from shared.log import configure_logging
+from shared.step_plan import StepPlan, WorkerInfo
+from tandem.v1 import worker_pb2
+from worker_service.__main__ import serve
+from worker_service.runner import PendingStep, Runner
+from worker_service.servicer import Context, WorkerServicer
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """Unix times and durations in nanoseconds; those that StepTimes has are StepTimes'."""
+
+    step_id: int
+    num_chunk_tokens: int
+    """Of prompts; the step's other tokens are decoding rows'."""
+    num_sampled: int
+    received_ns: int
+    begun_ns: int
+    """The launcher thread has taken the plan."""
+    prepared_ns: int
+    queued_ns: int
+    """All of the step is on the GPU's queue; on a CPU, computed."""
+    sampled_ns: int
+    sent_ns: int
+    gpu_duration_ns: int
+    gpu_idle_ns: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a result doesn't say of its step."""
+
+    num_chunk_tokens: int
+    begun_ns: int
+    queued_ns: int
+
+
+class TracedRunner:
+    """A Runner that notes when the other is called."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.launches: list[Launch] = []
+
+    @property
+    def info(self) -> WorkerInfo:
+        return self._runner.info
+
+    def execute(self, plan: StepPlan) -> PendingStep:
+        begun_ns = time.time_ns()
+        pending = self._runner.execute(plan)
+        self.launches.append(Launch(int(plan.chunk_num_tokens.sum()), begun_ns, time.time_ns()))
+        return pending
+
+    def reset(self) -> None:
+        self._runner.reset()
+        self.launches.clear()
+
+
+class TracedServicer(WorkerServicer):
+    """Keeps what it answers."""
+
+    def __init__(self, runner: Runner, trace: Path) -> None:
+        self._traced = TracedRunner(runner)
+        self._trace = trace
+        super().__init__(self._traced)
+
+    async def ExecuteSteps(
+        self, request_iterator: AsyncIterator[worker_pb2.ExecuteStepsRequest], context: Context
+    ) -> AsyncIterator[worker_pb2.ExecuteStepsResponse]:
+        results: list[worker_pb2.StepResult] = []
+        try:
+            async with contextlib.aclosing(super().ExecuteSteps(request_iterator, context)) as responses:
+                async for response in responses:
+                    if response.WhichOneof("kind") == "result":
+                        results.append(response.result)
+                    yield response
+        finally:
+            write_trace(self._trace, results, self._traced.launches)
+
+
+def write_trace(path: Path, results: list[worker_pb2.StepResult], launches: list[Launch]) -> None:
+    """Both in the order of the steps, from a session's first; steps without a result are left out."""
+    with path.open("w") as file:
+        for result, launch in zip(results, launches, strict=False):
+            step = TracedStep(
+                step_id=result.step_id,
+                num_sampled=len(result.num_token_ids),
+                **dataclasses.asdict(launch),
+                **{name: getattr(result.times, name) for name in result.times.DESCRIPTOR.fields_by_name},
+            )
+            file.write(json.dumps(dataclasses.asdict(step)) + "\n")
+
+
+def read_trace(path: Path) -> list[TracedStep]:
+    return [TracedStep(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def main() -> None:
+    trace, flags = Path(sys.argv[1]), sys.argv[2:]
+    settings = read_command_line(WorkerSettings, "traced_worker", "tandem-worker, with a trace of its steps.", flags)
+    configure_logging(settings.log_level)
+    from worker_service.startup import build_runner
+
+    asyncio.run(serve(settings, TracedServicer(build_runner(settings), trace)))
+
+
+if __name__ == "__main__":
+    main()

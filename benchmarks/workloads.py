@@ -1,0 +1,45 @@
+"""What is run: token ids in, output lengths out. Every request ignores EOS, so the number of tokens is exact."""
+
+from random import Random
+
+MAX_TOKEN_ID = 10_000
+"""Far from the special tokens at the end of a real vocabulary."""
+
+Workload = tuple[list[list[int]], list[int]]
+"""Prompts, and how many tokens each is to give."""
+
+
+def nano256(num_seqs: int = 256, vocab_size: int = MAX_TOKEN_ID + 1) -> Workload:
+    """nano-vllm's bench.py: 100-1024 tokens in, 100-1024 out; 133,966 output tokens for 256.
+
+    A smaller vocabulary folds the ids, and changes no length.
+    """
+    rng = Random(0)
+    prompts = [_prompt(rng, rng.randint(100, 1024), vocab_size) for _ in range(num_seqs)]
+    outputs = [rng.randint(100, 1024) for _ in range(num_seqs)]
+    return prompts, outputs
+
+
+def fixed(
+    num_seqs: int, prompt_len: int, output_len: int, seed: int = 1, vocab_size: int = MAX_TOKEN_ID + 1
+) -> Workload:
+    """num_seqs distinct prompts of one length, all with one output length."""
+    rng = Random(seed)
+    return [_prompt(rng, prompt_len, vocab_size) for _ in range(num_seqs)], [output_len] * num_seqs
+
+
+def shortened(workload: Workload, scale: int) -> Workload:
+    """One in `scale` of its sequences, and of their tokens in and out, for machines that can't run the whole."""
+    prompts, outputs = workload
+    count = reduced(len(prompts), scale)
+    return [prompt[: reduced(len(prompt), scale)] for prompt in prompts[:count]], [
+        reduced(length, scale) for length in outputs[:count]
+    ]
+
+
+def reduced(number: int, scale: int) -> int:
+    return max(1, number // scale)
+
+
+def _prompt(rng: Random, length: int, vocab_size: int) -> list[int]:
+    return [rng.randint(0, MAX_TOKEN_ID) % vocab_size for _ in range(length)]
