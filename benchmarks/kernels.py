@@ -1,36 +1,43 @@
 """Times of the kernels alone, beside what else could do their work, on one GPU.
 
-Usage: python -m benchmarks.kernels OUT_JSON [linear|decode|prefill|sampling ...]
+Usage: python -m benchmarks.kernels OUT_JSON [COMMIT]
 
-Each time is of one call within a CUDA graph of many, over as many sets of inputs, so that neither launches nor caches
-flatter it.
+Shapes are Qwen3-0.6B's unless a name says 8b. A time is the median of one call within a CUDA graph of many, over as
+many sets of inputs, so that neither launches nor caches flatter it. flash-attn takes part where it is installed.
 """
 
-import json
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from worker_service.kernels import decode_attention, linear, prefill_attention
-from worker_service.kernels.launcher import Kernel
+from benchmarks.common import header, write_json
+from worker_service.kernels.decode_attention import DecodeAttention
+from worker_service.kernels.linear import few_token_linear
+from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
 from worker_service.kernels.sampling import SamplingKernels
 
 DEVICE = torch.device("cuda")
-HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE = 128, 8, 16
-LAYERS = 28
+HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE, VOCAB_SIZE = 128, 8, 16, 151936
+NUM_HEADS = {"": 16, "8b ": 32}
+FLASH_BLOCK_SIZE = 256
 EPS = 1e-6
+POOL_BYTES, MAX_SETS, ROUNDS = 20e9, 28, 15
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_(0, scale)
 
 
-def time_us(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
-    """Microseconds of one call."""
+def time_us(calls: list[Callable[[], Any]]) -> float:
+    """Microseconds of one of the calls, which are captured as one graph."""
     calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -38,373 +45,141 @@ def time_us(calls: list[Callable[[], Any]], rounds: int = 20) -> float:
         for call in calls:
             call()
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
+    return round(statistics.median(times), 2)
 
 
-def bench_copy() -> dict[str, float]:
+def copy_tb_s() -> float:
     source, target = (torch.empty(2**30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    return {"copy_tb_s": 2 * 2**30 / time_us([lambda: target.copy_(source)]) / 1e6}
+    return round(2 * 2**30 / time_us([lambda: target.copy_(source)]) / 1e6, 3)
 
 
-def bench_linear(out: dict[str, Any]) -> None:
-    shapes = {
-        "qkv": (4096, 1024, False),
-        "o": (1024, 2048, False),
-        "gate_up": (3072, 1024, True),
-        "down": (1024, 3072, False),
+def contexts() -> Iterator[tuple[str, np.ndarray]]:
+    """Rows' contexts, of one length and of many."""
+    for num_rows in (1, 8, 16, 64, 256):
+        yield f"{num_rows} x 640", np.full(num_rows, 640)
+    for num_rows in (24, 64, 128, 256):
+        yield f"{num_rows} of 100 to 2000", np.random.default_rng(num_rows).integers(100, 2000, num_rows)
+
+
+def decode_case(lengths: np.ndarray, num_heads: int, tb_s: float) -> dict[str, Any]:
+    """One layer's attention of a decode step, QK-norm, rotary embedding and KV store among it."""
+    num_rows, num_blocks = len(lengths), -(-lengths // BLOCK_SIZE)
+    total = int(num_blocks.sum())
+    num_bytes = int(lengths.sum()) * NUM_KV_HEADS * HEAD_DIM * 4
+    num_sets = max(1, min(MAX_SETS, int(POOL_BYTES / num_bytes)))
+    caches = [random(2, total + 1, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM) for _ in range(num_sets)]
+    tables = torch.zeros(num_rows, int(num_blocks.max()), dtype=torch.int32)
+    for row, ids in enumerate(torch.split(torch.randperm(total).int() + 1, num_blocks.tolist())):
+        tables[row, : len(ids)] = ids
+    context_lens = torch.from_numpy(lengths.astype(np.int32)).to(DEVICE)
+    attention = DecodeAttention(num_rows, num_heads, NUM_KV_HEADS, HEAD_DIM, DEVICE)
+    decode = attention.plan(torch.arange(num_rows, dtype=torch.int32, device=DEVICE), context_lens, tables.to(DEVICE))
+    qkv, norm = random(num_rows, num_heads + 2 * NUM_KV_HEADS, HEAD_DIM), random(HEAD_DIM)
+    rotary, out = random(int(lengths.max()), 2, HEAD_DIM // 2), random(num_rows, num_heads * HEAD_DIM)
+    calls = [lambda c=c: attention(qkv, norm, norm, EPS, rotary, c, decode, out, stores=True) for c in caches]
+    case = {"us": time_us(calls)}
+    del caches
+    if find_spec("flash_attn"):
+        case["flash_attn_us"] = time_us(flash_attn_decodes(lengths, num_heads, num_sets))
+    return {**case, "share_of_copy_bandwidth": round(num_bytes / case["us"] / 1e6 / tb_s, 3)}
+
+
+def flash_attn_decodes(lengths: np.ndarray, num_heads: int, num_sets: int) -> list[Callable[[], Any]]:
+    """flash-attn's paged decoding alone, whose blocks are of 256 tokens."""
+    from flash_attn import flash_attn_with_kvcache
+
+    most = -(-int(lengths.max()) // FLASH_BLOCK_SIZE)
+    num_blocks = int((-(-lengths // FLASH_BLOCK_SIZE)).sum())
+    # A row's last places are other rows' blocks, which are not read.
+    tables = (torch.arange(len(lengths) * most, device=DEVICE).int() % num_blocks).view(-1, most)
+    context_lens = torch.from_numpy(lengths.astype(np.int32)).to(DEVICE)
+    q = random(len(lengths), 1, num_heads, HEAD_DIM)
+    caches = [random(2, num_blocks, FLASH_BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM) for _ in range(num_sets)]
+    return [
+        lambda c=c: flash_attn_with_kvcache(q, *c, cache_seqlens=context_lens, block_table=tables, causal=True)
+        for c in caches
+    ]
+
+
+def prefill_case(num_prompts: int, length: int, num_heads: int) -> dict[str, Any]:
+    """One layer's attention of whole prompts. The others get q and k normalised and rotated."""
+    num_tokens = num_prompts * length
+    qkv, norm = random(num_tokens, num_heads + 2 * NUM_KV_HEADS, HEAD_DIM), random(HEAD_DIM)
+    rotary, out = random(length, 2, HEAD_DIM // 2), random(num_tokens, num_heads * HEAD_DIM)
+    cache = random(2, 1, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    tables = torch.zeros(num_prompts, 1, dtype=torch.int32, device=DEVICE)
+    tiles = cut_tiles(np.arange(num_prompts), np.zeros(num_prompts, int), np.full(num_prompts, length))
+    tiles = torch.from_numpy(tiles).to(DEVICE)
+    case = {"us": time_us([lambda: prefill_attention(qkv, norm, EPS, rotary, cache, tables, tiles, out)] * 4)}
+    q, k, v = qkv.split([num_heads, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
+    if find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        ends = torch.arange(0, num_tokens + 1, length, dtype=torch.int32, device=DEVICE)
+        case["flash_attn_us"] = time_us(
+            [lambda: flash_attn_varlen_func(q, k, v, ends, ends, length, length, causal=True)] * 4
+        )
+    q, k, v = (x.unflatten(0, (num_prompts, length)).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        case["cudnn_us"] = time_us([lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)] * 4)
+    return {**case, "tflop_s": round(num_prompts * length**2 * 2 * num_heads * HEAD_DIM / case["us"] / 1e6, 1)}
+
+
+def sampling_case(num_rows: int, is_truncated: bool) -> dict[str, Any]:
+    kernels = SamplingKernels(num_rows, VOCAB_SIZE, DEVICE)
+    rows, last, out = (torch.arange(num_rows, dtype=torch.int32, device=DEVICE) for _ in range(3))
+    options = {
+        "temperature": torch.full((num_rows,), 0.6, device=DEVICE),
+        "top_k": torch.full((num_rows,), 20 if is_truncated else 0, dtype=torch.int32, device=DEVICE),
+        "top_p": torch.full((num_rows,), 0.95, device=DEVICE),
+        "min_p": torch.zeros(num_rows, device=DEVICE),
+        "seed": torch.arange(num_rows, device=DEVICE),
+        "choice_index": torch.zeros(num_rows, dtype=torch.int64, device=DEVICE),
     }
-    if "8b" in sys.argv:
-        shapes = {
-            "qkv": (6144, 4096, False),
-            "o": (4096, 4096, False),
-            "gate_up": (12288, 4096, True),
-            "down": (4096, 12288, False),
-        }
-    for name, (n, k, silu) in shapes.items():
-        count = 28 if n * k < 2**24 else 8
-        weights = [random(2 * n if silu else n, k, scale=k**-0.5) for _ in range(count)]
-        norm = random(k)
-        floor = weights[0].numel() * 2 / 3.0e6
-        for m in (1, 4):
-            x = random(m, k)
-            residual = None if silu or name == "qkv" else random(m, n)
-            times = {"cublas": time_us([lambda w=w: torch.mm(x, w.t()) for w in weights])}
-            flags = {"NORM": name in ("qkv", "gate_up"), "SILU_MUL": silu, "RESIDUAL": residual is not None}
-            target = residual if residual is not None else random(m, n)
-            if m <= 16:
-                for bn, bk, warps in (
-                    (2, 1024, 1),
-                    (2, 512, 1),
-                    (2, 2048, 2),
-                    (4, 1024, 2),
-                    (1, 2048, 1),
-                    (1, 2048, 2),
-                    (2, 4096, 4),
-                ):
-                    if bk > triton.next_power_of_2(k) or (silu and bn * bk > 8192):
-                        continue
-                    calls = [
-                        lambda w=w: VECTOR(
-                            (triton.cdiv(n, bn), 1, 1),
-                            x,
-                            norm,
-                            w,
-                            target,
-                            target,
-                            n,
-                            EPS,
-                            K=k,
-                            TOKENS=m,
-                            BLOCK_M=triton.next_power_of_2(m),
-                            BLOCK_N=bn,
-                            BLOCK_K=bk,
-                            **flags,
-                            PDL=True,
-                            num_warps=warps,
-                        )
-                        for w in weights
-                    ]
-                    times[f"vec n{bn} k{bk} w{warps}"] = time_us(calls)
-            if m >= 8:
-                for bn, bk, warps, stages, pre in (
-                    (16, 128, 4, 4, 0),
-                    (16, 256, 4, 4, 0),
-                    (16, 256, 4, 4, 1),
-                    (32, 128, 4, 4, 0),
-                    (32, 128, 4, 4, 1),
-                    (32, 256, 4, 3, 0),
-                    (64, 64, 4, 5, 0),
-                    (64, 128, 4, 3, 0),
-                    (64, 128, 8, 3, 0),
-                    (16, 512, 4, 2, 0),
-                    (32, 64, 4, 6, 0),
-                    (16, 128, 2, 4, 0),
-                ):
-                    if bn * bk * (4 if silu else 2) * stages + max(16, m) * bk * 2 * stages > 220000:
-                        continue
-                    if m >= 64 and bk >= 256:
-                        continue
-                    f = dict(flags, NORM=flags["NORM"] and m <= 16)
-                    pf = min(1024, triton.next_power_of_2(k)) if pre else 0
-                    calls = [
-                        lambda w=w: FEW(
-                            (triton.cdiv(n, bn), 1, 1),
-                            x,
-                            norm,
-                            w,
-                            target,
-                            target,
-                            m,
-                            n,
-                            EPS,
-                            K=k,
-                            BLOCK_M=max(16, m),
-                            BLOCK_N=bn,
-                            BLOCK_K=bk,
-                            PREFETCH=pf,
-                            LINE=64,
-                            **f,
-                            PDL=True,
-                            num_warps=warps,
-                            num_stages=stages,
-                        )
-                        for w in weights
-                    ]
-                    try:
-                        times[f"few n{bn} k{bk} w{warps} s{stages} p{pre}"] = time_us(calls)
-                    except Exception as error:
-                        times[f"few n{bn} k{bk} w{warps} s{stages} p{pre}"] = 1e9
-                        print("failed", str(error)[:80])
-                        torch.cuda.synchronize()
-            best = sorted(times.items(), key=lambda item: item[1])
-            cub = times["cublas"]
-            print(
-                f"{name:8s} m {m:3d} floor {floor:6.2f} cublas {cub:6.2f} |",
-                "; ".join(f"{a}: {b:.2f}" for a, b in best[:5]),
-            )
-            out[f"linear_{name}_{m}"] = times
+    sets = [random(num_rows, VOCAB_SIZE) for _ in range(4)]
+    calls = [lambda s=s: kernels(s, rows, rows, options, last, out, is_truncated=is_truncated) for s in sets]
+    return {"us": time_us(calls)}
 
 
-VECTOR, FEW = Kernel(linear._vector_linear), Kernel(linear._few_linear)
-DECODE, PREFILL = Kernel(decode_attention._decode_attention), Kernel(prefill_attention._prefill_attention)
-
-
-def pool(num_rows: int, context: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    num_blocks = -(-context // BLOCK_SIZE)
-    sets = max(1, min(LAYERS, int(20e9 / (num_rows * num_blocks * BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM * 4))))
-    caches = [random(2, num_rows * num_blocks + 1, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM) for _ in range(sets)]
-    tables = (torch.randperm(num_rows * num_blocks, device=DEVICE).int() + 1).view(num_rows, num_blocks)
-    return caches, tables
-
-
-def bench_decode(out: dict[str, Any]) -> None:
-    try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError:
-        flash_attn_with_kvcache = None
-    for heads in (16, 32):
-        for num_rows, context in ((1, 640), (16, 640), (64, 640), (256, 640)):
-            if heads == 32 and num_rows != 256:
-                continue
-            caches, tables = pool(num_rows, context)
-            rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
-            lens = torch.full((num_rows,), context, dtype=torch.int32, device=DEVICE)
-            qkv = random(num_rows, heads + 2 * NUM_KV_HEADS, HEAD_DIM)
-            norm, rotary = random(HEAD_DIM), random(context, 2, HEAD_DIM // 2)
-            result = random(num_rows, heads * HEAD_DIM)
-            partials = torch.empty(num_rows * 64 * heads, HEAD_DIM + 2, device=DEVICE)
-            counters = torch.zeros(num_rows * NUM_KV_HEADS, dtype=torch.int32, device=DEVICE)
-            times = {}
-            for tile, warps, stages in ((64, 2, 3), (64, 4, 3), (32, 1, 4), (32, 2, 4), (128, 4, 2)):
-                base = max(1, 132 * 8 // (num_rows * NUM_KV_HEADS))
-                for splits in sorted(
-                    {1, min(16, triton.next_power_of_2(base)), min(64, max(1, triton.next_power_of_2(base) // 2))}
-                ):
-                    if context // splits > 3000 or (splits > 1 and context // splits < tile // 2):
-                        continue
-                    for store in (True, False):
-                        if not store and (tile, warps, num_rows) != (64, 2, 256):
-                            continue
-                        calls = [
-                            lambda c=c: DECODE(
-                                (NUM_KV_HEADS, num_rows, splits),
-                                qkv,
-                                norm,
-                                norm,
-                                rotary,
-                                c[0],
-                                c[1],
-                                tables,
-                                rows,
-                                lens,
-                                result,
-                                partials,
-                                counters,
-                                tables.stride(0),
-                                tile,
-                                EPS,
-                                0.1,
-                                H=heads,
-                                KVH=NUM_KV_HEADS,
-                                D=HEAD_DIM,
-                                GROUP_PAD=16,
-                                BLOCK_SIZE=BLOCK_SIZE,
-                                TILE=tile,
-                                SPLITS=splits,
-                                STORE=store,
-                                PDL=True,
-                                num_warps=warps,
-                                num_stages=stages,
-                            )
-                            for c in caches
-                        ]
-                        times[f"t{tile} w{warps} s{stages} splits{splits} {'store' if store else ''}"] = time_us(calls)
-            if flash_attn_with_kvcache is not None:
-                big = [
-                    c.view(2, -1, 256, NUM_KV_HEADS, HEAD_DIM)
-                    if c.shape[1] * 16 % 256 == 0
-                    else random(2, num_rows * -(-context // 256) + 1, 256, NUM_KV_HEADS, HEAD_DIM)
-                    for c in caches
-                ]
-                bt = torch.randperm(num_rows * -(-context // 256), device=DEVICE).int().view(num_rows, -1)
-                q = random(num_rows, 1, heads, HEAD_DIM)
-                times["flash-attn"] = time_us(
-                    [
-                        lambda c=c: flash_attn_with_kvcache(
-                            q, c[0], c[1], cache_seqlens=lens, block_table=bt, causal=True
-                        )
-                        for c in big
-                    ]
-                )
-            nbytes = num_rows * context * NUM_KV_HEADS * HEAD_DIM * 4
-            best = sorted(times.items(), key=lambda item: item[1])
-            print(
-                f"decode h{heads} {num_rows}x{context} floor {nbytes / 3e6:.1f} flash {times.get('flash-attn', 0):.1f} |",
-                "; ".join(f"{a}: {b:.1f}" for a, b in best[:6]),
-                "| noStore:",
-                "; ".join(f"{a}: {b:.1f}" for a, b in best if "t64 w2" in a and "store" not in a),
-            )
-            out[f"decode_{heads}_{num_rows}x{context}"] = times
-
-
-def bench_prefill(out: dict[str, Any]) -> None:
-    for heads in (16, 32):
-        for num_rows, length in ((4, 2048), (1, 8192)):
-            if heads == 32 and num_rows != 4:
-                continue
-            caches, tables = pool(num_rows, length)
-            caches = caches[:4]
-            tokens = num_rows * length
-            qkv = random(tokens, heads + 2 * NUM_KV_HEADS, HEAD_DIM)
-            norm, rotary = random(HEAD_DIM), random(length, 2, HEAD_DIM // 2)
-            result = random(tokens, heads * HEAD_DIM)
-            times = {}
-            import numpy as np
-
-            for queries, keys, warps, stages in (
-                (128, 128, 8, 2),
-                (128, 64, 8, 2),
-                (128, 64, 8, 3),
-                (128, 64, 4, 3),
-                (64, 64, 4, 3),
-                (64, 128, 4, 2),
-            ):
-                tiles = torch.from_numpy(
-                    prefill_attention.cut_tiles(
-                        np.arange(num_rows), np.zeros(num_rows, int), np.full(num_rows, length), queries
-                    )
-                ).to(DEVICE)
-                calls = [
-                    lambda c=c: PREFILL(
-                        (heads, len(tiles), 1),
-                        qkv,
-                        norm,
-                        rotary,
-                        c[0],
-                        c[1],
-                        tables,
-                        tiles,
-                        result,
-                        tables.stride(0),
-                        EPS,
-                        0.1,
-                        H=heads,
-                        KVH=NUM_KV_HEADS,
-                        D=HEAD_DIM,
-                        BLOCK_SIZE=BLOCK_SIZE,
-                        QUERIES=queries,
-                        KEYS=keys,
-                        PDL=True,
-                        num_warps=warps,
-                        num_stages=stages,
-                    )
-                    for c in caches
-                ]
-                try:
-                    times[f"q{queries} k{keys} w{warps} s{stages}"] = time_us(calls)
-                except Exception as error:
-                    print("failed", queries, keys, warps, stages, str(error)[:80])
-                    torch.cuda.synchronize()
-            q, k, v = (
-                random(tokens, heads, HEAD_DIM),
-                random(tokens, NUM_KV_HEADS, HEAD_DIM),
-                random(tokens, NUM_KV_HEADS, HEAD_DIM),
-            )
-            cu = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=DEVICE)
-            try:
-                from flash_attn import flash_attn_varlen_func
-
-                times["flash-attn"] = time_us(
-                    [lambda: flash_attn_varlen_func(q, k, v, cu, cu, length, length, causal=True)] * 4
-                )
-            except ImportError:
-                pass
-            try:
-                qq, kk, vv = (t.view(num_rows, length, -1, HEAD_DIM).transpose(1, 2) for t in (q, k, v))
-                from torch.nn.attention import SDPBackend, sdpa_kernel
-
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    times["cudnn"] = time_us(
-                        [
-                            lambda: torch.nn.functional.scaled_dot_product_attention(
-                                qq, kk, vv, is_causal=True, enable_gqa=True
-                            )
-                        ]
-                        * 4
-                    )
-            except Exception as error:
-                print("cudnn failed", str(error)[:100])
-            flops = num_rows * length * length / 2 * 4 * heads * HEAD_DIM
-            best = sorted(times.items(), key=lambda item: item[1])
-            print(
-                f"prefill h{heads} {num_rows}x{length} |",
-                "; ".join(f"{a}: {b:.0f} us {flops / b / 1e6:.0f} TF" for a, b in best[:8]),
-            )
-            out[f"prefill_{heads}_{num_rows}x{length}"] = times
-
-
-def bench_sampling(out: dict[str, Any]) -> None:
-    vocab = 151936
-    for num_rows in (1, 64, 256):
-        kernels = SamplingKernels(num_rows, vocab, DEVICE)
-        sets = [random(num_rows, vocab) for _ in range(4)]
-        rows = torch.arange(num_rows, dtype=torch.int32, device=DEVICE)
-        options = {
-            "temperature": torch.full((num_rows,), 0.6, device=DEVICE),
-            "top_k": torch.full((num_rows,), 20, dtype=torch.int32, device=DEVICE),
-            "top_p": torch.full((num_rows,), 0.95, device=DEVICE),
-            "min_p": torch.zeros(num_rows, device=DEVICE),
-            "seed": torch.arange(num_rows, device=DEVICE),
-            "choice_index": torch.zeros(num_rows, dtype=torch.int64, device=DEVICE),
-        }
-        last, result = (torch.zeros(num_rows, dtype=torch.int32, device=DEVICE) for _ in range(2))
-        for truncated in (False, True):
-            us = time_us(
-                [lambda s=s: kernels(s, rows, rows, options, last, result, is_truncated=truncated) for s in sets]
-            )
-            print(f"sampling {num_rows} truncated {truncated}: {us:.1f} us")
-            out[f"sampling_{num_rows}_{truncated}"] = us
+def linear_case(num_outputs: int, width: int, num_tokens: int) -> dict[str, Any]:
+    weights = [random(num_outputs, width, scale=width**-0.5) for _ in range(MAX_SETS)]
+    x = random(num_tokens, width)
+    return {
+        "us": time_us([lambda w=w: few_token_linear(x, w) for w in weights]),
+        "cublas_us": time_us([lambda w=w: torch.mm(x, w.t()) for w in weights]),
+    }
 
 
 def main() -> None:
-    out: dict[str, Any] = {"device": torch.cuda.get_device_name(), **bench_copy()}
-    print(out)
-    for name, bench in {
-        "linear": bench_linear,
-        "decode": bench_decode,
-        "prefill": bench_prefill,
-        "sampling": bench_sampling,
-    }.items():
-        if name in sys.argv:
-            bench(out)
-    Path(sys.argv[1]).write_text(json.dumps(out, indent=1) + "\n")
+    tb_s = copy_tb_s()
+    cases: dict[str, dict[str, Any]] = {}
+
+    def note(name: str, case: dict[str, Any]) -> None:
+        cases[name] = case
+        print(f"{name}: {case}", flush=True)
+
+    for prefix, num_heads in NUM_HEADS.items():
+        for name, lengths in contexts():
+            if not prefix or name in ("64 x 640", "256 x 640"):
+                note(f"{prefix}decode attention, {name}", decode_case(lengths, num_heads, tb_s))
+        for num_prompts, length in ((4, 2048), (1, 8192)):
+            note(f"{prefix}prefill attention, {num_prompts} x {length}", prefill_case(num_prompts, length, num_heads))
+    for num_rows in (1, 64, 256):
+        for is_truncated in (False, True):
+            kind = "top-k 20, top-p 0.95" if is_truncated else "temperature"
+            note(f"sampling, {kind}, {num_rows} rows", sampling_case(num_rows, is_truncated))
+    for name, shape in {"qkv": (4096, 1024), "down": (1024, 3072), "8b qkv": (6144, 4096)}.items():
+        for num_tokens in (1, 4):
+            note(f"linear, {name}, {num_tokens} tokens", linear_case(*shape, num_tokens))
+    report = header("kernels alone", sys.argv[2] if len(sys.argv) > 2 else None)
+    write_json(Path(sys.argv[1]), report | {"device": torch.cuda.get_device_name(), "copy_tb_s": tb_s, "cases": cases})
 
 
 if __name__ == "__main__":

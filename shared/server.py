@@ -5,6 +5,7 @@ lives. Readiness is the health of each service's own name.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -70,6 +71,8 @@ class Server:
             raise ConfigError(f"can't listen on {address}: {error}") from error
         await self._health.set("", ServingStatus.SERVING)
         await self.set_ready(self._services, False)
+        # What start-up made stays: collections, which hold up all threads, need not look at it again.
+        gc.freeze()
         await self._server.start()
         logger.info("listening on %s:%d%s", host, bound, " with TLS" if self._credentials else "")
         return bound

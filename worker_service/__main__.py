@@ -14,6 +14,8 @@ from worker_service.servicer import SERVICE_NAME, WorkerServicer
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
+SWITCH_INTERVAL_S = 2e-4
+"""How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
 
 
 async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
@@ -21,6 +23,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
         {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
         credentials=server_credentials(settings),
     )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     stopping = stop_event()
     port = await server.start(settings.host, settings.port)
     await server.set_ready([SERVICE_NAME], True)

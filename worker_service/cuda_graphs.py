@@ -37,9 +37,7 @@ class Graphs:
         return key in self._graphs
 
     def capture(self, key: Hashable, call: Callable[[], object]) -> None:
-        """The call must have run before: capturing can neither load a kernel nor initialise a library. Capture what
-        takes the most memory first, which then serves the others.
-        """
+        """The call must have run before. Capture what takes the most memory first, which then serves the others."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             call()

@@ -83,8 +83,9 @@ class CudaRunner:
         self._decode_sections = [1 + 3 * num_rows, num_rows]
         self._sizes = batch_sizes(num_rows)
         self._mixed_shapes = [
-            MixedShape(count, -(-count // QUERIES) + SPARE_TILES, min(num_rows, count))
+            MixedShape(count, -(-count // QUERIES) + SPARE_TILES, num_decode_rows)
             for count in token_counts(max_tokens)
+            for num_decode_rows in (0, min(num_rows, count))
         ]
         most = MixedShape(max_tokens, max_tokens // QUERIES + num_rows, num_rows)
         self._input = zeros(max(_length(self._mixed_sections(shape)) for shape in (most, *self._mixed_shapes)))
@@ -144,14 +145,17 @@ class CudaRunner:
             self._parts[part](*arguments)
 
     def _capture(self) -> None:
-        self._rows.fill_(NOBODY)
-        keys: list[tuple[Any, ...]] = [("mixed", shape) for shape in reversed(self._mixed_shapes)]
+        mixed: list[tuple[Any, ...]] = [("mixed", shape) for shape in reversed(self._mixed_shapes)]
+        others: list[tuple[Any, ...]] = []
         for size in reversed(self._sizes):
-            keys += [("decode", size), ("head", size), *(("sample", size, kind) for kind in SAMPLER_KINDS)]
+            others += [("decode", size), ("head", size), *(("sample", size, kind) for kind in SAMPLER_KINDS)]
+        keys = mixed + others
         for key in keys:
-            # Kernels of steps with chunks are the same for all shapes.
-            if key[0] != "mixed" or key == keys[0]:
-                self._launch(*key)
+            if key in mixed:
+                host = self._empty_input(key[1])
+                copy_to(self._input[: len(host)], host)
+            # Not while capturing: it may load kernels and initialise libraries.
+            self._launch(*key)
         torch.cuda.synchronize()
         for key in keys:
             self._graphs.capture(key, lambda key=key: self._launch(*key))
@@ -202,13 +206,17 @@ class CudaRunner:
 
     def _shape_of(self, work: StepWork) -> MixedShape:
         """The next captured shape, if it is near."""
-        counts = work.chunk_counts
-        num_tokens = int(counts.sum()) + len(work.decode_rows)
-        num_tiles = int((-(-counts // QUERIES)).sum())
-        fitting = next(shape for shape in self._mixed_shapes if shape.num_tokens >= num_tokens)
+        num_decodes = len(work.decode_rows)
+        num_tokens = int(work.chunk_counts.sum()) + num_decodes
+        num_tiles = int((-(-work.chunk_counts // QUERIES)).sum())
+        fitting = next(
+            shape
+            for shape in self._mixed_shapes
+            if shape.num_tokens >= num_tokens and (shape.num_decode_rows > 0) == (num_decodes > 0)
+        )
         if fitting.num_tokens - num_tokens <= MAX_PADDING and fitting.num_tiles >= num_tiles:
             return fitting
-        return MixedShape(num_tokens, num_tiles, len(work.decode_rows))
+        return MixedShape(num_tokens, num_tiles, num_decodes)
 
     def _mixed_sections(self, shape: MixedShape) -> list[int]:
         """Lengths of updates, sampling rows, their places among the tokens, contexts of all rows, decoding rows, token
@@ -217,15 +225,21 @@ class CudaRunner:
         num_rows, tokens = self._batch.num_rows, shape.num_tokens
         return [*self._decode_sections, num_rows, num_rows, shape.num_decode_rows, *[tokens] * 3, 5 * shape.num_tiles]
 
-    def _mixed_input(self, plan: StepPlan, work: StepWork, shape: MixedShape) -> Int32Array:
-        """What stands for nobody or for padding reads and writes block 0, and nothing else."""
-        batch, block_size = self._batch, self._batch.block_size
+    def _empty_input(self, shape: MixedShape) -> Int32Array:
+        """Rows that are nobody's, tiles without queries, and tokens that are padding: stored in block 0."""
         sections = self._mixed_sections(shape)
         host = np.zeros(_length(sections), np.int32)
-        updates, rows, places, context_lens, decode_rows, ids, positions, slots, tiles = _split(host, sections)
-        self._write_updates(plan, updates)
+        _, rows, _, _, decode_rows, *_ = _split(host, sections)
         rows.fill(NOBODY)
         decode_rows.fill(NOBODY)
+        return host
+
+    def _mixed_input(self, plan: StepPlan, work: StepWork, shape: MixedShape) -> Int32Array:
+        batch, block_size = self._batch, self._batch.block_size
+        host = self._empty_input(shape)
+        sections = _split(host, self._mixed_sections(shape))
+        updates, rows, places, context_lens, decode_rows, ids, positions, slots, tiles = sections
+        self._write_updates(plan, updates)
         num_decodes = len(work.decode_rows)
         decode_rows[:num_decodes] = work.decode_rows
         context_lens[:] = batch.num_computed

@@ -1,4 +1,4 @@
-"""The worker on a CUDA device: the same modules, the same answers."""
+"""The plain worker on a CUDA device: the same modules, the same answers. test_fast_path.py has the fast one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ def make_runner(folder: Path, dtype: str, device: str = "cuda", num_blocks: int 
         model=str(folder),
         dtype=dtype,
         device=device,
+        kernels="torch",
         num_blocks=num_blocks,
         max_num_seqs=32,
         max_num_batched_tokens=256,
@@ -51,7 +52,7 @@ def make_requests() -> list[SequenceRequest]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-5), ("bfloat16", 3e-2)])
 def test_logits_match_transformers(tmp_path: Path, dtype: str, tolerance: float) -> None:
-    folder = save_random_model(tmp_path, dtype=dtype if dtype != "float32" else "float32", initializer_range=0.05)
+    folder = save_random_model(tmp_path, dtype=dtype, initializer_range=0.05)
     runner = make_runner(folder, dtype)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).cuda().eval()
     ids = np.random.default_rng(1).integers(0, 256, 100).tolist()
@@ -74,7 +75,9 @@ def test_same_tokens_as_on_a_cpu_whatever_the_batching(tmp_path: Path) -> None:
 
 def test_the_pool_is_measured_and_leaves_memory(tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, dtype="float32", max_position_embeddings=32768)
-    settings = WorkerSettings(model=str(folder), device="cuda", gpu_memory_utilization=0.2, max_num_seqs=256)
+    settings = WorkerSettings(
+        model=str(folder), device="cuda", kernels="torch", gpu_memory_utilization=0.2, max_num_seqs=256
+    )
     runner = build_runner(settings)
     free, total = torch.cuda.mem_get_info()
     assert total - free < 0.25 * total

@@ -154,7 +154,7 @@ def test_plan_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
             assert (len(splits) - 1) * length < int(lens[row]) <= len(splits) * length
         num_items = sum(map(len, covered.values()))
         assert [item[0] for item in items[num_items:]] == [-1] * (len(items) - num_items)
-    assert len(covered[4]) == 47 and len(covered[2]) == 16
+    assert len(covered[4]) == 32 and len(covered[2]) == 11
 
 
 SHAPES = [(4, 2, 32, 16), (3, 1, 64, 5), (2, 2, 32, 1), (8, 1, 128, 64), *([(16, 8, 128, 16)] if ON_GPU else [])]

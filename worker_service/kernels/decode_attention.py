@@ -21,7 +21,7 @@ GROUP_PAD = 16
 """Rows of the smallest matrix product."""
 MIN_SPLIT_LEN = 64
 SPLIT_UNIT = 16
-PROGRAMS_A_PROCESSOR = 8
+PROGRAMS_A_PROCESSOR = 4
 FEW_ROWS = 8
 """Up to so many rows, latency counts for more than bytes."""
 COMBINED_A_WARP = 16
@@ -44,7 +44,8 @@ def _plan_splits(
     num_tokens = tl.load(context_lens + row, mask=row >= 0, other=0)
     target = tl.maximum(tl.cdiv(tl.sum(num_tokens, axis=0), wanted), MIN_SPLIT_LEN)
     # Where the splits are not the shortest, a row a little longer than the target is not worth another.
-    num_splits = tl.maximum((num_tokens + tl.where(target > MIN_SPLIT_LEN, target // 2, target - 1)) // target, 1)
+    spare = tl.where(target > MIN_SPLIT_LEN, target * 9 // 20, target - 1)
+    num_splits = tl.maximum((num_tokens + spare) // target, 1)
     split_len = tl.cdiv(tl.maximum(tl.cdiv(num_tokens, num_splits), 1), UNIT) * UNIT
     num_splits = tl.where(row >= 0, tl.maximum(tl.cdiv(num_tokens, split_len), 1), 0)
     first = tl.sum(tl.where(index < me, num_splits, 0), axis=0)
@@ -249,23 +250,30 @@ class DecodeAttention:
 
     def __init__(self, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
         self._device = device
-        self._num_splits = max(1, PROGRAMS_A_PROCESSOR * _num_processors(device) // num_kv_heads)
-        partials = (max_rows + self._num_splits) * num_heads
+        self._num_full = max(1, PROGRAMS_A_PROCESSOR * _num_processors(device) // num_kv_heads)
+        partials = (max_rows + self._num_wanted(max_rows)) * num_heads
         self._partials = torch.empty((partials, head_dim + 2), dtype=torch.float32, device=device)
         self._counters = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
 
     def plan(self, rows: torch.Tensor, context_lens: torch.Tensor, block_tables: torch.Tensor) -> DecodeRows:
         """Plans a step's attention: the same for all layers. rows must not be empty; see DecodeRows."""
         num_rows = len(rows)
-        num_items = num_rows + self._num_splits
+        wanted = self._num_wanted(num_rows)
+        num_items = num_rows + wanted
         items = torch.empty((num_items, 4), dtype=torch.int32, device=self._device)
         _plan_kernel(
-            (num_rows, 1, 1), rows, context_lens, items, num_rows, num_items, self._num_splits,
-            ROWS=triton.next_power_of_2(num_rows), SPLITS=triton.next_power_of_2(self._num_splits + 1),
+            (num_rows, 1, 1), rows, context_lens, items, num_rows, num_items, wanted,
+            ROWS=triton.next_power_of_2(num_rows), SPLITS=triton.next_power_of_2(wanted + 1),
             ITEMS=triton.next_power_of_2(num_items), MIN_SPLIT_LEN=MIN_SPLIT_LEN, UNIT=SPLIT_UNIT,
             PDL=supports_pdl(self._device),
         )  # fmt: skip
         return DecodeRows(rows, context_lens, block_tables, items)
+
+    def _num_wanted(self, num_rows: int) -> int:
+        """Splits to aim for: enough to fill the GPU, and more with more rows, whose lengths differ; not so many that
+        many rows of one length would be split (docs/performance-log.md).
+        """
+        return min(self._num_full + 2 * num_rows, 2 * self._num_full + num_rows)
 
     def __call__(
         self,
@@ -291,7 +299,7 @@ class DecodeAttention:
             H=num_heads, KVH=num_kv_heads, D=head_dim, GROUP_PAD=max(GROUP_PAD, num_heads // num_kv_heads),
             BLOCK_SIZE=cache.shape[2], TILE=64 if is_few else 32, STORE=stores, PREFETCH=stores and is_few,
             SPLITS=COMBINED_A_WARP * num_warps, PDL=supports_pdl(self._device),
-            num_warps=num_warps, num_stages=3 if is_few else 4,
+            num_warps=num_warps, num_stages=2 if is_few else 3,
         )  # fmt: skip
 
 
