@@ -5,6 +5,7 @@ with chunks of prompts is packed without padding between them and padded to the 
 none is near, its kernels are launched one by one. Nothing here waits for the GPU.
 """
 
+import functools
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class CudaRunner:
         self._mixed_shapes = [
             MixedShape(count, -(-count // QUERIES) + SPARE_TILES, num_decode_rows)
             for count in token_counts(max_tokens)
-            for num_decode_rows in (0, min(num_rows, count))
+            for num_decode_rows in (0, num_rows)
         ]
         most = MixedShape(max_tokens, max_tokens // QUERIES + num_rows, num_rows)
         self._input = zeros(max(_length(self._mixed_sections(shape)) for shape in (most, *self._mixed_shapes)))
@@ -158,7 +159,7 @@ class CudaRunner:
             self._launch(*key)
         torch.cuda.synchronize()
         for key in keys:
-            self._graphs.capture(key, lambda key=key: self._launch(*key))
+            self._graphs.capture(key, functools.partial(self._launch, *key))
 
     def _add(self, new_rows: tuple[NewRow, ...]) -> None:
         if not new_rows:
@@ -205,18 +206,20 @@ class CudaRunner:
     # Steps with chunks of prompts: decoding rows' tokens come first
 
     def _shape_of(self, work: StepWork) -> MixedShape:
-        """The next captured shape, if it is near."""
-        num_decodes = len(work.decode_rows)
-        num_tokens = int(work.chunk_counts.sum()) + num_decodes
+        """The next captured shape, if it is near. With decoding rows it has room for all, so that a kernel for another
+        number of them need not be compiled now.
+        """
+        num_tokens = int(work.chunk_counts.sum()) + len(work.decode_rows)
         num_tiles = int((-(-work.chunk_counts // QUERIES)).sum())
+        num_decode_rows = self._batch.num_rows if len(work.decode_rows) else 0
         fitting = next(
             shape
             for shape in self._mixed_shapes
-            if shape.num_tokens >= num_tokens and (shape.num_decode_rows > 0) == (num_decodes > 0)
+            if shape.num_tokens >= num_tokens and shape.num_decode_rows == num_decode_rows
         )
         if fitting.num_tokens - num_tokens <= MAX_PADDING and fitting.num_tiles >= num_tiles:
             return fitting
-        return MixedShape(num_tokens, num_tiles, num_decodes)
+        return MixedShape(num_tokens, num_tiles, num_decode_rows)
 
     def _mixed_sections(self, shape: MixedShape) -> list[int]:
         """Lengths of updates, sampling rows, their places among the tokens, contexts of all rows, decoding rows, token

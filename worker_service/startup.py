@@ -1,5 +1,6 @@
 """From settings to a runner: loads the model, measures the memory for its KV pool, allocates it."""
 
+import gc
 import importlib.util
 import logging
 import uuid
@@ -159,51 +160,44 @@ def _measure_blocks(
     """Blocks that fit beside the weights and the largest step; on a CPU, in the memory that the settings allow."""
     if device.type == "cpu":
         return kv_cache.num_blocks_within(int(settings.kv_cache_memory_gib * 2**30), shape)
-    torch.cuda.reset_peak_memory_stats(device)
-    _run_largest_step(model, shape, device, info, use_graphs=not settings.enforce_eager)
-    torch.cuda.synchronize(device)
+    plan = _largest_step(info)
+    num_blocks = int(plan.added_rows[-1].block_ids[-1]) + 1
+    torch.cuda.empty_cache()
+    cache = kv_cache.allocate(num_blocks, shape, device)
+    runner = make_runner(model, cache, replace(info, num_blocks=num_blocks), use_graphs=not settings.enforce_eager)
+    runner.execute(plan).wait()
     free, total = torch.cuda.mem_get_info(device)
-    outside_torch = total - free - torch.cuda.memory_reserved(device)
-    used = torch.cuda.max_memory_allocated(device) + outside_torch
+    # With what torch and the graphs keep for the next time, which nothing else can have.
+    used = total - free - cache.nbytes
+    del runner, cache
+    # A runner and its graphs refer to each other.
+    gc.collect()
     torch.cuda.empty_cache()
     return kv_cache.num_blocks_within(int(total * settings.gpu_memory_utilization) - used, shape)
 
 
-def _run_largest_step(
-    model: Qwen3, shape: kv_cache.KVCacheShape, device: torch.device, info: WorkerInfo, *, use_graphs: bool
-) -> None:
-    """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from; beside the
-    graphs, which take memory too.
-    """
-    size, budget = shape.block_size, info.max_num_batched_tokens
-    num_rows = min(info.max_num_rows, budget)
+def _largest_step(info: WorkerInfo) -> StepPlan:
+    """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from."""
+    num_rows = min(info.max_num_rows, info.max_num_batched_tokens)
     # One long prompt, for attention's memory, and one token for each other row, for the sampler's.
-    lengths = [min(budget - num_rows + 1, info.max_model_len), *[1] * (num_rows - 1)]
-    num_blocks = [-(-length // size) for length in lengths]
+    lengths = [min(info.max_num_batched_tokens - num_rows + 1, info.max_model_len), *[1] * (num_rows - 1)]
+    num_blocks = [-(-length // info.block_size) for length in lengths]
     ends = np.cumsum(num_blocks) + 1
-    runner = make_runner(
-        model,
-        kv_cache.allocate(int(ends[-1]), shape, device),
-        replace(info, num_blocks=int(ends[-1])),
-        use_graphs=use_graphs,
+    return StepPlan(
+        step_id=1,
+        added_rows=tuple(
+            NewRow(
+                row=row,
+                sequence_id="largest step",
+                token_ids=np.zeros(length, np.int32),
+                num_prompt_tokens=length,
+                num_computed_tokens=0,
+                num_cached_tokens=0,
+                block_ids=np.arange(end - count, end, dtype=np.int32),
+                sampling=RowSampling(top_p=0.95, num_logprobs=MAX_LOGPROBS),
+            )
+            for row, (length, count, end) in enumerate(zip(lengths, num_blocks, ends.tolist(), strict=True))
+        ),
+        chunk_rows=np.arange(num_rows, dtype=np.int32),
+        chunk_num_tokens=np.array(lengths, np.int32),
     )
-    runner.execute(
-        StepPlan(
-            step_id=1,
-            added_rows=tuple(
-                NewRow(
-                    row=row,
-                    sequence_id="largest step",
-                    token_ids=np.zeros(length, np.int32),
-                    num_prompt_tokens=length,
-                    num_computed_tokens=0,
-                    num_cached_tokens=0,
-                    block_ids=np.arange(end - count, end, dtype=np.int32),
-                    sampling=RowSampling(top_k=20, top_p=0.95, num_logprobs=MAX_LOGPROBS),
-                )
-                for row, (length, count, end) in enumerate(zip(lengths, num_blocks, ends.tolist(), strict=True))
-            ),
-            chunk_rows=np.arange(num_rows, dtype=np.int32),
-            chunk_num_tokens=np.array(lengths, np.int32),
-        )
-    ).wait()

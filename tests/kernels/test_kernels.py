@@ -3,8 +3,6 @@
 Outputs are poisoned first, and so is what a kernel must not read.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -28,7 +26,7 @@ ATTENTION_TOLERANCE = 2e-2
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What kernels write to is NaN before. Inputs are the same in each run."""
     torch.manual_seed(0)
     empty = torch.empty
@@ -39,7 +37,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
-    yield
 
 
 def random(*shape: int, device: torch.device, scale: float = 1.0) -> torch.Tensor:
@@ -91,14 +88,11 @@ class Pool:
     """A KV pool with rows of random contexts in random blocks; every slot that is nobody's is NaN."""
 
     def __init__(
-        self, context_lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, device: torch.device
+        self, context_lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
+        device: torch.device,
     ) -> None:  # fmt: skip
-        self.num_heads, self.num_kv_heads, self.head_dim, self.block_size = (
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            block_size,
-        )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.block_size = block_size
         num_blocks = [-(-length // block_size) for length in context_lens]
         ids = torch.randperm(sum(num_blocks)) + 1
         # Longer than needed, so that the stride is not the length; what is past the context is no block at all.

@@ -7,6 +7,8 @@ from worker_service.kernels.sampling import MAX_TOP_K, SamplingKernels
 from worker_service.sampler import SamplingRows, sample
 
 VOCAB = 5000
+# The interpreter's numpy warns of -inf - -inf, which the kernels allow for.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 class Case:
@@ -26,7 +28,7 @@ class Case:
             "top_p": torch.ones(self.num_rows, device=device),
             "min_p": torch.zeros(self.num_rows, device=device),
             "seed": integers(2**62, torch.int64) - 2**61,
-            "choice_index": integers(3, torch.int32),
+            "choice_index": integers(3, torch.int64),
         }
         self.context_lens = integers(4000, torch.int32)
         self.rows = torch.randperm(self.num_rows, generator=generator).to(device, torch.int32)
@@ -56,7 +58,7 @@ def random_logits(num_rows: int, vocab_size: int = VOCAB, scale: float = 3.0) ->
 
 def assert_almost_all_equal(out: torch.Tensor, expected: torch.Tensor) -> None:
     """Noise in float32 and in float64 may order two nearly equal scores differently, rarely."""
-    assert (out == expected).double().mean() > 0.99
+    assert (out != expected).sum() <= max(1, len(out) // 100)
 
 
 @pytest.mark.parametrize("vocab_size", [5000, 2048, 70, 4097])
@@ -80,10 +82,20 @@ def test_ties_go_to_the_lowest_id(device: torch.device) -> None:
     assert case.sample(is_truncated=True).tolist() == [33, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-30])
+@pytest.mark.parametrize("is_truncated", [False, True])
+def test_the_smallest_temperatures_are_greedy(device: torch.device, is_truncated: bool, temperature: float) -> None:
+    case = Case(random_logits(8), device)
+    case.options["temperature"][:] = temperature
+    case.options["top_k"][:] = 20 if is_truncated else 0
+    out = case.sample(is_truncated=is_truncated)
+    assert torch.equal(case.logits.gather(1, out[:, None])[:, 0], case.logits.amax(-1))
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 20, 63, MAX_TOP_K])
 @pytest.mark.parametrize("kind", ["random", "many ties", "all equal", "peaked", "mostly -inf"])
 def test_truncated(device: torch.device, top_k: int, kind: str) -> None:
-    logits = random_logits(48)
+    logits = random_logits(24)
     if kind == "many ties":
         logits = logits.round()
     elif kind == "all equal":
@@ -132,7 +144,7 @@ def test_bad_rows_and_nobodys(device: torch.device, is_truncated: bool) -> None:
 
 
 def test_frequencies_are_those_of_the_softmax(device: torch.device) -> None:
-    num_rows = 4000
+    num_rows = 4000 if device.type == "cuda" else 800
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -30.0]).repeat(num_rows, 1)
     case = Case(logits, device)
     counts = case.sample(is_truncated=False).cpu().bincount(minlength=6).double() / num_rows

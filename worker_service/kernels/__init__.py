@@ -1,1 +1,1 @@
-"""Triton kernels for NVIDIA GPUs, each with a plain torch counterpart in worker_service/layers that it is tested against."""
+"""Triton kernels for NVIDIA GPUs, each tested against plain torch."""

@@ -181,7 +181,7 @@ def _decode_attention(
         best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
         acc = tl.zeros([GROUP_PAD, D], tl.float32)
-        if STORE:
+        if STORE:  # noqa: SIM102
             if split == num_splits - 1:
                 keys = base + (H + kv_head) * D + half[None, :]
                 norm1 = tl.load(k_norm + half).to(tl.float32)[None, :]
@@ -282,8 +282,8 @@ class DecodeAttention:
     ) -> None:  # fmt: skip
         """Writes the n rows' tokens, which come first, of out, (tokens, heads * head_dim), but for those of nobody.
 
-        qkv (tokens, heads + 2 KV heads, head_dim). If `stores`, the new tokens' k and v are not in the cache yet, and put
-        there.
+        qkv (tokens, heads + 2 KV heads, head_dim). If `stores`, the new tokens' k and v are not in the cache yet, and
+        put there.
         """
         num_rows, (_, num_all, head_dim) = len(decode.rows), qkv.shape
         num_kv_heads = cache.shape[3]

@@ -34,8 +34,7 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 class Kernel:
-    """A @triton.jit function. Tensors must start at a multiple of 16 bytes, and always have the types they had first;
-    integers are passed as int32.
+    """A @triton.jit function. Tensors must start at a multiple of 16 bytes; integers are passed as int32.
 
     A kernel with the constant PDL set may start while the one before it still runs: gdc.py has the rule.
     """
@@ -52,7 +51,8 @@ class Kernel:
         if isinstance(self._function, InterpretedFunction):
             self._function[grid](*args, **constants)
             return
-        key = (num_warps, num_stages, *constants.values())
+        types = [arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in args]
+        key = (num_warps, num_stages, *types, *constants.values())
         variant = self._variants.get(key)
         if variant is None:
             variant = self._variants[key] = _Variant(self._function, args, constants, num_warps, num_stages)

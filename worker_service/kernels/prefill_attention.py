@@ -164,8 +164,8 @@ def prefill_attention(
 ) -> None:  # fmt: skip
     """Writes the tiles' tokens of out, (tokens, heads * head_dim).
 
-    qkv (tokens, heads + 2 KV heads, head_dim), its k normalised and rotated; rotary (positions, 2, head_dim // 2); tiles
-    as cut_tiles gives them, or without queries.
+    qkv (tokens, heads + 2 KV heads, head_dim), its k normalised and rotated; rotary (positions, 2, head_dim // 2);
+    tiles as cut_tiles gives them, or without queries.
     """
     _, num_all, head_dim = qkv.shape
     num_kv_heads = cache.shape[3]

@@ -1,4 +1,4 @@
-"""Sampling from bf16 logits in one read of them: greedy and temperature, and top-k up to MAX_TOP_K with top-p and min-p.
+"""Sampling from bf16 logits in one read of them: greedy and temperature; top-k up to MAX_TOP_K with top-p and min-p.
 
 The same draws as worker_service/sampler.py, whose noise these compute in float32: the argmax of logits plus Gumbel
 noise, a function of (seed, choice index, position, token id).
@@ -16,6 +16,7 @@ CHUNK = 2048
 GROUP = 64
 """Logits of which top-k keeps the largest only, until it knows which groups matter."""
 MAX_TOP_K = 64
+MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -91,7 +92,8 @@ def _best_of_chunks(
             )
             bits = _pair_bits(key, chunk * (CHUNK // 2) + pair)
             bits = tl.join((bits >> 32).to(tl.uint32), bits.to(tl.uint32))
-            scores = scores * (1.0 / heat) + _gumbel(bits, PDL)
+            # Finite for the smallest temperatures too, as 0 * inf would be NaN.
+            scores = scores * tl.minimum(1.0 / heat, MAX_FLOAT32) + _gumbel(bits, PDL)
         scores = tl.where(in_vocab, scores, float("-inf"))
         best = tl.max(tl.max(scores, axis=1), axis=0)
         # No argmax: Triton 3.6 reorders a reshaped tensor that is only reduced. Of equal scores the lowest id.
@@ -267,7 +269,7 @@ class SamplingKernels:
         """Samples a token for each of `rows`, (n,) int32, of which negative ones are nobody's.
 
         logits (n, vocab_size) bf16. context_lens (all rows,) int32 is where the token will stand; options has
-        temperature, top_p, min_p float32, top_k, choice_index int32 and seed int64, each (all rows,). Writes each
+        temperature, top_p, min_p float32, top_k int32, seed and choice_index int64, each (all rows,). Writes each
         row's entry of last_tokens, (all rows,) int32, and out, (n,) int32: -1 where the logits are not finite. Only
         if is_truncated, rows with a top_k are cut, to MAX_TOP_K at most, and to their top_p and min_p.
         """
