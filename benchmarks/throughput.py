@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.throughput MODEL [--rows nano256 decode_b1 ...] [--sampling qwen3] [--out OUT_JSON]
 
-Each row is warmed up once and repeated; the median is reported. Prefix caching is on, and each batch has a cache salt
-of its own: a reply with cached tokens, or with another number of tokens than asked for, fails the run.
+The services are warmed up once; each row is repeated, and its median reported. Prefix caching is on, and each batch has
+a cache salt of its own: a reply with cached tokens, or with another number of tokens than asked for, fails the run.
 """
 
 import argparse
@@ -70,13 +70,14 @@ ROWS: dict[str, tuple[str, Callable[[Bench, int], Awaitable[float]]]] = {
 }
 
 
-async def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, Any]:
-    rows = {}
+async def measure(engine: Engine, arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Adds the rows to the report, which is written after each, so that an interrupted run leaves what it has."""
+    rows = report["rows"] = {}
     async with UnaryClient(engine.services.address, arguments.connections, arguments.sampling) as client:
         bench = Bench(client.seconds, engine.vocab_size, arguments.scale)
+        await decode_ms(bench, 0, num_seqs=64)
         for name in arguments.rows:
             unit, measure_once = ROWS[name]
-            await measure_once(bench, 0)
             before = engine.counters()
             repeats = [await measure_once(bench, 1 + repeat) for repeat in range(arguments.repeats)]
             rows[name] = {
@@ -88,8 +89,9 @@ async def measure(engine: Engine, arguments: argparse.Namespace) -> dict[str, An
             if name == "nano256":
                 num_tokens = sum(shortened(nano256(), arguments.scale)[1])
                 rows[name] |= {"output_tok_s": round(num_tokens / statistics.median(repeats), 1)}
+            if arguments.out:
+                write_json(arguments.out, report)
             print(f"{name}: {rows[name]['median']} {unit}, {rows[name]['repeats']}, {rows[name]['load']}", flush=True)
-    return rows
 
 
 def table(report: dict[str, Any]) -> str:
@@ -118,11 +120,9 @@ def main(command_line: list[str] | None = None) -> None:
         report |= engine.description
         report |= {name: getattr(arguments, name) for name in ("sampling", "scale", "connections")}
         print(f"{engine.description}", flush=True)
-        report["rows"] = asyncio.run(measure(engine, arguments))
+        asyncio.run(measure(engine, arguments, report))
     print(f"{report['model']} on {report['device']}, sampling {report['sampling']}, scale 1/{report['scale']}")
     print(table(report))
-    if arguments.out:
-        write_json(arguments.out, report)
 
 
 if __name__ == "__main__":
