@@ -5,7 +5,6 @@ leave, so signals meant for the scheduler process, which a terminal or a supervi
 """
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -19,10 +18,10 @@ from scheduler_service.remote_engine import RemoteEngine
 from shared.config import SchedulerSettings, read_command_line
 from shared.errors import ConfigError, ModelError, WorkerUnavailable
 from shared.log import configure_logging
+from shared.process import die_with_parent
 from shared.settings import option
 
 CONNECT_TIMEOUT_S = 30.0
-PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class FrontEndSettings(SchedulerSettings):
 
 def end_with_parent(parent_pid: int) -> None:
     """Not even kill -9 of the scheduler process leaves this one behind."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent_pid:
         # It died before we asked.
         sys.exit(1)

@@ -84,6 +84,7 @@ class WorkerSettings(ServiceSettings):
     max_model_len: int | None = option(None, "context; the model's own if none", unit="tokens", minimum=1)
     max_num_seqs: int = option(256, "rows of the batch", minimum=1)
     max_num_batched_tokens: int = option(8192, "tokens in a step, at most", unit="tokens", minimum=1)
+    tp_size: int = option(1, "tensor-parallel size: processes that share the model, one a GPU", minimum=1, maximum=64)
     kernels: str = option(
         "auto",
         "what computes on a GPU: Triton kernels with cuBLAS, or plain torch; auto takes the kernels where they can run",

@@ -6,7 +6,6 @@ kill -9 leaves them behind: start them from one that lives as long as they shoul
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,13 +19,13 @@ from typing import IO
 from shared.config import SchedulerSettings, WorkerSettings
 from shared.errors import TandemError
 from shared.health_probe import health_status
+from shared.process import die_with_parent
 from shared.settings import ENVIRONMENT_PREFIX, to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
 MAX_RESTART_BACKOFF_S = 5.0
-PR_SET_PDEATHSIG = 1
 
 
 class ServiceFailed(TandemError):
@@ -139,7 +138,7 @@ class Services:
             env={name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)},
             # Out of the terminal's reach: Ctrl-C is ours, and we stop them in order.
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         try:
             while not port_file.exists():
@@ -165,7 +164,3 @@ def _connectable(host: str) -> str:
     """Where to reach what listens on a host."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -9,6 +9,7 @@ from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
 from shared.server import Server, server_credentials, stop_event, write_port_file
 from tandem.v1 import worker_pb2_grpc
+from worker_service.runner import Runner
 from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,8 @@ SWITCH_INTERVAL_S = 2e-4
 """How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
 
 
-async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
+async def serve(settings: WorkerSettings, runner: Runner) -> None:
+    servicer = WorkerServicer(runner)
     server = Server(
         {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
         credentials=server_credentials(settings),
@@ -33,14 +35,32 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     await server.stop(STOP_GRACE_S)
 
 
+def run(settings: WorkerSettings) -> None:
+    """Serves a model, or its part of one, until the end."""
+    # torch is imported only now, so that --help and wrong flags answer at once.
+    from worker_service.startup import build_runner
+
+    if settings.tp_size == 1:
+        asyncio.run(serve(settings, build_runner(settings)))
+        return
+    from worker_service.communicator import Communicator
+    from worker_service.rank_group import Follower, Leader, LeadingRunner, join_group
+
+    rank = join_group(settings)
+    communicator = Communicator(rank.shard)
+    if rank.shard.rank == 0:
+        leader = Leader(rank)
+        asyncio.run(serve(settings, LeadingRunner(build_runner(settings, communicator), leader)))
+        leader.stop(rank)
+    else:
+        Follower(rank).run(build_runner(settings, communicator))
+
+
 def main() -> None:
     settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
     configure_logging(settings.log_level)
     try:
-        # torch is imported only now, so that --help and wrong flags answer at once.
-        from worker_service.startup import build_runner
-
-        asyncio.run(serve(settings, WorkerServicer(build_runner(settings))))
+        run(settings)
     except (ConfigError, ModelError) as error:
         print(f"tandem-worker: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,7 +5,6 @@ import importlib.util
 import logging
 import uuid
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from shared.step_codec import PROTOCOL_VERSION
 from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
 from worker_service import kv_cache
 from worker_service.batch import MAX_LOGPROBS, Batch
+from worker_service.communicator import Communicator
 from worker_service.layers.operations import Operations, TorchOperations
 from worker_service.model_config import ModelConfig, read_generation_defaults, read_model_config
 from worker_service.model_runner import ModelRunner
@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
-def build_runner(settings: WorkerSettings) -> Runner:
-    """Loads a model and makes it ready. Raises ModelError or ConfigError, naming what is wrong."""
+def build_runner(settings: WorkerSettings, communicator: Communicator | None = None) -> Runner:
+    """Loads a rank's part of a model and makes it ready. Raises ModelError or ConfigError, saying what is wrong."""
+    communicator = communicator or Communicator()
     folder = resolve_model(settings.model, ALL_FILES)
-    device, dtype = _device_of(settings), _dtype_of(settings)
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    device, dtype = device_of(settings), _dtype_of(settings)
+    # The ranks of one host share its CPUs.
+    torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // communicator.shard.size))
     config = read_model_config(folder)
     defaults = read_generation_defaults(folder, config.vocab_size)
     wanted_len = settings.max_model_len or config.max_position_embeddings
@@ -41,12 +42,16 @@ def build_runner(settings: WorkerSettings) -> Runner:
         raise ConfigError(f"--max-model-len {wanted_len}: the model's context is {config.max_position_embeddings}")
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
-    operations = _make_operations(settings, config, device, dtype)
-    model, contents = _load_model(folder, config, operations, wanted_len, device, dtype)
+    communicator.shard.check(config)
+    operations = _make_operations(settings, communicator.shard.cut(config), device, dtype)
+    with device:
+        model = _make_model(config, operations, wanted_len, dtype, communicator)
+    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
+    loaded = load_weights(folder, model.checkpoint_targets(), ignored)
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
         worker_instance_id=uuid.uuid4().hex,
-        fingerprint=fingerprint_of(config, dtype, contents),
+        fingerprint=fingerprint_of(config, dtype, communicator.digests(loaded.digest, device)),
         model=model_name(settings),
         dtype=str(dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -62,13 +67,15 @@ def build_runner(settings: WorkerSettings) -> Runner:
         default_top_p=defaults.top_p,
         default_min_p=defaults.min_p,
     )
-    shape = kv_cache.shape_of(config, settings.block_size, dtype)
+    shape = kv_cache.shape_of(model.local_config, settings.block_size, dtype)
     num_blocks = settings.num_blocks or _measure_blocks(settings, model, shape, device, info)
+    num_blocks = communicator.smallest(num_blocks, device)
     max_model_len = kv_cache.cut_context(wanted_len, num_blocks, settings.block_size)
     info = replace(info, num_blocks=num_blocks, max_model_len=max_model_len)
     logger.info(
-        "%s, %s on %s: %d KV blocks of %d tokens, context %d",
-        info.model, info.dtype, info.device, num_blocks - 1, settings.block_size, max_model_len,
+        "%s, %s on %s: read %.1f MiB of weights; %d KV blocks of %d tokens, context %d",
+        info.model, info.dtype, info.device, loaded.num_bytes / 2**20,
+        num_blocks - 1, settings.block_size, max_model_len,
     )  # fmt: skip
     return make_runner(model, kv_cache.allocate(num_blocks, shape, device), info, use_graphs=not settings.enforce_eager)
 
@@ -90,7 +97,7 @@ def make_runner(model: Qwen3, cache: torch.Tensor, info: WorkerInfo, *, use_grap
     return CudaRunner(model, cache, batch, info, use_graphs=use_graphs)
 
 
-def _device_of(settings: WorkerSettings) -> torch.device:
+def device_of(settings: WorkerSettings) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not has_gpu:
         raise ConfigError("--device cuda: torch finds no GPU")
@@ -99,7 +106,7 @@ def _device_of(settings: WorkerSettings) -> torch.device:
 
 def _dtype_of(settings: WorkerSettings) -> torch.dtype:
     if settings.dtype == "auto":
-        return torch.bfloat16 if _device_of(settings).type == "cuda" else torch.float32
+        return torch.bfloat16 if device_of(settings).type == "cuda" else torch.float32
     return {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
 
 
@@ -109,7 +116,7 @@ def _make_operations(
     """Triton kernels where they can run, else plain torch, which serves any device, type and shape."""
     if device.type == "cpu" or settings.kernels == "torch":
         return TorchOperations()
-    if problem := _why_no_kernels(config, device, dtype):
+    if problem := _why_no_kernels(settings, config, device, dtype):
         if settings.kernels == "triton":
             raise ConfigError(f"--kernels triton: {problem}")
         logger.warning("plain torch instead of the fast kernels: %s", problem)
@@ -121,7 +128,11 @@ def _make_operations(
     )
 
 
-def _why_no_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_no_kernels(
+    settings: WorkerSettings, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    if settings.tp_size > 1:
+        return "they don't know tensor parallelism yet"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -136,22 +147,17 @@ def _why_no_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtyp
     return None
 
 
-def _load_model(
-    folder: Path,
+def _make_model(
     config: ModelConfig,
     operations: Operations,
     num_positions: int,
-    device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Qwen3, str]:
-    """The model with its weights, and the digest of the checkpoint's contents."""
+    communicator: Communicator,
+) -> Qwen3:
     try:
-        with device:
-            model = Qwen3(config, operations, num_positions, dtype)
+        return Qwen3(config, operations, num_positions, dtype, communicator)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"too little memory for the weights: {error}") from error
-    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
-    return model, load_weights(folder, model.checkpoint_targets(), ignored)
 
 
 def _measure_blocks(
