@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 256,
@@ -21,16 +27,22 @@ DEFAULTS: dict[str, Any] = {
     "eos_token_id": None,
     "bos_token_id": None,
     "pad_token_id": None,
-    "architectures": ["Qwen3ForCausalLM"],
 }
 
 
 def save_random_model(
     folder: Path, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any
 ) -> Path:
-    """A checkpoint of DEFAULTS changed by `config`; norms' weights are random too, so that a wrong one shows."""
+    """A checkpoint of DEFAULTS changed by `config`; num_experts in it makes a mixture of experts.
+
+    Norms' weights are random too, so that a wrong one shows.
+    """
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(**{**DEFAULTS, **config}))
+    config = {**DEFAULTS, **config}
+    if "num_experts" in config:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, architectures=["Qwen3MoeForCausalLM"]))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**config, architectures=["Qwen3ForCausalLM"]))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.2)

@@ -9,7 +9,6 @@ from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
 from shared.server import Server, server_credentials, stop_event, write_port_file
 from tandem.v1 import worker_pb2_grpc
-from worker_service.runner import Runner
 from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -19,8 +18,7 @@ SWITCH_INTERVAL_S = 2e-4
 """How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
 
 
-async def serve(settings: WorkerSettings, runner: Runner) -> None:
-    servicer = WorkerServicer(runner)
+async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     server = Server(
         {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
         credentials=server_credentials(settings),
@@ -41,7 +39,7 @@ def run(settings: WorkerSettings) -> None:
     from worker_service.startup import build_runner
 
     if settings.tp_size == 1:
-        asyncio.run(serve(settings, build_runner(settings)))
+        asyncio.run(serve(settings, WorkerServicer(build_runner(settings))))
         return
     from worker_service.communicator import Communicator
     from worker_service.rank_group import Follower, Leader, LeadingRunner, join_group
@@ -50,7 +48,8 @@ def run(settings: WorkerSettings) -> None:
     communicator = Communicator(rank.shard)
     if rank.shard.rank == 0:
         leader = Leader(rank)
-        asyncio.run(serve(settings, LeadingRunner(build_runner(settings, communicator), leader)))
+        runner = LeadingRunner(build_runner(settings, communicator), leader)
+        asyncio.run(serve(settings, WorkerServicer(runner)))
         leader.stop(rank)
     else:
         Follower(rank).run(build_runner(settings, communicator))

@@ -10,7 +10,7 @@ from shared.errors import ModelError
 
 T = TypeVar("T", list[Any], dict[str, Any])
 
-ARCHITECTURE = "Qwen3ForCausalLM"
+DENSE, MOE = ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,18 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     yarn: YarnScaling | None = None
+    moe: "MoEConfig | None" = None
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture-of-experts' shape: which layers have it in the MLP's place, and what it is there."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Raises ModelError, naming file and key, where the model is not one that Tandem runs."""
     reader = _Reader(folder / "config.json")
     architectures = reader.typed("architectures", list)
-    if ARCHITECTURE not in architectures:
-        raise reader.fail("architectures", f"{architectures} is not supported; {ARCHITECTURE} is")
+    if not set(architectures) & set(ARCHITECTURES):
+        raise reader.fail("architectures", f"{architectures} is not supported; {' and '.join(ARCHITECTURES)} are")
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
         if reader.values.get(key, wanted) != wanted:
             raise reader.fail(key, f"{reader.values[key]!r} is not supported; {wanted!r} is")
@@ -132,6 +144,24 @@ def read_model_config(folder: Path) -> ModelConfig:
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=bool(reader.values.get("tie_word_embeddings", False)),
         yarn=_read_yarn(reader, rope, max_position_embeddings),
+        moe=_read_moe(reader) if MOE in architectures else None,
+    )
+
+
+def _read_moe(reader: _Reader) -> MoEConfig:
+    dense_layers, step = reader.typed("mlp_only_layers", list), reader.whole("decoder_sparse_step", 1)
+    # transformers 5 writes num_local_experts, 4 wrote num_experts.
+    key = "num_local_experts" if "num_local_experts" in reader.values else "num_experts"
+    num_experts, num_chosen = reader.whole(key), reader.whole("num_experts_per_tok")
+    if num_chosen > num_experts:
+        raise reader.fail("num_experts_per_tok", f"{num_chosen} is more than {key}, {num_experts}")
+    layers = range(reader.whole("num_hidden_layers"))
+    return MoEConfig(
+        layers=tuple(layer for layer in layers if layer not in dense_layers and (layer + 1) % step == 0),
+        num_experts=num_experts,
+        num_experts_per_tok=num_chosen,
+        moe_intermediate_size=reader.whole("moe_intermediate_size"),
+        norm_topk_prob=bool(reader.values.get("norm_topk_prob", False)),
     )
 
 

@@ -8,8 +8,9 @@ from worker_service.model_config import ModelConfig
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's place in its group. Query heads, the MLP's inner columns and the vocabulary are dealt out evenly, in
-    order; KV heads too, or each to as many ranks as there are more of than KV heads. The vocabulary is padded.
+    """A rank's place in its group. Query heads, the inner columns of the MLP and of each expert, and the vocabulary are
+    dealt out evenly, in order; KV heads too, or each to as many ranks as there are more of than KV heads. The
+    vocabulary is padded.
     """
 
     rank: int = 0
@@ -24,15 +25,19 @@ class Shard:
             raise self._fail(f"neither divides num_key_value_heads, {num_kv_heads}, nor is a multiple of them")
         if config.intermediate_size % self.size:
             raise self._fail(f"does not divide intermediate_size, {config.intermediate_size}")
+        if config.moe and config.moe.moe_intermediate_size % self.size:
+            raise self._fail(f"does not divide moe_intermediate_size, {config.moe.moe_intermediate_size}")
 
     def cut(self, config: ModelConfig) -> ModelConfig:
         """The rank's own numbers of heads, KV heads, inner columns and (padded) vocabulary."""
+        moe = config.moe
         return replace(
             config,
             vocab_size=-(-config.vocab_size // self.size),
             intermediate_size=config.intermediate_size // self.size,
             num_attention_heads=config.num_attention_heads // self.size,
             num_key_value_heads=max(1, config.num_key_value_heads // self.size),
+            moe=moe and replace(moe, moe_intermediate_size=moe.moe_intermediate_size // self.size),
         )
 
     def part(self, length: int) -> slice:

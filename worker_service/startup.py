@@ -133,6 +133,8 @@ def _why_no_kernels(
 ) -> str | None:
     if settings.tp_size > 1:
         return "they don't know tensor parallelism yet"
+    if config.moe:
+        return "they don't know mixtures of experts yet"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -1,14 +1,17 @@
-"""Qwen3 (dense), as in transformers' Qwen3ForCausalLM. Knows nothing of rows, plans or sampling."""
+"""Qwen3, dense and mixture-of-experts, as in transformers' Qwen3ForCausalLM and Qwen3MoeForCausalLM. Knows nothing of
+rows, plans or sampling.
+"""
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from worker_service.communicator import Communicator
+from worker_service.layers.experts import Experts, mix_experts
 from worker_service.layers.norm import RMSNorm
 from worker_service.layers.operations import Operations
 from worker_service.layers.rotary import build_rotary_table
-from worker_service.model_config import ModelConfig
+from worker_service.model_config import ModelConfig, MoEConfig
 from worker_service.weights import CheckpointTarget
 
 PACKED_MODULES: dict[str, tuple[str, ...]] = {
@@ -16,6 +19,9 @@ PACKED_MODULES: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 """Our weight -> the checkpoint's, which it holds one above the other."""
+ROW_DEALT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+COLUMN_DEALT = ("o_proj", "down_proj")
+"""Modules whose outputs, or inputs, the ranks of a group share."""
 
 
 def _weight(dtype: torch.dtype, *shape: int) -> nn.Parameter:
@@ -69,15 +75,35 @@ class Qwen3MLP(nn.Module):
         return _row_parallel_add(self.operations, self.communicator, inner, self.down_proj, x)
 
 
+class Qwen3MoE(nn.Module):
+    def __init__(self, config: ModelConfig, moe: MoEConfig, dtype: torch.dtype, communicator: Communicator) -> None:
+        super().__init__()
+        num_experts, inner = moe.num_experts, moe.moe_intermediate_size
+        self.gate = _weight(dtype, num_experts, config.hidden_size)
+        self.experts_gate_up = _weight(dtype, num_experts, 2 * inner, config.hidden_size)
+        self.experts_down = _weight(dtype, num_experts, config.hidden_size, inner)
+        self.experts = Experts(
+            self.gate, self.experts_gate_up, self.experts_down, moe.num_experts_per_tok, moe.norm_topk_prob
+        )
+        self.communicator = communicator
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return x.add_(self.communicator.all_reduce(mix_experts(norm(x), self.experts)))
+
+
 class Qwen3Layer(nn.Module):
     def __init__(
-        self, config: ModelConfig, operations: Operations, dtype: torch.dtype, communicator: Communicator
+        self, config: ModelConfig, operations: Operations, dtype: torch.dtype, communicator: Communicator, index: int
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Qwen3Attention(config, operations, dtype, communicator)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = Qwen3MLP(config, operations, dtype, communicator)
+        self.mlp: nn.Module
+        if config.moe and index in config.moe.layers:
+            self.mlp = Qwen3MoE(config, config.moe, dtype, communicator)
+        else:
+            self.mlp = Qwen3MLP(config, operations, dtype, communicator)
 
     def forward(
         self, x: torch.Tensor, rotary_table: torch.Tensor, cache: torch.Tensor, metadata: object
@@ -107,7 +133,7 @@ class Qwen3(nn.Module):
         local = self.local_config = self.communicator.shard.cut(config)
         self.embed_tokens = _weight(dtype, local.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Qwen3Layer(local, operations, dtype, self.communicator) for _ in range(config.num_hidden_layers)
+            Qwen3Layer(local, operations, dtype, self.communicator, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
@@ -146,50 +172,50 @@ class Qwen3(nn.Module):
 
     def checkpoint_targets(self) -> dict[str, CheckpointTarget]:
         """The checkpoint's tensor names -> what of them this rank holds, and where: views of the weights."""
-        config, shard, head_dim = self.config, self.communicator.shard, self.config.head_dim
-        heads = _times(shard.part(config.num_attention_heads), head_dim)
-        kv_heads = _times(shard.kv_heads(config.num_key_value_heads), head_dim)
-        inner, vocabulary = shard.part(config.intermediate_size), shard.part(config.vocab_size)
-        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        # Of the checkpoint's tensor: how long the dimension that is dealt out is, and this rank's part.
-        rows: dict[str, tuple[int, slice]] = {
-            "q_proj": (num_heads * head_dim, heads),
-            "k_proj": (num_kv_heads * head_dim, kv_heads),
-            "v_proj": (num_kv_heads * head_dim, kv_heads),
-            "gate_proj": (config.intermediate_size, inner),
-            "up_proj": (config.intermediate_size, inner),
-            "embed_tokens": (config.vocab_size, vocabulary),
-            "lm_head": (config.vocab_size, vocabulary),
-        }
-        columns = {"o_proj": (num_heads * head_dim, heads), "down_proj": (config.intermediate_size, inner)}
         targets: dict[str, CheckpointTarget] = {}
-
-        def add(name: str, view: torch.Tensor) -> None:
-            leaf = name.removesuffix(".weight").rpartition(".")[2]
-            if leaf in rows:
-                length, part = rows[leaf]
-                # What pads the vocabulary is nobody's: zeros.
-                view[part.stop - part.start :].zero_()
-                view = view[: part.stop - part.start]
-                targets[name] = CheckpointTarget(view, (length, view.shape[1]), (part, slice(None)))
-            elif leaf in columns:
-                length, part = columns[leaf]
-                targets[name] = CheckpointTarget(view, (view.shape[0], length), (slice(None), part))
-            else:
-                targets[name] = CheckpointTarget(view, tuple(view.shape), (slice(None),) * view.dim())
-
         for name, parameter in self.named_parameters():
             path, _, leaf = name.rpartition(".")
             if leaf in PACKED_MODULES:
-                parts = PACKED_MODULES[leaf]
-                views = parameter.split([rows[part][1].stop - rows[part][1].start for part in parts])
-                for part, view in zip(parts, views, strict=True):
-                    add(f"model.{path}.{part}.weight", view)
+                lengths = [self._dealt_out(part) for part in PACKED_MODULES[leaf]]
+                views = parameter.split([part.stop - part.start for _, part in lengths])
+                for part, view in zip(PACKED_MODULES[leaf], views, strict=True):
+                    targets[f"model.{path}.{part}.weight"] = self._target(part, view)
+            elif leaf in ("experts_gate_up", "experts_down"):
+                parts = ("gate_proj", "up_proj") if leaf == "experts_gate_up" else ("down_proj",)
+                for expert, weight in enumerate(parameter):
+                    for part, view in zip(parts, weight.chunk(len(parts)), strict=True):
+                        target = self._target(part, view, is_expert=True)
+                        targets[f"model.{path}.experts.{expert}.{part}.weight"] = target
+            elif name == "lm_head":
+                targets["lm_head.weight"] = self._target(name, parameter)
             else:
-                add(
-                    "lm_head.weight" if name == "lm_head" else f"model.{name.removesuffix('.weight')}.weight", parameter
-                )
+                targets[f"model.{name.removesuffix('.weight')}.weight"] = self._target(leaf, parameter)
         return targets
+
+    def _target(self, module: str, view: torch.Tensor, is_expert: bool = False) -> CheckpointTarget:
+        """The weight of a module in the checkpoint, of which `view` is this rank's part."""
+        if module in ROW_DEALT:
+            length, part = self._dealt_out(module, is_expert)
+            # What pads the vocabulary is nobody's: zeros.
+            view[part.stop - part.start :].zero_()
+            view = view[: part.stop - part.start]
+            return CheckpointTarget(view, (length, view.shape[1]), (part, slice(None)))
+        if module in COLUMN_DEALT:
+            length, part = self._dealt_out(module, is_expert)
+            return CheckpointTarget(view, (view.shape[0], length), (slice(None), part))
+        return CheckpointTarget(view, tuple(view.shape), (slice(None),) * view.dim())
+
+    def _dealt_out(self, module: str, is_expert: bool = False) -> tuple[int, slice]:
+        """How long the dimension is that the ranks share, in the checkpoint, and this rank's part of it."""
+        config, shard, head_dim = self.config, self.communicator.shard, self.config.head_dim
+        if module in ("q_proj", "o_proj"):
+            return config.num_attention_heads * head_dim, _times(shard.part(config.num_attention_heads), head_dim)
+        if module in ("k_proj", "v_proj"):
+            return config.num_key_value_heads * head_dim, _times(shard.kv_heads(config.num_key_value_heads), head_dim)
+        if module in ("embed_tokens", "lm_head"):
+            return config.vocab_size, shard.part(config.vocab_size)
+        inner = config.moe.moe_intermediate_size if is_expert and config.moe else config.intermediate_size
+        return inner, shard.part(inner)
 
 
 def _times(part: slice, count: int) -> slice:

@@ -31,6 +31,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mha_tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "mqa_wide_heads": {"num_key_value_heads": 1, "head_dim": 24, "num_attention_heads": 6},
     "narrow_heads_tied": {"hidden_size": 64, "head_dim": 8, "num_attention_heads": 4, "tie_word_embeddings": True},
+    "moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "moe_normalised_beside_dense": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 5,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 2,
+    },
     "yarn": {"rope_parameters": YARN, "max_position_embeddings": 256},
     "yarn_factor": {"rope_parameters": {**YARN, "attention_factor": 1.3}, "max_position_embeddings": 256},
 }

@@ -1,0 +1,32 @@
+"""Runs a scheduler for a worker at ADDRESS, inside a network namespace, and prints what test_tensor_parallel's requests
+give. Usage: python -m tests.e2e.one_host_client ADDRESS MODEL_FOLDER
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import grpc
+
+from shared.grpc_options import CHANNEL_OPTIONS
+from tandem.v1 import inference_pb2_grpc
+from tests.e2e.services import Service, Stream
+from tests.e2e.test_tensor_parallel import make_requests
+
+
+def main(address: str, folder: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        flags = ["--model", folder, "--tokenizer", "embedded", "--worker-address", address, "--api-server-count", "0"]
+        scheduler = Service("scheduler_service", flags, Path(name))
+        try:
+            scheduler.wait_listening()
+            with grpc.insecure_channel(scheduler.address, CHANNEL_OPTIONS) as channel:
+                stub = inference_pb2_grpc.InferenceServiceStub(channel)
+                streams = [Stream(stub.GenerateStream(request, wait_for_ready=True)) for request in make_requests()]
+                print([stream.result() for stream in streams])
+        finally:
+            scheduler.kill()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,259 @@
+"""Workers of several ranks: the same tokens as one, one end for all of them, and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tandem.v1 import inference_pb2
+from tests.e2e.services import REPOSITORY, Engine, Service, generate_request, random_prompt
+from tests.e2e.waiting import WAIT_S, wait_until
+from tests.model_factory import save_random_model
+
+NUM_TOKENS = 40
+VOCAB_SIZE = 259
+CONFIGS: dict[str, dict[str, Any]] = {
+    "dense": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+}
+PROMPTS = [random_prompt(3 + 7 * index, VOCAB_SIZE, seed=index) for index in range(12)]
+
+
+def make_requests() -> list[inference_pb2.GenerateStreamRequest]:
+    """Greedy, with temperature, and with top-k, in turn."""
+    requests = [
+        generate_request(prompt, NUM_TOKENS, temperature=0.9 if index % 3 else 0.0, seed=index)
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    for request in requests[2::3]:
+        request.sampling.top_k = 7
+    return requests
+
+
+def start(folder: Path, tp_size: int, *worker_flags: str) -> Engine:
+    # So few blocks that some sequences are preempted.
+    return Engine(folder, worker_flags=["--tp-size", str(tp_size), "--num-blocks", "40", *worker_flags])
+
+
+def run(engine: Engine) -> list[list[int]]:
+    return [stream.result() for stream in [engine.stream(request) for request in make_requests()]]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **config)
+    outputs = {}
+    for tp_size in (1, 2, 4):
+        engine = start(folder, tp_size)
+        try:
+            outputs[tp_size] = run(engine)
+            assert engine.load().num_preemptions > 0
+        finally:
+            engine.close()
+    assert outputs[2] == outputs[1]
+    assert outputs[4] == outputs[1]
+    # Of its ways to compute experts, the one that knows float64.
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    for prompt, output in list(zip(PROMPTS, outputs[1], strict=True))[::3]:
+        ids = torch.tensor([prompt])
+        expected = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_TOKENS
+        )
+        assert output == expected[0, len(prompt) :].tolist()
+    assert sum(len(set(output)) for output in outputs[1]) / len(PROMPTS) > 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return save_random_model(folder, dtype="float64", vocab_size=VOCAB_SIZE, max_position_embeddings=1024)
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Engine]:
+    engine = start(folder, 2)
+    yield engine
+    engine.close()
+
+
+def ranks_of(worker: Service) -> list[psutil.Process]:
+    """Rank 0 and its children."""
+    leader = psutil.Process(worker.process.pid)
+    return [leader, *leader.children(recursive=True)]
+
+
+def wait_all_gone(processes: list[psutil.Process], timeout_s: float) -> None:
+    # A zombie is a process whose parent has not asked yet.
+    def is_gone(process: psutil.Process) -> bool:
+        try:
+            return process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_until(lambda: all(map(is_gone, processes)), f"the end of {processes}", timeout_s)
+
+
+def lose(engine: Engine, victim: int, number: signal.Signals, timeout_s: float) -> list[psutil.Process]:
+    """Hits a rank while streams run, and sees the whole group end and the streams go on with the next."""
+    requests = [generate_request(prompt, 300, seed=index) for index, prompt in enumerate(PROMPTS[:2])]
+    truth = [stream.result() for stream in [engine.stream(request) for request in requests]]
+    streams = [engine.stream(request) for request in requests]
+    for stream in streams:
+        stream.wait_tokens(10)
+    ranks = ranks_of(engine.worker)
+    assert len(ranks) == 2
+    ranks[victim].send_signal(number)
+    wait_all_gone([rank for rank in ranks if number == signal.SIGKILL or rank is not ranks[victim]], timeout_s)
+    engine.worker.process.wait(WAIT_S)
+    wait_until(lambda: engine.load().num_worker_losses == 1, "the scheduler sees the loss")
+    assert all(stream.is_running() for stream in streams)
+    engine.restart_worker()
+    assert [stream.result() for stream in streams] == truth
+    return ranks
+
+
+def test_a_killed_rank_ends_the_group_and_streams_go_on(engine: Engine) -> None:
+    ranks = lose(engine, 1, signal.SIGKILL, 10)
+    assert f"rank 1 (process {ranks[1].pid})" in engine.worker.log_file.read_text()
+
+
+def test_a_killed_rank_0_leaves_nothing_behind(engine: Engine) -> None:
+    lose(engine, 0, signal.SIGKILL, 10)
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_ends_the_group(engine: Engine) -> None:
+    ranks = lose(engine, 1, signal.SIGSTOP, 30)
+    log = engine.worker.log_file.read_text()
+    assert f"rank 1 (process {ranks[1].pid}) has been silent" in log
+    wait_all_gone(ranks, 10)
+
+
+def test_sigterm_ends_all_ranks_well(engine: Engine) -> None:
+    ranks = ranks_of(engine.worker)
+    engine.worker.signal(signal.SIGTERM)
+    wait_all_gone(ranks, 10)
+    assert engine.worker.process.wait(WAIT_S) == 0
+    assert "lost" not in engine.worker.log_file.read_text()
+
+
+def test_a_model_that_cannot_be_cut_is_refused_by_all(folder: Path, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "worker_service", "--model", str(folder), "--device", "cpu", "--tp-size", "3"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert process.returncode != 0
+    assert "--tp-size 3 does not divide num_attention_heads, 4" in process.stderr
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces with a link between them: the commands that enter each."""
+    with ExitStack() as stack:
+        holders: list[int] = []
+        own = os.readlink("/proc/self/ns/net")
+        for _ in range(2):
+            holder = subprocess.Popen(["unshare", "--net", "sleep", "600"])
+            stack.callback(holder.wait)
+            stack.callback(holder.kill)
+            wait_until(lambda pid=holder.pid: os.readlink(f"/proc/{pid}/ns/net") != own, "a network namespace")
+            holders.append(holder.pid)
+        names = [f"td{pid}" for pid in holders]
+        ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
+        for number, (pid, name) in enumerate(zip(holders, names, strict=True), 1):
+            ip("link", "set", name, "netns", str(pid))
+            inside = ["nsenter", "--target", str(pid), "--net", "ip"]
+            for command in (
+                ["addr", "add", f"10.99.0.{number}/24", "dev", name],
+                ["link", "set", name, "up"],
+                ["link", "set", "lo", "up"],
+            ):
+                subprocess.run([*inside, *command], check=True)
+        yield [f"nsenter --target {pid} --net" for pid in holders]
+
+
+def bytes_received(enter: str) -> int:
+    """By the interface of a host that is no loopback."""
+    counters = subprocess.run(
+        [*enter.split(), "cat", "/proc/net/dev"], check=True, capture_output=True, text=True
+    ).stdout
+    return sum(int(line.split()[1]) for line in counters.splitlines() if line.strip().startswith("td"))
+
+
+def kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def can_make_hosts() -> bool:
+    try:
+        with two_hosts():
+            return True
+    except (OSError, subprocess.CalledProcessError, AssertionError):
+        return False
+
+
+@pytest.mark.slow
+def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) -> None:
+    if not can_make_hosts():
+        pytest.skip("may not make network namespaces here")
+    one_rank = start(folder, 1)
+    try:
+        truth = run(one_rank)
+    finally:
+        one_rank.close()
+    with two_hosts() as hosts, ExitStack() as stack:
+        port_file = tmp_path / "port"
+        processes = []
+        for number, enter in enumerate(hosts):
+            log = stack.enter_context((tmp_path / f"host{number}.log").open("wb"))
+            command = [
+                *enter.split(), sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                "--node-rank", str(number), "--master-addr", "10.99.0.1", "--master-port", "29400",
+                "--module", "worker_service", "--model", str(folder), "--device", "cpu", "--dtype", "float64",
+                "--num-threads", "1", "--num-blocks", "40", "--tp-size", "2", "--host", "10.99.0.1", "--port", "0",
+                "--port-file", str(port_file),
+            ]  # fmt: skip
+            # The hosts' names resolve to nothing that the other reaches, so Gloo is told its interface.
+            environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"td{enter.split()[2]}"}
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+            stack.callback(process.wait, WAIT_S)
+            stack.callback(kill_group, process)
+            processes.append(process)
+        wait_until(lambda: port_file.exists() or any(p.poll() is not None for p in processes), "rank 0 listens")
+        logs = [(tmp_path / f"host{number}.log").read_text() for number in range(2)]
+        assert port_file.exists(), "\n".join(logs)
+        address = f"10.99.0.1:{port_file.read_text().strip()}"
+        before = [bytes_received(enter) for enter in hosts]
+        client = subprocess.run(
+            [*hosts[0].split(), sys.executable, "-m", "tests.e2e.one_host_client", address, str(folder)],
+            cwd=REPOSITORY,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+        )
+        assert client.stdout.strip() == str(truth)
+        # Each token of each layer has two sums of hidden_size float64 numbers, of which at least half must cross.
+        num_tokens = sum(len(prompt) + NUM_TOKENS - 1 for prompt in PROMPTS)
+        least = num_tokens * 2 * 2 * 32 * 8 // 2
+        for enter, count in zip(hosts, before, strict=True):
+            assert bytes_received(enter) - count > least

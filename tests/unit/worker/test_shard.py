@@ -1,0 +1,86 @@
+"""What each rank of a tensor-parallel group holds, and reads, of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from shared.errors import ConfigError
+from tests.model_factory import save_random_model
+from worker_service.communicator import Communicator
+from worker_service.layers.operations import TorchOperations
+from worker_service.model_config import read_model_config
+from worker_service.models.qwen3 import Qwen3
+from worker_service.shard import Shard
+from worker_service.weights import load_weights
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    # A vocabulary that nothing divides, of which the last of four ranks has less than the others.
+    "dense": {"vocab_size": 259},
+    # With four ranks and two KV heads, each is held twice; the last rank has nothing of a vocabulary of three.
+    "tied": {"vocab_size": 3, "tie_word_embeddings": True},
+    "moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+}
+REPLICATED = ("norm", "mlp.gate.")
+BY_COLUMN = ("o_proj", "down_proj")
+
+
+def load(folder: Path, shard: Shard) -> tuple[Qwen3, int]:
+    config = read_model_config(folder)
+    model = Qwen3(config, TorchOperations(), 64, torch.float32, Communicator(shard))
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
+    loaded = load_weights(folder, model.checkpoint_targets(), ignored)
+    return model, loaded.num_bytes
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_ranks_parts_put_together_are_the_checkpoint(config: dict[str, Any], size: int, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, **config)
+    ranks = [load(folder, Shard(rank, size)) for rank in range(size)]
+    targets = [model.checkpoint_targets() for model, _ in ranks]
+    num_bytes = [0] * size
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for name in targets[0]:
+            tensor, views = file.get_tensor(name), [of_rank[name].view for of_rank in targets]
+            if any(part in name for part in REPLICATED):
+                assert all(torch.equal(view, tensor) for view in views)
+            elif "k_proj" in name or "v_proj" in name:
+                heads, per_rank = tensor.view(2, 16, -1), max(1, 2 // size)
+                for rank, view in enumerate(views):
+                    first = rank * 2 // size
+                    assert torch.equal(view, heads[first : first + per_rank].flatten(0, 1))
+            else:
+                dim = 1 if any(part in name for part in BY_COLUMN) else 0
+                assert torch.equal(torch.cat(views, dim), tensor)
+                if "embed_tokens" not in name and "lm_head" not in name:
+                    assert {view.numel() for view in views} == {tensor.numel() // size}
+            for rank, view in enumerate(views):
+                num_bytes[rank] += view.nbytes
+    # No more is read than is held, and everything is filled: padding with zeros.
+    assert [read for _, read in ranks] == num_bytes
+    for model, _ in ranks:
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 2}, "does not divide num_attention_heads, 6"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, "neither divides num_key_value_heads, 3"),
+        ({"intermediate_size": 50}, "does not divide intermediate_size, 50"),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 30},
+            "does not divide moe_intermediate_size, 30",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_cut_is_refused(config: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    model_config = read_model_config(save_random_model(tmp_path, **config))
+    Shard(0, 1).check(model_config)
+    with pytest.raises(ConfigError, match=f"--tp-size 4 {problem}"):
+        Shard(0, 4).check(model_config)
