@@ -73,6 +73,9 @@ def join_group(settings: WorkerSettings) -> Rank:
     if "WORLD_SIZE" in environment and "RANK" in environment:
         if int(environment["WORLD_SIZE"]) != settings.tp_size:
             raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {environment['WORLD_SIZE']}")
+        if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
+            # torchrun ends its processes, unless it is killed itself.
+            die_with_parent()
         store, number, size = next(rendezvous("env://"))
         rank = Rank(Shard(number, size), int(environment.get("LOCAL_RANK", 0)), store)
     else:

@@ -257,3 +257,8 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
         least = num_tokens * 2 * 2 * 32 * 8 // 2
         for enter, count in zip(hosts, before, strict=True):
             assert bytes_received(enter) - count > least
+        # One host's torchrun is killed: its rank ends with it, and the other with the rank.
+        ranks = [rank for process in processes for rank in psutil.Process(process.pid).children(recursive=True)]
+        assert len(ranks) == 2
+        processes[1].kill()
+        wait_all_gone(ranks, 20)

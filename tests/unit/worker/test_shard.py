@@ -1,5 +1,7 @@
 """What each rank of a tensor-parallel group holds, and reads, of a checkpoint."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,43 @@ def test_a_model_that_cannot_be_cut_is_refused(config: dict[str, Any], problem: 
     Shard(0, 1).check(model_config)
     with pytest.raises(ConfigError, match=f"--tp-size 4 {problem}"):
         Shard(0, 4).check(model_config)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from tests.unit.worker.test_shard import load
+from worker_service.shard import Shard
+
+def peak_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+before = peak_bytes()
+_, num_bytes = load(Path(sys.argv[1]), Shard(int(sys.argv[2]), int(sys.argv[3])))
+print(num_bytes, peak_bytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_a_rank_of_four_needs_a_fraction_of_the_host_memory(tmp_path: Path) -> None:
+    """Weights, and what is mapped of the file. Of weights that are dealt out by column whole pages are mapped."""
+    folder = save_random_model(
+        tmp_path, dtype="float32", vocab_size=20000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6
+    )
+    size = (folder / "model.safetensors").stat().st_size
+
+    def measure(rank: int, num_ranks: int) -> tuple[int, int]:
+        command = [sys.executable, "-c", MEASURE, str(folder), str(rank), str(num_ranks)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        num_bytes, peak = map(int, output.split())
+        return num_bytes, peak
+
+    num_bytes, peak = measure(0, 1)
+    assert num_bytes == pytest.approx(size, rel=0.01)
+    assert peak > 1.8 * size
+    for rank in (0, 3):
+        num_bytes, its_peak = measure(rank, 4)
+        assert num_bytes == pytest.approx(size / 4, rel=0.02)
+        assert its_peak < 0.4 * peak
