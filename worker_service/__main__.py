@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 
 from shared.config import WorkerSettings, read_command_line
@@ -38,6 +39,9 @@ def run(settings: WorkerSettings) -> None:
     # torch is imported only now, so that --help and wrong flags answer at once.
     from worker_service.startup import build_runner
 
+    world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    if world_size not in (None, str(settings.tp_size)):
+        raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
     if settings.tp_size == 1:
         asyncio.run(serve(settings, WorkerServicer(build_runner(settings))))
         return

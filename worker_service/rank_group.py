@@ -67,12 +67,10 @@ class Rank:
 def join_group(settings: WorkerSettings) -> Rank:
     """This process's rank, once all have met; starts the others unless something else has started this one.
 
-    Raises ConfigError where the environment's WORLD_SIZE is not the group's size.
+    Raises ConfigError where this host has no GPU for it.
     """
     environment = os.environ
-    if "WORLD_SIZE" in environment and "RANK" in environment:
-        if int(environment["WORLD_SIZE"]) != settings.tp_size:
-            raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {environment['WORLD_SIZE']}")
+    if "RANK" in environment and "WORLD_SIZE" in environment:
         if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
             # torchrun ends its processes, unless it is killed itself.
             die_with_parent()
@@ -90,6 +88,10 @@ def join_group(settings: WorkerSettings) -> Rank:
             threading.Thread(target=_watch_child, args=(number, child), daemon=True).start()
     is_on_gpu = device_of(settings).type == "cuda"
     if is_on_gpu:
+        if rank.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank.shard.rank} needs GPU {rank.local_rank}; torch finds {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(rank.local_rank)
     dist.init_process_group(
         "nccl" if is_on_gpu else "gloo",

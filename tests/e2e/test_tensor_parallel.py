@@ -146,16 +146,26 @@ def test_sigterm_ends_all_ranks_well(engine: Engine) -> None:
     assert "lost" not in engine.worker.log_file.read_text()
 
 
-def test_a_model_that_cannot_be_cut_is_refused_by_all(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "environment", "problem"),
+    [
+        (["--tp-size", "3"], {}, "--tp-size 3 does not divide num_attention_heads, 4"),
+        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "--tp-size is 1, but WORLD_SIZE is 2"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(
+    flags: list[str], environment: dict[str, str], problem: str, folder: Path
+) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "worker_service", "--model", str(folder), "--device", "cpu", "--tp-size", "3"],
+        [sys.executable, "-m", "worker_service", "--model", str(folder), "--device", "cpu", *flags],
         cwd=REPOSITORY,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=WAIT_S,
     )
     assert process.returncode != 0
-    assert "--tp-size 3 does not divide num_attention_heads, 4" in process.stderr
+    assert problem in process.stderr
 
 
 def ip(*arguments: str) -> None:
