@@ -14,6 +14,7 @@ from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
 
+PARENT_PID = os.getppid()
 STOP_GRACE_S = 2.0
 SWITCH_INTERVAL_S = 2e-4
 """How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
@@ -37,7 +38,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
 def run(settings: WorkerSettings) -> None:
     """Serves a model, or its part of one, until the end."""
     # torch is imported only now, so that --help and wrong flags answer at once.
-    from worker_service.startup import build_runner
+    from worker_service.startup import build_runner, check_model
 
     world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     if world_size not in (None, str(settings.tp_size)):
@@ -46,17 +47,20 @@ def run(settings: WorkerSettings) -> None:
         asyncio.run(serve(settings, WorkerServicer(build_runner(settings))))
         return
     from worker_service.communicator import Communicator
-    from worker_service.rank_group import Follower, Leader, LeadingRunner, join_group
+    from worker_service.rank_group import Follower, Leader, LeadingRunner, join_group, leave_group
 
-    rank = join_group(settings)
+    # Before there are others who would say the same.
+    check_model(settings)
+    rank = join_group(settings, PARENT_PID)
     communicator = Communicator(rank.shard)
     if rank.shard.rank == 0:
         leader = Leader(rank)
         runner = LeadingRunner(build_runner(settings, communicator), leader)
         asyncio.run(serve(settings, WorkerServicer(runner)))
-        leader.stop(rank)
+        leader.stop()
     else:
         Follower(rank).run(build_runner(settings, communicator))
+    leave_group()
 
 
 def main() -> None:

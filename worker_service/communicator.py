@@ -30,6 +30,12 @@ class Communicator:
         dist.all_gather(parts, x)
         return torch.cat(parts, dim=-1)
 
+    def agree(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's, on all ranks; in place."""
+        if self.shard.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
     def smallest(self, number: int, device: torch.device) -> int:
         if self.shard.size == 1:
             return number

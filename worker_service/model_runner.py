@@ -110,8 +110,9 @@ class ModelRunner:
             any_truncated=bool(self._options.is_truncated[rows].any()),
         )
         is_bad = logits.isnan().any(-1) | ~logits.amax(-1).isfinite()
-        self._last_token[device_rows] = sampled.masked_fill(is_bad, 0)
-        return sampled.masked_fill(is_bad, -1)
+        sampled = self.model.communicator.agree(sampled.masked_fill(is_bad, -1))
+        self._last_token[device_rows] = sampled.clamp(min=0)
+        return sampled
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":

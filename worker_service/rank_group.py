@@ -5,20 +5,24 @@ under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...) each process finds itself to
 collectives each rank has a connection to rank 0 for plans, which are the bytes of the wire's message. Both ends say
 every HEARTBEAT_S that they are alive, and ranks say how many messages they have carried out; who is silent, or does
 not get on, is taken as lost, and with one rank the whole group ends: its processes exit, and the scheduler goes on
-with the next worker.
+with the next worker. So it does when rank 0 fails in the middle of a step, as the others would wait for it.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import queue
 import secrets
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -26,7 +30,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from shared.config import WorkerSettings
@@ -34,7 +38,7 @@ from shared.errors import ConfigError, InvalidPlan
 from shared.process import die_with_parent
 from shared.settings import ENVIRONMENT_PREFIX, to_arguments
 from shared.step_codec import decode_plan, encode_plan
-from shared.step_plan import StepPlan, WorkerInfo
+from shared.step_plan import StepPlan, StepResult, WorkerInfo
 from tandem.v1 import worker_pb2
 from worker_service.runner import PendingStep, Runner
 from worker_service.shard import Shard
@@ -45,11 +49,13 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_LIMIT_S = 10.0
 """A rank that says nothing for so long is lost: stopped, or cut off."""
-PROGRESS_LIMIT_S = 30.0
-"""So is one that doesn't get on with the message that it has."""
+PROGRESS_LIMIT_S = 300.0
+"""So is one that doesn't get on with the message that it has; longer than the scheduler waits for a step."""
 PLAN, RESET, STOP, ALIVE = (bytes([kind]) for kind in range(4))
 ADDRESS_KEY, SECRET_KEY = "tandem/plans/address", "tandem/plans/secret"
 LOOPBACK = "127.0.0.1"
+STORE_VARIABLE = "RANK_STORE"
+"""Tells a rank that rank 0 has started where to meet."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +70,25 @@ class Rank:
     """The other ranks, where this process has started them"""
 
 
-def join_group(settings: WorkerSettings) -> Rank:
+def join_group(settings: WorkerSettings, parent_pid: int) -> Rank:
     """This process's rank, once all have met; starts the others unless something else has started this one.
 
-    Raises ConfigError where this host has no GPU for it.
+    parent_pid is what the process began under. Raises ConfigError where this host has no GPU for it.
     """
     environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    if STORE_VARIABLE in environment:
+        store = FileStore(environment[STORE_VARIABLE], settings.tp_size)
+        rank = Rank(Shard(int(environment["RANK"]), settings.tp_size), int(environment["LOCAL_RANK"]), store)
+    elif "RANK" in environment and "WORLD_SIZE" in environment:
         if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
             # torchrun ends its processes, unless it is killed itself.
             die_with_parent()
+            if os.getppid() != parent_pid:
+                sys.exit(1)
         store, number, size = next(rendezvous("env://"))
         rank = Rank(Shard(number, size), int(environment.get("LOCAL_RANK", 0)), store)
     else:
-        server = TCPStore(LOOPBACK, 0, settings.tp_size, is_master=True, wait_for_workers=False)
-        variables = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(server.port), "WORLD_SIZE": str(settings.tp_size)}
-        # Ranks of one host need no name that resolves.
-        variables |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        environment.update(variables)
-        children = tuple(_start_rank(settings, number, variables) for number in range(1, settings.tp_size))
-        rank = Rank(Shard(0, settings.tp_size), 0, server, children)
-        for number, child in enumerate(children, 1):
-            threading.Thread(target=_watch_child, args=(number, child), daemon=True).start()
+        rank = _start_group(settings)
     is_on_gpu = device_of(settings).type == "cuda"
     if is_on_gpu:
         if rank.local_rank >= torch.cuda.device_count():
@@ -100,6 +103,24 @@ def join_group(settings: WorkerSettings) -> Rank:
         world_size=rank.shard.size,
     )
     return rank
+
+
+def leave_group() -> None:
+    dist.destroy_process_group()
+
+
+def _start_group(settings: WorkerSettings) -> Rank:
+    """As rank 0 of a group on this host. They meet in a folder that nobody else may read, not on a port."""
+    folder = tempfile.mkdtemp(prefix="tandem-ranks-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    variables = {STORE_VARIABLE: f"{folder}/store", "WORLD_SIZE": str(settings.tp_size)}
+    if sys.platform == "linux":
+        # Ranks of one host need no name that resolves.
+        os.environ["GLOO_SOCKET_IFNAME"] = variables["GLOO_SOCKET_IFNAME"] = "lo"
+    children = tuple(_start_rank(settings, number, variables) for number in range(1, settings.tp_size))
+    for number, child in enumerate(children, 1):
+        _start_thread(_watch_child, number, child)
+    return Rank(Shard(0, settings.tp_size), 0, FileStore(variables[STORE_VARIABLE], settings.tp_size), children)
 
 
 def _start_rank(settings: WorkerSettings, number: int, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
@@ -134,94 +155,131 @@ class _Channel:
         self.is_closing = False
         self._connection = connection
         self._sending = threading.Lock()
-        self._heard_at = time.monotonic()
+        self._heard_at: float | None = None
         # A plan must not wait until the one before is acknowledged.
         with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
             duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
+        """May wait, for a peer that does not read."""
         try:
             with self._sending:
                 self._connection.send_bytes(kind + body)
         except OSError as error:
-            self._lose(error)
+            if not self.is_closing:
+                fail(f"{self.peer} is gone: {error!r}")
 
-    def receive(self) -> tuple[bytes, bytes]:
+    def receive(self) -> tuple[bytes, bytes] | None:
+        """None at the end of a connection that is closing."""
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
-            self._lose(error)
+            if self.is_closing:
+                return None
+            fail(f"{self.peer} is gone: {error!r}")
         self._heard_at = time.monotonic()
         return message[:1], message[1:]
 
-    def _lose(self, error: Exception) -> NoReturn:
-        if self.is_closing:
-            # Of this thread alone.
-            sys.exit()
-        fail(f"{self.peer} is gone: {error!r}")
+    def start(self, status: Callable[[], bytes], get_problem: Callable[[], str | None] = lambda: None) -> None:
+        """Says from now on that this end is alive, with a status, and watches the other: who is silent is lost, and who
+        has a problem.
+        """
+        _start_thread(self._keep_alive, status)
+        # A thread of its own, as sending may wait for the very peer that is frozen.
+        _start_thread(self._watch, get_problem)
 
-    def keep_alive(self, status: Callable[[], bytes]) -> None:
-        """Until the process ends, in a thread of its own."""
-        while True:
+    def _keep_alive(self, status: Callable[[], bytes]) -> None:
+        while not self.is_closing:
             self.send(ALIVE, status())
             time.sleep(HEARTBEAT_S)
-            silent_s = time.monotonic() - self._heard_at
+
+    def _watch(self, get_problem: Callable[[], str | None]) -> None:
+        while not self.is_closing:
+            time.sleep(HEARTBEAT_S)
+            # What is heard first may come late: ranks start at different speeds.
+            silent_s = time.monotonic() - self._heard_at if self._heard_at is not None else 0
             if silent_s > SILENCE_LIMIT_S:
                 fail(f"{self.peer} has been silent for {silent_s:.0f} s")
+            if problem := get_problem():
+                fail(f"{self.peer} {problem}")
 
 
-def _start_thread(target: Callable[..., None], *arguments: object) -> None:
-    threading.Thread(target=target, args=arguments, daemon=True).start()
+def _start_thread(target: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
 class Leader:
     """Rank 0's connections to all others."""
 
     def __init__(self, rank: Rank) -> None:
-        """Waits until all are connected."""
-        host = os.environ.get("MASTER_ADDR", LOOPBACK)
+        """Waits until all are connected. The secret keeps strays out, not whoever can read the rendezvous's store."""
+        host = os.environ.get("MASTER_ADDR", LOOPBACK) if not rank.children else LOOPBACK
         secret = secrets.token_bytes(32)
-        with Listener(("" if host != LOOPBACK else host, 0), backlog=rank.shard.size, authkey=secret) as listener:
+        self._children = rank.children
+        self._sending = threading.Lock()
+        self._is_stopping = False
+        self._num_sent = 0
+        self._channels: list[_Channel] = []
+        self._listeners: list[threading.Thread] = []
+        with Listener((LOOPBACK if host == LOOPBACK else "", 0), backlog=rank.shard.size, authkey=secret) as listener:
             rank.store.set(SECRET_KEY, secret.hex())
             rank.store.set(ADDRESS_KEY, f"{host}:{listener.address[1]}")
-            connections: list[Connection] = []
-            while len(connections) < rank.shard.size - 1:
-                # Whoever else finds the port does not know the secret.
-                with contextlib.suppress(AuthenticationError, EOFError, ConnectionError):
-                    connections.append(listener.accept())
-        self._num_sent = 0
-        self._channels = []
-        for connection in connections:
-            number, process_id = connection.recv_bytes().decode().split()
-            channel = _Channel(connection, f"rank {number} (process {process_id})")
-            self._channels.append(channel)
-            _start_thread(self._listen, channel)
-            _start_thread(channel.keep_alive, lambda: b"")
+            while len(self._channels) < rank.shard.size - 1:
+                with contextlib.suppress(AuthenticationError, EOFError, OSError):
+                    self._add(listener.accept())
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
-        """To all."""
-        self._num_sent += 1
-        for channel in self._channels:
-            channel.send(kind, body)
+        """To all, who get all messages in one order; nothing after the end."""
+        with self._sending:
+            if self._is_stopping:
+                return
+            self._is_stopping = kind == STOP
+            self._num_sent += 1
+            for channel in self._channels:
+                channel.is_closing = self._is_stopping
+                channel.send(kind, body)
 
-    def stop(self, rank: Rank) -> None:
-        """Ends the other ranks, and waits for those that this process has started."""
-        for channel in self._channels:
-            channel.is_closing = True
+    def stop(self) -> None:
+        """Ends the other ranks, and waits for them, but not for ever."""
         self.send(STOP)
-        for child in rank.children:
+        for listener in self._listeners:
+            listener.join(SILENCE_LIMIT_S)
+        for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(SILENCE_LIMIT_S)
 
-    def _listen(self, channel: _Channel) -> None:
-        num_done, since = 0, time.monotonic()
-        while True:
-            _, body = channel.receive()
-            now, done = time.monotonic(), int.from_bytes(body, "little")
-            if done > num_done or done >= self._num_sent:
-                num_done, since = done, now
-            elif now - since > PROGRESS_LIMIT_S:
-                fail(f"{channel.peer} has not got past message {done} of {self._num_sent} for {now - since:.0f} s")
+    def _add(self, connection: Connection) -> None:
+        number, process_id = connection.recv_bytes().decode().split()
+        channel, progress = _Channel(connection, f"rank {number} (process {process_id})"), _Progress()
+        self._channels.append(channel)
+        self._listeners.append(_start_thread(self._listen, channel, progress))
+        channel.start(lambda: b"", lambda: progress.problem(self._num_sent))
+
+    def _listen(self, channel: _Channel, progress: "_Progress") -> None:
+        while message := channel.receive():
+            progress.note(int.from_bytes(message[1], "little"))
+
+
+class _Progress:
+    """How far a rank has come with its messages."""
+
+    def __init__(self) -> None:
+        self._num_done = 0
+        self._since = time.monotonic()
+
+    def note(self, num_done: int) -> None:
+        if num_done > self._num_done:
+            self._num_done, self._since = num_done, time.monotonic()
+
+    def problem(self, num_sent: int) -> str | None:
+        now = time.monotonic()
+        if self._num_done >= num_sent:
+            self._since = now
+        if now - self._since <= PROGRESS_LIMIT_S:
+            return None
+        return f"has not got past message {self._num_done} of {num_sent} for {now - self._since:.0f} s"
 
 
 class LeadingRunner:
@@ -238,17 +296,42 @@ class LeadingRunner:
     def execute(self, plan: StepPlan) -> PendingStep:
         """InvalidPlan if the batch can't follow the plan: then no rank can, and none has applied it."""
         self._leader.send(PLAN, encode_plan(plan).SerializeToString())
-        return self._runner.execute(plan)
+        with _all_or_nothing():
+            return _LeadingStep(self._runner.execute(plan))
 
     def reset(self) -> None:
         self._leader.send(RESET)
-        self._runner.reset()
+        with _all_or_nothing():
+            self._runner.reset()
+
+
+class _LeadingStep:
+    def __init__(self, step: PendingStep) -> None:
+        self._step = step
+
+    def wait(self) -> StepResult:
+        with _all_or_nothing():
+            return self._step.wait()
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """A step that fails on rank 0 alone would leave the others in the middle of it."""
+    try:
+        yield
+    except InvalidPlan:
+        raise
+    except Exception as error:
+        logger.exception("rank 0 failed")
+        fail(f"rank 0 (process {os.getpid()}) failed: {error!r}")
 
 
 class Follower:
-    """Another rank's connection to rank 0."""
+    """Another rank's connection to rank 0, which alone says when the rank ends: it takes no signals."""
 
     def __init__(self, rank: Rank) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         host, _, port = rank.store.get(ADDRESS_KEY).decode().rpartition(":")
         secret = bytes.fromhex(rank.store.get(SECRET_KEY).decode())
         connection = Client((host, int(port)), authkey=secret)
@@ -258,7 +341,7 @@ class Follower:
         # What arrives is read at once, so that rank 0's end is noticed while a step runs.
         self._messages: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
         _start_thread(self._read)
-        _start_thread(self._channel.keep_alive, lambda: self._num_done.to_bytes(8, "little"))
+        self._channel.start(lambda: self._num_done.to_bytes(8, "little"))
 
     def run(self, runner: Runner) -> None:
         """Carries out what rank 0 says, until it says that this is the end."""
@@ -275,10 +358,7 @@ class Follower:
             self._num_done += 1
 
     def _read(self) -> None:
-        while True:
-            kind, body = self._channel.receive()
-            self._channel.is_closing = kind == STOP
-            if kind != ALIVE:
-                self._messages.put((kind, body))
-            if kind == STOP:
-                return
+        while message := self._channel.receive():
+            self._channel.is_closing = message[0] == STOP
+            if message[0] != ALIVE:
+                self._messages.put(message)

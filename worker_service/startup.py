@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import logging
+import os
 import uuid
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from worker_service.model_config import ModelConfig, read_generation_defaults, r
 from worker_service.model_runner import ModelRunner
 from worker_service.models.qwen3 import Qwen3
 from worker_service.runner import Runner
+from worker_service.shard import Shard
 from worker_service.weights import fingerprint_of, load_weights
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,8 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     folder = resolve_model(settings.model, ALL_FILES)
     device, dtype = device_of(settings), _dtype_of(settings)
     # The ranks of one host share its CPUs.
-    torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // communicator.shard.size))
+    num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", communicator.shard.size))
+    torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // num_ranks_here))
     config = read_model_config(folder)
     defaults = read_generation_defaults(folder, config.vocab_size)
     wanted_len = settings.max_model_len or config.max_position_embeddings
@@ -78,6 +81,11 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         num_blocks - 1, settings.block_size, max_model_len,
     )  # fmt: skip
     return make_runner(model, kv_cache.allocate(num_blocks, shape, device), info, use_graphs=not settings.enforce_eager)
+
+
+def check_model(settings: WorkerSettings) -> None:
+    """Raises what build_runner would raise of the model's config."""
+    Shard(0, settings.tp_size).check(read_model_config(resolve_model(settings.model, ALL_FILES)))
 
 
 def make_runner(model: Qwen3, cache: torch.Tensor, info: WorkerInfo, *, use_graphs: bool) -> Runner:

@@ -39,9 +39,9 @@ def make_requests() -> list[inference_pb2.GenerateStreamRequest]:
     return requests
 
 
-def start(folder: Path, tp_size: int, *worker_flags: str) -> Engine:
-    # So few blocks that some sequences are preempted.
-    return Engine(folder, worker_flags=["--tp-size", str(tp_size), "--num-blocks", "40", *worker_flags])
+def start(folder: Path, tp_size: int, num_blocks: int = 40) -> Engine:
+    """With 40 blocks some of the requests are preempted."""
+    return Engine(folder, worker_flags=["--tp-size", str(tp_size), "--num-blocks", str(num_blocks)])
 
 
 def run(engine: Engine) -> list[list[int]]:
@@ -51,14 +51,15 @@ def run(engine: Engine) -> list[list[int]]:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **config)
-    outputs = {}
+    outputs, num_preemptions = {}, 0
     for tp_size in (1, 2, 4):
         engine = start(folder, tp_size)
         try:
             outputs[tp_size] = run(engine)
-            assert engine.load().num_preemptions > 0
+            num_preemptions += engine.load().num_preemptions
         finally:
             engine.close()
+    assert num_preemptions > 0
     assert outputs[2] == outputs[1]
     assert outputs[4] == outputs[1]
     # Of its ways to compute experts, the one that knows float64.
@@ -80,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(folder: Path) -> Iterator[Engine]:
-    engine = start(folder, 2)
+    engine = start(folder, 2, num_blocks=200)
     yield engine
     engine.close()
 
@@ -104,7 +105,7 @@ def wait_all_gone(processes: list[psutil.Process], timeout_s: float) -> None:
 
 def lose(engine: Engine, victim: int, number: signal.Signals, timeout_s: float) -> list[psutil.Process]:
     """Hits a rank while streams run, and sees the whole group end and the streams go on with the next."""
-    requests = [generate_request(prompt, 300, seed=index) for index, prompt in enumerate(PROMPTS[:2])]
+    requests = [generate_request(prompt, 700, seed=index) for index, prompt in enumerate(PROMPTS[:2])]
     truth = [stream.result() for stream in [engine.stream(request) for request in requests]]
     streams = [engine.stream(request) for request in requests]
     for stream in streams:
@@ -138,10 +139,16 @@ def test_a_frozen_rank_ends_the_group(engine: Engine) -> None:
     wait_all_gone(ranks, 10)
 
 
-def test_sigterm_ends_all_ranks_well(engine: Engine) -> None:
+@pytest.mark.parametrize("receivers", [1, 2], ids=["rank_0", "all_ranks"])
+def test_sigterm_ends_all_ranks_well(receivers: int, engine: Engine) -> None:
+    """In the middle of streams; a supervisor may tell all of its processes."""
+    streams = [engine.stream(generate_request(prompt, 900)) for prompt in PROMPTS[:2]]
+    for stream in streams:
+        stream.wait_tokens(10)
     ranks = ranks_of(engine.worker)
-    engine.worker.signal(signal.SIGTERM)
-    wait_all_gone(ranks, 10)
+    for rank in reversed(ranks[:receivers]):
+        rank.send_signal(signal.SIGTERM)
+    wait_all_gone(ranks, 20)
     assert engine.worker.process.wait(WAIT_S) == 0
     assert "lost" not in engine.worker.log_file.read_text()
 

@@ -1,0 +1,117 @@
+"""Rank 0's side of a tensor-parallel group, where processes can't easily be made to fail so."""
+
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Client, Connection, Listener
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shared.errors import InvalidPlan
+from shared.step_plan import StepPlan
+from tests.e2e.waiting import WAIT_S, wait_until
+from worker_service import rank_group
+from worker_service.rank_group import PLAN, LeadingRunner
+
+
+class Failed(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the group was given up for."""
+    problems: list[str] = []
+
+    def fail(problem: str) -> None:
+        problems.append(problem)
+        raise Failed
+
+    monkeypatch.setattr(rank_group, "fail", fail)
+    return problems
+
+
+class FailingRunner:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def execute(self, plan: StepPlan) -> Any:
+        raise self._error
+
+
+def lead(error: Exception) -> tuple[LeadingRunner, list[bytes]]:
+    sent: list[bytes] = []
+    leader = SimpleNamespace(send=lambda kind, body=b"": sent.append(kind))
+    return LeadingRunner(FailingRunner(error), leader), sent  # type: ignore[arg-type]
+
+
+def test_a_step_that_fails_on_rank_0_alone_ends_the_group(problems: list[str]) -> None:
+    runner, sent = lead(MemoryError("too little memory"))
+    with pytest.raises(Failed):
+        runner.execute(StepPlan(1))
+    assert sent == [PLAN]
+    assert "too little memory" in problems[0]
+
+
+def test_a_plan_that_no_rank_can_follow_ends_nothing(problems: list[str]) -> None:
+    runner, _ = lead(InvalidPlan("computes nothing"))
+    with pytest.raises(InvalidPlan):
+        runner.execute(StepPlan(1))
+    assert not problems
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch, problems: list[str]) -> Iterator[tuple[rank_group._Channel, Connection]]:
+    """A channel to rank 1, and rank 1's end of it."""
+    with Listener(("127.0.0.1", 0)) as listener:
+        clients: list[Connection] = []
+        thread = threading.Thread(target=lambda: clients.append(Client(listener.address)))
+        thread.start()
+        mine = listener.accept()
+        thread.join()
+    channel = rank_group._Channel(mine, "rank 1")
+    threads: list[threading.Thread] = []
+    start_thread = rank_group._start_thread
+    monkeypatch.setattr(rank_group, "_start_thread", lambda *args: threads.append(start_thread(*args)))
+    yield channel, clients[0]
+    # Its threads end, before fail is again what it was.
+    channel.is_closing = True
+    clients[0].close()
+    for thread in threads:
+        thread.join(WAIT_S)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_peer_that_stops_reading_and_speaking_is_lost(
+    monkeypatch: pytest.MonkeyPatch, problems: list[str], peer: tuple[rank_group._Channel, Connection]
+) -> None:
+    monkeypatch.setattr(rank_group, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(rank_group, "SILENCE_LIMIT_S", 0.5)
+    channel, end = peer
+    end.send_bytes(rank_group.ALIVE)
+    channel.receive()
+    # More than the connection holds: this waits for ever, with the lock.
+    threading.Thread(target=channel.send, args=(PLAN, bytes(64 << 20)), daemon=True).start()
+    time.sleep(0.1)
+    channel.start(lambda: b"")
+    wait_until(lambda: bool(problems), "the silence is noticed", 10)
+    assert "rank 1 has been silent" in problems[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_peer_that_gets_no_further_is_lost(
+    monkeypatch: pytest.MonkeyPatch, problems: list[str], peer: tuple[rank_group._Channel, Connection]
+) -> None:
+    monkeypatch.setattr(rank_group, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(rank_group, "PROGRESS_LIMIT_S", 0.5)
+    progress = rank_group._Progress()
+    progress.note(3)
+    num_sent = 3
+    peer[0].start(lambda: b"", lambda: progress.problem(num_sent))
+    time.sleep(1)
+    assert not problems
+    num_sent = 4
+    wait_until(lambda: bool(problems), "the standstill is noticed", 10)
+    assert "has not got past message 3 of 4" in problems[0]
