@@ -80,7 +80,7 @@ class Batch:
             self.num_cached[row] = new.num_cached_tokens
             self.num_blocks[row] = len(new.block_ids)
             self.block_tables[row, : len(new.block_ids)] = new.block_ids
-        decode_rows = np.flatnonzero(self.is_decoding).astype(np.int32)
+        decode_rows = self.is_decoding.nonzero()[0].astype(np.int32)
         for row, block_id in zip(plan.appended_block_rows.tolist(), plan.appended_block_ids.tolist(), strict=True):
             self.block_tables[row, self.num_blocks[row]] = block_id
             self.num_blocks[row] += 1
@@ -97,21 +97,25 @@ class Batch:
         )
 
     def _check(self, plan: StepPlan) -> None:
-        self._check_rows(plan)
-        self._check_appended(plan)
+        """What is empty, as in a steady step all is, needs no check: a step's launch waits for this."""
         added = {new.row: new for new in plan.added_rows}
-        decoding = self.is_decoding
-        decoding[plan.removed_rows] = False
-        decoding[list(added)] = False
-        self._check_chunks(plan, added)
+        decoding, num_blocks = self.is_decoding, self.num_blocks
+        if len(plan.removed_rows) or added:
+            self._check_rows(plan)
+            decoding[plan.removed_rows] = False
+            decoding[list(added)] = False
+        if len(plan.appended_block_rows) or len(plan.appended_block_ids):
+            self._check_appended(plan)
+            num_blocks = num_blocks.copy()
+            np.add.at(num_blocks, plan.appended_block_rows, 1)
+        if len(plan.chunk_rows) or len(plan.chunk_num_tokens):
+            self._check_chunks(plan, added)
         num_tokens = int(decoding.sum()) + int(plan.chunk_num_tokens.sum())
         _require(num_tokens > 0, "computes nothing")
         _require(num_tokens <= self.max_num_batched_tokens, f"computes {num_tokens} tokens, more than the limit")
-        num_blocks = self.num_blocks.copy()
-        np.add.at(num_blocks, plan.appended_block_rows, 1)
         capacity = np.minimum(num_blocks * self.block_size, self.max_model_len)
-        full = np.flatnonzero(decoding & (self.num_computed >= capacity))
-        _require(not len(full), f"decoding rows {full.tolist()} have no slot for their next token")
+        full = decoding & (self.num_computed >= capacity)
+        _require(not full.any(), f"decoding rows {full.nonzero()[0].tolist()} have no slot for their next token")
 
     def _check_rows(self, plan: StepPlan) -> None:
         removed = plan.removed_rows
