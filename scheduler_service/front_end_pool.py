@@ -23,7 +23,8 @@ from shared.config import SchedulerSettings
 from shared.error_interceptor import ErrorInterceptor
 from shared.errors import ConfigError
 from shared.grpc_options import LOCAL_OPTIONS
-from shared.settings import ENVIRONMENT_PREFIX, to_arguments
+from shared.process import child_environment
+from shared.settings import to_arguments
 from tandem.v1 import control_pb2_grpc, engine_pb2_grpc
 
 MODULE = "scheduler_service.front_end_process"
@@ -111,7 +112,7 @@ class FrontEndPool:
 
     async def _keep(self, command: list[str]) -> None:
         """Runs one, and another whenever it ends."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
+        environment = child_environment()
         backoff_s = MIN_BACKOFF_S
         while True:
             started = time.monotonic()

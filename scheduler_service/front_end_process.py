@@ -6,7 +6,6 @@ leave, so signals meant for the scheduler process, which a terminal or a supervi
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from scheduler_service.remote_engine import RemoteEngine
 from shared.config import SchedulerSettings, read_command_line
 from shared.errors import ConfigError, ModelError, WorkerUnavailable
 from shared.log import configure_logging
-from shared.process import die_with_parent
+from shared.process import end_with_parent
 from shared.settings import option
 
 CONNECT_TIMEOUT_S = 30.0
@@ -32,14 +31,6 @@ class FrontEndSettings(SchedulerSettings):
 
     engine_socket: str = option("", "Unix domain socket of the scheduler process")
     parent_pid: int = option(0, "process id of the scheduler process", minimum=1)
-
-
-def end_with_parent(parent_pid: int) -> None:
-    """Not even kill -9 of the scheduler process leaves this one behind."""
-    die_with_parent()
-    if os.getppid() != parent_pid:
-        # It died before we asked.
-        sys.exit(1)
 
 
 async def serve(settings: FrontEndSettings) -> None:

@@ -1,11 +1,27 @@
-"""What a process that is a child of another needs."""
+"""What a process and the children that it starts share."""
 
 import ctypes
+import os
 import signal
+import sys
+
+from shared.settings import ENVIRONMENT_PREFIX
 
 PR_SET_PDEATHSIG = 1
+
+
+def child_environment() -> dict[str, str]:
+    """This process's, without its settings: children get theirs as flags."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
 
 
 def die_with_parent() -> None:
     """In a child, on Linux: the kernel kills it when the thread that started it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """die_with_parent, of a process that runs already: its parent, parent_pid when it began, may have died by now."""
+    die_with_parent()
+    if os.getppid() != parent_pid:
+        sys.exit(1)

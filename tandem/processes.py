@@ -6,7 +6,6 @@ kill -9 leaves them behind: start them from one that lives as long as they shoul
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from typing import IO
 from shared.config import SchedulerSettings, WorkerSettings
 from shared.errors import TandemError
 from shared.health_probe import health_status
-from shared.process import die_with_parent
-from shared.settings import ENVIRONMENT_PREFIX, to_arguments
+from shared.process import child_environment, die_with_parent
+from shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 STOP_TIMEOUT_S = 10.0
@@ -135,7 +134,7 @@ class Services:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, "--port-file", str(port_file)],
             stderr=self._log,
-            env={name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)},
+            env=child_environment(),
             # Out of the terminal's reach: Ctrl-C is ours, and we stop them in order.
             start_new_session=True,
             preexec_fn=die_with_parent if sys.platform == "linux" else None,

@@ -26,6 +26,17 @@ class YarnScaling:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture-of-experts' shape: which layers have it in the MLP's place, and what it is there."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A Qwen3's shape. Names are config.json's."""
 
@@ -41,18 +52,7 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     yarn: YarnScaling | None = None
-    moe: "MoEConfig | None" = None
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """A mixture-of-experts' shape: which layers have it in the MLP's place, and what it is there."""
-
-    layers: tuple[int, ...]
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    norm_topk_prob: bool
+    moe: MoEConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from shared.config import WorkerSettings
 from shared.errors import ConfigError, InvalidPlan
-from shared.process import die_with_parent
-from shared.settings import ENVIRONMENT_PREFIX, to_arguments
+from shared.process import child_environment, die_with_parent, end_with_parent
+from shared.settings import to_arguments
 from shared.step_codec import decode_plan, encode_plan
 from shared.step_plan import StepPlan, StepResult, WorkerInfo
 from tandem.v1 import worker_pb2
@@ -82,9 +82,7 @@ def join_group(settings: WorkerSettings, parent_pid: int) -> Rank:
     elif "RANK" in environment and "WORLD_SIZE" in environment:
         if "TORCHELASTIC_RUN_ID" in environment and sys.platform == "linux":
             # torchrun ends its processes, unless it is killed itself.
-            die_with_parent()
-            if os.getppid() != parent_pid:
-                sys.exit(1)
+            end_with_parent(parent_pid)
         store, number, size = next(rendezvous("env://"))
         rank = Rank(Shard(number, size), int(environment.get("LOCAL_RANK", 0)), store)
     else:
@@ -124,10 +122,9 @@ def _start_group(settings: WorkerSettings) -> Rank:
 
 
 def _start_rank(settings: WorkerSettings, number: int, variables: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
     return subprocess.Popen(
         [sys.executable, "-m", "worker_service", *to_arguments(settings)],
-        env={**kept, **variables, "RANK": str(number), "LOCAL_RANK": str(number)},
+        env={**child_environment(), **variables, "RANK": str(number), "LOCAL_RANK": str(number)},
         # Out of the terminal's reach: rank 0 ends them.
         start_new_session=True,
         preexec_fn=die_with_parent if sys.platform == "linux" else None,

@@ -6,6 +6,7 @@ import logging
 import os
 import uuid
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from worker_service.model_runner import ModelRunner
 from worker_service.models.qwen3 import Qwen3
 from worker_service.runner import Runner
 from worker_service.shard import Shard
-from worker_service.weights import fingerprint_of, load_weights
+from worker_service.weights import Loaded, fingerprint_of, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,8 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         raise ConfigError(f"--max-model-len {wanted_len}: the model's context is {config.max_position_embeddings}")
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
-    communicator.shard.check(config)
     operations = _make_operations(settings, communicator.shard.cut(config), device, dtype)
-    with device:
-        model = _make_model(config, operations, wanted_len, dtype, communicator)
-    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
-    loaded = load_weights(folder, model.checkpoint_targets(), ignored)
+    model, loaded = _load_model(folder, config, operations, wanted_len, device, dtype, communicator)
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
         worker_instance_id=uuid.uuid4().hex,
@@ -84,7 +81,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
 
 
 def check_model(settings: WorkerSettings) -> None:
-    """Raises what build_runner would raise of the model's config."""
+    """Raises ModelError or ConfigError where --tp-size ranks can't share the model; build_runner trusts that."""
     Shard(0, settings.tp_size).check(read_model_config(resolve_model(settings.model, ALL_FILES)))
 
 
@@ -157,17 +154,23 @@ def _why_no_kernels(
     return None
 
 
-def _make_model(
+def _load_model(
+    folder: Path,
     config: ModelConfig,
     operations: Operations,
     num_positions: int,
+    device: torch.device,
     dtype: torch.dtype,
     communicator: Communicator,
-) -> Qwen3:
+) -> tuple[Qwen3, Loaded]:
+    """The model with this rank's weights, and what was read."""
     try:
-        return Qwen3(config, operations, num_positions, dtype, communicator)
+        with device:
+            model = Qwen3(config, operations, num_positions, dtype, communicator)
     except torch.OutOfMemoryError as error:
         raise ModelError(f"too little memory for the weights: {error}") from error
+    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
+    return model, load_weights(folder, model.checkpoint_targets(), ignored)
 
 
 def _measure_blocks(

@@ -58,7 +58,7 @@ def random_logits(num_rows: int, vocab_size: int = VOCAB, scale: float = 3.0) ->
 
 def assert_almost_all_equal(out: torch.Tensor, expected: torch.Tensor) -> None:
     """Noise in float32 and in float64 may order two nearly equal scores differently, rarely."""
-    assert (out != expected).sum() <= max(1, len(out) // 100)
+    assert (out == expected).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("vocab_size", [5000, 2048, 70, 4097])

@@ -72,6 +72,7 @@ def peer(monkeypatch: pytest.MonkeyPatch, problems: list[str]) -> Iterator[tuple
         mine = listener.accept()
         thread.join()
     channel = rank_group._Channel(mine, "rank 1")
+    monkeypatch.setattr(rank_group, "HEARTBEAT_S", 0.05)
     threads: list[threading.Thread] = []
     start_thread = rank_group._start_thread
     monkeypatch.setattr(rank_group, "_start_thread", lambda *args: threads.append(start_thread(*args)))
@@ -87,7 +88,6 @@ def peer(monkeypatch: pytest.MonkeyPatch, problems: list[str]) -> Iterator[tuple
 def test_a_peer_that_stops_reading_and_speaking_is_lost(
     monkeypatch: pytest.MonkeyPatch, problems: list[str], peer: tuple[rank_group._Channel, Connection]
 ) -> None:
-    monkeypatch.setattr(rank_group, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(rank_group, "SILENCE_LIMIT_S", 0.5)
     channel, end = peer
     end.send_bytes(rank_group.ALIVE)
@@ -104,7 +104,6 @@ def test_a_peer_that_stops_reading_and_speaking_is_lost(
 def test_a_peer_that_gets_no_further_is_lost(
     monkeypatch: pytest.MonkeyPatch, problems: list[str], peer: tuple[rank_group._Channel, Connection]
 ) -> None:
-    monkeypatch.setattr(rank_group, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(rank_group, "PROGRESS_LIMIT_S", 0.5)
     progress = rank_group._Progress()
     progress.note(3)
