@@ -1,28 +1,37 @@
 """Times of single steps on a GPU, without services: a decode step at many batch sizes, and prefill steps.
 
-Usage: python -m benchmarks.step_times SIZE OUT_JSON [--profile]
+Usage: python -m benchmarks.step_times SIZE [--profile] [--rows N ...] [--out FILE] [--commit COMMIT]
+       torchrun --nproc-per-node RANKS -m benchmarks.step_times ..., for a tensor-parallel group
 
-SIZE is 0.6b or 8b; weights, KV pool and token ids are random. A step is timed by CUDA events over many steps queued one
-after the other, so that launches are hidden if they can be.
+SIZE is 0.6b, 8b or 32b; weights, KV pool and token ids are random. A step is timed by CUDA events over many steps
+queued one after the other, so that launches are hidden if they can be. Rank 0 reports.
 """
 
-import json
+import argparse
+import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from benchmarks.common import header, write_json
 from shared.step_codec import PROTOCOL_VERSION
 from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
 from worker_service import kv_cache
+from worker_service.communicator import Communicator
 from worker_service.cuda_runner import CudaRunner
 from worker_service.layers.triton_operations import TritonOperations
 from worker_service.model_config import ModelConfig
 from worker_service.models.qwen3 import Qwen3
+from worker_service.peer_memory import connect_peers
+from worker_service.shard import Shard
 from worker_service.startup import make_runner
 
 COMMON = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
@@ -35,28 +44,52 @@ CONFIGS = {
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
         max_position_embeddings=40960, tie_word_embeddings=False, **COMMON,
     ),
+    "32b": ModelConfig(
+        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+        max_position_embeddings=40960, tie_word_embeddings=False, **COMMON,
+    ),
 }  # fmt: skip
 BLOCK_SIZE = 16
 MAX_NUM_ROWS = 256
 MAX_NUM_BATCHED_TOKENS = 8192
 CONTEXT = 640
+NUM_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+PREFILLS = ((1, 1024), (4, 2048), (16, 512), (1, 8192))
+NUM_KERNELS = 16
+"""That a profile tells of, the most expensive first."""
 SAMPLINGS = {
     "temperature": RowSampling(temperature=0.6),
     "qwen3": RowSampling(temperature=0.6, top_k=20, top_p=0.95),
 }
 
 
+def join(config: ModelConfig) -> Communicator:
+    """The group that torchrun has started this process in; else one of one rank."""
+    if "LOCAL_RANK" not in os.environ:
+        return Communicator()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    communicator = Communicator(Shard(dist.get_rank(), dist.get_world_size()))
+    num_ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    communicator.peer_all_reduce = connect_peers(
+        communicator, num_ranks_here, MAX_NUM_BATCHED_TOKENS, config.hidden_size, device
+    )
+    return communicator
+
+
 @torch.inference_mode()
-def build(config: ModelConfig, num_blocks: int) -> CudaRunner:
-    device = torch.device("cuda")
+def build(config: ModelConfig, num_blocks: int, communicator: Communicator) -> CudaRunner:
+    device = torch.device("cuda", torch.cuda.current_device())
+    local = communicator.shard.cut(config)
     operations = TritonOperations(
-        MAX_NUM_ROWS, config.num_attention_heads, config.num_key_value_heads, config.head_dim, device
+        MAX_NUM_ROWS, local.num_attention_heads, local.num_key_value_heads, local.head_dim, device
     )
     with device:
-        model = Qwen3(config, operations, 40960, torch.bfloat16)
+        model = Qwen3(config, operations, 40960, torch.bfloat16, communicator)
     for name, weight in model.named_parameters():
         weight.normal_(1.0, 0.1) if "norm" in name else weight.normal_(0, 0.02)
-    shape = kv_cache.shape_of(config, BLOCK_SIZE, torch.bfloat16)
+    shape = kv_cache.shape_of(local, BLOCK_SIZE, torch.bfloat16)
     cache = kv_cache.allocate(num_blocks, shape, device).normal_()
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION, worker_instance_id="", fingerprint="", model="", dtype="bfloat16",
@@ -104,12 +137,13 @@ class Driver:
         self.step(added_rows=rows, chunk_rows=every, chunk_num_tokens=np.ones(num_rows, np.int32)).wait()
 
     def prefill(self, num_rows: int, length: int) -> Any:
-        """Queues whole prompts in one step."""
+        """Queues whole prompts in one step, of random tokens: equal ones would spare the GPU power."""
         self.reset()
         num_blocks = -(-length // BLOCK_SIZE)
+        tokens = np.random.default_rng(0).integers(0, 10000, (num_rows, length)).astype(np.int32)
         rows = tuple(
             NewRow(
-                row=row, sequence_id="", token_ids=np.full(length, row, np.int32), num_prompt_tokens=length,
+                row=row, sequence_id="", token_ids=tokens[row], num_prompt_tokens=length,
                 num_computed_tokens=0, num_cached_tokens=0,
                 block_ids=np.arange(row * num_blocks + 1, (row + 1) * num_blocks + 1, dtype=np.int32),
                 sampling=SAMPLINGS["temperature"],
@@ -150,36 +184,54 @@ def kernels_of(run: Any, count: int) -> list[tuple[str, float, float]]:
     return sorted(((name, *numbers) for name, numbers in total.items()), key=lambda entry: -entry[2])
 
 
-def main() -> None:
-    size, out = sys.argv[1], Path(sys.argv[2])
-    profile = "--profile" in sys.argv
-    config = CONFIGS[size]
-    runner = build(config, 256 * 64 + 1)
-    driver = Driver(runner)
-    result: dict[str, Any] = {"what": f"single steps, {size} shape", "device": torch.cuda.get_device_name()}
+def measure(driver: Driver, num_rows: Sequence[int], profile: bool, result: dict[str, Any]) -> None:
+    count = 60
     for kind, sampling in SAMPLINGS.items():
-        for num_rows in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256):
-            if kind == "qwen3" and num_rows not in (1, 64, 256):
+        for rows in num_rows:
+            if kind == "qwen3" and rows not in (1, 64, 256):
                 continue
-            count = 60
-            driver.start_decoding(num_rows, CONTEXT, 2 * count, sampling)
+            driver.start_decoding(rows, CONTEXT, 2 * count, sampling)
             gpu_ms, host_ms = timed(driver.step, count)
-            result[f"decode_{kind}_{num_rows}"] = {"gpu_ms": gpu_ms, "host_ms": host_ms}
-            print(f"{kind} {num_rows:4d} rows: {gpu_ms:.3f} ms, host {host_ms:.3f} ms")
-            if profile and num_rows in (1, 16, 64, 256) and kind == "temperature":
-                kernels = kernels_of(driver.step, 5)
-                result[f"decode_{kind}_{num_rows}"]["kernels"] = kernels
-                for name, calls, us in kernels[:11]:
-                    print(f"    {us:9.1f} us {calls:6.1f} x {us / calls:8.2f}  {name[:70]}")
-    for num_rows, length in ((1, 1024), (4, 2048), (16, 512), (1, 8192)):
-        gpu_ms, host_ms = timed(lambda n=num_rows, length=length: driver.prefill(n, length), 10)
-        result[f"prefill_{num_rows}x{length}"] = {"gpu_ms": gpu_ms, "host_ms": host_ms}
-        rate = num_rows * length / gpu_ms
-        print(f"prefill {num_rows} x {length}: {gpu_ms:.2f} ms, host {host_ms:.2f} ms, {rate:.0f} k tok/s")
+            entry = result[f"decode_{kind}_{rows}"] = {"gpu_ms": gpu_ms, "host_ms": host_ms}
+            print(f"{kind} {rows:4d} rows: {gpu_ms:.3f} ms, host {host_ms:.3f} ms")
+            if profile and kind == "temperature":
+                entry["kernels"] = report_kernels(kernels_of(driver.step, 5))
+    for rows, length in PREFILLS:
+        run = partial(driver.prefill, rows, length)
+        gpu_ms, host_ms = timed(run, 10)
+        entry = result[f"prefill_{rows}x{length}"] = {"gpu_ms": gpu_ms, "host_ms": host_ms}
+        print(
+            f"prefill {rows} x {length}: {gpu_ms:.2f} ms, host {host_ms:.2f} ms, {rows * length / gpu_ms:.0f} k tok/s"
+        )
         if profile:
-            for name, calls, us in kernels_of(lambda n=num_rows, length=length: driver.prefill(n, length), 3)[:10]:
-                print(f"    {us:9.1f} us {calls:6.1f} x {us / calls:8.2f}  {name[:70]}")
-    out.write_text(json.dumps(result, indent=1) + "\n")
+            entry["kernels"] = report_kernels(kernels_of(run, 3))
+
+
+def report_kernels(kernels: list[tuple[str, float, float]]) -> list[dict[str, Any]]:
+    for name, calls, us in kernels[:NUM_KERNELS]:
+        print(f"    {us:9.1f} us {calls:6.1f} x {us / calls:8.2f}  {name[:70]}")
+    return [{"name": name, "calls": round(calls, 1), "us": round(us, 1)} for name, calls, us in kernels[:NUM_KERNELS]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=CONFIGS)
+    parser.add_argument("--profile", action="store_true", help="with the time of each kernel")
+    parser.add_argument("--rows", type=int, nargs="+", default=NUM_ROWS, help="of the decode steps")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="of what is measured; asked of git if not given")
+    arguments = parser.parse_args()
+    config = CONFIGS[arguments.size]
+    communicator = join(config)
+    is_reporting = communicator.shard.rank == 0
+    if not is_reporting:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
+    driver = Driver(build(config, 256 * 64 + 1, communicator))
+    result = header(f"single steps, {arguments.size} shape", arguments.commit)
+    result |= {"device": torch.cuda.get_device_name(), "tp_size": communicator.shard.size}
+    measure(driver, arguments.rows, arguments.profile, result)
+    if arguments.out and is_reporting:
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

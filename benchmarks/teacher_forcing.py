@@ -36,7 +36,7 @@ def teacher_forced_logits(runner: ModelRunner, token_ids: list[int], num_prefill
         decode_context_lens=nothing,
         decode_groups=(),
     )
-    hidden = [runner.model(runner.model.embed_tokens[ids[:num_prefill]], runner.cache, chunk)]
+    hidden = runner.model(runner.cache, (runner.model.embed_tokens[ids[:num_prefill]], chunk))
     for position in range(num_prefill, len(token_ids)):
         here = slice(position, position + 1)
         step = AttentionMetadata(
@@ -48,7 +48,7 @@ def teacher_forced_logits(runner: ModelRunner, token_ids: list[int], num_prefill
             decode_context_lens=positions[here] + 1,
             decode_groups=(DecodeGroup(1, len(table)),),
         )
-        hidden.append(runner.model(runner.model.embed_tokens[ids[here]], runner.cache, step))
+        hidden += runner.model(runner.cache, (runner.model.embed_tokens[ids[here]], step))
     return widened(runner.model.compute_logits(torch.cat(hidden)))
 
 

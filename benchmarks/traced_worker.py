@@ -5,7 +5,6 @@ Usage: python -m benchmarks.traced_worker TRACE_JSONL [FLAGS OF tandem-worker]
 A line is a TracedStep. Tracing adds two readings of the clock and two list entries to a step.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -19,7 +18,7 @@ from shared.config import WorkerSettings, read_command_line
 from shared.log import configure_logging
 from shared.step_plan import StepPlan, WorkerInfo
 from tandem.v1 import worker_pb2
-from worker_service.__main__ import serve
+from worker_service.__main__ import run
 from worker_service.runner import PendingStep, Runner
 from worker_service.servicer import Context, WorkerServicer
 
@@ -118,9 +117,7 @@ def main() -> None:
     trace, flags = Path(sys.argv[1]), sys.argv[2:]
     settings = read_command_line(WorkerSettings, "traced_worker", "tandem-worker, with a trace of its steps.", flags)
     configure_logging(settings.log_level)
-    from worker_service.startup import build_runner
-
-    asyncio.run(serve(settings, TracedServicer(build_runner(settings), trace)))
+    run(settings, lambda runner: TracedServicer(runner, trace))
 
 
 if __name__ == "__main__":

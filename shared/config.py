@@ -90,6 +90,11 @@ class WorkerSettings(ServiceSettings):
         "what computes on a GPU: Triton kernels with cuBLAS, or plain torch; auto takes the kernels where they can run",
         choices=("auto", "triton", "torch"),
     )
+    all_reduce: str = option(
+        "auto",
+        "how ranks on GPUs add up: auto takes peer memory for small messages where they have it, and NCCL; nccl alone",
+        choices=("auto", "nccl"),
+    )
     enforce_eager: bool = option(False, "no CUDA graphs: every kernel is launched by itself (true or false)")
     num_threads: int | None = option(None, "CPU threads of a forward pass; torch's choice if none", minimum=1)
 

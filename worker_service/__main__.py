@@ -4,12 +4,14 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from shared.config import WorkerSettings, read_command_line
 from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
 from shared.server import Server, server_credentials, stop_event, write_port_file
 from tandem.v1 import worker_pb2_grpc
+from worker_service.runner import Runner
 from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     await server.stop(STOP_GRACE_S)
 
 
-def run(settings: WorkerSettings) -> None:
+def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServicer] = WorkerServicer) -> None:
     """Serves a model, or its part of one, until the end."""
     # torch is imported only now, so that --help and wrong flags answer at once.
     from worker_service.startup import build_runner, check_model
@@ -44,7 +46,7 @@ def run(settings: WorkerSettings) -> None:
     if world_size not in (None, str(settings.tp_size)):
         raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
     if settings.tp_size == 1:
-        asyncio.run(serve(settings, WorkerServicer(build_runner(settings))))
+        asyncio.run(serve(settings, make_servicer(build_runner(settings))))
         return
     from worker_service.communicator import Communicator
     from worker_service.rank_group import Follower, Leader, LeadingRunner, join_group, leave_group
@@ -56,7 +58,7 @@ def run(settings: WorkerSettings) -> None:
     if rank.shard.rank == 0:
         leader = Leader(rank)
         runner = LeadingRunner(build_runner(settings, communicator), leader)
-        asyncio.run(serve(settings, WorkerServicer(runner)))
+        asyncio.run(serve(settings, make_servicer(runner)))
         leader.stop()
     else:
         Follower(rank).run(build_runner(settings, communicator))

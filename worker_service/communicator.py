@@ -1,12 +1,29 @@
 """The collectives of a tensor-parallel group: what a forward pass needs of the other ranks.
 
-torch.distributed's default process group does the work: NCCL on GPUs, Gloo on CPUs. All ranks get the same bits.
+torch.distributed's process groups do the work, NCCL on GPUs, Gloo on CPUs, but for sums between GPUs that reach each
+other's memory (peer_memory.py). All ranks get the same bits.
 """
+
+import functools
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from worker_service.shard import Shard
+
+SIDE_CTAS = 8
+
+
+class PeerAllReduce(Protocol):
+    """Sums over the ranks, in place, of tensors that it takes."""
+
+    hidden: torch.Tensor
+    """(most tokens of a step, hidden_size): memory of which it takes rows, however many"""
+
+    def takes(self, x: torch.Tensor) -> bool: ...
+
+    def __call__(self, x: torch.Tensor) -> None: ...
 
 
 class Communicator:
@@ -14,21 +31,44 @@ class Communicator:
 
     def __init__(self, shard: Shard | None = None) -> None:
         self.shard = shard or Shard()
+        self.peer_all_reduce: PeerAllReduce | None = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place."""
         if self.shard.size > 1:
-            dist.all_reduce(x)
+            self._all_reduce(x, None)
         return x
 
+    def begin_all_reduce(self, x: torch.Tensor) -> torch.cuda.Event:
+        """The same on GPUs, beside what the current stream does next, which must leave x alone until the event."""
+        stream, group = self._side
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._all_reduce(x, group)
+            done.record()
+        return done
+
+    def _all_reduce(self, x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+        if self.peer_all_reduce is not None and self.peer_all_reduce.takes(x):
+            self.peer_all_reduce(x)
+        else:
+            dist.all_reduce(x, group=group)
+
+    @functools.cached_property
+    def _side(self) -> tuple[torch.cuda.Stream, dist.ProcessGroup]:
+        """A stream, and a group that leaves most of the GPU's processors to the work beside it."""
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = SIDE_CTAS
+        return torch.cuda.Stream(priority=-1), dist.new_group(pg_options=options)  # type: ignore[no-untyped-call]
+
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, columns) of each rank -> (rows, ranks * columns), in the order of the ranks."""
+        """(...) of each rank, contiguous -> (ranks, ...), in the order of the ranks."""
         if self.shard.size == 1:
-            return x
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.shard.size)]
-        dist.all_gather(parts, x)
-        return torch.cat(parts, dim=-1)
+            return x[None]
+        out = x.new_empty(self.shard.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x)
+        return out.view(self.shard.size, *x.shape)
 
     def agree(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's, on all ranks; in place."""
@@ -45,8 +85,5 @@ class Communicator:
 
     def digests(self, digest: str, device: torch.device) -> list[str]:
         """Every rank's hexadecimal digest, all of one length."""
-        if self.shard.size == 1:
-            return [digest]
         mine = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
-        everyones = self.all_gather(mine[None])[0]
-        return [bytes(part.tolist()).hex() for part in everyones.chunk(self.shard.size)]
+        return [bytes(everyones.tolist()).hex() for everyones in self.all_gather(mine)]

@@ -39,7 +39,8 @@ class Graphs:
     def capture(self, key: Hashable, call: Callable[[], object]) -> None:
         """The call must have run before. Capture what takes the most memory first, which then serves the others."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Of this thread alone: NCCL has threads of its own, which ask how its work is getting on.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             call()
         self._pool = graph.pool()
         self._graphs[key] = graph

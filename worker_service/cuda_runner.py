@@ -7,7 +7,7 @@ none is near, its kernels are launched one by one. Nothing here waits for the GP
 
 import functools
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,8 @@ NOBODY = -1
 SAMPLER_KINDS = ("plain", "truncated")
 SPARE_TILES = 8
 """In captured steps, for chunks that don't fill their last tile."""
+MIN_SPLIT_TOKENS = 1536
+"""Of steps that a tensor-parallel group computes in two parts, to hide one's sums behind the other's work."""
 ALIGNMENT = 4
 """In elements: kernels expect arrays to start at 16 bytes."""
 
@@ -41,9 +43,14 @@ Sliceable = TypeVar("Sliceable", np.ndarray, torch.Tensor)
 class MixedShape:
     """The sizes that a step with chunks is launched for, its own or those it is padded to."""
 
-    num_tokens: int
-    num_tiles: int
+    part_tokens: tuple[int, ...]
+    """Tokens of each part that goes through the layers by itself"""
+    part_tiles: tuple[int, ...]
     num_decode_rows: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.part_tokens)
 
 
 class CudaRunner:
@@ -77,24 +84,37 @@ class CudaRunner:
         self._sampled = zeros(num_rows)
         dtype, max_tokens = model.embed_tokens.dtype, batch.max_num_batched_tokens
         # Of steps with chunks: embeddings, to which the layers add in place.
-        self._hidden = torch.zeros(max_tokens, model.config.hidden_size, dtype=dtype, device=device)
+        peers = model.communicator.peer_all_reduce
+        self._hidden = (
+            peers.hidden if peers else torch.zeros(max_tokens, model.config.hidden_size, dtype=dtype, device=device)
+        )
         self.logits = torch.zeros(num_rows, info.vocab_size, dtype=dtype, device=device)
-        self._sampling = SamplingKernels(num_rows, info.vocab_size, device)
+        communicator = model.communicator
+        self._sampling = self._plain_sampling = SamplingKernels(num_rows, info.vocab_size, device)
+        # Of this rank's part of the vocabulary; all of it is put together in `logits` for the samplers that need it.
+        self._local_logits = self.logits
+        if communicator.shard.size > 1:
+            self._local_logits = self.logits.new_zeros(num_rows, model.local_config.vocab_size)
+            self._plain_sampling = SamplingKernels(
+                num_rows, info.vocab_size, device, communicator.shard, communicator.all_gather
+            )
         # Block table updates: their number, then row, index and block of each. Then the rows that sample.
         self._decode_sections = [1 + 3 * num_rows, num_rows]
         self._sizes = batch_sizes(num_rows)
         self._mixed_shapes = [
-            MixedShape(count, -(-count // QUERIES) + SPARE_TILES, num_decode_rows)
-            for count in token_counts(max_tokens)
+            MixedShape(parts, tuple(-(-part // QUERIES) + SPARE_TILES for part in parts), num_decode_rows)
+            for parts in map(self._part_tokens, token_counts(max_tokens))
             for num_decode_rows in (0, num_rows)
         ]
-        most = MixedShape(max_tokens, max_tokens // QUERIES + num_rows, num_rows)
+        parts = self._part_tokens(max_tokens)
+        most = MixedShape(parts, tuple(part // QUERIES + num_rows for part in parts), num_rows)
         self._input = zeros(max(_length(self._mixed_sections(shape)) for shape in (most, *self._mixed_shapes)))
         self._updates, self._rows = _split(self._input, self._decode_sections)
         self._parts: dict[str, Any] = {
             "decode": self._forward_decode,
             "mixed": self._forward_mixed,
             "head": self._compute_logits,
+            "gather": self._gather_logits,
             "sample": self._sample,
         }
         self._graphs = Graphs()
@@ -121,6 +141,9 @@ class CudaRunner:
             host = self._decode_input(plan, work)
             launches = [("decode", size)]
         kind = self._sampler_kind(rows)
+        num_logprobs = self._options.num_logprobs[rows].tolist()
+        if self._local_logits is not self.logits and (kind != "plain" or max(num_logprobs, default=-1) >= 0):
+            launches.append(("gather", size))
         if kind in SAMPLER_KINDS and len(rows):
             launches.append(("sample", size, kind))
         prepared_ns = time.time_ns()
@@ -130,7 +153,6 @@ class CudaRunner:
             self._launch(part, *arguments)
         if kind not in SAMPLER_KINDS:
             self._sample_generally(rows)
-        num_logprobs = self._options.num_logprobs[rows].tolist()
         logprobs = self._report(num_logprobs)
         token_ids = to_host(self._sampled[: len(rows)])
         previous_ended, self._ended = self._ended, _record_event()
@@ -150,6 +172,7 @@ class CudaRunner:
         others: list[tuple[Any, ...]] = []
         for size in reversed(self._sizes):
             others += [("decode", size), ("head", size), *(("sample", size, kind) for kind in SAMPLER_KINDS)]
+            others += [("gather", size)] if self._local_logits is not self.logits else []
         keys = mixed + others
         for key in keys:
             if key in mixed:
@@ -183,10 +206,13 @@ class CudaRunner:
     def _forward_decode(self, size: int) -> None:
         rows = self._rows[:size]
         x = begin_decode(
-            rows, self._updates, self._block_tables, self._context_lens, self.last_tokens, self.model.embed_tokens
-        )
+            rows, self._updates, self._block_tables, self._context_lens, self.last_tokens, self.model.embed_tokens,
+            self.model.first_token,
+        )  # fmt: skip
+        self.model.communicator.all_reduce(x)
         metadata = self._operations.plan_decode(rows, self._context_lens, self._block_tables)
-        self.model.compute_logits(self.model(x, self.cache, metadata), out=self.logits[:size])
+        (hidden,) = self.model(self.cache, (x, metadata))
+        self.model.compute_local_logits(hidden, self._local_logits[:size])
 
     def _write_updates(self, plan: StepPlan, updates: Int32Array) -> None:
         """The blocks that the plan appends, as begin_decode wants them."""
@@ -210,23 +236,32 @@ class CudaRunner:
         number of them need not be compiled now.
         """
         num_tokens = int(work.chunk_counts.sum()) + len(work.decode_rows)
-        num_tiles = int((-(-work.chunk_counts // QUERIES)).sum())
         num_decode_rows = self._batch.num_rows if len(work.decode_rows) else 0
         fitting = next(
             shape
             for shape in self._mixed_shapes
             if shape.num_tokens >= num_tokens and shape.num_decode_rows == num_decode_rows
         )
-        if fitting.num_tokens - num_tokens <= MAX_PADDING and fitting.num_tiles >= num_tiles:
-            return fitting
-        return MixedShape(num_tokens, num_tiles, num_decode_rows)
+        if fitting.num_tokens - num_tokens <= MAX_PADDING:
+            part_tiles = _count_tiles(work, fitting.part_tokens)
+            if all(count <= room for count, room in zip(part_tiles, fitting.part_tiles, strict=True)):
+                return fitting
+        part_tokens = self._part_tokens(num_tokens)
+        return MixedShape(part_tokens, _count_tiles(work, part_tokens), num_decode_rows)
+
+    def _part_tokens(self, num_tokens: int) -> tuple[int, ...]:
+        """Decoding rows, which come first, fit in the first part."""
+        if self.model.communicator.shard.size == 1 or num_tokens < max(MIN_SPLIT_TOKENS, 2 * self._batch.num_rows):
+            return (num_tokens,)
+        first = -(-num_tokens // (2 * QUERIES)) * QUERIES
+        return first, num_tokens - first
 
     def _mixed_sections(self, shape: MixedShape) -> list[int]:
         """Lengths of updates, sampling rows, their places among the tokens, contexts of all rows, decoding rows, token
-        ids, positions, slots and tiles.
+        ids, positions, slots, and each part's tiles.
         """
-        num_rows, tokens = self._batch.num_rows, shape.num_tokens
-        return [*self._decode_sections, num_rows, num_rows, shape.num_decode_rows, *[tokens] * 3, 5 * shape.num_tiles]
+        num_rows, tokens, tiles = self._batch.num_rows, [shape.num_tokens] * 3, [5 * num for num in shape.part_tiles]
+        return [*self._decode_sections, num_rows, num_rows, shape.num_decode_rows, *tokens, *tiles]
 
     def _empty_input(self, shape: MixedShape) -> Int32Array:
         """Rows that are nobody's, tiles without queries, and tokens that are padding: stored in block 0."""
@@ -241,7 +276,7 @@ class CudaRunner:
         batch, block_size = self._batch, self._batch.block_size
         host = self._empty_input(shape)
         sections = _split(host, self._mixed_sections(shape))
-        updates, rows, places, context_lens, decode_rows, ids, positions, slots, tiles = sections
+        updates, rows, places, context_lens, decode_rows, ids, positions, slots, *part_tiles = sections
         self._write_updates(plan, updates)
         num_decodes = len(work.decode_rows)
         decode_rows[:num_decodes] = work.decode_rows
@@ -264,31 +299,45 @@ class CudaRunner:
             last_place[row] = token - 1
         rows[: len(work.sampling_rows)] = work.sampling_rows
         places[: len(work.sampling_rows)] = last_place[work.sampling_rows]
-        cut = cut_tiles(work.chunk_rows, work.chunk_starts, work.chunk_counts, first_token=num_decodes)
-        tiles[: cut.size] = cut.ravel()
+        for tiles, chunks_of_part in zip(part_tiles, _deal_chunks(work, shape.part_tokens), strict=True):
+            cut = cut_tiles(*chunks_of_part, num_decodes)
+            tiles[: cut.size] = cut.ravel()
+            num_decodes = 0
         return host
 
     def _forward_mixed(self, shape: MixedShape) -> None:
         parts = _split(self._input, self._mixed_sections(shape))
-        updates, _, _, context_lens, decode_rows, ids, positions, slots, tiles = parts
+        updates, _, _, context_lens, decode_rows, ids, positions, slots, *part_tiles = parts
         nobody = decode_rows[:0]
         begin_decode(nobody, updates, self._block_tables, self._context_lens, self.last_tokens, self.model.embed_tokens)
         self._context_lens.copy_(context_lens)
-        x = embed(ids, self.last_tokens, self.model.embed_tokens, self._hidden[: shape.num_tokens])
+        x = embed(
+            ids, self.last_tokens, self.model.embed_tokens, self._hidden[: shape.num_tokens], self.model.first_token
+        )
+        self.model.communicator.all_reduce(x)
         decode = None
         if shape.num_decode_rows:
             decode = self._operations.plan_decode(decode_rows, self._context_lens, self._block_tables)
-        metadata = MixedMetadata(positions, slots, self._block_tables, tiles.view(-1, 5), decode)
-        out = self.model(x, self.cache, metadata)
-        assert out.data_ptr() == self._hidden.data_ptr(), "the layers must add in place"
+        inputs = []
+        of_parts = (array.split(shape.part_tokens) for array in (x, positions, slots))
+        for *tensors, tiles in zip(*of_parts, part_tiles, strict=True):
+            part, part_positions, part_slots = tensors
+            metadata = MixedMetadata(part_positions, part_slots, self._block_tables, tiles.view(-1, 5), decode)
+            inputs.append((part, metadata))
+            decode = None
+        for (part, _), out in zip(inputs, self.model(self.cache, *inputs), strict=True):
+            assert out.data_ptr() == part.data_ptr(), "the layers must add in place"
 
     def _compute_logits(self, size: int) -> None:
         """Of the sampling rows of a step with chunks."""
         first = _length(self._decode_sections)
         hidden = self._hidden.index_select(0, self._input[first : first + size])
-        self.model.compute_logits(hidden, out=self.logits[:size])
+        self.model.compute_local_logits(hidden, self._local_logits[:size])
 
     # Sampling
+
+    def _gather_logits(self, size: int) -> None:
+        self.model.gather_logits(self._local_logits[:size], self.logits[:size])
 
     def _sampler_kind(self, rows: Int32Array) -> str:
         """The cheapest sampler that does what all the rows ask."""
@@ -299,9 +348,11 @@ class CudaRunner:
         return "truncated" if (top_k > 0).any() else "plain"
 
     def _sample(self, size: int, kind: str) -> None:
-        self._sampling(
-            self.logits[:size], self._rows[:size], self._context_lens, self._options.on_device, self.last_tokens,
-            self._sampled[:size], is_truncated=kind == "truncated",
+        is_plain = kind == "plain"
+        sampling, logits = (self._plain_sampling, self._local_logits) if is_plain else (self._sampling, self.logits)
+        sampling(
+            logits[:size], self._rows[:size], self._context_lens, self._options.on_device, self.last_tokens,
+            self._sampled[:size], is_truncated=not is_plain,
         )  # fmt: skip
 
     def _sample_generally(self, rows: Int32Array) -> None:
@@ -319,6 +370,22 @@ class CudaRunner:
             return None
         count = len(num_logprobs)
         return report_logprobs(self.logits[:count].float(), self._sampled[:count].clamp(min=0), num_logprobs)
+
+
+def _deal_chunks(work: StepWork, part_tokens: tuple[int, ...]) -> Iterator[tuple[Int32Array, Int32Array, Int32Array]]:
+    """The rows, starts and counts of each part's chunks; one that goes over the edge is two."""
+    begins = len(work.decode_rows) + np.cumsum(work.chunk_counts) - work.chunk_counts
+    edge = 0
+    for num_tokens in part_tokens:
+        before = np.clip(edge - begins, 0, work.chunk_counts)
+        edge += num_tokens
+        counts = np.clip(edge - begins, 0, work.chunk_counts) - before
+        in_part = counts > 0
+        yield work.chunk_rows[in_part], (work.chunk_starts + before)[in_part], counts[in_part]
+
+
+def _count_tiles(work: StepWork, part_tokens: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int((-(-counts // QUERIES)).sum()) for _, _, counts in _deal_chunks(work, part_tokens))
 
 
 def _length(sections: list[int]) -> int:

@@ -46,7 +46,7 @@ class ModelRunner:
         token_ids, metadata, sampling_indices = self._prepare(work)
         prepared_ns = time.time_ns()
         started = self._record_event()
-        hidden = self.model(self.model.embed(token_ids), self.cache, metadata)
+        (hidden,) = self.model(self.cache, (self.model.embed(token_ids), metadata))
         rows = work.sampling_rows
         logits = widened(self.model.compute_logits(hidden[sampling_indices]))
         sampled = self._sample(rows, logits)

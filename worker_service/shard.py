@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 from shared.errors import ConfigError
 from worker_service.model_config import ModelConfig
 
+VOCAB_MULTIPLE = 8
+"""Of a rank's share of the vocabulary, so that rows of its bfloat16 logits start at 16 bytes."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -33,7 +36,7 @@ class Shard:
         moe = config.moe
         return replace(
             config,
-            vocab_size=-(-config.vocab_size // self.size),
+            vocab_size=self.vocab_share(config.vocab_size),
             intermediate_size=config.intermediate_size // self.size,
             num_attention_heads=config.num_attention_heads // self.size,
             num_key_value_heads=max(1, config.num_key_value_heads // self.size),
@@ -41,8 +44,18 @@ class Shard:
         )
 
     def part(self, length: int) -> slice:
-        """This rank's of `length` things that are dealt out; the last ranks' may be shorter, or empty."""
-        share = -(-length // self.size)
+        """This rank's of `length` things that are dealt out."""
+        return self._part(length, length // self.size)
+
+    def vocab_part(self, vocab_size: int) -> slice:
+        """This rank's token ids; the last ranks may have fewer than the others, or none."""
+        return self._part(vocab_size, self.vocab_share(vocab_size))
+
+    def vocab_share(self, vocab_size: int) -> int:
+        """Each rank's token ids, with the padding."""
+        return vocab_size if self.size == 1 else -(-vocab_size // self.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def _part(self, length: int, share: int) -> slice:
         return slice(min(self.rank * share, length), min((self.rank + 1) * share, length))
 
     def kv_heads(self, num_kv_heads: int) -> slice:

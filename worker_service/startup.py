@@ -47,6 +47,12 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
     operations = _make_operations(settings, communicator.shard.cut(config), device, dtype)
+    if not isinstance(operations, TorchOperations) and settings.all_reduce == "auto" and num_ranks_here > 1:
+        from worker_service.peer_memory import connect_peers
+
+        communicator.peer_all_reduce = connect_peers(
+            communicator, num_ranks_here, settings.max_num_batched_tokens, config.hidden_size, device
+        )
     model, loaded = _load_model(folder, config, operations, wanted_len, device, dtype, communicator)
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
@@ -136,10 +142,6 @@ def _make_operations(
 def _why_no_kernels(
     settings: WorkerSettings, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    if settings.tp_size > 1:
-        return "they don't know tensor parallelism yet"
-    if config.moe:
-        return "they don't know mixtures of experts yet"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -10,6 +10,7 @@ from torch.nn.functional import linear, silu
 
 from worker_service.kernels import decode_attention as decode_attention_module
 from worker_service.kernels.decode_attention import DecodeAttention
+from worker_service.kernels.experts import mix_experts_grouped
 from worker_service.kernels.linear import few_token_linear
 from worker_service.kernels.norm import rms_norm, silu_mul
 from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
@@ -292,3 +293,25 @@ def test_embed(device: torch.device) -> None:
     out = torch.full((4, embedding.shape[1]), float("nan"), dtype=DTYPE, device=device)
     assert embed(ids, last_tokens, embedding, out) is out
     assert torch.equal(out, embedding[[5, 9, 63, 7]])
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 8, 8), (5, 3, 2), (150, 5, 2), (70, 1, 1)])
+@pytest.mark.parametrize(("hidden_size", "inner"), [(96, 40), (128, 144)])
+def test_experts(
+    device: torch.device, num_tokens: int, num_experts: int, num_chosen: int, hidden_size: int, inner: int
+) -> None:
+    """With an expert that no token chooses, where there are enough."""
+    x = random(num_tokens, hidden_size, device=device)
+    gate_up = random(num_experts, 2 * inner, hidden_size, device=device, scale=hidden_size**-0.5)
+    down = random(num_experts, hidden_size, inner, device=device, scale=inner**-0.5)
+    scores = torch.rand(num_tokens, num_experts)
+    if num_experts > num_chosen:
+        scores[:, 1] = -1
+    weights, chosen = (values.to(device) for values in scores.topk(num_chosen))
+    weights = weights.to(DTYPE)
+    expected = torch.zeros(num_tokens, hidden_size, dtype=torch.float64, device=device)
+    for token in range(num_tokens):
+        for weight, expert in zip(weights[token].double(), chosen[token], strict=True):
+            gate, up = linear(x[token].double(), gate_up[expert].double()).chunk(2)
+            expected[token] += weight * linear(silu(gate) * up, down[expert].double())
+    assert_near(mix_experts_grouped(x, gate_up, down, weights, chosen), expected)

@@ -1,10 +1,13 @@
 """The sampling kernels against worker_service/sampler.py, the plain reference."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from worker_service.kernels.sampling import MAX_TOP_K, SamplingKernels
 from worker_service.sampler import SamplingRows, sample
+from worker_service.shard import Shard
 
 VOCAB = 5000
 # The interpreter's numpy warns of -inf - -inf, which the kernels allow for.
@@ -69,6 +72,34 @@ def test_greedy_and_temperature(device: torch.device, vocab_size: int) -> None:
     assert_almost_all_equal(out, case.reference())
     greedy = case.options["temperature"][case.rows.long()] == 0
     assert torch.equal(out[greedy], case.logits.float().argmax(-1)[greedy])
+
+
+@pytest.mark.parametrize(("vocab_size", "num_ranks"), [(5000, 2), (4097, 4), (40, 8)])
+def test_ranks_draw_from_their_parts_of_the_vocabulary(device: torch.device, vocab_size: int, num_ranks: int) -> None:
+    """One rank after the other: the first time for what they give each other, the second for the tokens."""
+    case = Case(random_logits(64, vocab_size), device)
+    case.options["temperature"][::3] = 0
+    shares: list[torch.Tensor] = []
+
+    def give(share: torch.Tensor) -> torch.Tensor:
+        shares.append(share.clone())
+        return share[None]
+
+    def run(rank: int, all_gather: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        shard = Shard(rank, num_ranks)
+        local = torch.zeros(case.num_rows, shard.vocab_share(vocab_size), dtype=torch.bfloat16, device=device)
+        part = shard.vocab_part(vocab_size)
+        local[:, : part.stop - part.start] = case.logits[:, part]
+        kernels = SamplingKernels(case.num_rows, vocab_size, device, shard, all_gather)
+        last, out = (torch.full((case.num_rows,), -7, dtype=torch.int32, device=device) for _ in range(2))
+        kernels(local, case.rows, case.context_lens, case.options, last, out, is_truncated=False)
+        return out.long()
+
+    for rank in range(num_ranks):
+        run(rank, give)
+    everyones = torch.stack(shares)
+    for rank in range(num_ranks):
+        assert_almost_all_equal(run(rank, lambda _: everyones), case.reference())
 
 
 def test_ties_go_to_the_lowest_id(device: torch.device) -> None:

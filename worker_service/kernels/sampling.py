@@ -4,12 +4,15 @@ The same draws as worker_service/sampler.py, whose noise these compute in float3
 noise, a function of (seed, choice index, position, token id).
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
 from worker_service.kernels.gdc import wait_for_predecessor
 from worker_service.kernels.launcher import Kernel, supports_pdl
+from worker_service.shard import Shard
 
 CHUNK = 2048
 """Logits a program reads."""
@@ -62,11 +65,13 @@ def _gumbel(bits, FAST: tl.constexpr):
 
 @triton.jit
 def _best_of_chunks(
-    logits, rows, context_lens, temperature, seed, choice_index, chunk_max, chunk_score, chunk_token, group_max,
-    num_chunks, num_groups,
+    logits, rows, context_lens, temperature, seed, choice_index, best, group_max,
+    stride, first_token, chunk_stride, section, num_groups,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, TRUNCATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each chunk's largest logit, and its best token with that token's score relative to it."""
+    """Each chunk's largest logit, and its best token with that token's score relative to it: the three sections of
+    `best`, (rows, chunk_stride) each. first_token, which is even, is the id that the first logit is for.
+    """
     index = tl.program_id(1)
     chunk = tl.program_id(0)
     row = tl.load(rows + index)
@@ -76,7 +81,7 @@ def _best_of_chunks(
         pair = tl.arange(0, CHUNK // 2)
         token_ids = chunk * CHUNK + 2 * pair[:, None] + tl.arange(0, 2)[None, :]
         in_vocab = token_ids < VOCAB
-        values = tl.load(logits + index.to(tl.int64) * VOCAB + token_ids, mask=in_vocab, other=float("-inf"))
+        values = tl.load(logits + index.to(tl.int64) * stride + token_ids, mask=in_vocab, other=float("-inf"))
         values = values.to(tl.float32)
         largest = tl.max(tl.max(values, axis=1), axis=0)
         is_bad = tl.max(tl.max((values != values).to(tl.int32), axis=1), axis=0)
@@ -90,40 +95,44 @@ def _best_of_chunks(
             key = _noise_key(
                 tl.load(seed + row), tl.load(choice_index + row).to(tl.int64), tl.load(context_lens + row).to(tl.int64)
             )
-            bits = _pair_bits(key, chunk * (CHUNK // 2) + pair)
+            bits = _pair_bits(key, first_token // 2 + chunk * (CHUNK // 2) + pair)
             bits = tl.join((bits >> 32).to(tl.uint32), bits.to(tl.uint32))
             # Finite for the smallest temperatures too, as 0 * inf would be NaN.
             scores = scores * tl.minimum(1.0 / heat, MAX_FLOAT32) + _gumbel(bits, PDL)
         scores = tl.where(in_vocab, scores, float("-inf"))
-        best = tl.max(tl.max(scores, axis=1), axis=0)
+        score = tl.max(tl.max(scores, axis=1), axis=0)
         # No argmax: Triton 3.6 reorders a reshaped tensor that is only reduced. Of equal scores the lowest id.
-        best_token = tl.min(tl.min(tl.where(scores == best, token_ids, VOCAB), axis=1), axis=0)
-        place = index * num_chunks + chunk
-        tl.store(chunk_max + place, tl.where(is_bad > 0, float("nan"), largest))
-        tl.store(chunk_score + place, best)
-        tl.store(chunk_token + place, best_token)
+        token = first_token + tl.min(tl.min(tl.where(scores == score, token_ids, VOCAB), axis=1), axis=0)
+        place = best + index * chunk_stride + chunk
+        tl.store(place, tl.where(is_bad > 0, float("nan"), largest))
+        tl.store(place + section, score)
+        tl.store(place + 2 * section, token.to(tl.float32))
 
 
 @triton.jit
-def _best_token(chunk_max, chunk_score, chunk_token, index, heat, num_chunks, CHUNKS: tl.constexpr):
+def _best_token(best, index, heat, num_chunks, chunk_stride, section, num_ranks, CHUNKS: tl.constexpr):
     """The best of the chunks' tokens, the row's largest logit, and whether its logits are bad."""
-    chunks = tl.arange(0, CHUNKS)
-    in_row = chunks < num_chunks
-    largest = tl.load(chunk_max + index * num_chunks + chunks, mask=in_row, other=float("-inf"))
-    scores = tl.load(chunk_score + index * num_chunks + chunks, mask=in_row, other=float("-inf"))
+    lanes = tl.arange(0, CHUNKS)
+    rank = lanes // chunk_stride
+    chunk = lanes % chunk_stride
+    in_row = (rank < num_ranks) & (chunk < num_chunks)
+    places = best + rank * 3 * section + index * chunk_stride + chunk
+    largest = tl.load(places, mask=in_row, other=float("-inf"))
+    scores = tl.load(places + section, mask=in_row, other=float("-inf"))
+    tokens = tl.load(places + 2 * section, mask=in_row, other=0.0)
     is_bad = tl.max((largest != largest).to(tl.int32), axis=0) > 0
     top = tl.max(largest, axis=0)
     is_bad = is_bad | (top == float("inf")) | (top == float("-inf"))
     # Chunks of -inf alone have a score of NaN, and no part in it.
     below = (largest - top) / tl.where(heat > 0, heat, 1.0)
     scores = tl.where(largest > float("-inf"), scores + below, float("-inf"))
-    best = tl.argmax(scores, axis=0, tie_break_left=True)
-    return tl.load(chunk_token + index * num_chunks + best), top, is_bad
+    token = tl.sum(tl.where(lanes == tl.argmax(scores, axis=0, tie_break_left=True), tokens, 0.0), axis=0)
+    return token.to(tl.int32), top, is_bad
 
 
 @triton.jit
 def _take_best(
-    rows, temperature, chunk_max, chunk_score, chunk_token, last_tokens, out, num_chunks,
+    rows, temperature, best, last_tokens, out, num_chunks, chunk_stride, section, num_ranks,
     CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
@@ -131,7 +140,7 @@ def _take_best(
     wait_for_predecessor(PDL)
     if row >= 0:
         heat = tl.load(temperature + row)
-        token, _, is_bad = _best_token(chunk_max, chunk_score, chunk_token, index, heat, num_chunks, CHUNKS)
+        token, _, is_bad = _best_token(best, index, heat, num_chunks, chunk_stride, section, num_ranks, CHUNKS)
         tl.store(last_tokens + row, tl.where(is_bad, 0, token))
         tl.store(out + index, tl.where(is_bad, -1, token))
 
@@ -159,8 +168,8 @@ def _kth_largest(keys, k, STEPS: tl.constexpr):
 @triton.jit
 def _take_truncated(
     logits, rows, context_lens, temperature, top_k, top_p, min_p, seed, choice_index,
-    chunk_max, chunk_score, chunk_token, group_max, group_list, kept_values, kept_tokens, last_tokens, out,
-    num_chunks, num_groups,
+    best, group_max, group_list, kept_values, kept_tokens, last_tokens, out,
+    num_chunks, chunk_stride, section, num_groups,
     VOCAB: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MAX_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +181,7 @@ def _take_truncated(
         heat = tl.load(temperature + row)
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
-        token, top, is_bad = _best_token(chunk_max, chunk_score, chunk_token, index, heat, num_chunks, CHUNKS)
+        token, top, is_bad = _best_token(best, index, heat, num_chunks, chunk_stride, section, 1, CHUNKS)
         if (heat > 0) & (k > 0) & (is_bad == 0):
             k = tl.minimum(k, VOCAB)
             # Groups that can hold one of the k largest: fewer than k have a larger maximum than the k-th's, and of
@@ -232,8 +241,7 @@ def _take_truncated(
             bits = _pair_bits(key, token_id // 2)
             bits = tl.where(token_id % 2 == 0, bits >> 32, bits & 0xFFFFFFFF).to(tl.uint32)
             scores = tl.where(survives, scaled + _gumbel(bits, PDL), float("-inf"))
-            best = tl.argmax(scores, axis=0, tie_break_left=True)
-            token = tl.sum(tl.where(kept == best, token_id, 0), axis=0)
+            token = tl.sum(tl.where(kept == tl.argmax(scores, axis=0, tie_break_left=True), token_id, 0), axis=0)
         tl.store(last_tokens + row, tl.where(is_bad, 0, token))
         tl.store(out + index, tl.where(is_bad, -1, token))
 
@@ -246,16 +254,28 @@ _take_truncated_kernel = Kernel(_take_truncated)
 class SamplingKernels:
     """Launches the kernels; owns their scratch space."""
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
-        self._num_chunks = triton.cdiv(vocab_size, CHUNK)
+    def __init__(
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        shard: Shard | None = None,
+        all_gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x[None],
+    ) -> None:
+        """With a shard, the logits are of its part of the vocabulary, all_gather gives what all ranks give it,
+        (ranks, ...), and nothing is truncated.
+        """
+        shard = shard or Shard()
+        self._part, self._all_gather = shard.vocab_part(vocab_size), all_gather
+        # As many on all ranks.
+        self._num_chunks = triton.cdiv(shard.vocab_share(vocab_size), CHUNK)
+        self._chunk_stride = triton.cdiv(self._num_chunks, 4) * 4
         self._num_groups = triton.cdiv(vocab_size, GROUP)
 
         def empty(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(max_rows * width, dtype=dtype, device=device)
 
-        self._chunk_max, self._chunk_score = (empty(self._num_chunks, torch.float32) for _ in range(2))
-        self._chunk_token = empty(self._num_chunks, torch.int32)
+        self._best = empty(3 * self._chunk_stride, torch.float32)
         self._group_max = empty(self._num_groups, torch.float32)
         self._group_list = empty(2 * MAX_TOP_K, torch.int32)
         self._kept_values = empty(MAX_TOP_K, torch.float32)
@@ -268,31 +288,33 @@ class SamplingKernels:
     ) -> None:  # fmt: skip
         """Samples a token for each of `rows`, (n,) int32, of which negative ones are nobody's.
 
-        logits (n, vocab_size) bf16. context_lens (all rows,) int32 is where the token will stand; options has
-        temperature, top_p, min_p float32, top_k int32, seed and choice_index int64, each (all rows,). Writes each
-        row's entry of last_tokens, (all rows,) int32, and out, (n,) int32: -1 where the logits are not finite. Only
-        if is_truncated, rows with a top_k are cut, to MAX_TOP_K at most, and to their top_p and min_p.
+        logits (n, vocab_size or the shard's share) bf16. context_lens (all rows,) int32 is where the token will stand;
+        options has temperature, top_p, min_p float32, top_k int32, seed and choice_index int64, each (all rows,).
+        Writes each row's entry of last_tokens, (all rows,) int32, and out, (n,) int32: -1 where the logits are not
+        finite. Only if is_truncated, rows with a top_k are cut, to MAX_TOP_K at most, and to their top_p and min_p.
         """
         num_rows = len(rows)
         pdl = supports_pdl(logits.device)
-        best = (self._chunk_max, self._chunk_score, self._chunk_token)
+        section = num_rows * self._chunk_stride
+        best = self._best[: 3 * section]
         noise = (options["seed"], options["choice_index"])
         _best_of_chunks_kernel(
-            (self._num_chunks, num_rows, 1), logits, rows, context_lens, options["temperature"], *noise, *best,
-            self._group_max, self._num_chunks, self._num_groups,
-            VOCAB=self.vocab_size, CHUNK=CHUNK, GROUP=GROUP, TRUNCATED=is_truncated, PDL=pdl,
+            (self._num_chunks, num_rows, 1), logits, rows, context_lens, options["temperature"], *noise, best,
+            self._group_max, logits.stride(0), self._part.start, self._chunk_stride, section, self._num_groups,
+            VOCAB=self._part.stop - self._part.start, CHUNK=CHUNK, GROUP=GROUP, TRUNCATED=is_truncated, PDL=pdl,
         )  # fmt: skip
-        chunks = triton.next_power_of_2(self._num_chunks)
         if not is_truncated:
+            everyones = self._all_gather(best)
             _take_best_kernel(
-                (num_rows, 1, 1), rows, options["temperature"], *best, last_tokens, out, self._num_chunks,
-                CHUNKS=chunks, PDL=pdl, num_warps=1,
+                (num_rows, 1, 1), rows, options["temperature"], everyones, last_tokens, out, self._num_chunks,
+                self._chunk_stride, section, len(everyones),
+                CHUNKS=triton.next_power_of_2(len(everyones) * self._chunk_stride), PDL=pdl, num_warps=1,
             )  # fmt: skip
             return
         _take_truncated_kernel(
             (num_rows, 1, 1), logits, rows, context_lens, options["temperature"], options["top_k"], options["top_p"],
-            options["min_p"], *noise, *best, self._group_max, self._group_list, self._kept_values, self._kept_tokens,
-            last_tokens, out, self._num_chunks, self._num_groups,
-            VOCAB=self.vocab_size, CHUNKS=chunks, GROUPS=triton.next_power_of_2(self._num_groups), GROUP=GROUP,
-            MAX_K=MAX_TOP_K, PDL=pdl, num_warps=8,
+            options["min_p"], *noise, best, self._group_max, self._group_list, self._kept_values, self._kept_tokens,
+            last_tokens, out, self._num_chunks, self._chunk_stride, section, self._num_groups,
+            VOCAB=self._part.stop, CHUNKS=triton.next_power_of_2(self._chunk_stride),
+            GROUPS=triton.next_power_of_2(self._num_groups), GROUP=GROUP, MAX_K=MAX_TOP_K, PDL=pdl, num_warps=8,
         )  # fmt: skip

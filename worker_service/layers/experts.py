@@ -21,12 +21,18 @@ class Experts:
     """Whether the chosen experts' weights are made to add up to 1"""
 
 
-def mix_experts(x: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """(tokens, hidden_size) -> the weighted sum of the MLPs that each token is routed to. Waits for the device."""
+def route(x: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, hidden_size) -> of each token the experts' weights, of x's type, and which they are, (tokens, chosen)"""
     weights, chosen = linear(x, experts.router).softmax(-1, dtype=torch.float32).topk(experts.num_chosen)
     if experts.is_normalised:
         weights = weights / weights.sum(-1, keepdim=True)
-    weights, out = weights.to(x.dtype), torch.zeros_like(x)
+    return weights.to(x.dtype), chosen
+
+
+def mix_experts(x: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """(tokens, hidden_size) -> the weighted sum of the MLPs that each token is routed to. Waits for the device."""
+    weights, chosen = route(x, experts)
+    out = torch.zeros_like(x)
     # In the order of the experts, so that a token's sum does not depend on the tokens beside it.
     for expert in chosen.unique().tolist():
         tokens, places = (chosen == expert).nonzero(as_tuple=True)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from worker_service.layers.attention import AttentionMetadata, torch_attention
+from worker_service.layers.experts import Experts, mix_experts
 from worker_service.layers.norm import RMSNorm
 from worker_service.layers.rotary import apply_rotary
 
@@ -26,6 +27,12 @@ class Operations(Protocol):
 
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual (tokens, outputs) plus a linear layer of x; may be in place."""
+
+    def linear_over(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """A linear layer of x without the residual, whose place it may take."""
+
+    def norm_experts(self, x: torch.Tensor, norm: RMSNorm, experts: Experts) -> torch.Tensor:
+        """RMSNorm, then the weighted sum of the experts' MLPs that each token is routed to: (tokens, hidden_size)."""
 
     def attention(
         self,
@@ -59,6 +66,12 @@ class TorchOperations:
 
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return residual + linear(x, weight)
+
+    def linear_over(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight)
+
+    def norm_experts(self, x: torch.Tensor, norm: RMSNorm, experts: Experts) -> torch.Tensor:
+        return mix_experts(norm(x), experts)
 
     def attention(
         self,

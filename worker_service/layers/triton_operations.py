@@ -6,10 +6,12 @@ import torch
 from torch.nn.functional import linear
 
 from worker_service.kernels.decode_attention import DecodeAttention, DecodeRows
+from worker_service.kernels.experts import mix_experts_grouped
 from worker_service.kernels.linear import few_token_linear, is_few
 from worker_service.kernels.norm import rms_norm, silu_mul
 from worker_service.kernels.prefill_attention import prefill_attention
 from worker_service.kernels.store_kv import store_kv
+from worker_service.layers.experts import Experts, route
 from worker_service.layers.norm import RMSNorm
 
 
@@ -56,6 +58,15 @@ class TritonOperations:
         if is_few(len(x), x.shape[1]):
             return few_token_linear(x, weight, residual=residual)
         return residual.addmm_(x, weight.t())
+
+    def linear_over(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        if is_few(len(x), x.shape[1]):
+            return few_token_linear(x, weight, out=residual)
+        return torch.mm(x, weight.t(), out=residual)
+
+    def norm_experts(self, x: torch.Tensor, norm: RMSNorm, experts: Experts) -> torch.Tensor:
+        x = rms_norm(x, norm.weight, norm.eps)
+        return mix_experts_grouped(x, experts.gate_up, experts.down, *route(x, experts))
 
     def attention(
         self,

@@ -1,0 +1,87 @@
+"""The one-shot all-reduce between processes that share memory: the kernel's protocol, through Triton's interpreter."""
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from worker_service.kernels import all_reduce as all_reduce_module
+from worker_service.kernels.all_reduce import VALUES_PER_BLOCK, Barrier, OneShotAllReduce, inbox_words
+from worker_service.peer_memory import CopyAllReduce
+from worker_service.shard import Shard
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu has it between GPUs")
+
+MAX_BYTES = 12 * VALUES_PER_BLOCK
+LENGTHS = (64, 6 * VALUES_PER_BLOCK, 1000, 8, 6 * VALUES_PER_BLOCK, 2 * VALUES_PER_BLOCK + 24, 64)
+
+
+def share(call: int, rank: int) -> torch.Tensor:
+    """Small whole numbers, whose sums are exact: the interpreter rounds bfloat16 otherwise than a GPU."""
+    generator = torch.Generator().manual_seed(1000 * call + rank)
+    return torch.randint(-40, 40, (LENGTHS[call % len(LENGTHS)],), generator=generator).bfloat16()
+
+
+def call_all(rank: int, size: int, inboxes: list[torch.Tensor], results: list[list[torch.Tensor]]) -> None:
+    # Fewer than there are blocks.
+    all_reduce_module.MAX_PROGRAMS = 4
+    all_reduce = OneShotAllReduce(Shard(rank, size), inboxes, MAX_BYTES)
+    for call, result in enumerate(results[rank]):
+        x = share(call, rank)
+        assert all_reduce.takes(x)
+        all_reduce(x)
+        result.copy_(x)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_over_ranks_call_after_call(size: int) -> None:
+    num_calls = 2 * len(LENGTHS)
+    inboxes = [torch.zeros(inbox_words(size, MAX_BYTES), dtype=torch.int64).share_memory_() for _ in range(size)]
+    results = [[torch.zeros_like(share(call, 0)).share_memory_() for call in range(num_calls)] for _ in range(size)]
+    multiprocessing.spawn(call_all, (size, inboxes, results), nprocs=size)
+    for call in range(num_calls):
+        expected = torch.stack([share(call, rank) for rank in range(size)]).sum(0)
+        for rank in range(size):
+            assert torch.equal(results[rank][call], expected), (call, rank)
+
+
+def test_takes_what_it_was_made_for() -> None:
+    all_reduce = OneShotAllReduce(Shard(0, 2), [torch.zeros(2, dtype=torch.int64)] * 2, MAX_BYTES)
+    assert all_reduce.takes(torch.zeros(MAX_BYTES // 2, dtype=torch.bfloat16))
+    assert not all_reduce.takes(torch.zeros(MAX_BYTES // 2 + 1, dtype=torch.bfloat16))
+    assert not all_reduce.takes(torch.zeros(8, dtype=torch.float32))
+    assert not all_reduce.takes(torch.zeros(4, 4, dtype=torch.bfloat16).t())
+
+
+def copy_all(
+    rank: int, size: int, buffers: list[torch.Tensor], flags: list[torch.Tensor], parts: list[tuple[int, int]]
+) -> None:
+    """Sums some rows after the other; those of each call are written anew, as a forward pass does."""
+    all_reduce = CopyAllReduce(Shard(rank, size), buffers, Barrier(Shard(rank, size), flags))
+    for number, (first, last) in enumerate(parts):
+        x = buffers[rank][first:last]
+        x.copy_(rows_of(number, rank, last - first))
+        assert all_reduce.takes(x)
+        all_reduce(x)
+        expected = torch.stack([rows_of(number, other, last - first) for other in range(size)]).sum(0)
+        assert torch.equal(x, expected), (rank, number)
+
+
+def rows_of(number: int, rank: int, num_rows: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * number + rank)
+    return torch.randint(-40, 40, (num_rows, 8), generator=generator).bfloat16()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_copies_sum_rows_of_a_shared_buffer(size: int) -> None:
+    buffers = [torch.zeros(20, 8, dtype=torch.bfloat16).share_memory_() for _ in range(size)]
+    flags = [torch.zeros(size, dtype=torch.int64).share_memory_() for _ in range(size)]
+    parts = [(0, 20), (0, 7), (7, 20), (3, 4), (0, 20)] * 3
+    multiprocessing.spawn(copy_all, (size, buffers, flags, parts), nprocs=size)
+
+
+def test_copies_take_rows_of_their_buffer_alone() -> None:
+    buffers = [torch.zeros(20, 8, dtype=torch.bfloat16) for _ in range(2)]
+    copies = CopyAllReduce(Shard(0, 2), buffers, Barrier(Shard(0, 2), [torch.zeros(2, dtype=torch.int64)] * 2))
+    assert copies.takes(buffers[0][5:])
+    assert not copies.takes(buffers[0][:, :4])
+    assert not copies.takes(buffers[1])

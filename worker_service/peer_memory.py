@@ -1,0 +1,104 @@
+"""All-reduces over memory that the GPUs of one host reach each other's, such as NVLink connects.
+
+Small messages go in one shot (kernels/all_reduce.py). Large ones are moved by the GPUs' copy engines, which takes no
+processor from the matrix products beside it, and far less power than NCCL's kernels.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+
+from worker_service.communicator import Communicator
+from worker_service.kernels.all_reduce import Barrier, OneShotAllReduce, inbox_words
+from worker_service.shard import Shard
+
+logger = logging.getLogger(__name__)
+
+MAX_ONE_SHOT_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 1 << 20}
+"""Up to which one shot is the fastest, by the number of ranks (docs/performance.md); measured for 2."""
+FEWEST_BYTES = 1 << 19
+
+
+class CopyAllReduce:
+    """Of rows of a buffer that all ranks have. Each rank adds up its share of the rows, then fetches the others'."""
+
+    def __init__(self, shard: Shard, buffers: Sequence[torch.Tensor], barrier: Barrier) -> None:
+        """buffers: each rank's, (rows, width), as this rank reaches it."""
+        self._shard, self._buffers, self._barrier = shard, buffers, barrier
+        self._own = buffers[shard.rank]
+        num_rows, width = self._own.shape
+        self._received = self._own.new_empty(shard.size - 1, -(-num_rows // shard.size), width)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        first = x.data_ptr() - self._own.data_ptr()
+        return x.is_contiguous() and x.dim() == 2 and first >= 0 and first + x.nbytes <= self._own.nbytes
+
+    def __call__(self, x: torch.Tensor) -> None:
+        """x, which takes(x), are some of this rank's rows; the other ranks give the same ones of theirs."""
+        rank, size = self._shard.rank, self._shard.size
+        first = (x.data_ptr() - self._own.data_ptr()) // (self._own.stride(0) * x.itemsize)
+        shares = x.tensor_split(size)
+        starts = [first + (share.data_ptr() - x.data_ptr()) // (x.stride(0) * x.itemsize) for share in shares]
+        others = [(rank + step) % size for step in range(1, size)]
+        mine = shares[rank]
+        self._barrier()
+        for received, other in zip(self._received, others, strict=True):
+            received[: len(mine)].copy_(self._buffers[other][starts[rank] : starts[rank] + len(mine)])
+        for received in self._received:
+            mine.add_(received[: len(mine)])
+        self._barrier()
+        for other in others:
+            shares[other].copy_(self._buffers[other][starts[other] : starts[other] + len(shares[other])])
+        # Until all have fetched, nobody may write over its rows.
+        self._barrier()
+
+
+class PeerAllReduce:
+    """The faster of the two, for what either takes."""
+
+    def __init__(self, one_shot: OneShotAllReduce, copies: CopyAllReduce, hidden: torch.Tensor) -> None:
+        self.one_shot, self.copies, self.hidden = one_shot, copies, hidden
+
+    def takes(self, x: torch.Tensor) -> bool:
+        return self.one_shot.takes(x) or self.copies.takes(x)
+
+    def __call__(self, x: torch.Tensor) -> None:
+        (self.one_shot if self.one_shot.takes(x) else self.copies)(x)
+
+
+def connect_peers(
+    communicator: Communicator, num_ranks_here: int, max_tokens: int, hidden_size: int, device: torch.device
+) -> PeerAllReduce | None:
+    """None where the group is spread over hosts, or a GPU of it does not reach another's memory. All ranks call it.
+
+    Large messages are those in the result's `hidden`, (max_tokens, hidden_size) bfloat16.
+    """
+    shard = communicator.shard
+    mine = torch.cuda.current_device()
+    is_possible = num_ranks_here == shard.size and all(
+        torch.cuda.can_device_access_peer(mine, other) for other in range(num_ranks_here) if other != mine
+    )
+    if not communicator.smallest(int(is_possible), device):
+        logger.warning("NCCL alone: the GPUs don't reach each other's memory")
+        return None
+    # Multicast is not needed, and setting it up can fail where plain peer memory works.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+    def share(*shape: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Zeros of each rank, as this rank reaches them."""
+        own = symmetric_memory.empty(shape, dtype=dtype, device=device).zero_()
+        handle = symmetric_memory.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
+        return [own if rank == shard.rank else handle.get_buffer(rank, shape, dtype) for rank in range(shard.size)]
+
+    max_bytes = MAX_ONE_SHOT_BYTES.get(shard.size, FEWEST_BYTES)
+    inboxes = share(inbox_words(shard.size, max_bytes), dtype=torch.int64)
+    flags = share(shard.size, dtype=torch.int64)
+    hidden = share(max_tokens, hidden_size, dtype=torch.bfloat16)
+    # No rank writes before all have zeroed theirs.
+    communicator.smallest(0, device)
+    copies = CopyAllReduce(shard, hidden, Barrier(shard, flags))
+    return PeerAllReduce(OneShotAllReduce(shard, inboxes, max_bytes), copies, hidden[shard.rank])
