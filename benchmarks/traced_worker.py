@@ -73,6 +73,9 @@ class TracedRunner:
         self._runner.reset()
         self.launches.clear()
 
+    def close(self) -> None:
+        self._runner.close()
+
 
 class TracedServicer(WorkerServicer):
     """Keeps what it answers."""

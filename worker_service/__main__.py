@@ -35,6 +35,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     await stopping.wait()
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
+    await servicer.close()
 
 
 def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServicer] = WorkerServicer) -> None:
@@ -49,20 +50,26 @@ def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServic
         asyncio.run(serve(settings, make_servicer(build_runner(settings))))
         return
     from worker_service.communicator import Communicator
-    from worker_service.rank_group import Follower, Leader, LeadingRunner, join_group, leave_group
+    from worker_service.rank_group import STOP, Follower, Leader, LeadingRunner, join_group, leave_group
 
     # Before there are others who would say the same.
     check_model(settings)
     rank = join_group(settings, PARENT_PID)
     communicator = Communicator(rank.shard)
-    if rank.shard.rank == 0:
-        leader = Leader(rank)
-        runner = LeadingRunner(build_runner(settings, communicator), leader)
-        asyncio.run(serve(settings, make_servicer(runner)))
-        leader.stop()
-    else:
-        Follower(rank).run(build_runner(settings, communicator))
+    if rank.shard.rank > 0:
+        follower, runner = Follower(rank), build_runner(settings, communicator)
+        follower.run(runner)
+        runner.close()
+        leave_group()
+        return
+    leader = Leader(rank)
+    leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
+    asyncio.run(serve(settings, make_servicer(leading_runner)))
+    leader.send(STOP)
+    leading_runner.close()
+    # With the others, who wait for it.
     leave_group()
+    leader.join()
 
 
 def main() -> None:

@@ -16,14 +16,16 @@ SIDE_CTAS = 8
 
 
 class PeerAllReduce(Protocol):
-    """Sums over the ranks, in place, of tensors that it takes."""
+    """Sums over the ranks, in place, where it can."""
 
     hidden: torch.Tensor
-    """(most tokens of a step, hidden_size): memory of which it takes rows, however many"""
+    """(most tokens of a step, hidden_size): memory of which it can sum any rows"""
 
-    def takes(self, x: torch.Tensor) -> bool: ...
+    def sum(self, x: torch.Tensor) -> bool:
+        """Whether it could."""
 
-    def __call__(self, x: torch.Tensor) -> None: ...
+    def sum_beside(self, x: torch.Tensor) -> bool:
+        """The same so as to leave the GPU's processors to other work."""
 
 
 class Communicator:
@@ -35,8 +37,8 @@ class Communicator:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place."""
-        if self.shard.size > 1:
-            self._all_reduce(x, None)
+        if self.shard.size > 1 and not (self.peer_all_reduce and self.peer_all_reduce.sum(x)):
+            dist.all_reduce(x)
         return x
 
     def begin_all_reduce(self, x: torch.Tensor) -> torch.cuda.Event:
@@ -45,15 +47,10 @@ class Communicator:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._all_reduce(x, group)
+            if not (self.peer_all_reduce and self.peer_all_reduce.sum_beside(x)):
+                dist.all_reduce(x, group=group)
             done.record()
         return done
-
-    def _all_reduce(self, x: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-        if self.peer_all_reduce is not None and self.peer_all_reduce.takes(x):
-            self.peer_all_reduce(x)
-        else:
-            dist.all_reduce(x, group=group)
 
     @functools.cached_property
     def _side(self) -> tuple[torch.cuda.Stream, dist.ProcessGroup]:

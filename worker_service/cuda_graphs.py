@@ -45,5 +45,11 @@ class Graphs:
         self._pool = graph.pool()
         self._graphs[key] = graph
 
+    def clear(self) -> None:
+        """NCCL ends only after the graphs that its kernels are in."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def replay(self, key: Hashable) -> None:
         self._graphs[key].replay()

@@ -125,6 +125,10 @@ class CudaRunner:
         self._batch.reset()
         self._ended = None
 
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self._graphs.clear()
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Applies the plan and queues its work; InvalidPlan, with nothing applied, if the batch can't follow it."""

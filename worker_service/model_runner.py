@@ -38,6 +38,10 @@ class ModelRunner:
         self._batch.reset()
         self._ended = None
 
+    def close(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:
         """Applies the plan and queues its work; InvalidPlan, with nothing applied, if the batch can't follow it."""

@@ -58,16 +58,22 @@ class CopyAllReduce:
 
 
 class PeerAllReduce:
-    """The faster of the two, for what either takes."""
+    """The better of the two for what there is to sum."""
 
     def __init__(self, one_shot: OneShotAllReduce, copies: CopyAllReduce, hidden: torch.Tensor) -> None:
         self.one_shot, self.copies, self.hidden = one_shot, copies, hidden
 
-    def takes(self, x: torch.Tensor) -> bool:
-        return self.one_shot.takes(x) or self.copies.takes(x)
+    def sum(self, x: torch.Tensor) -> bool:
+        if self.one_shot.takes(x):
+            self.one_shot(x)
+            return True
+        return self.sum_beside(x)
 
-    def __call__(self, x: torch.Tensor) -> None:
-        (self.one_shot if self.one_shot.takes(x) else self.copies)(x)
+    def sum_beside(self, x: torch.Tensor) -> bool:
+        if self.copies.takes(x):
+            self.copies(x)
+            return True
+        return False
 
 
 def connect_peers(

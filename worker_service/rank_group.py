@@ -238,9 +238,8 @@ class Leader:
                 channel.is_closing = self._is_stopping
                 channel.send(kind, body)
 
-    def stop(self) -> None:
-        """Ends the other ranks, and waits for them, but not for ever."""
-        self.send(STOP)
+    def join(self) -> None:
+        """Waits for the other ranks, which have been told to stop, but not for ever."""
         for listener in self._listeners:
             listener.join(SILENCE_LIMIT_S)
         for child in self._children:
@@ -300,6 +299,9 @@ class LeadingRunner:
         self._leader.send(RESET)
         with _all_or_nothing():
             self._runner.reset()
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 class _LeadingStep:

@@ -26,3 +26,6 @@ class Runner(Protocol):
 
     def reset(self) -> None:
         """Empties the batch, for a new session; the next plan's step_id is 1."""
+
+    def close(self) -> None:
+        """Waits for the device and lets go of what keeps a process group from ending. Nothing is called after it."""

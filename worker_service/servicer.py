@@ -62,6 +62,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             session.end(None)
             logger.info("session of scheduler %s, epoch %d ended", session.scheduler_id, session.epoch)
 
+    async def close(self) -> None:
+        """Ends the session, if there is one, and waits for the steps that have begun."""
+        if self._session is not None:
+            self._session.end(None)
+            await asyncio.to_thread(self._session.join)
+
     async def _open(self, request: worker_pb2.OpenSession) -> "_Session":
         if request.protocol_version != PROTOCOL_VERSION:
             raise SessionRefused(f"protocol version {request.protocol_version}; this worker speaks {PROTOCOL_VERSION}")

@@ -35,14 +35,21 @@ def _value(words, place: tl.constexpr):
 
 
 @triton.jit
+def _address(place):
+    """A pointer to int64 that is stored at place."""
+    return tl.multiple_of(tl.load(place).to(tl.pointer_type(tl.int64)), 16)
+
+
+@triton.jit
 def _one_shot(
-    x, inboxes, calls, num_values,
+    x, inboxes, calls, num_octets,
     RANK: tl.constexpr, SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """An inbox is (2, SIZE, NUM_BLOCKS, BLOCK) int64: a block's calls take turns, so that a rank writes over nothing
     that another has yet to read, as it has had that one's next message since.
     """
     lanes = tl.arange(0, BLOCK)
+    num_values = 8 * num_octets
     num_blocks = tl.cdiv(num_values, 3 * BLOCK)
     wait_for_predecessor(PDL)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -54,9 +61,9 @@ def _one_shot(
         words |= call.to(tl.int64) << 48
         sent = (((call & 1) * SIZE + RANK) * NUM_BLOCKS + block).to(tl.int64) * BLOCK + lanes
         for step in tl.static_range(1, SIZE):
-            inbox = tl.load(inboxes + (RANK + step) % SIZE).to(tl.pointer_type(tl.int64))
+            inbox = _address(inboxes + (RANK + step) % SIZE)
             tl.store(inbox + sent, words, cache_modifier=".wt")
-    inbox = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
+    inbox = _address(inboxes + RANK)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         call = tl.load(calls + block) + 1
         places = block * 3 * BLOCK + lanes
@@ -88,10 +95,9 @@ def _wait_for_all(flags, calls, RANK: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD
     """Tells the other ranks that this one has come so far, and waits for their word."""
     call = tl.load(calls) + 1
     for step in tl.static_range(1, SIZE):
-        place = tl.load(flags + (RANK + step) % SIZE).to(tl.pointer_type(tl.int64)) + RANK
-        tl.store(place, call, cache_modifier=".wt")
+        tl.store(_address(flags + (RANK + step) % SIZE) + RANK, call, cache_modifier=".wt")
     ranks = tl.arange(0, SIZE_PAD)
-    place = tl.load(flags + RANK).to(tl.pointer_type(tl.int64)) + ranks
+    place = _address(flags + RANK) + ranks
     is_other = (ranks < SIZE) & (ranks != RANK)
     # Another may be on its next call already.
     reached = tl.load(place, mask=is_other, other=call, volatile=True)
@@ -116,14 +122,13 @@ class OneShotAllReduce:
         self._calls = torch.zeros(_num_blocks(max_bytes // 2), dtype=torch.int32, device=inboxes[0].device)
 
     def takes(self, x: torch.Tensor) -> bool:
-        is_aligned = x.is_contiguous() and x.data_ptr() % 16 == 0
+        is_aligned = x.is_contiguous() and x.data_ptr() % 16 == 0 and x.nbytes % 16 == 0
         return is_aligned and x.dtype == torch.bfloat16 and x.nbytes <= self.max_bytes
 
     def __call__(self, x: torch.Tensor) -> None:
         """Sums x, which takes(x), over the ranks, in place; added in float32, rounded once."""
-        num_programs = min(_num_blocks(x.numel()), MAX_PROGRAMS)
         _one_shot_kernel(
-            (num_programs, 1, 1), x, self._addresses, self._calls, x.numel(),
+            (min(_num_blocks(x.numel()), MAX_PROGRAMS), 1, 1), x, self._addresses, self._calls, x.numel() // 8,
             RANK=self._shard.rank, SIZE=self._shard.size, NUM_BLOCKS=len(self._calls), BLOCK=BLOCK,
             PDL=supports_pdl(x.device),
         )  # fmt: skip
