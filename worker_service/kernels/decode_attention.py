@@ -251,7 +251,7 @@ class DecodeAttention:
     def __init__(self, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
         self._device = device
         self._num_full = max(1, PROGRAMS_A_PROCESSOR * _num_processors(device) // num_kv_heads)
-        partials = (max_rows + self._num_wanted(max_rows)) * num_heads
+        partials = max(num_rows + self._num_wanted(num_rows) for num_rows in range(1, max_rows + 1)) * num_heads
         self._partials = torch.empty((partials, head_dim + 2), dtype=torch.float32, device=device)
         self._counters = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
 
@@ -273,6 +273,9 @@ class DecodeAttention:
         """Splits to aim for: enough to fill the GPU, and more with more rows, whose lengths differ; not so many that
         many rows of one length would be split (docs/performance-log.md).
         """
+        if num_rows >= 1.9 * self._num_full:
+            # Unsplit, they fill it twice.
+            return num_rows + min(num_rows // 2, 2 * self._num_full)
         return min(self._num_full + 2 * num_rows, 2 * self._num_full + num_rows)
 
     def __call__(
