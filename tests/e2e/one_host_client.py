@@ -10,7 +10,7 @@ import grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2_grpc
-from tests.e2e.services import Service, Stream
+from tests.e2e.services import Service, Stream, wait_ready
 from tests.e2e.test_tensor_parallel import make_requests
 
 
@@ -21,8 +21,9 @@ def main(address: str, folder: str) -> None:
         try:
             scheduler.wait_listening()
             with grpc.insecure_channel(scheduler.address, CHANNEL_OPTIONS) as channel:
+                wait_ready(channel)
                 stub = inference_pb2_grpc.InferenceServiceStub(channel)
-                streams = [Stream(stub.GenerateStream(request, wait_for_ready=True)) for request in make_requests()]
+                streams = [Stream(stub.GenerateStream(request)) for request in make_requests()]
                 print([stream.result() for stream in streams])
         finally:
             scheduler.kill()

@@ -71,6 +71,17 @@ class Service:
         self.process.wait(WAIT_S)
 
 
+def wait_ready(channel: grpc.Channel) -> None:
+    """Until the scheduler at the other end has a worker."""
+    health = health_pb2_grpc.HealthStub(channel)
+
+    def is_ready() -> bool:
+        response = health.Check(health_pb2.HealthCheckRequest(service=INFERENCE), timeout=WAIT_S, wait_for_ready=True)
+        return bool(response.status == ServingStatus.SERVING)
+
+    wait_until(is_ready, "the scheduler is ready")
+
+
 class Engine:
     """A worker and a scheduler of its own, ready, with stubs that talk to the scheduler."""
 
@@ -105,13 +116,7 @@ class Engine:
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.control = control_pb2_grpc.ControlServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
-        wait_until(self.is_ready, "the scheduler is ready")
-
-    def is_ready(self) -> bool:
-        response = self.health.Check(
-            health_pb2.HealthCheckRequest(service=INFERENCE), timeout=WAIT_S, wait_for_ready=True
-        )
-        return bool(response.status == ServingStatus.SERVING)
+        wait_ready(self.channel)
 
     def load(self) -> control_pb2.GetLoadResponse:
         response: control_pb2.GetLoadResponse = self.control.GetLoad(control_pb2.GetLoadRequest(), timeout=WAIT_S)
