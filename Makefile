@@ -11,9 +11,12 @@ TOKENIZER ?=
 # temperature or qwen3; further flags of benchmarks.throughput, benchmarks.serve and benchmarks.gaps.
 SAMPLING ?= temperature
 BENCH_FLAGS ?=
+# What bench-scaling measures; numbers of ranks that there are too few GPUs for are left out.
+SCALING_MODELS ?= build/models/8b build/models/32b
+TP_SIZES ?= 1 2 4 8
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scheduler bench-plot compose-test clean
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-plot compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -77,6 +80,14 @@ ifneq ($(GPU),)
 else
 	$(BIN)/python -m benchmarks.gaps embedded --scale 10 --sampling $(SAMPLING) $(BENCH_FLAGS) \
 		--out benchmarks/results/gaps_cpu.json
+endif
+
+bench-scaling: $(STAMP) $(if $(GPU),$(SCALING_MODELS:%=%/config.json))  ## Speed over TP_SIZES ranks; writes benchmarks/results
+ifneq ($(GPU),)
+	$(BIN)/python -m benchmarks.scaling $(SCALING_MODELS) --tp-sizes $(TP_SIZES) --sampling $(SAMPLING) $(BENCH_FLAGS)
+else
+	$(BIN)/python -m benchmarks.scaling embedded --tp-sizes $(TP_SIZES) --sampling $(SAMPLING) --scale 64 --repeats 1 \
+		--results build/scaling $(BENCH_FLAGS)
 endif
 
 bench-scheduler: $(STAMP)  ## The scheduler's CPU cost a step; writes benchmarks/results

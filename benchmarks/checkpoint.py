@@ -45,6 +45,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 12288,
         "tie_word_embeddings": False,
     },
+    "32b": {
+        **QWEN3,
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 25600,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "head_dim": 32,
         "vocab_size": 1024,

@@ -35,8 +35,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 STARTUP_TIMEOUT_S = 900.0
 VERSIONS = ("grpcio", "numpy", "torch", "triton")
 COUNTERS = ("num_steps", "num_preemptions", "num_cached_prompt_tokens", "num_overshoot_tokens")
-SHAPES = {(1024, 28): "0.6b", (4096, 36): "8b"}
-"""The shapes that have anchors, by hidden_size and num_hidden_layers."""
+SHAPES = {(1024, 28): "0.6b", (4096, 36): "8b", (5120, 64): "32b"}
+"""By hidden_size and num_hidden_layers."""
 
 # Every field is set: a checkpoint's own defaults must not change what is measured.
 SAMPLINGS: dict[str, dict[str, float]] = {

@@ -1,10 +1,10 @@
-"""Draws docs/images: throughput.svg and roofline.svg from the results of benchmarks.throughput, timeline.svg from
-those of benchmarks.gaps (see benchmarks/timeline.py).
+"""Draws docs/images: throughput.svg and roofline.svg from the results of benchmarks.throughput, scaling.svg from
+benchmarks.scaling's, timeline.svg from those of benchmarks.gaps (see benchmarks/timeline.py).
 
 Usage: python -m benchmarks.plot [RESULTS_DIR [IMAGES_DIR]]
 
-Takes the runs that have anchors (benchmarks/anchors.py), the newest of each shape and sampling, and says which it
-skips. The same results give the same bytes.
+Takes the runs that have anchors (benchmarks/anchors.py), the newest of each shape, sampling and number of GPUs; says
+which it skips. The same results give the same bytes.
 """
 
 import json
@@ -20,23 +20,26 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from benchmarks import timeline
-from benchmarks.anchors import FLOOR, NANO_VLLM, VLLM, anchors_of
+from benchmarks.anchors import FLOOR, NANO_VLLM, VLLM, anchors_of, num_ranks
 from benchmarks.common import REPOSITORY, RESULTS
+from benchmarks.throughput import speed_ratio
 
 TANDEM = "Tandem"
 COLOURS = {TANDEM: "#d1495b", VLLM: "#30638e", NANO_VLLM: "#9aa5b1"}
 SAMPLING_TEXTS = {"temperature": "temperature 0.6", "qwen3": "temperature 0.6, top-k 20, top-p 0.95"}
 
+Key = tuple[str, str, int]
+"""Shape, sampling, number of GPUs."""
 Numbers = dict[str, dict[str, float]]
 """Of each row: the measured value of each engine, and the floor."""
 
 
-def load_results(folder: Path) -> dict[tuple[str, str], Numbers]:
-    """What was measured with the anchors beside, by shape and sampling."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
+def load_results(folder: Path) -> dict[Key, Numbers]:
+    """What was measured with the anchors beside."""
+    newest: dict[Key, dict[str, Any]] = {}
     for path in sorted(folder.glob("throughput_*.json")):
         report = json.loads(path.read_text())
-        key = (report["shape"], report["sampling"])
+        key = (report["shape"], report["sampling"], num_ranks(report))
         if not anchors_of(report):
             print(f"{path.name}: nothing to compare it with; skipped")
         elif key not in newest or report["date"] > newest[key]["date"]:
@@ -47,26 +50,23 @@ def load_results(folder: Path) -> dict[tuple[str, str], Numbers]:
             for name, others in anchors_of(report).items()
             if name in report["rows"]
         }
-        for key, report in sorted(newest.items(), key=lambda item: (item[0][0], -len(anchors_of(item[1]))))
+        for key, report in sorted(newest.items(), key=lambda item: (item[0][0], item[0][2], -len(anchors_of(item[1]))))
     }
 
 
-def speed_ratio(row: str, value: float, reference: float) -> float:
-    """How many times as fast as the reference: rates are better when higher, times when lower."""
-    return value / reference if row.startswith("prefill") else reference / value
-
-
 def draw(
-    results: dict[tuple[str, str], Numbers],
+    results: dict[Key, Numbers],
     engines: tuple[str, ...],
     reference: str,
     label: Callable[[float, float], str],
     axis: str,
     path: Path,
 ) -> None:
-    """One panel a model, one group of bars a row: each engine's speed over the reference's."""
+    """One panel a model, one group of bars a row: each engine's speed over the reference's, where that has the row."""
+    results = {key: {name: row for name, row in rows.items() if reference in row} for key, rows in results.items()}
+    results = {key: rows for key, rows in results.items() if rows}
     figure, panels = pyplot.subplots(len(results), 1, figsize=(9, 3.1 * len(results)), squeeze=False)
-    for panel, ((shape, sampling), rows) in zip(panels[:, 0], results.items(), strict=True):
+    for panel, ((shape, sampling, count), rows) in zip(panels[:, 0], results.items(), strict=True):
         present = [engine for engine in engines if any(engine in row for row in rows.values())]
         width = 0.8 / len(present)
         for index, engine in enumerate(present):
@@ -79,7 +79,8 @@ def draw(
         panel.axhline(1, color="black", linewidth=0.6)
         panel.set_xticks(range(len(rows)), rows, fontsize=8)
         panel.set_ylabel(axis, fontsize=8)
-        panel.set_title(f"Qwen3-{shape.upper()} shape, one H100, {SAMPLING_TEXTS[sampling]}", fontsize=9)
+        gpus = "one H100" if count == 1 else f"{count} H100s"
+        panel.set_title(f"Qwen3-{shape.upper()} shape, {gpus}, {SAMPLING_TEXTS[sampling]}", fontsize=9)
         panel.margins(y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(fontsize=8, frameon=False, ncols=len(engines))
@@ -101,6 +102,11 @@ def main(results_folder: Path, images: Path) -> None:
         draw_speeds(results, images)
     else:
         print(f"no results of benchmarks.throughput to draw in {results_folder}")
+    scalings = results_folder / "scaling.json"
+    if scalings.exists() and (measured := json.loads(scalings.read_text())["scalings"]):
+        save(draw_scaling(measured), images / "scaling.svg")
+    else:
+        print(f"no results of benchmarks.scaling to draw in {results_folder}")
     if samples := timeline.load_samples(results_folder):
         save(timeline.draw(samples), images / "timeline.svg")
     else:
@@ -124,6 +130,34 @@ def draw_speeds(results: dict[tuple[str, str], Numbers], images: Path) -> None:
         "share of the hardware's floor",
         images / "roofline.svg",
     )
+
+
+def draw_scaling(scalings: list[dict[str, Any]]) -> Figure:
+    """A panel a model: the speed of each row over the fewest ranks', as measured and, hollow, as predicted."""
+    figure, panels = pyplot.subplots(1, len(scalings), figsize=(7 * len(scalings), 5), squeeze=False)
+    for panel, scaling in zip(panels[0], scalings, strict=True):
+        sizes: set[int] = set()
+        for index, (name, row) in enumerate(scaling["measured"].items()):
+            base = row[min(row, key=int)]["median"]
+            predicted = {size: numbers[name] for size, numbers in scaling["predicted"].items()}
+            for numbers, style in ((predicted, "--"), ({size: entry["median"] for size, entry in row.items()}, "-")):
+                ranks = sorted(map(int, numbers))
+                speeds = [speed_ratio(name, numbers[str(size)], base) for size in ranks]
+                face = "white" if style == "--" else f"C{index}"
+                label = name if style == "-" else None
+                panel.plot(ranks, speeds, style, color=f"C{index}", marker="o", markerfacecolor=face, label=label)
+                sizes.update(ranks)
+        panel.plot(sorted(sizes), [size / min(sizes) for size in sorted(sizes)], color="#9aa5b1", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter("{x:g}")
+        panel.set_xlabel("ranks", fontsize=8)
+        panel.set_ylabel(f"speed, {min(sizes)} rank = 1; hollow: predicted; grey: ideal", fontsize=8)
+        panel.set_title(f"{scaling['name']} on {scaling['device']}", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

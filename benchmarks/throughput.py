@@ -70,6 +70,11 @@ ROWS: dict[str, tuple[str, Callable[[Bench, int], Awaitable[float]]]] = {
 }
 
 
+def speed_ratio(row: str, value: float, reference: float) -> float:
+    """How many times as fast as the reference: rates are better when higher, times when lower."""
+    return value / reference if row.startswith("prefill") else reference / value
+
+
 async def measure(engine: Engine, arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     """Adds the rows to the report, which is written after each, so that an interrupted run leaves what it has."""
     rows = report["rows"] = {}

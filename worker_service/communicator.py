@@ -13,6 +13,8 @@ import torch.distributed as dist
 from worker_service.shard import Shard
 
 SIDE_CTAS = 8
+# torch 2.13 gave it a new name, and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class PeerAllReduce(Protocol):
@@ -64,7 +66,7 @@ class Communicator:
         if self.shard.size == 1:
             return x[None]
         out = x.new_empty(self.shard.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x)
+        _all_gather(out, x)
         return out.view(self.shard.size, *x.shape)
 
     def agree(self, x: torch.Tensor) -> torch.Tensor:

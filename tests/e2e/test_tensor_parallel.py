@@ -73,6 +73,20 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any]
     assert sum(len(set(output)) for output in outputs[1]) / len(PROMPTS) > 10
 
 
+@pytest.mark.slow
+def test_tokens_of_eight_ranks_are_those_of_one(tmp_path: Path) -> None:
+    """Each of the two KV heads is held by four, and 259 tokens of vocabulary don't divide."""
+    folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **CONFIGS["dense"])
+    outputs = []
+    for tp_size in (1, 8):
+        engine = start(folder, tp_size)
+        try:
+            outputs.append(run(engine))
+        finally:
+            engine.close()
+    assert outputs[0] == outputs[1]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")

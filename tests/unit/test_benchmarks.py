@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import plot, serve, throughput
-from benchmarks.anchors import ANCHORS, FLOOR, VLLM
+from benchmarks.anchors import ANCHORS, FLOOR, NANO_VLLM, VLLM
 from benchmarks.checkpoint import COMMON, SIZES, write_checkpoint
 from benchmarks.common import SAMPLINGS, BenchmarkError, check_usage, percentiles, request_fields, setting, shape_of
 from benchmarks.latency import LoadSample, Stream, saturated_part, step_seconds, summarize
@@ -236,10 +236,11 @@ def test_messages_without_tokens_are_no_arrivals() -> None:
     assert stream.ttft == 0.5 and stream.tpot == 0.5
 
 
-def full_report(shape: str, sampling: str, factor: float, **changes: Any) -> dict[str, Any]:
-    rows = {name: {"median": factor * row[VLLM], "unit": "ms"} for name, row in ANCHORS[shape, sampling].items()}
+def full_report(shape: str, sampling: str, factor: float, tp_size: int = 1, **changes: Any) -> dict[str, Any]:
+    anchors = ANCHORS[shape, sampling, tp_size]
+    rows = {name: {"median": factor * row.get(VLLM, 1.0), "unit": "ms"} for name, row in anchors.items()}
     head = {"shape": shape, "sampling": sampling, "scale": 1, "device": H100, "date": "2026-01-01", "rows": rows}
-    return head | changes
+    return head | {"settings": {} if tp_size == 1 else {"tp_size": tp_size}} | changes
 
 
 def test_plots_take_the_newest_comparable_results_and_are_deterministic(tmp_path: Path) -> None:
@@ -249,13 +250,15 @@ def test_plots_take_the_newest_comparable_results_and_are_deterministic(tmp_path
         "throughput_c": full_report("0.6b", "qwen3", 0.5),
         "throughput_d": full_report("8b", "temperature", 0.5, device="another"),
         "throughput_e": full_report("8b", "temperature", 0.5, scale=2),
+        "throughput_f": full_report("8b", "temperature", 0.5, tp_size=2),
     }
     for name, report in reports.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
     results = plot.load_results(tmp_path)
-    assert list(results) == [("0.6b", "temperature"), ("0.6b", "qwen3")]
-    row = results["0.6b", "temperature"]["nano256"]
+    assert list(results) == [("0.6b", "temperature", 1), ("0.6b", "qwen3", 1), ("8b", "temperature", 2)]
+    row = results["0.6b", "temperature", 1]["nano256"]
     assert row[plot.TANDEM] == 0.5 * row[VLLM] and row[FLOOR] == 5.21
+    assert results["8b", "temperature", 2]["nano256"] == {plot.TANDEM: 5.47, VLLM: 10.94, NANO_VLLM: 14.76}
     for images in ("one", "two"):
         plot.main(tmp_path, tmp_path / images)
     for name in ("throughput.svg", "roofline.svg"):
@@ -263,12 +266,12 @@ def test_plots_take_the_newest_comparable_results_and_are_deterministic(tmp_path
 
 
 def test_speed_ratio_knows_which_way_is_better() -> None:
-    assert plot.speed_ratio("nano256", 5.0, 10.0) == 2.0
-    assert plot.speed_ratio("prefill_64x2048", 5.0, 10.0) == 0.5
+    assert throughput.speed_ratio("nano256", 5.0, 10.0) == 2.0
+    assert throughput.speed_ratio("prefill_64x2048", 5.0, 10.0) == 0.5
 
 
-@pytest.mark.parametrize("size", ["0.6b", "8b"])
-def test_the_sizes_are_the_shapes_of_the_anchors(size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["0.6b", "8b", "32b"])
+def test_a_shape_is_known_by_its_size(size: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(COMMON | SIZES[size]))
     assert shape_of(str(tmp_path)) == size
 

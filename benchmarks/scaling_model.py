@@ -1,0 +1,133 @@
+"""Predicts the rows of benchmarks.throughput for other numbers of ranks, from single steps profiled on two.
+
+A kernel's work is shared by the ranks, or is each rank's own, or is a sum over the ranks. A step's parts are scaled so
+that they add up to its measured time, as some kernels overlap. A sum in one shot takes a start-up and a time that grows
+with the number of other ranks. Copies move 2 (N - 1) / N of the message beside the other work, so there the longer of
+the two counts. Left out: products get less efficient as they get narrower, and GPUs that wait more draw less power, so
+that they clock higher.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workloads import nano256
+from worker_service.peer_memory import FEWEST_BYTES, MAX_ONE_SHOT_BYTES
+
+PROFILED_RANKS = 2
+SUMS = ("_one_shot", "_wait_for_all", "ncclDev", "Memcpy PtoP", "CUDAFunctor_add")
+OWN = (
+    "_rms_norm",
+    "_plan_splits",
+    "_begin_decode",
+    "_embed",
+    "Memcpy HtoD",
+    "Memcpy DtoH",
+    "Memset",
+    "_take_best",
+    "index",
+)
+"""Parts of the names of kernels that sum, and of those whose work does not shrink with more ranks."""
+DECODE_ROWS = (1, 16, 64, 256)
+CONTEXT = 640
+"""Of the profiled decode steps."""
+PREFILL_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Of one step on PROFILED_RANKS, in microseconds."""
+
+    step: float
+    shared: float
+    own: float
+    sums: float
+    are_copies: bool
+
+    @property
+    def sum_share(self) -> float:
+        """Of the GPU's busy time, if hidden behind other work or not, waiting for other ranks included."""
+        return self.sums / (self.shared + self.own + self.sums)
+
+
+def parts_of_steps(report: Mapping[str, Any]) -> dict[str, StepParts]:
+    """Of each profiled step in a result of benchmarks.step_times."""
+    steps = {name: step for name, step in report.items() if isinstance(step, dict) and "kernels" in step}
+    return {name: _parts_of(step["gpu_ms"] * 1e3, step["kernels"]) for name, step in steps.items()}
+
+
+def _parts_of(step_us: float, kernels: Sequence[Mapping[str, Any]]) -> StepParts:
+    sums = sum(kernel["us"] for kernel in kernels if _is_any(kernel, SUMS))
+    own = sum(kernel["us"] for kernel in kernels if _is_any(kernel, OWN) and not _is_any(kernel, SUMS))
+    shared = sum(kernel["us"] for kernel in kernels) - sums - own
+    are_copies = any("Memcpy PtoP" in kernel["name"] for kernel in kernels)
+    return StepParts(step_us, shared, own, sums, are_copies)
+
+
+def _is_any(kernel: Mapping[str, Any], names: Sequence[str]) -> bool:
+    return any(name in kernel["name"] for name in names)
+
+
+class ScalingModel:
+    def __init__(self, steps: Mapping[str, Any], all_reduce: Mapping[str, Any], hidden_size: int) -> None:
+        """Results of benchmarks.step_times --profile and benchmarks.all_reduce, both of PROFILED_RANKS."""
+        self._steps = parts_of_steps(steps)
+        self._sums = {int(size): ways for size, ways in all_reduce["by_message_bytes"].items()}
+        self._hidden_size = hidden_size
+
+    def rows(self, num_ranks: int) -> dict[str, float]:
+        """Of benchmarks.throughput, in its units."""
+        decode = [self._step_us(f"decode_temperature_{rows}", rows, num_ranks) for rows in DECODE_ROWS]
+        long_prompts = self._step_us("prefill_4x2048", PREFILL_TOKENS, num_ranks)
+        short_prompts = self._step_us("prefill_16x512", PREFILL_TOKENS, num_ranks)
+        rows = {f"decode_b{count}": us / 1e3 for count, us in zip(DECODE_ROWS, decode, strict=True) if count != 16}
+        return rows | {
+            "nano256": _nano256_us(decode, short_prompts) / 1e6,
+            "prefill_64x2048": PREFILL_TOKENS / long_prompts * 1e6,
+        }
+
+    def _step_us(self, name: str, num_tokens: int, num_ranks: int) -> float:
+        parts = self._steps[name]
+        ratio = PROFILED_RANKS / num_ranks
+        if parts.are_copies:
+            return parts.own + max((parts.step - parts.own) * ratio, parts.sums * _copied(num_ranks))
+        sums = parts.sums * self._sum_growth(2 * num_tokens * self._hidden_size, num_ranks)
+        scale = parts.step / (parts.shared + parts.own + parts.sums)
+        return scale * (parts.shared * ratio + parts.own + sums)
+
+    def _sum_growth(self, num_bytes: int, num_ranks: int) -> float:
+        """How much longer a sum over num_ranks takes than over PROFILED_RANKS, in one shot there."""
+        if num_ranks == 1:
+            return 0.0
+        least, profiled = self._us("one_shot", 0), self._us("one_shot", num_bytes)
+        if num_bytes <= MAX_ONE_SHOT_BYTES.get(num_ranks, FEWEST_BYTES):
+            return (least + (num_ranks - 1) * (profiled - least)) / profiled
+        start = self._us("copies", 0)
+        return (start + (self._us("copies", num_bytes) - start) * _copied(num_ranks)) / profiled
+
+    def _us(self, way: str, num_bytes: int) -> float:
+        """Of a message between those that were timed, or the next of them."""
+        times = {size: ways[f"{way}_us"] for size, ways in self._sums.items() if f"{way}_us" in ways}
+        return float(np.interp(num_bytes, list(times), list(times.values())))
+
+
+def _copied(num_ranks: int) -> float:
+    """Bytes that each rank copies, over those that each of two does."""
+    return 2 * (num_ranks - 1) / num_ranks
+
+
+def _nano256_us(decode: Sequence[float], prefill: float) -> float:
+    """All prompts in full steps, then a decode step for each token of the longest. A step's time is taken to be that of
+    as many rows of CONTEXT tokens as have the same context in all.
+    """
+    prompts, output_lens = nano256()
+    prompt_lens, lens = np.array([len(prompt) for prompt in prompts]), np.array(output_lens)
+    total = float(prompt_lens.sum() / PREFILL_TOKENS * prefill)
+    for step in range(1, lens.max()):
+        rows = (prompt_lens[lens > step] + step).sum() / CONTEXT
+        low = int(np.clip(np.searchsorted(DECODE_ROWS, rows) - 1, 0, len(DECODE_ROWS) - 2))
+        slope = (decode[low + 1] - decode[low]) / (DECODE_ROWS[low + 1] - DECODE_ROWS[low])
+        total += decode[low] + slope * (rows - DECODE_ROWS[low])
+    return total
