@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workloads import nano256
-from worker_service.peer_memory import FEWEST_BYTES, MAX_ONE_SHOT_BYTES
+from worker_service.peer_memory import MAX_ONE_SHOT_BYTES, OTHER_MAX_ONE_SHOT_BYTES
 
 PROFILED_RANKS = 2
 SUMS = ("_one_shot", "_wait_for_all", "ncclDev", "Memcpy PtoP", "CUDAFunctor_add")
@@ -102,7 +102,7 @@ class ScalingModel:
         if num_ranks == 1:
             return 0.0
         least, profiled = self._us("one_shot", 0), self._us("one_shot", num_bytes)
-        if num_bytes <= MAX_ONE_SHOT_BYTES.get(num_ranks, FEWEST_BYTES):
+        if num_bytes <= MAX_ONE_SHOT_BYTES.get(num_ranks, OTHER_MAX_ONE_SHOT_BYTES):
             return (least + (num_ranks - 1) * (profiled - least)) / profiled
         start = self._us("copies", 0)
         return (start + (self._us("copies", num_bytes) - start) * _copied(num_ranks)) / profiled

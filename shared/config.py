@@ -92,7 +92,7 @@ class WorkerSettings(ServiceSettings):
     )
     all_reduce: str = option(
         "auto",
-        "how ranks on GPUs add up: auto takes peer memory for small messages where they have it, and NCCL; nccl alone",
+        "how ranks on GPUs add up: auto is over peer memory where they reach each other's, else by NCCL; nccl always",
         choices=("auto", "nccl"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs: every kernel is launched by itself (true or false)")

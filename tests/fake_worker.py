@@ -138,9 +138,17 @@ class FakeRunner:
         self._change_batch(plan)
         num_tokens = self._num_tokens_by_row(plan)
         written: set[int] = set()
-        for row, count in num_tokens.items():
-            self._store(self.rows[row], count, written)
-        result = self._read_and_sample(plan.step_id, num_tokens)
+        contents: dict[int, Chain] = {}
+        # Decoding rows, rows that were there, new ones as they were added: each finds what those before it stored.
+        new_rows = [new.row for new in plan.added_rows]
+        old_rows = sorted(num_tokens.keys() - set(new_rows), key=lambda row: not self.rows[row].is_decoding)
+        for row in [*old_rows, *new_rows]:
+            if count := num_tokens.get(row):
+                state = self.rows[row]
+                self._store(state, count, written)
+                state.num_computed_tokens += count
+                contents[row] = self._read(state)
+        result = self._sample(plan.step_id, {row: contents[row] for row in num_tokens})
         return FakePendingStep(result, self.gate, self.delay_s)
 
     def _change_batch(self, plan: StepPlan) -> None:
@@ -206,19 +214,17 @@ class FakeRunner:
             self._slots[slot] = row.chain[position]
             self._salts[block_id] = row.salt
 
-    def _read_and_sample(self, step_id: int, num_tokens: dict[int, int]) -> StepResult:
+    def _sample(self, step_id: int, contents: dict[int, Chain]) -> StepResult:
         counts: list[int] = []
         token_ids: list[int] = []
         faults: list[RowFault] = []
         logprobs: list[RowLogprobs] = []
-        for index, count in num_tokens.items():
+        for index, read in contents.items():
             row = self.rows[index]
-            row.num_computed_tokens += count
-            contents = self._read(row)
             if row.num_computed_tokens < len(row.chain):
                 continue
             row.is_decoding = True
-            token_id = sample(contents, row.sampling, self._info.vocab_size)
+            token_id = sample(read, row.sampling, self._info.vocab_size)
             check(len(row.chain) < self._info.max_model_len, f"{row.sequence_id} outgrows the context")
             extend_chain(row.chain, [token_id])
             if row.sequence_id in self.faulty:

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 PARENT_PID = os.getppid()
 STOP_GRACE_S = 2.0
+"""How long calls may go on once the service has been told to stop."""
+STEP_GRACE_S = 10.0
+"""How long steps may, after that."""
 SWITCH_INTERVAL_S = 2e-4
 """How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
 
@@ -35,7 +38,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     await stopping.wait()
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
-    await servicer.close()
+    await servicer.close(STEP_GRACE_S)
 
 
 def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServicer] = WorkerServicer) -> None:
@@ -59,17 +62,16 @@ def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServic
     if rank.shard.rank > 0:
         follower, runner = Follower(rank), build_runner(settings, communicator)
         follower.run(runner)
-        runner.close()
-        leave_group()
+        leave_group(runner)
         return
     leader = Leader(rank)
     leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
-    asyncio.run(serve(settings, make_servicer(leading_runner)))
-    leader.send(STOP)
-    leading_runner.close()
-    # With the others, who wait for it.
-    leave_group()
-    leader.join()
+    try:
+        asyncio.run(serve(settings, make_servicer(leading_runner)))
+    finally:
+        leader.send(STOP)
+        leave_group(leading_runner)
+        leader.join()
 
 
 def main() -> None:

@@ -13,9 +13,10 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step computes: chunks of prompts, then one token of each decoding row. Rows ascend in each."""
+    """What a step computes: one token of each decoding row, and chunks of prompts. Rows ascend, but for chunk_rows."""
 
     chunk_rows: Int32Array
+    """In the order in which their KV must be stored: a chunk may read what decoding rows and chunks before it store."""
     chunk_starts: Int32Array
     chunk_counts: Int32Array
     decode_rows: Int32Array
@@ -84,14 +85,15 @@ class Batch:
         for row, block_id in zip(plan.appended_block_rows.tolist(), plan.appended_block_ids.tolist(), strict=True):
             self.block_tables[row, self.num_blocks[row]] = block_id
             self.num_blocks[row] += 1
-        chunk_starts = self.num_computed[plan.chunk_rows]
-        self.num_computed[plan.chunk_rows] += plan.chunk_num_tokens
+        chunk_rows, chunk_counts = _in_order_of_storing(plan)
+        chunk_starts = self.num_computed[chunk_rows]
+        self.num_computed[chunk_rows] += chunk_counts
         self.num_computed[decode_rows] += 1
-        completed = plan.chunk_rows[self.num_computed[plan.chunk_rows] == self.num_known[plan.chunk_rows]]
+        completed = chunk_rows[self.num_computed[chunk_rows] == self.num_known[chunk_rows]]
         return StepWork(
-            chunk_rows=plan.chunk_rows,
+            chunk_rows=chunk_rows,
             chunk_starts=chunk_starts,
-            chunk_counts=plan.chunk_num_tokens,
+            chunk_counts=chunk_counts,
             decode_rows=decode_rows,
             sampling_rows=np.sort(np.concatenate([decode_rows, completed])) if len(completed) else decode_rows,
         )
@@ -174,6 +176,15 @@ class Batch:
                 _require(bool(self.is_present[row]) and row not in removed, f"chunk of row {row}, which is not present")
                 num_left = int(self.num_known[row] - self.num_computed[row])
             _require(1 <= count <= num_left, f"chunk of {count} tokens of row {row}, which has {num_left} left")
+
+
+def _in_order_of_storing(plan: StepPlan) -> tuple[Int32Array, Int32Array]:
+    """Rows and counts of a plan's chunks: those of rows that were there first, then new ones as they were added."""
+    if not plan.added_rows:
+        return plan.chunk_rows, plan.chunk_num_tokens
+    place = {new.row: index for index, new in enumerate(plan.added_rows)}
+    order = np.argsort([place.get(row, -1) for row in plan.chunk_rows.tolist()], kind="stable")
+    return plan.chunk_rows[order], plan.chunk_num_tokens[order]
 
 
 def _all_within(values: Int32Array, low: int, high: int) -> bool:

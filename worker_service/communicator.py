@@ -13,6 +13,7 @@ import torch.distributed as dist
 from worker_service.shard import Shard
 
 SIDE_CTAS = 8
+"""Processors, at most, that NCCL takes from the work beside it."""
 # torch 2.13 gave it a new name, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -45,21 +46,26 @@ class Communicator:
 
     def begin_all_reduce(self, x: torch.Tensor) -> torch.cuda.Event:
         """The same on GPUs, beside what the current stream does next, which must leave x alone until the event."""
-        stream, group = self._side
+        stream = self._side_stream
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             if not (self.peer_all_reduce and self.peer_all_reduce.sum_beside(x)):
-                dist.all_reduce(x, group=group)
+                dist.all_reduce(x, group=self._side_group)
             done.record()
         return done
 
     @functools.cached_property
-    def _side(self) -> tuple[torch.cuda.Stream, dist.ProcessGroup]:
-        """A stream, and a group that leaves most of the GPU's processors to the work beside it."""
+    def _side_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+
+    @functools.cached_property
+    def _side_group(self) -> dist.ProcessGroup:
+        """All ranks ask for it at the same time, as they do the same steps."""
         options = dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = SIDE_CTAS
-        return torch.cuda.Stream(priority=-1), dist.new_group(pg_options=options)  # type: ignore[no-untyped-call]
+        group: dist.ProcessGroup = dist.new_group(pg_options=options)
+        return group
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """(...) of each rank, contiguous -> (ranks, ...), in the order of the ranks."""

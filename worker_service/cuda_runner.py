@@ -1,8 +1,9 @@
 """Executes step plans on an NVIDIA GPU, fast: CUDA graphs over state that lives on the device.
 
-A steady decode step costs the CPU one small copy to the device, two graph launches and one copy of the ids back. A step
-with chunks of prompts is packed without padding between them and padded to the next captured number of tokens; where
-none is near, its kernels are launched one by one. Nothing here waits for the GPU.
+A steady decode step costs the CPU one small copy to the device, two graph launches (three where ranks must put their
+logits together) and one copy of the ids back. A step with chunks of prompts is packed without padding between them and
+padded to the next captured number of tokens; where none is near, its kernels are launched one by one. Nothing waits for
+the GPU.
 """
 
 import functools
@@ -303,7 +304,7 @@ class CudaRunner:
             last_place[row] = token - 1
         rows[: len(work.sampling_rows)] = work.sampling_rows
         places[: len(work.sampling_rows)] = last_place[work.sampling_rows]
-        for tiles, chunks_of_part in zip(part_tiles, _deal_chunks(work, shape.part_tokens), strict=True):
+        for tiles, chunks_of_part in zip(part_tiles, deal_chunks(work, shape.part_tokens), strict=True):
             cut = cut_tiles(*chunks_of_part, num_decodes)
             tiles[: cut.size] = cut.ravel()
             num_decodes = 0
@@ -366,8 +367,10 @@ class CudaRunner:
         options = self._options.of(device_rows, self._context_lens[device_rows].long())
         sampled = sample(logits, options, any_random=True, any_truncated=True).int()
         is_bad = logits.isnan().any(-1) | ~logits.amax(-1).isfinite()
-        self.last_tokens[device_rows] = sampled.masked_fill(is_bad, 0)
-        self._sampled[: len(rows)] = sampled.masked_fill(is_bad, -1)
+        # torch's cumulative sums may differ from rank to rank.
+        sampled = self.model.communicator.agree(sampled.masked_fill(is_bad, -1))
+        self.last_tokens[device_rows] = sampled.clamp(min=0)
+        self._sampled[: len(rows)] = sampled
 
     def _report(self, num_logprobs: list[int]) -> HostLogprobs | None:
         if max(num_logprobs, default=-1) < 0:
@@ -376,7 +379,7 @@ class CudaRunner:
         return report_logprobs(self.logits[:count].float(), self._sampled[:count].clamp(min=0), num_logprobs)
 
 
-def _deal_chunks(work: StepWork, part_tokens: tuple[int, ...]) -> Iterator[tuple[Int32Array, Int32Array, Int32Array]]:
+def deal_chunks(work: StepWork, part_tokens: tuple[int, ...]) -> Iterator[tuple[Int32Array, Int32Array, Int32Array]]:
     """The rows, starts and counts of each part's chunks; one that goes over the edge is two."""
     begins = len(work.decode_rows) + np.cumsum(work.chunk_counts) - work.chunk_counts
     edge = 0
@@ -389,7 +392,7 @@ def _deal_chunks(work: StepWork, part_tokens: tuple[int, ...]) -> Iterator[tuple
 
 
 def _count_tiles(work: StepWork, part_tokens: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int((-(-counts // QUERIES)).sum()) for _, _, counts in _deal_chunks(work, part_tokens))
+    return tuple(int((-(-counts // QUERIES)).sum()) for _, _, counts in deal_chunks(work, part_tokens))
 
 
 def _length(sections: list[int]) -> int:

@@ -4,6 +4,7 @@ Small messages go in one shot (kernels/all_reduce.py). Large ones are moved by t
 processor from the matrix products beside it, and far less power than NCCL's kernels.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ONE_SHOT_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 1 << 20}
 """Up to which one shot is the fastest, by the number of ranks (docs/performance.md); measured for 2."""
-FEWEST_BYTES = 1 << 19
+OTHER_MAX_ONE_SHOT_BYTES = 1 << 19
+"""The same for other numbers of ranks."""
 
 
 class CopyAllReduce:
@@ -42,7 +44,7 @@ class CopyAllReduce:
         rank, size = self._shard.rank, self._shard.size
         first = (x.data_ptr() - self._own.data_ptr()) // (self._own.stride(0) * x.itemsize)
         shares = x.tensor_split(size)
-        starts = [first + (share.data_ptr() - x.data_ptr()) // (x.stride(0) * x.itemsize) for share in shares]
+        starts = list(itertools.accumulate(map(len, shares), initial=first))
         others = [(rank + step) % size for step in range(1, size)]
         mine = shares[rank]
         self._barrier()
@@ -85,8 +87,8 @@ def connect_peers(
     """
     shard = communicator.shard
     mine = torch.cuda.current_device()
-    is_possible = num_ranks_here == shard.size and all(
-        torch.cuda.can_device_access_peer(mine, other) for other in range(num_ranks_here) if other != mine
+    is_possible = num_ranks_here == shard.size <= torch.cuda.device_count() and all(
+        torch.cuda.can_device_access_peer(mine, other) for other in range(shard.size) if other != mine
     )
     if not communicator.smallest(int(is_possible), device):
         logger.warning("NCCL alone: the GPUs don't reach each other's memory")
@@ -100,7 +102,7 @@ def connect_peers(
         handle = symmetric_memory.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
         return [own if rank == shard.rank else handle.get_buffer(rank, shape, dtype) for rank in range(shard.size)]
 
-    max_bytes = MAX_ONE_SHOT_BYTES.get(shard.size, FEWEST_BYTES)
+    max_bytes = MAX_ONE_SHOT_BYTES.get(shard.size, OTHER_MAX_ONE_SHOT_BYTES)
     inboxes = share(inbox_words(shard.size, max_bytes), dtype=torch.int64)
     flags = share(shard.size, dtype=torch.int64)
     hidden = share(max_tokens, hidden_size, dtype=torch.bfloat16)

@@ -51,6 +51,8 @@ SILENCE_LIMIT_S = 10.0
 """A rank that says nothing for so long is lost: stopped, or cut off."""
 PROGRESS_LIMIT_S = 300.0
 """So is one that doesn't get on with the message that it has; longer than the scheduler waits for a step."""
+LEAVE_LIMIT_S = 20.0
+"""That ranks wait for each other at the end, with the steps that are still under way."""
 PLAN, RESET, STOP, ALIVE = (bytes([kind]) for kind in range(4))
 ADDRESS_KEY, SECRET_KEY = "tandem/plans/address", "tandem/plans/secret"
 LOOPBACK = "127.0.0.1"
@@ -103,8 +105,14 @@ def join_group(settings: WorkerSettings, parent_pid: int) -> Rank:
     return rank
 
 
-def leave_group() -> None:
+def leave_group(runner: Runner) -> None:
+    """Ends a runner, then the process group, as all ranks do at the same time; fails where one of them does not."""
+    limit = threading.Timer(LEAVE_LIMIT_S, fail, ["its ranks did not end together"])
+    limit.daemon = True
+    limit.start()
+    runner.close()
     dist.destroy_process_group()
+    limit.cancel()
 
 
 def _start_group(settings: WorkerSettings) -> Rank:
@@ -112,6 +120,7 @@ def _start_group(settings: WorkerSettings) -> Rank:
     folder = tempfile.mkdtemp(prefix="tandem-ranks-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     variables = {STORE_VARIABLE: f"{folder}/store", "WORLD_SIZE": str(settings.tp_size)}
+    os.environ["LOCAL_WORLD_SIZE"] = variables["LOCAL_WORLD_SIZE"] = str(settings.tp_size)
     if sys.platform == "linux":
         # Ranks of one host need no name that resolves.
         os.environ["GLOO_SOCKET_IFNAME"] = variables["GLOO_SOCKET_IFNAME"] = "lo"

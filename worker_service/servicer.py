@@ -62,11 +62,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             session.end(None)
             logger.info("session of scheduler %s, epoch %d ended", session.scheduler_id, session.epoch)
 
-    async def close(self) -> None:
-        """Ends the session, if there is one, and waits for the steps that have begun."""
+    async def close(self, timeout_s: float) -> None:
+        """Ends the session, if there is one, and waits so long for the steps that have begun."""
         if self._session is not None:
             self._session.end(None)
-            await asyncio.to_thread(self._session.join)
+            if not await asyncio.to_thread(self._session.join, timeout_s):
+                logger.warning("a step has not ended in %.0f s", timeout_s)
 
     async def _open(self, request: worker_pb2.OpenSession) -> "_Session":
         if request.protocol_version != PROTOCOL_VERSION:
@@ -131,9 +132,12 @@ class _Session:
             self._plans.put(None)
             self._results.put_nowait(error)
 
-    def join(self) -> None:
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Waits for the steps that have begun. Whether they have ended."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     async def results(self) -> AsyncIterator[StepResult]:
         while (item := await self._results.get()) is not None:

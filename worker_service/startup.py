@@ -36,8 +36,8 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     communicator = communicator or Communicator()
     folder = resolve_model(settings.model, ALL_FILES)
     device, dtype = device_of(settings), _dtype_of(settings)
-    # The ranks of one host share its CPUs.
-    num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", communicator.shard.size))
+    # The ranks of one host share its CPUs. A launcher that does not say how many there are may have started one a host.
+    num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // num_ranks_here))
     config = read_model_config(folder)
     defaults = read_generation_defaults(folder, config.vocab_size)
@@ -47,7 +47,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
     operations = _make_operations(settings, communicator.shard.cut(config), device, dtype)
-    if not isinstance(operations, TorchOperations) and settings.all_reduce == "auto" and num_ranks_here > 1:
+    if not isinstance(operations, TorchOperations) and settings.all_reduce == "auto" and communicator.shard.size > 1:
         from worker_service.peer_memory import connect_peers
 
         communicator.peer_all_reduce = connect_peers(

@@ -86,7 +86,7 @@ class Residency:
 
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
         """Notes that the plan under construction computes a chunk. Its full blocks may be hit from now on: in
-        each layer, all of a step's stores come before its reads.
+        each layer, a new row's reads come after the stores of rows that are older or were added before.
         """
         sequence.num_computed_tokens += num_tokens
         self._register_blocks(sequence, sequence.num_computed_tokens)

@@ -262,7 +262,11 @@ class StepPlan(_message.Message):
     @_builtins.property
     def removed_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def added_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewRow]: ...
+    def added_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewRow]:
+        """In order: a new row's table may hold blocks that are written in this very step, by rows that were
+        there before or were added before it.
+        """
+
     @_builtins.property
     def appended_block_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Parallel: block appended_block_ids[i] goes to the end of row appended_block_rows[i]'s table."""

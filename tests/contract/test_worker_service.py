@@ -27,8 +27,10 @@ class Worker:
 
     def __init__(self, runner: FakeRunner) -> None:
         self.runner = runner
-        servicer = WorkerServicer(runner)
-        self.server = Server({SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)})
+        self.servicer = WorkerServicer(runner)
+        self.server = Server(
+            {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.servicer, s)}
+        )
 
     async def start(self) -> None:
         self.address = f"127.0.0.1:{await self.server.start('127.0.0.1', 0)}"
@@ -185,6 +187,25 @@ async def test_a_takeover_drops_plans_that_have_not_started() -> None:
     new = await asyncio.wait_for(opening, WAIT_S)
     await send(new, prompt_plan(1))
     assert (await read_result(new)).step_id == 1
+    await worker.stop()
+
+
+async def test_closing_waits_for_steps_that_have_begun_but_not_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Semaphore(0)
+    worker = Worker(FakeRunner(worker_info(), gate=gate))
+    await worker.start()
+    await worker.servicer.close(0.0)
+    await send(await worker.open(), prompt_plan(1))
+    async with asyncio.timeout(WAIT_S):
+        while not worker.runner.num_steps:
+            await asyncio.sleep(0.01)
+        await worker.servicer.close(0.1)
+        assert "a step has not ended" in caplog.text
+        closing = asyncio.create_task(worker.servicer.close(WAIT_S))
+        await asyncio.sleep(0.1)
+        assert not closing.done()
+        gate.release()
+        await closing
     await worker.stop()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,28 @@ def test_sigterm_ends_all_ranks_well(receivers: int, engine: Engine) -> None:
     wait_all_gone(ranks, 20)
     assert engine.worker.process.wait(WAIT_S) == 0
     assert "lost" not in engine.worker.log_file.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_beside_a_frozen_rank_leaves_nothing_behind(engine: Engine) -> None:
+    ranks = ranks_of(engine.worker)
+    ranks[1].send_signal(signal.SIGSTOP)
+    engine.worker.signal(signal.SIGTERM)
+    wait_all_gone(ranks, 60)
+
+
+def test_a_port_that_is_taken_ends_all_ranks(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = ["--model", str(folder), "--device", "cpu", "--num-threads", "1", "--tp-size", "2"]
+        process = subprocess.run(
+            [sys.executable, "-m", "worker_service", *flags, "--port", str(taken.getsockname()[1])],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+        )
+    assert process.returncode == 2
+    assert "port" in process.stderr and "the tensor-parallel group is lost" not in process.stderr
 
 
 @pytest.mark.parametrize(

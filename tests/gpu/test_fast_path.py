@@ -76,7 +76,7 @@ class Case:
 CASES = (Case(), Case(depth=2, chunk=7), Case(depth=4, chunk=16), Case(2, 16, True), Case(4, None, True))
 
 
-def save_model(folder: Path, initializer_range: float) -> Path:
+def save_model(folder: Path, initializer_range: float, num_positions: int = 1024) -> Path:
     return save_random_model(
         folder,
         dtype="bfloat16",
@@ -87,7 +87,7 @@ def save_model(folder: Path, initializer_range: float) -> Path:
         num_key_value_heads=2,
         head_dim=64,
         num_hidden_layers=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=num_positions,
         initializer_range=initializer_range,
     )
 

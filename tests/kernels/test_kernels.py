@@ -17,6 +17,7 @@ from worker_service.kernels.prefill_attention import cut_tiles, prefill_attentio
 from worker_service.kernels.step_input import begin_decode, embed
 from worker_service.kernels.store_kv import store_kv
 from worker_service.layers.rotary import apply_rotary
+from worker_service.shard import Shard
 
 EPS = 1e-6
 ON_GPU = torch.cuda.is_available()
@@ -293,6 +294,28 @@ def test_embed(device: torch.device) -> None:
     out = torch.full((4, embedding.shape[1]), float("nan"), dtype=DTYPE, device=device)
     assert embed(ids, last_tokens, embedding, out) is out
     assert torch.equal(out, embedding[[5, 9, 63, 7]])
+
+
+@pytest.mark.parametrize("num_tokens", [60, 64])
+def test_ranks_embed_their_part_of_the_vocabulary(device: torch.device, num_tokens: int) -> None:
+    """So that the sum is the whole's. With 60 tokens over 3 ranks, some of the last one's rows are padding."""
+    shards = [Shard(rank, 3) for rank in range(3)]
+    share = shards[0].vocab_share(num_tokens)
+    whole = random(3 * share, 48, device=device)
+    last_tokens = torch.tensor([share - 1, share, num_tokens - 1, 0], dtype=torch.int32, device=device)
+    rows = torch.tensor([2, 0, 1, 3], dtype=torch.int32, device=device)
+    ids = torch.tensor([0, share - 1, share, 2 * share, num_tokens - 1, -1, -3], dtype=torch.int32, device=device)
+    decoded, embedded = torch.zeros(4, 48, device=device), torch.zeros(len(ids), 48, device=device)
+    for shard in shards:
+        part, first = whole[shard.rank * share : (shard.rank + 1) * share], shard.rank * share
+        nothing = torch.zeros(1, dtype=torch.int32, device=device)
+        tables, lens = torch.zeros(4, 4, dtype=torch.int32, device=device), torch.zeros_like(last_tokens)
+        decoded += begin_decode(rows, nothing, tables, lens, last_tokens, part, first)
+        out = torch.full((len(ids), 48), float("nan"), dtype=DTYPE, device=device)
+        embedded += embed(ids, last_tokens, part, out, first)
+    assert torch.equal(decoded, whole[last_tokens[rows]].float())
+    tokens = torch.cat([ids[:5], last_tokens[[0, 2]]])
+    assert torch.equal(embedded, whole[tokens].float())
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 8, 8), (5, 3, 2), (150, 5, 2), (70, 1, 1)])

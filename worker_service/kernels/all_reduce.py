@@ -20,7 +20,7 @@ BLOCK = 512
 VALUES_PER_WORD = 3
 VALUES_PER_BLOCK = VALUES_PER_WORD * BLOCK
 MAX_PROGRAMS = 512
-"""All of a call's programs must be able to run at once, as they wait for the other ranks'."""
+"""Of a call: few enough to run at once, as they wait for the other ranks'."""
 
 
 @triton.jit

@@ -47,7 +47,7 @@ class Operations(Protocol):
 
         qkv (tokens, heads + 2 KV heads, head_dim), may be overwritten; rotary_table (positions, 2, head_dim // 2);
         cache (2, blocks, block_size, KV heads, head_dim); metadata is the implementation's own. Gives (tokens, heads *
-        head_dim). Stores all of the step's k and v before it reads any.
+        head_dim). Stores all k and v that it is given before it reads any.
         """
 
 

@@ -57,6 +57,17 @@ def test_a_row_prefills_then_decodes_until_removed() -> None:
     assert (work.decode_rows.tolist(), work.sampling_rows.tolist()) == ([], [0])
 
 
+def test_chunks_come_in_the_order_in_which_they_may_read_each_other() -> None:
+    """Rows that were there, then new ones as they were added, whatever their numbers are."""
+    batch = make_batch()
+    batch.apply(StepPlan(1, added_rows=(new_row(2),), chunk_rows=ints(2), chunk_num_tokens=ints(1)))
+    added = (new_row(3, block_ids=ints(5, 6)), new_row(0, block_ids=ints(3, 7)))
+    work = batch.apply(StepPlan(2, added_rows=added, chunk_rows=ints(0, 2, 3), chunk_num_tokens=ints(6, 3, 4)))
+    assert work.chunk_rows.tolist() == [2, 3, 0]
+    assert (work.chunk_starts.tolist(), work.chunk_counts.tolist()) == ([1, 0, 0], [3, 4, 6])
+    assert work.sampling_rows.tolist() == [0]
+
+
 def test_shared_positions_are_not_written() -> None:
     batch = make_batch()
     full_hit = new_row(num_tokens=8, num_computed_tokens=7, num_cached_tokens=8)
