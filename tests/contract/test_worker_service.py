@@ -195,7 +195,8 @@ async def test_closing_waits_for_steps_that_have_begun_but_not_for_ever(caplog: 
     worker = Worker(FakeRunner(worker_info(), gate=gate))
     await worker.start()
     await worker.servicer.close(0.0)
-    await send(await worker.open(), prompt_plan(1))
+    call = await worker.open()
+    await send(call, prompt_plan(1))
     async with asyncio.timeout(WAIT_S):
         while not worker.runner.num_steps:
             await asyncio.sleep(0.01)
