@@ -1,4 +1,4 @@
-"""Times the all-reduces by message size: in one shot and by copies over peer memory, and NCCL. On one host's GPUs.
+"""Times the all-reduces by message size: in one shot, in two, and by copies over peer memory, and NCCL. On one host.
 
 Usage: torchrun --nproc-per-node RANKS -m benchmarks.all_reduce [--out FILE] [--commit COMMIT]
 
@@ -75,18 +75,17 @@ def main() -> None:
         shape = (max(1, num_bytes // 2 // WIDTH), min(num_bytes // 2, WIDTH))
         x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         ways: dict[str, tuple[Callable[[torch.Tensor], object], torch.Tensor]] = {"nccl": (dist.all_reduce, x)}
-        chosen = "nccl"
+        chosen = None
+        if peers is not None and shape[1] == WIDTH:
+            x = peers.hidden[: shape[0]]
         if peers is not None:
-            if peers.one_shot.takes(x):
-                ways["one_shot"] = (peers.one_shot, x)
-            if shape[1] == WIDTH:
-                ways["copies"] = (peers.copies, peers.hidden[: shape[0]])
-            chosen = "one_shot" if "one_shot" in ways else "copies"
+            ways |= {name: (way, x) for name, way in peers.ways.items() if way.takes(x)}
+            chosen = peers.choose(x)
         row = rows[str(num_bytes)] = {}
         for name, (way, buffer) in ways.items():
             check(way, buffer, shard)
             row[f"{name}_us"] = round(microseconds(functools.partial(way, buffer.zero_())), 2)
-        row["chosen"] = chosen
+        row["chosen"] = chosen or "nccl"
         if shard.rank == 0:
             print(f"{num_bytes:>10} bytes: {row}", flush=True)
     if shard.rank == 0 and arguments.out:

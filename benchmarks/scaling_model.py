@@ -2,9 +2,9 @@
 
 A kernel's work is shared by the ranks, or is each rank's own, or is a sum over the ranks. A step's parts are scaled so
 that they add up to its measured time, as some kernels overlap. A sum in one shot takes a start-up and a time that grows
-with the number of other ranks. Copies move 2 (N - 1) / N of the message beside the other work, so there the longer of
-the two counts. Left out: products get less efficient as they get narrower, and GPUs that wait more draw less power, so
-that they clock higher.
+with the number of other ranks; in two shots two start-ups, and 2 (N - 1) / N of two ranks' time. Copies move as much
+beside the other work, so there the longer of the two counts. Left out: products get less efficient as they get
+narrower, and GPUs that wait more draw less power, so that they clock higher.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.workloads import nano256
-from worker_service.peer_memory import MAX_ONE_SHOT_BYTES, OTHER_MAX_ONE_SHOT_BYTES
+from worker_service.peer_memory import KERNEL_BYTES, max_one_shot_bytes
 
 PROFILED_RANKS = 2
-SUMS = ("_one_shot", "_wait_for_all", "ncclDev", "Memcpy PtoP", "CUDAFunctor_add")
+SUMS = ("_one_shot", "_two_shot", "_wait_for_all", "ncclDev", "Memcpy PtoP", "CUDAFunctor_add")
 OWN = (
     "_rms_norm",
     "_plan_splits",
@@ -102,10 +102,12 @@ class ScalingModel:
         if num_ranks == 1:
             return 0.0
         least, profiled = self._us("one_shot", 0), self._us("one_shot", num_bytes)
-        if num_bytes <= MAX_ONE_SHOT_BYTES.get(num_ranks, OTHER_MAX_ONE_SHOT_BYTES):
+        if num_bytes <= max_one_shot_bytes(num_ranks):
             return (least + (num_ranks - 1) * (profiled - least)) / profiled
+        if num_bytes <= KERNEL_BYTES:
+            return (2 * least + _copied(num_ranks) * (profiled - least)) / profiled
         start = self._us("copies", 0)
-        return (start + (self._us("copies", num_bytes) - start) * _copied(num_ranks)) / profiled
+        return (start + _copied(num_ranks) * (self._us("copies", num_bytes) - start)) / profiled
 
     def _us(self, way: str, num_bytes: int) -> float:
         """Of a message between those that were timed, or the next of them."""
@@ -114,7 +116,7 @@ class ScalingModel:
 
 
 def _copied(num_ranks: int) -> float:
-    """Bytes that each rank copies, over those that each of two does."""
+    """Bytes that each rank copies, or sends in two shots, over those that each of two copies, or sends in one."""
     return 2 * (num_ranks - 1) / num_ranks
 
 

@@ -1,7 +1,7 @@
 """All-reduces over memory that the GPUs of one host reach each other's, such as NVLink connects.
 
-Small messages go in one shot (kernels/all_reduce.py). Large ones are moved by the GPUs' copy engines, which takes no
-processor from the matrix products beside it, and far less power than NCCL's kernels.
+Small messages go by a kernel (kernels/all_reduce.py), in one shot or in two. Large ones are moved by the GPUs' copy
+engines, which takes no processor from the matrix products beside it, and far less power than NCCL's kernels.
 """
 
 import itertools
@@ -14,15 +14,20 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from worker_service.communicator import Communicator
-from worker_service.kernels.all_reduce import Barrier, OneShotAllReduce, inbox_words
+from worker_service.kernels.all_reduce import Barrier, InboxAllReduce, inbox_words
 from worker_service.shard import Shard
 
 logger = logging.getLogger(__name__)
 
-MAX_ONE_SHOT_BYTES = {2: 8 << 20, 4: 2 << 20, 8: 1 << 20}
-"""Up to which one shot is the fastest, by the number of ranks (docs/performance.md); measured for 2."""
-OTHER_MAX_ONE_SHOT_BYTES = 1 << 19
-"""The same for other numbers of ranks."""
+KERNEL_BYTES = 8 << 20
+"""Up to which the kernels are faster than copies and NCCL: measured for two ranks (docs/performance.md)."""
+
+
+def max_one_shot_bytes(num_ranks: int) -> int:
+    """Up to which one shot is to be taken, and two above. Two ranks send as much in either, so one shot is faster. For
+    more it is a guess, near where vLLM's custom all-reduce changes over.
+    """
+    return KERNEL_BYTES if num_ranks == 2 else 256 << 10 if num_ranks <= 4 else 128 << 10
 
 
 class CopyAllReduce:
@@ -60,22 +65,34 @@ class CopyAllReduce:
 
 
 class PeerAllReduce:
-    """The better of the two for what there is to sum."""
+    """The best of them for what there is to sum."""
 
-    def __init__(self, one_shot: OneShotAllReduce, copies: CopyAllReduce, hidden: torch.Tensor) -> None:
-        self.one_shot, self.copies, self.hidden = one_shot, copies, hidden
+    def __init__(
+        self, one_shot: InboxAllReduce, two_shots: InboxAllReduce, copies: CopyAllReduce, hidden: torch.Tensor
+    ) -> None:
+        self._copies, self.hidden = copies, hidden
+        self.ways: dict[str, InboxAllReduce | CopyAllReduce] = {
+            "one_shot": one_shot,
+            "two_shots": two_shots,
+            "copies": copies,
+        }
+        """The first that takes something is the best for it."""
+
+    def choose(self, x: torch.Tensor) -> str | None:
+        """Which of the ways."""
+        return next((name for name, way in self.ways.items() if way.takes(x)), None)
 
     def sum(self, x: torch.Tensor) -> bool:
-        if self.one_shot.takes(x):
-            self.one_shot(x)
-            return True
-        return self.sum_beside(x)
+        name = self.choose(x)
+        if name is not None:
+            self.ways[name](x)
+        return name is not None
 
     def sum_beside(self, x: torch.Tensor) -> bool:
-        if self.copies.takes(x):
-            self.copies(x)
-            return True
-        return False
+        is_taken = self._copies.takes(x)
+        if is_taken:
+            self._copies(x)
+        return is_taken
 
 
 def connect_peers(
@@ -102,11 +119,15 @@ def connect_peers(
         handle = symmetric_memory.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
         return [own if rank == shard.rank else handle.get_buffer(rank, shape, dtype) for rank in range(shard.size)]
 
-    max_bytes = MAX_ONE_SHOT_BYTES.get(shard.size, OTHER_MAX_ONE_SHOT_BYTES)
-    inboxes = share(inbox_words(shard.size, max_bytes), dtype=torch.int64)
+    def connect(max_bytes: int, *, in_two_shots: bool) -> InboxAllReduce:
+        inboxes = share(inbox_words(shard.size, max_bytes, in_two_shots=in_two_shots), dtype=torch.int64)
+        return InboxAllReduce(shard, inboxes, max_bytes, in_two_shots=in_two_shots)
+
+    one_shot = connect(max_one_shot_bytes(shard.size), in_two_shots=False)
+    two_shots = connect(KERNEL_BYTES, in_two_shots=True)
     flags = share(shard.size, dtype=torch.int64)
     hidden = share(max_tokens, hidden_size, dtype=torch.bfloat16)
     # No rank writes before all have zeroed theirs.
     communicator.smallest(0, device)
     copies = CopyAllReduce(shard, hidden, Barrier(shard, flags))
-    return PeerAllReduce(OneShotAllReduce(shard, inboxes, max_bytes), copies, hidden[shard.rank])
+    return PeerAllReduce(one_shot, two_shots, copies, hidden[shard.rank])

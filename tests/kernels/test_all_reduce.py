@@ -1,11 +1,11 @@
-"""The one-shot all-reduce between processes that share memory: the kernel's protocol, through Triton's interpreter."""
+"""All-reduces between processes that share memory: the kernels' protocols, through Triton's interpreter."""
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
 from worker_service.kernels import all_reduce as all_reduce_module
-from worker_service.kernels.all_reduce import VALUES_PER_BLOCK, Barrier, OneShotAllReduce, inbox_words
+from worker_service.kernels.all_reduce import VALUES_PER_BLOCK, Barrier, InboxAllReduce, inbox_words
 from worker_service.peer_memory import CopyAllReduce
 from worker_service.shard import Shard
 
@@ -23,10 +23,12 @@ def share(call: int, rank: int) -> torch.Tensor:
     return torch.randint(-40, 40, (LENGTHS[call % len(LENGTHS)],), generator=generator).bfloat16()
 
 
-def call_all(rank: int, size: int, inboxes: list[torch.Tensor], results: list[list[torch.Tensor]]) -> None:
+def call_all(
+    rank: int, size: int, in_two_shots: bool, inboxes: list[torch.Tensor], results: list[list[torch.Tensor]]
+) -> None:
     # Fewer than there are blocks.
     all_reduce_module.MAX_PROGRAMS = 4
-    all_reduce = OneShotAllReduce(Shard(rank, size), inboxes, MAX_BYTES)
+    all_reduce = InboxAllReduce(Shard(rank, size), inboxes, MAX_BYTES, in_two_shots=in_two_shots)
     # Its last 16 bits, which are in the messages, start again soon.
     all_reduce._calls.fill_((1 << 16) - 6)
     for call, result in enumerate(results[rank]):
@@ -36,12 +38,13 @@ def call_all(rank: int, size: int, inboxes: list[torch.Tensor], results: list[li
         result.copy_(x)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_sums_over_ranks_call_after_call(size: int) -> None:
+@pytest.mark.parametrize(("size", "in_two_shots"), [(2, False), (3, False), (2, True), (3, True), (4, True)])
+def test_sums_over_ranks_call_after_call(size: int, in_two_shots: bool) -> None:
     num_calls = 2 * len(LENGTHS)
-    inboxes = [torch.zeros(inbox_words(size, MAX_BYTES), dtype=torch.int64).share_memory_() for _ in range(size)]
+    num_words = inbox_words(size, MAX_BYTES, in_two_shots=in_two_shots)
+    inboxes = [torch.zeros(num_words, dtype=torch.int64).share_memory_() for _ in range(size)]
     results = [[torch.zeros_like(share(call, 0)).share_memory_() for call in range(num_calls)] for _ in range(size)]
-    multiprocessing.spawn(call_all, (size, inboxes, results), nprocs=size)
+    multiprocessing.spawn(call_all, (size, in_two_shots, inboxes, results), nprocs=size)
     for call in range(num_calls):
         expected = torch.stack([share(call, rank) for rank in range(size)]).sum(0)
         for rank in range(size):
@@ -49,7 +52,8 @@ def test_sums_over_ranks_call_after_call(size: int) -> None:
 
 
 def test_takes_what_it_was_made_for() -> None:
-    all_reduce = OneShotAllReduce(Shard(0, 2), [torch.zeros(2, dtype=torch.int64)] * 2, MAX_BYTES)
+    inboxes = [torch.zeros(2, dtype=torch.int64)] * 2
+    all_reduce = InboxAllReduce(Shard(0, 2), inboxes, MAX_BYTES, in_two_shots=False)
     assert all_reduce.takes(torch.zeros(MAX_BYTES // 2, dtype=torch.bfloat16))
     assert not all_reduce.takes(torch.zeros(MAX_BYTES // 2 + 1, dtype=torch.bfloat16))
     assert not all_reduce.takes(torch.zeros(8, dtype=torch.float32))

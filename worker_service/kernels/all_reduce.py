@@ -1,8 +1,9 @@
-"""Kernels over peer memory, such as NVLink reaches: an all-reduce of small messages in one shot, and a barrier.
+"""Kernels over peer memory, such as NVLink reaches: all-reduces of small messages, and a barrier.
 
-For the all-reduce each rank writes its share into an inbox of every other's and adds up what it finds in its own, in
-the order of the ranks, so that all get the same bits. A word of 8 bytes holds three bfloat16 and the number of the
-call, so that values and the news of their arrival are one store (the idea of NCCL's LL protocol).
+In one shot each rank writes its share into an inbox of every other's and adds up what it finds in its own, in the order
+of the ranks, so that all get the same bits. In two, each adds up a part and sends the sums: two trips, but less to send
+where there are more than two ranks. A word of 8 bytes holds three bfloat16 and the number of the call, so that values
+and the news of their arrival are one store (the idea of NCCL's LL protocol).
 """
 
 from collections.abc import Sequence
@@ -24,20 +25,74 @@ MAX_PROGRAMS = 512
 
 
 @triton.jit
-def _bits(x, places, mask):
-    return tl.load(x + places, mask=mask, other=0.0).to(tl.uint16, bitcast=True).to(tl.int64)
+def _load_block(x, places, num_values, BLOCK: tl.constexpr):
+    """The three values of each word: at its place, and one and two BLOCKs on."""
+    first = tl.load(x + places, mask=places < num_values, other=0.0)
+    second = tl.load(x + places + BLOCK, mask=places + BLOCK < num_values, other=0.0)
+    third = tl.load(x + places + 2 * BLOCK, mask=places + 2 * BLOCK < num_values, other=0.0)
+    return first, second, third
+
+
+@triton.jit
+def _store_block(x, places, num_values, first, second, third, BLOCK: tl.constexpr):
+    tl.store(x + places, first, mask=places < num_values)
+    tl.store(x + places + BLOCK, second, mask=places + BLOCK < num_values)
+    tl.store(x + places + 2 * BLOCK, third, mask=places + 2 * BLOCK < num_values)
+
+
+@triton.jit
+def _bits(values):
+    return values.to(tl.uint16, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _words(first, second, third, call):
+    return _bits(first) | (_bits(second) << 16) | (_bits(third) << 32) | (call.to(tl.int64) << 48)
 
 
 @triton.jit
 def _value(words, place: tl.constexpr):
-    """One of the three bfloat16 of words, as float32."""
-    return (words >> (16 * place)).to(tl.uint16).to(tl.bfloat16, bitcast=True).to(tl.float32)
+    """One of the three of words."""
+    return (words >> (16 * place)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _receive(inbox, call):
+    """The words there, once they are this call's."""
+    words = tl.load(inbox, volatile=True)
+    while tl.max((((words >> 48) ^ call) & 0xFFFF).to(tl.int32), axis=0) != 0:
+        words = tl.load(inbox, volatile=True)
+    return words
 
 
 @triton.jit
 def _address(place):
     """A pointer to int64 that is stored at place."""
     return tl.multiple_of(tl.load(place).to(tl.pointer_type(tl.int64)), 16)
+
+
+@triton.jit
+def _add_up(
+    x, places, num_values, slots, call, stride, RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sums of a block over the ranks, in their order: this one's from x, the others' from slots, stride apart.
+    Added in float32, rounded once.
+    """
+    first = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
+    third = tl.zeros([BLOCK], tl.float32)
+    for peer in tl.static_range(SIZE):
+        if peer == RANK:
+            own_first, own_second, own_third = _load_block(x, places, num_values, BLOCK)
+            first += own_first.to(tl.float32)
+            second += own_second.to(tl.float32)
+            third += own_third.to(tl.float32)
+        else:
+            words = _receive(slots + peer * stride, call)
+            first += _value(words, 0).to(tl.float32)
+            second += _value(words, 1).to(tl.float32)
+            third += _value(words, 2).to(tl.float32)
+    return first.to(tl.bfloat16), second.to(tl.bfloat16), third.to(tl.bfloat16)
 
 
 @triton.jit
@@ -54,39 +109,62 @@ def _one_shot(
     wait_for_predecessor(PDL)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         call = tl.load(calls + block) + 1
-        places = block * 3 * BLOCK + lanes
-        words = _bits(x, places, places < num_values)
-        words |= _bits(x, places + BLOCK, places + BLOCK < num_values) << 16
-        words |= _bits(x, places + 2 * BLOCK, places + 2 * BLOCK < num_values) << 32
-        words |= call.to(tl.int64) << 48
+        first, second, third = _load_block(x, block * 3 * BLOCK + lanes, num_values, BLOCK)
+        words = _words(first, second, third, call)
         sent = (((call & 1) * SIZE + RANK) * NUM_BLOCKS + block).to(tl.int64) * BLOCK + lanes
         for step in tl.static_range(1, SIZE):
-            inbox = _address(inboxes + (RANK + step) % SIZE)
-            tl.store(inbox + sent, words, cache_modifier=".wt")
+            tl.store(_address(inboxes + (RANK + step) % SIZE) + sent, words, cache_modifier=".wt")
     inbox = _address(inboxes + RANK)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         call = tl.load(calls + block) + 1
         places = block * 3 * BLOCK + lanes
-        first = tl.zeros([BLOCK], tl.float32)
-        second = tl.zeros([BLOCK], tl.float32)
-        third = tl.zeros([BLOCK], tl.float32)
-        for peer in tl.static_range(SIZE):
-            if peer == RANK:
-                first += tl.load(x + places, mask=places < num_values, other=0.0).to(tl.float32)
-                second += tl.load(x + places + BLOCK, mask=places + BLOCK < num_values, other=0.0).to(tl.float32)
-                third += tl.load(x + places + 2 * BLOCK, mask=places + 2 * BLOCK < num_values, other=0.0).to(tl.float32)
-            else:
-                received = inbox + (((call & 1) * SIZE + peer) * NUM_BLOCKS + block).to(tl.int64) * BLOCK + lanes
-                words = tl.load(received, volatile=True)
-                while tl.max((((words >> 48) ^ call) & 0xFFFF).to(tl.int32), axis=0) != 0:
-                    words = tl.load(received, volatile=True)
-                first += _value(words, 0)
-                second += _value(words, 1)
-                third += _value(words, 2)
-        dtype = x.dtype.element_ty
-        tl.store(x + places, first.to(dtype), mask=places < num_values)
-        tl.store(x + places + BLOCK, second.to(dtype), mask=places + BLOCK < num_values)
-        tl.store(x + places + 2 * BLOCK, third.to(dtype), mask=places + 2 * BLOCK < num_values)
+        slots = inbox + ((call & 1) * SIZE * NUM_BLOCKS + block).to(tl.int64) * BLOCK + lanes
+        first, second, third = _add_up(x, places, num_values, slots, call, NUM_BLOCKS * BLOCK, RANK, SIZE, BLOCK)
+        _store_block(x, places, num_values, first, second, third, BLOCK)
+        tl.store(calls + block, call)
+
+
+@triton.jit
+def _two_shot(
+    x, inboxes, calls, num_octets,
+    RANK: tl.constexpr, SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Each block has a rank that adds it up: the others send it their values, and it sends them the sums.
+
+    An inbox is (2, 2, NUM_BLOCKS, BLOCK) int64, where NUM_BLOCKS is a multiple of SIZE: of calls that take turns,
+    values, by block of its own and rank, and sums, by block.
+    """
+    lanes = tl.arange(0, BLOCK)
+    num_values = 8 * num_octets
+    num_blocks = tl.cdiv(num_values, 3 * BLOCK)
+    wait_for_predecessor(PDL)
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        call = tl.load(calls + block) + 1
+        if block % SIZE != RANK:
+            first, second, third = _load_block(x, block * 3 * BLOCK + lanes, num_values, BLOCK)
+            slot = (call & 1) * 2 * NUM_BLOCKS + block // SIZE * SIZE + RANK
+            inbox = _address(inboxes + block % SIZE) + slot.to(tl.int64) * BLOCK + lanes
+            tl.store(inbox, _words(first, second, third, call), cache_modifier=".wt")
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        call = tl.load(calls + block) + 1
+        if block % SIZE == RANK:
+            places = block * 3 * BLOCK + lanes
+            slot = (call & 1) * 2 * NUM_BLOCKS + block // SIZE * SIZE
+            slots = _address(inboxes + RANK) + slot.to(tl.int64) * BLOCK + lanes
+            first, second, third = _add_up(x, places, num_values, slots, call, BLOCK, RANK, SIZE, BLOCK)
+            _store_block(x, places, num_values, first, second, third, BLOCK)
+            words = _words(first, second, third, call)
+            slot = ((call & 1) * 2 + 1) * NUM_BLOCKS + block
+            for step in tl.static_range(1, SIZE):
+                inbox = _address(inboxes + (RANK + step) % SIZE)
+                tl.store(inbox + slot.to(tl.int64) * BLOCK + lanes, words, cache_modifier=".wt")
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        call = tl.load(calls + block) + 1
+        if block % SIZE != RANK:
+            slot = ((call & 1) * 2 + 1) * NUM_BLOCKS + block
+            words = _receive(_address(inboxes + RANK) + slot.to(tl.int64) * BLOCK + lanes, call)
+            places = block * 3 * BLOCK + lanes
+            _store_block(x, places, num_values, _value(words, 0), _value(words, 1), _value(words, 2), BLOCK)
         tl.store(calls + block, call)
 
 
@@ -107,19 +185,21 @@ def _wait_for_all(flags, calls, RANK: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD
 
 
 _one_shot_kernel = Kernel(_one_shot)
+_two_shot_kernel = Kernel(_two_shot)
 _barrier_kernel = Kernel(_wait_for_all)
 
 
-class OneShotAllReduce:
+class InboxAllReduce:
     """A rank's end. All ranks make the same calls in the same order, one after the other."""
 
-    def __init__(self, shard: Shard, inboxes: Sequence[torch.Tensor], max_bytes: int) -> None:
+    def __init__(self, shard: Shard, inboxes: Sequence[torch.Tensor], max_bytes: int, *, in_two_shots: bool) -> None:
         """inboxes: each rank's, as this rank reaches it, (inbox_words,) int64, zero before the first call of any.
         max_bytes: of a message.
         """
         self._shard, self.max_bytes, self._inboxes = shard, max_bytes, inboxes
         self._addresses = _addresses(inboxes)
-        self._calls = torch.zeros(_num_blocks(max_bytes // 2), dtype=torch.int32, device=inboxes[0].device)
+        self._kernel = _two_shot_kernel if in_two_shots else _one_shot_kernel
+        self._calls = torch.zeros(_num_blocks(shard.size, max_bytes), dtype=torch.int32, device=inboxes[0].device)
 
     def takes(self, x: torch.Tensor) -> bool:
         is_aligned = x.is_contiguous() and x.data_ptr() % 16 == 0 and x.nbytes % 16 == 0
@@ -127,8 +207,9 @@ class OneShotAllReduce:
 
     def __call__(self, x: torch.Tensor) -> None:
         """Sums x, which takes(x), over the ranks, in place; added in float32, rounded once."""
-        _one_shot_kernel(
-            (min(_num_blocks(x.numel()), MAX_PROGRAMS), 1, 1), x, self._addresses, self._calls, x.numel() // 8,
+        self._kernel(
+            (min(triton.cdiv(x.numel(), VALUES_PER_BLOCK), MAX_PROGRAMS), 1, 1),
+            x, self._addresses, self._calls, x.numel() // 8,
             RANK=self._shard.rank, SIZE=self._shard.size, NUM_BLOCKS=len(self._calls), BLOCK=BLOCK,
             PDL=supports_pdl(x.device),
         )  # fmt: skip
@@ -154,10 +235,11 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=tensors[0].device)
 
 
-def inbox_words(num_ranks: int, max_bytes: int) -> int:
+def inbox_words(num_ranks: int, max_bytes: int, *, in_two_shots: bool) -> int:
     """Of 8 bytes."""
-    return 2 * num_ranks * _num_blocks(max_bytes // 2) * BLOCK
+    return 2 * (2 if in_two_shots else num_ranks) * _num_blocks(num_ranks, max_bytes) * BLOCK
 
 
-def _num_blocks(num_values: int) -> int:
-    return triton.cdiv(num_values, VALUES_PER_BLOCK)
+def _num_blocks(num_ranks: int, max_bytes: int) -> int:
+    """That there is room for: as many for each rank."""
+    return triton.cdiv(max_bytes // 2, num_ranks * VALUES_PER_BLOCK) * num_ranks
