@@ -22,7 +22,8 @@ from shared.process import child_environment, die_with_parent
 from shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 35.0
+"""Longer than a worker of several ranks gives itself."""
 POLL_S = 0.05
 MAX_RESTART_BACKOFF_S = 5.0
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 PARENT_PID = os.getppid()
 STOP_GRACE_S = 2.0
 """How long calls may go on once the service has been told to stop."""
-STEP_GRACE_S = 10.0
+STEP_GRACE_S = 5.0
 """How long steps may, after that."""
 SWITCH_INTERVAL_S = 2e-4
 """How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
@@ -38,7 +38,11 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     await stopping.wait()
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
-    await servicer.close(STEP_GRACE_S)
+    if not await servicer.close(STEP_GRACE_S):
+        logger.error("a step has not ended in %.0f s", STEP_GRACE_S)
+        # Whatever it is waiting for, nothing can be ended in order.
+        logging.shutdown()
+        os._exit(1)
 
 
 def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServicer] = WorkerServicer) -> None:

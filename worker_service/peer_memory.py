@@ -25,9 +25,9 @@ KERNEL_BYTES = 8 << 20
 
 def max_one_shot_bytes(num_ranks: int) -> int:
     """Up to which one shot is to be taken, and two above. Two ranks send as much in either, so one shot is faster. For
-    more it is a guess, near where vLLM's custom all-reduce changes over.
+    more it is where benchmarks/scaling_model.py has them equal, not measured.
     """
-    return KERNEL_BYTES if num_ranks == 2 else 256 << 10 if num_ranks <= 4 else 128 << 10
+    return KERNEL_BYTES if num_ranks == 2 else 256 << 10 if num_ranks <= 4 else 64 << 10
 
 
 class CopyAllReduce:
@@ -108,7 +108,8 @@ def connect_peers(
         torch.cuda.can_device_access_peer(mine, other) for other in range(shard.size) if other != mine
     )
     if not communicator.smallest(int(is_possible), device):
-        logger.warning("NCCL alone: the GPUs don't reach each other's memory")
+        here = f"LOCAL_WORLD_SIZE says {num_ranks_here} of {shard.size} ranks are here"
+        logger.warning("NCCL alone: the GPUs don't reach each other's memory, or are not on one host (%s)", here)
         return None
     # Multicast is not needed, and setting it up can fail where plain peer memory works.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")

@@ -51,8 +51,8 @@ SILENCE_LIMIT_S = 10.0
 """A rank that says nothing for so long is lost: stopped, or cut off."""
 PROGRESS_LIMIT_S = 300.0
 """So is one that doesn't get on with the message that it has; longer than the scheduler waits for a step."""
-LEAVE_LIMIT_S = 20.0
-"""That ranks wait for each other at the end, with the steps that are still under way."""
+LEAVE_LIMIT_S = 15.0
+"""That ranks wait for each other at the end."""
 PLAN, RESET, STOP, ALIVE = (bytes([kind]) for kind in range(4))
 ADDRESS_KEY, SECRET_KEY = "tandem/plans/address", "tandem/plans/secret"
 LOOPBACK = "127.0.0.1"
@@ -249,11 +249,12 @@ class Leader:
 
     def join(self) -> None:
         """Waits for the other ranks, which have been told to stop, but not for ever."""
+        deadline = time.monotonic() + SILENCE_LIMIT_S
         for listener in self._listeners:
-            listener.join(SILENCE_LIMIT_S)
+            listener.join(max(0.0, deadline - time.monotonic()))
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(SILENCE_LIMIT_S)
+                child.wait(max(0.0, deadline - time.monotonic()))
 
     def _add(self, connection: Connection) -> None:
         number, process_id = connection.recv_bytes().decode().split()

@@ -25,6 +25,8 @@ from worker_service.runner import PendingStep, Runner
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "tandem.v1.WorkerService"
+TAKEOVER_LIMIT_S = 10.0
+"""That a new session waits for the old one's steps. Then it is refused, and the scheduler comes again."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -62,12 +64,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             session.end(None)
             logger.info("session of scheduler %s, epoch %d ended", session.scheduler_id, session.epoch)
 
-    async def close(self, timeout_s: float) -> None:
-        """Ends the session, if there is one, and waits so long for the steps that have begun."""
-        if self._session is not None:
-            self._session.end(None)
-            if not await asyncio.to_thread(self._session.join, timeout_s):
-                logger.warning("a step has not ended in %.0f s", timeout_s)
+    async def close(self, timeout_s: float) -> bool:
+        """Ends the session, if there is one, and waits so long for steps that have begun. Whether they have ended."""
+        if self._session is None:
+            return True
+        self._session.end(None)
+        return await asyncio.to_thread(self._session.join, timeout_s)
 
     async def _open(self, request: worker_pb2.OpenSession) -> "_Session":
         if request.protocol_version != PROTOCOL_VERSION:
@@ -83,7 +85,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 if old.scheduler_id == request.scheduler_id and request.session_epoch <= old.epoch:
                     raise SessionTaken(f"session epoch {request.session_epoch} is not newer than {old.epoch}")
                 old.end(SessionTaken(f"epoch {request.session_epoch} took over"))
-                await asyncio.to_thread(old.join)
+                if not await asyncio.to_thread(old.join, TAKEOVER_LIMIT_S):
+                    raise SessionTaken(f"a step of epoch {old.epoch} has not ended in {TAKEOVER_LIMIT_S:.0f} s")
             self._runner.reset()
             self._session = _Session(self._runner, request.scheduler_id, request.session_epoch)
         logger.info("session of scheduler %s, epoch %d opened", request.scheduler_id, request.session_epoch)
@@ -132,11 +135,11 @@ class _Session:
             self._plans.put(None)
             self._results.put_nowait(error)
 
-    def join(self, timeout_s: float | None = None) -> bool:
-        """Waits for the steps that have begun. Whether they have ended."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def join(self, timeout_s: float) -> bool:
+        """Waits so long for the steps that have begun. Whether they have ended."""
+        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     async def results(self) -> AsyncIterator[StepResult]:

@@ -20,8 +20,10 @@ BLOCK = 512
 """Words that are sent, and waited for, together."""
 VALUES_PER_WORD = 3
 VALUES_PER_BLOCK = VALUES_PER_WORD * BLOCK
-MAX_PROGRAMS = 512
-"""Of a call: few enough to run at once, as they wait for the other ranks'."""
+MAX_PROGRAMS = 511
+"""Of a call: few enough to run at once, as they wait for the other ranks'. Odd, so that in two shots each program has
+blocks of its own rank to add up.
+"""
 
 
 @triton.jit

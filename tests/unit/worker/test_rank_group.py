@@ -55,6 +55,20 @@ def test_a_step_that_fails_on_rank_0_alone_ends_the_group(problems: list[str]) -
     assert "too little memory" in problems[0]
 
 
+def test_ranks_that_do_not_end_together_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_failed = threading.Event()
+    destroyed: list[bool] = []
+    monkeypatch.setattr(rank_group, "fail", lambda problem: has_failed.set())
+    monkeypatch.setattr(rank_group, "LEAVE_LIMIT_S", 0.2)
+    monkeypatch.setattr(rank_group.dist, "destroy_process_group", lambda: destroyed.append(True))
+    rank_group.leave_group(SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]
+    time.sleep(0.4)
+    assert destroyed == [True] and not has_failed.is_set()
+    # Its device never gets done.
+    rank_group.leave_group(SimpleNamespace(close=lambda: has_failed.wait(WAIT_S)))  # type: ignore[arg-type]
+    assert has_failed.is_set()
+
+
 def test_a_plan_that_no_rank_can_follow_ends_nothing(problems: list[str]) -> None:
     runner, _ = lead(InvalidPlan("computes nothing"))
     with pytest.raises(InvalidPlan):
