@@ -27,8 +27,16 @@ blocks of its own rank to add up.
 
 
 @triton.jit
-def _load_block(x, places, num_values, BLOCK: tl.constexpr):
+def _begin(num_octets, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The number of values, and of blocks; x may be read from then on."""
+    wait_for_predecessor(PDL)
+    return 8 * num_octets, tl.cdiv(8 * num_octets, 3 * BLOCK)
+
+
+@triton.jit
+def _load_block(x, block, num_values, BLOCK: tl.constexpr):
     """The three values of each word: at its place, and one and two BLOCKs on."""
+    places = block * 3 * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(x + places, mask=places < num_values, other=0.0)
     second = tl.load(x + places + BLOCK, mask=places + BLOCK < num_values, other=0.0)
     third = tl.load(x + places + 2 * BLOCK, mask=places + 2 * BLOCK < num_values, other=0.0)
@@ -36,7 +44,8 @@ def _load_block(x, places, num_values, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _store_block(x, places, num_values, first, second, third, BLOCK: tl.constexpr):
+def _store_block(x, block, num_values, first, second, third, BLOCK: tl.constexpr):
+    places = block * 3 * BLOCK + tl.arange(0, BLOCK)
     tl.store(x + places, first, mask=places < num_values)
     tl.store(x + places + BLOCK, second, mask=places + BLOCK < num_values)
     tl.store(x + places + 2 * BLOCK, third, mask=places + 2 * BLOCK < num_values)
@@ -59,38 +68,50 @@ def _value(words, place: tl.constexpr):
 
 
 @triton.jit
-def _receive(inbox, call):
-    """The words there, once they are this call's."""
-    words = tl.load(inbox, volatile=True)
-    while tl.max((((words >> 48) ^ call) & 0xFFFF).to(tl.int32), axis=0) != 0:
-        words = tl.load(inbox, volatile=True)
-    return words
-
-
-@triton.jit
 def _address(place):
     """A pointer to int64 that is stored at place."""
     return tl.multiple_of(tl.load(place).to(tl.pointer_type(tl.int64)), 16)
 
 
 @triton.jit
+def _slot(inboxes, rank, number, BLOCK: tl.constexpr):
+    """Where the words of one block are in a rank's inbox."""
+    return _address(inboxes + rank) + number * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _send_to_all(inboxes, number, words, RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    for step in tl.static_range(1, SIZE):
+        tl.store(_slot(inboxes, (RANK + step) % SIZE, number, BLOCK), words, cache_modifier=".wt")
+
+
+@triton.jit
+def _receive(slot, call):
+    """The words there, once they are this call's."""
+    words = tl.load(slot, volatile=True)
+    while tl.max((((words >> 48) ^ call) & 0xFFFF).to(tl.int32), axis=0) != 0:
+        words = tl.load(slot, volatile=True)
+    return words
+
+
+@triton.jit
 def _add_up(
-    x, places, num_values, slots, call, stride, RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    x, block, num_values, slot, stride, call, RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The sums of a block over the ranks, in their order: this one's from x, the others' from slots, stride apart.
-    Added in float32, rounded once.
+    """The sums of a block over the ranks, in their order: this one's from x, the others' from slots, a stride of words
+    apart. Added in float32, rounded once.
     """
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     third = tl.zeros([BLOCK], tl.float32)
     for peer in tl.static_range(SIZE):
         if peer == RANK:
-            own_first, own_second, own_third = _load_block(x, places, num_values, BLOCK)
+            own_first, own_second, own_third = _load_block(x, block, num_values, BLOCK)
             first += own_first.to(tl.float32)
             second += own_second.to(tl.float32)
             third += own_third.to(tl.float32)
         else:
-            words = _receive(slots + peer * stride, call)
+            words = _receive(slot + peer * stride, call)
             first += _value(words, 0).to(tl.float32)
             second += _value(words, 1).to(tl.float32)
             third += _value(words, 2).to(tl.float32)
@@ -105,24 +126,17 @@ def _one_shot(
     """An inbox is (2, SIZE, NUM_BLOCKS, BLOCK) int64: a block's calls take turns, so that a rank writes over nothing
     that another has yet to read, as it has had that one's next message since.
     """
-    lanes = tl.arange(0, BLOCK)
-    num_values = 8 * num_octets
-    num_blocks = tl.cdiv(num_values, 3 * BLOCK)
-    wait_for_predecessor(PDL)
+    num_values, num_blocks = _begin(num_octets, BLOCK, PDL)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         call = tl.load(calls + block) + 1
-        first, second, third = _load_block(x, block * 3 * BLOCK + lanes, num_values, BLOCK)
-        words = _words(first, second, third, call)
-        sent = (((call & 1) * SIZE + RANK) * NUM_BLOCKS + block).to(tl.int64) * BLOCK + lanes
-        for step in tl.static_range(1, SIZE):
-            tl.store(_address(inboxes + (RANK + step) % SIZE) + sent, words, cache_modifier=".wt")
-    inbox = _address(inboxes + RANK)
+        first, second, third = _load_block(x, block, num_values, BLOCK)
+        number = ((call & 1) * SIZE + RANK) * NUM_BLOCKS + block
+        _send_to_all(inboxes, number, _words(first, second, third, call), RANK, SIZE, BLOCK)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         call = tl.load(calls + block) + 1
-        places = block * 3 * BLOCK + lanes
-        slots = inbox + ((call & 1) * SIZE * NUM_BLOCKS + block).to(tl.int64) * BLOCK + lanes
-        first, second, third = _add_up(x, places, num_values, slots, call, NUM_BLOCKS * BLOCK, RANK, SIZE, BLOCK)
-        _store_block(x, places, num_values, first, second, third, BLOCK)
+        slot = _slot(inboxes, RANK, (call & 1) * SIZE * NUM_BLOCKS + block, BLOCK)
+        first, second, third = _add_up(x, block, num_values, slot, NUM_BLOCKS * BLOCK, call, RANK, SIZE, BLOCK)
+        _store_block(x, block, num_values, first, second, third, BLOCK)
         tl.store(calls + block, call)
 
 
@@ -133,40 +147,28 @@ def _two_shot(
 ):  # fmt: skip
     """Each block has a rank that adds it up: the others send it their values, and it sends them the sums.
 
-    An inbox is (2, 2, NUM_BLOCKS, BLOCK) int64, where NUM_BLOCKS is a multiple of SIZE: of calls that take turns,
-    values, by block of its own and rank, and sums, by block.
+    An inbox is (2, NUM_BLOCKS, BLOCK) int64, where NUM_BLOCKS is a multiple of SIZE: values, by block of its own and
+    rank, and sums, by block. Calls need not take turns: values come from one that has had the sums of the call before,
+    for which all values were read, and sums answer values, which come after the call before has ended.
     """
-    lanes = tl.arange(0, BLOCK)
-    num_values = 8 * num_octets
-    num_blocks = tl.cdiv(num_values, 3 * BLOCK)
-    wait_for_predecessor(PDL)
+    num_values, num_blocks = _begin(num_octets, BLOCK, PDL)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        call = tl.load(calls + block) + 1
         if block % SIZE != RANK:
-            first, second, third = _load_block(x, block * 3 * BLOCK + lanes, num_values, BLOCK)
-            slot = (call & 1) * 2 * NUM_BLOCKS + block // SIZE * SIZE + RANK
-            inbox = _address(inboxes + block % SIZE) + slot.to(tl.int64) * BLOCK + lanes
-            tl.store(inbox, _words(first, second, third, call), cache_modifier=".wt")
+            first, second, third = _load_block(x, block, num_values, BLOCK)
+            slot = _slot(inboxes, block % SIZE, block // SIZE * SIZE + RANK, BLOCK)
+            tl.store(slot, _words(first, second, third, tl.load(calls + block) + 1), cache_modifier=".wt")
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        call = tl.load(calls + block) + 1
         if block % SIZE == RANK:
-            places = block * 3 * BLOCK + lanes
-            slot = (call & 1) * 2 * NUM_BLOCKS + block // SIZE * SIZE
-            slots = _address(inboxes + RANK) + slot.to(tl.int64) * BLOCK + lanes
-            first, second, third = _add_up(x, places, num_values, slots, call, BLOCK, RANK, SIZE, BLOCK)
-            _store_block(x, places, num_values, first, second, third, BLOCK)
-            words = _words(first, second, third, call)
-            slot = ((call & 1) * 2 + 1) * NUM_BLOCKS + block
-            for step in tl.static_range(1, SIZE):
-                inbox = _address(inboxes + (RANK + step) % SIZE)
-                tl.store(inbox + slot.to(tl.int64) * BLOCK + lanes, words, cache_modifier=".wt")
+            call = tl.load(calls + block) + 1
+            slot = _slot(inboxes, RANK, block // SIZE * SIZE, BLOCK)
+            first, second, third = _add_up(x, block, num_values, slot, BLOCK, call, RANK, SIZE, BLOCK)
+            _store_block(x, block, num_values, first, second, third, BLOCK)
+            _send_to_all(inboxes, NUM_BLOCKS + block, _words(first, second, third, call), RANK, SIZE, BLOCK)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
         call = tl.load(calls + block) + 1
         if block % SIZE != RANK:
-            slot = ((call & 1) * 2 + 1) * NUM_BLOCKS + block
-            words = _receive(_address(inboxes + RANK) + slot.to(tl.int64) * BLOCK + lanes, call)
-            places = block * 3 * BLOCK + lanes
-            _store_block(x, places, num_values, _value(words, 0), _value(words, 1), _value(words, 2), BLOCK)
+            words = _receive(_slot(inboxes, RANK, NUM_BLOCKS + block, BLOCK), call)
+            _store_block(x, block, num_values, _value(words, 0), _value(words, 1), _value(words, 2), BLOCK)
         tl.store(calls + block, call)
 
 
@@ -239,7 +241,7 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def inbox_words(num_ranks: int, max_bytes: int, *, in_two_shots: bool) -> int:
     """Of 8 bytes."""
-    return 2 * (2 if in_two_shots else num_ranks) * _num_blocks(num_ranks, max_bytes) * BLOCK
+    return (2 if in_two_shots else 2 * num_ranks) * _num_blocks(num_ranks, max_bytes) * BLOCK
 
 
 def _num_blocks(num_ranks: int, max_bytes: int) -> int:
