@@ -75,17 +75,17 @@ def main() -> None:
         shape = (max(1, num_bytes // 2 // WIDTH), min(num_bytes // 2, WIDTH))
         x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         ways: dict[str, tuple[Callable[[torch.Tensor], object], torch.Tensor]] = {"nccl": (dist.all_reduce, x)}
-        chosen = None
-        if peers is not None and shape[1] == WIDTH:
-            x = peers.hidden[: shape[0]]
+        chosen = "nccl"
         if peers is not None:
+            if shape[1] == WIDTH:
+                x = peers.hidden[: shape[0]]
             ways |= {name: (way, x) for name, way in peers.ways.items() if way.takes(x)}
-            chosen = peers.choose(x)
+            chosen = peers.choose(x) or chosen
         row = rows[str(num_bytes)] = {}
         for name, (way, buffer) in ways.items():
             check(way, buffer, shard)
             row[f"{name}_us"] = round(microseconds(functools.partial(way, buffer.zero_())), 2)
-        row["chosen"] = chosen or "nccl"
+        row["chosen"] = chosen
         if shard.rank == 0:
             print(f"{num_bytes:>10} bytes: {row}", flush=True)
     if shard.rank == 0 and arguments.out:

@@ -12,11 +12,11 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -43,6 +43,11 @@ SAMPLINGS: dict[str, dict[str, float]] = {
     "temperature": {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
     "qwen3": {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0},
 }
+
+
+Report = dict[str, Any]
+"""What a results file holds."""
+Key = TypeVar("Key", bound=Hashable)
 
 
 class BenchmarkError(Exception):
@@ -189,6 +194,20 @@ def header(what: str, commit: str | None = None) -> dict[str, Any]:
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
     }
+
+
+def read_reports(folder: Path, pattern: str) -> list[tuple[str, Report]]:
+    """The results files of a folder: their names, and what they hold."""
+    return [(path.name, json.loads(path.read_text())) for path in sorted(folder.glob(pattern))]
+
+
+def newest(reports: Iterable[tuple[Key, Report]]) -> dict[Key, Report]:
+    """Of each key; of equally old ones the first."""
+    found: dict[Key, Report] = {}
+    for key, report in reports:
+        if key not in found or report["date"] > found[key]["date"]:
+            found[key] = report
+    return found
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import timeline
 from benchmarks.anchors import FLOOR, NANO_VLLM, VLLM, anchors_of, num_ranks
-from benchmarks.common import REPOSITORY, RESULTS
+from benchmarks.common import REPOSITORY, RESULTS, Report, newest, read_reports
 from benchmarks.throughput import speed_ratio
 
 TANDEM = "Tandem"
@@ -36,21 +35,20 @@ Numbers = dict[str, dict[str, float]]
 
 def load_results(folder: Path) -> dict[Key, Numbers]:
     """What was measured with the anchors beside."""
-    newest: dict[Key, dict[str, Any]] = {}
-    for path in sorted(folder.glob("throughput_*.json")):
-        report = json.loads(path.read_text())
-        key = (report["shape"], report["sampling"], num_ranks(report))
-        if not anchors_of(report):
-            print(f"{path.name}: nothing to compare it with; skipped")
-        elif key not in newest or report["date"] > newest[key]["date"]:
-            newest[key] = report
+    comparable: list[tuple[Key, Report]] = []
+    for name, report in read_reports(folder, "throughput_*.json"):
+        if anchors_of(report):
+            comparable.append(((report["shape"], report["sampling"], num_ranks(report)), report))
+        else:
+            print(f"{name}: nothing to compare it with; skipped")
+    by_key = newest(comparable)
     return {
         key: {
             name: {TANDEM: report["rows"][name]["median"], **others}
             for name, others in anchors_of(report).items()
             if name in report["rows"]
         }
-        for key, report in sorted(newest.items(), key=lambda item: (item[0][0], item[0][2], -len(anchors_of(item[1]))))
+        for key, report in sorted(by_key.items(), key=lambda item: (item[0][0], item[0][2], -len(anchors_of(item[1]))))
     }
 
 
@@ -113,7 +111,7 @@ def main(results_folder: Path, images: Path) -> None:
         print(f"no results of benchmarks.gaps to draw in {results_folder}")
 
 
-def draw_speeds(results: dict[tuple[str, str], Numbers], images: Path) -> None:
+def draw_speeds(results: dict[Key, Numbers], images: Path) -> None:
     draw(
         results,
         (NANO_VLLM, VLLM, TANDEM),
@@ -132,7 +130,7 @@ def draw_speeds(results: dict[tuple[str, str], Numbers], images: Path) -> None:
     )
 
 
-def draw_scaling(scalings: list[dict[str, Any]]) -> Figure:
+def draw_scaling(scalings: list[Report]) -> Figure:
     """A panel a model: the speed of each row over the fewest ranks', as measured and, hollow, as predicted."""
     figure, panels = pyplot.subplots(1, len(scalings), figsize=(7 * len(scalings), 5), squeeze=False)
     for panel, scaling in zip(panels[0], scalings, strict=True):

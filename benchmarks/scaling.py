@@ -12,6 +12,7 @@ of benchmarks.scaling_model, where steps of two ranks are profiled.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -24,15 +25,12 @@ import torch
 
 from benchmarks.anchors import num_ranks
 from benchmarks.checkpoint import SIZES
-from benchmarks.common import RESULTS, SAMPLINGS, shape_of, write_json
-from benchmarks.scaling_model import PROFILED_RANKS, ScalingModel, parts_of_steps
+from benchmarks.common import RESULTS, SAMPLINGS, Report, newest, read_reports, shape_of, write_json
+from benchmarks.scaling_model import DECODE_ROWS, PROFILED_RANKS, ScalingModel, parts_of_steps
 from benchmarks.throughput import speed_ratio
 
 ROWS = ("nano256", "decode_b1", "decode_b64", "decode_b256", "prefill_64x2048")
 TP_SIZES = (1, 2, 4, 8)
-STEP_ROWS = ("1", "16", "64", "256")
-
-Report = dict[str, Any]
 
 
 def measure(models: list[str], tp_sizes: list[int], sampling: str, results: Path, flags: list[str]) -> list[str]:
@@ -41,21 +39,20 @@ def measure(models: list[str], tp_sizes: list[int], sampling: str, results: Path
     if too_large := [size for size in tp_sizes if num_gpus and size > num_gpus]:
         print(f"not measured, as there are {num_gpus} GPUs: {too_large} ranks", flush=True)
         tp_sizes = [size for size in tp_sizes if size <= num_gpus]
-    commands: list[list[str]] = []
-    for model in models:
+    commands: list[tuple[list[str], str]] = []
+    for model, size in itertools.product(models, tp_sizes):
+        command = ["benchmarks.throughput", model, "--set", f"tp_size={size}", "--sampling", sampling, "--rows", *ROWS]
+        commands.append(([*command, *flags], f"throughput_{Path(model).name}_tp{size}_{sampling}.json"))
+    if num_gpus:
+        for shape, size in itertools.product(filter(None, map(shape_of, models)), tp_sizes):
+            command = ["benchmarks.step_times", shape, "--profile", "--rows", *map(str, DECODE_ROWS)]
+            commands.append(([*_ranks(size), *command], f"step_times_{shape}_tp{size}.json"))
         for size in tp_sizes:
-            out = results / f"throughput_{Path(model).name}_tp{size}_{sampling}.json"
-            command = ["benchmarks.throughput", model, "--set", f"tp_size={size}", "--sampling", sampling]
-            commands.append([*command, "--rows", *ROWS, *flags, "--out", str(out)])
-        shape = shape_of(model)
-        for size in tp_sizes if num_gpus and shape else ():
-            command = ["benchmarks.step_times", str(shape), "--profile", "--rows", *STEP_ROWS]
-            commands.append([*_ranks(size), *command, "--out", str(results / f"step_times_{shape}_tp{size}.json")])
-    for size in tp_sizes if num_gpus else ():
-        if size > 1:
-            commands.append([*_ranks(size), "benchmarks.all_reduce", "--out", str(results / f"all_reduce_{size}.json")])
+            if size > 1:
+                commands.append(([*_ranks(size), "benchmarks.all_reduce"], f"all_reduce_{size}.json"))
     failed = []
-    for command in commands:
+    for arguments, name in commands:
+        command = [*arguments, "--out", str(results / name)]
         text = f"python -m {' '.join(command)}"
         print(text, flush=True)
         if subprocess.run([sys.executable, "-m", *command]).returncode:
@@ -70,14 +67,12 @@ def _ranks(count: int) -> list[str]:
 
 def report(results: Path) -> list[Report]:
     """One of each model, device and sampling that was measured over several numbers of ranks."""
+    runs = [run for _, run in read_reports(results, "throughput_*.json")]
+    keys = [(run["shape"] or run["model"], run["device"], run["sampling"], run["scale"]) for run in runs]
+    by_key = newest(((key, num_ranks(run)), run) for key, run in zip(keys, runs, strict=True))
     groups: dict[tuple[Any, ...], dict[int, Report]] = defaultdict(dict)
-    for path in sorted(results.glob("throughput_*.json")):
-        run = json.loads(path.read_text())
-        name = run["shape"] or run["model"]
-        group = groups[name, run["device"], run["sampling"], run["scale"]]
-        size = num_ranks(run)
-        if size not in group or run["date"] > group[size]["date"]:
-            group[size] = run
+    for (key, size), run in by_key.items():
+        groups[key][size] = run
     return [
         {
             **dict(zip(("name", "device", "sampling", "scale"), key, strict=True)),

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.step_times import CONTEXT
+from benchmarks.step_times import MAX_NUM_BATCHED_TOKENS as PREFILL_TOKENS
 from benchmarks.workloads import nano256
 from worker_service.peer_memory import KERNEL_BYTES, max_one_shot_bytes
 
@@ -31,9 +33,7 @@ OWN = (
 )
 """Parts of the names of kernels that sum, and of those whose work does not shrink with more ranks."""
 DECODE_ROWS = (1, 16, 64, 256)
-CONTEXT = 640
 """Of the profiled decode steps."""
-PREFILL_TOKENS = 8192
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.checkpoint import COMMON, SIZES
 from benchmarks.common import header, write_json
 from shared.step_codec import PROTOCOL_VERSION
 from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
@@ -34,21 +35,11 @@ from worker_service.peer_memory import connect_peers
 from worker_service.shard import Shard
 from worker_service.startup import make_runner
 
-COMMON = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 CONFIGS = {
-    "0.6b": ModelConfig(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        max_position_embeddings=40960, tie_word_embeddings=True, **COMMON,
-    ),
-    "8b": ModelConfig(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        max_position_embeddings=40960, tie_word_embeddings=False, **COMMON,
-    ),
-    "32b": ModelConfig(
-        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
-        max_position_embeddings=40960, tie_word_embeddings=False, **COMMON,
-    ),
-}  # fmt: skip
+    size: ModelConfig(**{key: value for key, value in (COMMON | shape).items() if key in ModelConfig.__annotations__})
+    for size, shape in SIZES.items()
+    if size != "tiny"
+}
 BLOCK_SIZE = 16
 MAX_NUM_ROWS = 256
 MAX_NUM_BATCHED_TOKENS = 8192

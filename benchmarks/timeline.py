@@ -1,12 +1,11 @@
 """A picture of a few decode steps: who works when, of the samples in the results of benchmarks.gaps."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.common import Report, newest, read_reports
 from shared.config import SchedulerSettings
 
 DEPTH = SchedulerSettings().max_plans_in_flight
@@ -22,16 +21,12 @@ Sample = list[dict[str, float]]
 
 def load_samples(folder: Path) -> dict[str, Sample]:
     """The newest sample of each model on a GPU, at the default depth and BATCH rows, by the panel's title."""
-    newest: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("gaps_*.json")):
-        report = json.loads(path.read_text())
-        is_newer = report["model"] not in newest or report["date"] > newest[report["model"]]["date"]
-        if report["device"] != "cpu" and sample_in(report) and is_newer:
-            newest[report["model"]] = report
-    return {f"{model} on {report['device']}": sample_in(report) for model, report in sorted(newest.items())}
+    reports = [report for _, report in read_reports(folder, "gaps_*.json")]
+    by_model = newest((r["model"], r) for r in reports if r["device"] != "cpu" and sample_in(r))
+    return {f"{model} on {report['device']}": sample_in(report) for model, report in sorted(by_model.items())}
 
 
-def sample_in(report: dict[str, Any]) -> Sample:
+def sample_in(report: Report) -> Sample:
     """Empty where the report has no such case."""
     cases = [case for case in report["cases"] if (case["depth"], case["batch"]) == (DEPTH, BATCH)]
     return cases[0]["sample"] if cases else []
