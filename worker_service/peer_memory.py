@@ -65,18 +65,11 @@ class CopyAllReduce:
 
 
 class PeerAllReduce:
-    """The best of them for what there is to sum."""
+    """The best way for what there is to sum."""
 
-    def __init__(
-        self, one_shot: InboxAllReduce, two_shots: InboxAllReduce, copies: CopyAllReduce, hidden: torch.Tensor
-    ) -> None:
-        self._copies, self.hidden = copies, hidden
-        self.ways: dict[str, InboxAllReduce | CopyAllReduce] = {
-            "one_shot": one_shot,
-            "two_shots": two_shots,
-            "copies": copies,
-        }
-        """The first that takes something is the best for it."""
+    def __init__(self, ways: dict[str, InboxAllReduce | CopyAllReduce], hidden: torch.Tensor) -> None:
+        """Of the ways, "copies" among them, the first that takes something is the best for it."""
+        self.ways, self.hidden = ways, hidden
 
     def choose(self, x: torch.Tensor) -> str | None:
         """Which of the ways."""
@@ -89,9 +82,10 @@ class PeerAllReduce:
         return name is not None
 
     def sum_beside(self, x: torch.Tensor) -> bool:
-        is_taken = self._copies.takes(x)
+        copies = self.ways["copies"]
+        is_taken = copies.takes(x)
         if is_taken:
-            self._copies(x)
+            copies(x)
         return is_taken
 
 
@@ -124,11 +118,13 @@ def connect_peers(
         inboxes = share(inbox_words(shard.size, max_bytes, in_two_shots=in_two_shots), dtype=torch.int64)
         return InboxAllReduce(shard, inboxes, max_bytes, in_two_shots=in_two_shots)
 
-    one_shot = connect(max_one_shot_bytes(shard.size), in_two_shots=False)
-    two_shots = connect(KERNEL_BYTES, in_two_shots=True)
+    one_shot_bytes = max_one_shot_bytes(shard.size)
+    ways: dict[str, InboxAllReduce | CopyAllReduce] = {"one_shot": connect(one_shot_bytes, in_two_shots=False)}
+    if one_shot_bytes < KERNEL_BYTES:
+        ways["two_shots"] = connect(KERNEL_BYTES, in_two_shots=True)
     flags = share(shard.size, dtype=torch.int64)
     hidden = share(max_tokens, hidden_size, dtype=torch.bfloat16)
     # No rank writes before all have zeroed theirs.
     communicator.smallest(0, device)
-    copies = CopyAllReduce(shard, hidden, Barrier(shard, flags))
-    return PeerAllReduce(one_shot, two_shots, copies, hidden[shard.rank])
+    ways["copies"] = CopyAllReduce(shard, hidden, Barrier(shard, flags))
+    return PeerAllReduce(ways, hidden[shard.rank])
