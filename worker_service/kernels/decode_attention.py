@@ -270,13 +270,10 @@ class DecodeAttention:
         return DecodeRows(rows, context_lens, block_tables, items)
 
     def _num_wanted(self, num_rows: int) -> int:
-        """Splits to aim for: enough to fill the GPU, and more with more rows, whose lengths differ; not so many that
-        many rows of one length would be split (docs/performance-log.md).
+        """Splits to aim for: enough to fill the GPU twice, as lengths differ, but for few rows; and no more than many
+        rows of one length would take unsplit (docs/performance-log.md).
         """
-        if num_rows >= 1.9 * self._num_full:
-            # Unsplit, they fill it twice.
-            return num_rows + min(num_rows // 2, 2 * self._num_full)
-        return min(self._num_full + 2 * num_rows, 2 * self._num_full + num_rows)
+        return max(min(self._num_full + 2 * num_rows, 2 * self._num_full), num_rows * 3 // 2)
 
     def __call__(
         self,
@@ -302,7 +299,7 @@ class DecodeAttention:
             H=num_heads, KVH=num_kv_heads, D=head_dim, GROUP_PAD=max(GROUP_PAD, num_heads // num_kv_heads),
             BLOCK_SIZE=cache.shape[2], TILE=64 if is_few else 32, STORE=stores, PREFETCH=stores and is_few,
             SPLITS=COMBINED_A_WARP * num_warps, PDL=supports_pdl(self._device),
-            num_warps=num_warps, num_stages=2 if is_few else 3,
+            num_warps=num_warps, num_stages=2,
         )  # fmt: skip
 
 
