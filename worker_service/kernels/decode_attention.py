@@ -14,6 +14,7 @@ import triton.language as tl
 
 from worker_service.kernels.gdc import wait_for_predecessor
 from worker_service.kernels.launcher import Kernel, supports_pdl
+from worker_service.kernels.linear import MAX_TOKENS
 from worker_service.kernels.store_kv import normalize_and_rotate
 
 LOG2_E = 1.4426950408889634
@@ -24,6 +25,8 @@ SPLIT_UNIT = 16
 PROGRAMS_A_PROCESSOR = 4
 FEW_ROWS = 8
 """Up to so many rows, latency counts for more than bytes."""
+PREFETCH_ROWS = MAX_TOKENS
+"""Up to so many rows qkv comes from a kernel that lets its successor start early."""
 COMBINED_A_WARP = 16
 """Partials that are combined at a time: splits times heads of a group."""
 
@@ -270,10 +273,12 @@ class DecodeAttention:
         return DecodeRows(rows, context_lens, block_tables, items)
 
     def _num_wanted(self, num_rows: int) -> int:
-        """Splits to aim for: enough to fill the GPU twice, as lengths differ, but for few rows; and no more than many
-        rows of one length would take unsplit (docs/performance-log.md).
+        """Splits to aim for: enough to fill the GPU twice, less for few rows; a multiple of the rows, so that rows of
+        one length are cut alike. Rows that fill it twice unsplit are cut only where they are longer than others.
         """
-        return max(min(self._num_full + 2 * num_rows, 2 * self._num_full), num_rows * 3 // 2)
+        if num_rows >= 1.9 * self._num_full:
+            return num_rows * 3 // 2
+        return num_rows * max(2, min(self._num_full + 2 * num_rows, 2 * self._num_full) // num_rows)
 
     def __call__(
         self,
@@ -297,7 +302,8 @@ class DecodeAttention:
             decode.items, out, self._partials, self._counters, decode.block_tables.stride(0), eps,
             head_dim**-0.5 * LOG2_E,
             H=num_heads, KVH=num_kv_heads, D=head_dim, GROUP_PAD=max(GROUP_PAD, num_heads // num_kv_heads),
-            BLOCK_SIZE=cache.shape[2], TILE=64 if is_few else 32, STORE=stores, PREFETCH=stores and is_few,
+            BLOCK_SIZE=cache.shape[2], TILE=64 if is_few else 32, STORE=stores,
+            PREFETCH=stores and num_rows <= PREFETCH_ROWS,
             SPLITS=COMBINED_A_WARP * num_warps, PDL=supports_pdl(self._device),
             num_warps=num_warps, num_stages=2,
         )  # fmt: skip
