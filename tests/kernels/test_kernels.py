@@ -11,7 +11,7 @@ from torch.nn.functional import linear, silu
 from worker_service.kernels import decode_attention as decode_attention_module
 from worker_service.kernels.decode_attention import DecodeAttention
 from worker_service.kernels.experts import mix_experts_grouped
-from worker_service.kernels.linear import few_token_linear
+from worker_service.kernels.linear import SKINNY_OUTPUTS, few_token_linear, is_skinny, skinny_linear
 from worker_service.kernels.norm import rms_norm, silu_mul
 from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
 from worker_service.kernels.step_input import begin_decode, embed
@@ -84,6 +84,27 @@ def test_few_token_linear(device: torch.device, num_tokens: int, num_outputs: in
     assert_near(few_token_linear(x, weight, norm=norm, eps=EPS), expected)
     gate, up = expected.chunk(2, dim=-1)
     assert_near(few_token_linear(x, weight, norm=norm, eps=EPS, silu_mul=True), silu(gate) * up)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 17, 64])
+@pytest.mark.parametrize(("num_outputs", "width"), [(64, 128), (192, 640)])
+def test_skinny_linear(device: torch.device, num_tokens: int, num_outputs: int, width: int) -> None:
+    x = random(num_tokens, width, device=device)
+    weight = random(num_outputs, width, device=device, scale=width**-0.5)
+    assert is_skinny(num_tokens, weight)
+    expected = linear(x.double(), weight.double())
+    assert_near(skinny_linear(x, weight), expected)
+    gate, up = expected.chunk(2, dim=-1)
+    assert_near(skinny_linear(x, weight, silu_mul=True), silu(gate) * up)
+
+
+def test_what_is_not_skinny() -> None:
+    weight = torch.empty(SKINNY_OUTPUTS + 64, 256, device="meta")
+    assert is_skinny(64, weight[64:])
+    assert not is_skinny(65, weight[64:])
+    assert not is_skinny(1, weight)
+    assert not is_skinny(1, weight[:96])
+    assert not is_skinny(1, weight[:64, :192])
 
 
 class Pool:

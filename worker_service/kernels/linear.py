@@ -1,7 +1,7 @@
 """Linear layers over few tokens, where reading the weights is all the time there is: y = f(x) W^T.
 
-Around the product they can do what stands next to it in a Qwen3 layer: RMSNorm before, SiLU-and-multiply or the
-residual's addition after. They bring weights near while the kernel before still runs.
+Around the product they can do what stands next to it in a Qwen3 layer: SiLU-and-multiply after, and for very few tokens
+RMSNorm before or the residual's addition after. They are launched while the kernel before still runs.
 """
 
 import torch
@@ -15,6 +15,11 @@ MAX_TOKENS = 4
 MAX_ELEMENTS = 4096
 BLOCK_N = 2
 """Rows of weights a program, one or two warps: many small programs have the most loads under way."""
+SKINNY_TOKENS = 64
+SKINNY_OUTPUTS = 32768
+"""Past either, every program's reading of all tokens takes longer than the weights."""
+SKINNY_K = 128
+SKINNY_N = 32
 
 
 @triton.jit
@@ -71,7 +76,35 @@ def _vector_linear(
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _skinny_linear(
+    x, weight, out, num_tokens, N,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SILU_MUL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """All tokens with BLOCK_N outputs a program. With SILU_MUL those are of gates and of as many ups."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)
+    weights = weight + rows.to(tl.int64)[None, :] * K + columns[:, None]
+    up_weights = weights + N.to(tl.int64) * K
+    values = x + (tokens % num_tokens)[:, None] * K + columns[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    wait_for_predecessor(PDL)
+    for start in range(0, K, BLOCK_K):
+        tile = tl.load(values + start)
+        acc = tl.dot(tile, tl.load(weights + start), acc)
+        if SILU_MUL:
+            up_acc = tl.dot(tile, tl.load(up_weights + start), up_acc)
+    if SILU_MUL:
+        acc = acc * tl.sigmoid(acc) * up_acc
+    where = tokens[:, None] * N + rows[None, :]
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(tokens < num_tokens)[:, None])
+
+
 _kernel = Kernel(_vector_linear)
+_skinny_kernel = Kernel(_skinny_linear)
 
 
 def is_few(num_tokens: int, width: int) -> bool:
@@ -109,5 +142,26 @@ def few_token_linear(
         K=width, TOKENS=num_tokens, BLOCK_M=triton.next_power_of_2(num_tokens), BLOCK_N=BLOCK_N, BLOCK_K=block_k,
         NORM=norm is not None, SILU_MUL=silu_mul, RESIDUAL=residual is not None, PDL=supports_pdl(x.device),
         num_warps=num_warps,
+    )  # fmt: skip
+    return out
+
+
+def is_skinny(num_tokens: int, weight: torch.Tensor) -> bool:
+    """Whether skinny_linear can do it, and is faster than cuBLAS."""
+    num_outputs, width = weight.shape
+    fits = num_outputs % (2 * SKINNY_N) == 0 and width % SKINNY_K == 0
+    return fits and num_tokens <= SKINNY_TOKENS and num_outputs <= SKINNY_OUTPUTS
+
+
+def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, silu_mul: bool = False) -> torch.Tensor:
+    """x (tokens, K), weight (N, K) -> (tokens, N), where is_skinny. silu_mul as of few_token_linear."""
+    num_tokens, width = x.shape
+    num_outputs = weight.shape[0] // 2 if silu_mul else weight.shape[0]
+    out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
+    _skinny_kernel(
+        (num_outputs // SKINNY_N, 1, 1),
+        x, weight, out, num_tokens, num_outputs,
+        K=width, BLOCK_M=16 if num_tokens <= 16 else SKINNY_TOKENS, BLOCK_N=SKINNY_N, BLOCK_K=SKINNY_K,
+        SILU_MUL=silu_mul, PDL=supports_pdl(x.device), num_warps=4, num_stages=3 if silu_mul else 4,
     )  # fmt: skip
     return out

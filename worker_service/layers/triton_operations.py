@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from worker_service.kernels.decode_attention import DecodeAttention, DecodeRows
 from worker_service.kernels.experts import mix_experts_grouped
-from worker_service.kernels.linear import few_token_linear, is_few
+from worker_service.kernels.linear import few_token_linear, is_few, is_skinny, skinny_linear
 from worker_service.kernels.norm import rms_norm, silu_mul
 from worker_service.kernels.prefill_attention import prefill_attention
 from worker_service.kernels.store_kv import store_kv
@@ -47,12 +47,15 @@ class TritonOperations:
         if is_few(len(x), x.shape[1]):
             return few_token_linear(x, weight, norm=norm.weight, eps=norm.eps, out=out)
         x = rms_norm(x, norm.weight, norm.eps)
-        return linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+        if out is not None:
+            return torch.mm(x, weight.t(), out=out)
+        return skinny_linear(x, weight) if is_skinny(len(x), weight) else linear(x, weight)
 
     def norm_gate_up(self, x: torch.Tensor, norm: RMSNorm, weight: torch.Tensor) -> torch.Tensor:
         if is_few(len(x), x.shape[1]):
             return few_token_linear(x, weight, norm=norm.weight, eps=norm.eps, silu_mul=True)
-        return silu_mul(linear(rms_norm(x, norm.weight, norm.eps), weight))
+        x = rms_norm(x, norm.weight, norm.eps)
+        return skinny_linear(x, weight, silu_mul=True) if is_skinny(len(x), weight) else silu_mul(linear(x, weight))
 
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if is_few(len(x), x.shape[1]):
