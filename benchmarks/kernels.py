@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common import header, write_json
 from worker_service.kernels.decode_attention import DecodeAttention
-from worker_service.kernels.linear import few_token_linear
+from worker_service.kernels.linear import FEW_TOKENS, few_token_linear, skinny_linear
 from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
 from worker_service.kernels.sampling import SamplingKernels
 
@@ -151,8 +151,9 @@ def sampling_case(num_rows: int, is_truncated: bool) -> dict[str, Any]:
 def linear_case(num_outputs: int, width: int, num_tokens: int) -> dict[str, Any]:
     weights = [random(num_outputs, width, scale=width**-0.5) for _ in range(MAX_SETS)]
     x = random(num_tokens, width)
+    ours = few_token_linear if num_tokens <= FEW_TOKENS else skinny_linear
     return {
-        "us": time_us([lambda w=w: few_token_linear(x, w) for w in weights]),
+        "us": time_us([lambda w=w: ours(x, w) for w in weights]),
         "cublas_us": time_us([lambda w=w: torch.mm(x, w.t()) for w in weights]),
     }
 
@@ -176,7 +177,7 @@ def main() -> None:
             kind = "top-k 20, top-p 0.95" if is_truncated else "temperature"
             note(f"sampling, {kind}, {num_rows} rows", sampling_case(num_rows, is_truncated))
     for name, shape in {"qkv": (4096, 1024), "down": (1024, 3072), "8b qkv": (6144, 4096)}.items():
-        for num_tokens in (1, 4):
+        for num_tokens in (1, 4, 16, 64):
             note(f"linear, {name}, {num_tokens} tokens", linear_case(*shape, num_tokens))
     report = header("kernels alone", sys.argv[2] if len(sys.argv) > 2 else None)
     write_json(Path(sys.argv[1]), report | {"device": torch.cuda.get_device_name(), "copy_tb_s": tb_s, "cases": cases})

@@ -1,13 +1,11 @@
 import gc
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def freed_memory() -> Iterator[None]:
-    """Runners and their graphs refer to each other, and the next test may measure what is free."""
-    yield
+def freed_memory() -> None:
+    """Of what went before: runners and their graphs refer to each other, and a test may measure what is free."""
     gc.collect()
     torch.cuda.empty_cache()

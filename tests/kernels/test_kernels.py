@@ -174,22 +174,38 @@ def test_plan_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(covered[4]) == 32 and len(covered[2]) == 11
 
 
+def test_rows_of_one_length_are_cut_alike(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two, until the rows alone make two rounds of an H100's programs; and there is room for the partials."""
+    monkeypatch.setattr(decode_attention_module, "_num_processors", lambda device: 132)
+    attention = DecodeAttention(130, 16, 8, 32, device)
+    for num_rows in (1, 7, 48, 64, 125, 126, 130):
+        rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+        items = attention.plan(rows, torch.full_like(rows, 640), rows).items
+        num_splits = items[items[:, 0] >= 0, 2].unique().tolist()
+        assert len(num_splits) == 1
+        if num_rows >= 48:
+            assert num_splits == [2 if num_rows < 126 else 1]
+        assert len(items) * 16 <= len(attention._partials)
+
+
 SHAPES = [(4, 2, 32, 16), (3, 1, 64, 5), (2, 2, 32, 1), (8, 1, 128, 64), *([(16, 8, 128, 16)] if ON_GPU else [])]
 
 
 @pytest.mark.parametrize("stores", [False, True])
 @pytest.mark.parametrize("num_processors", [1, 20])
+@pytest.mark.parametrize("rows", [(4, -1, 0, 2), (4, 2, 0, -1, 1, 3), (4, 2, 0, -1, 1, 3, -1, -1, -1)], ids=len)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), SHAPES)
 def test_decode_attention(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, num_heads: int, num_kv_heads: int, head_dim: int,
-    block_size: int, num_processors: int, stores: bool,
+    block_size: int, rows: tuple[int, ...], num_processors: int, stores: bool,
 ) -> None:  # fmt: skip
-    """With few splits and many; twice, as the counters of the splits must end as they began."""
+    """In each of the kernel's forms, for few rows and for more; with few splits and many; twice, as the counters of the
+    splits must end as they began.
+    """
     monkeypatch.setattr(decode_attention_module, "_num_processors", lambda device: num_processors)
     contexts = [1, 64, 65, 66, 2000 if ON_GPU else 260]
     pool = Pool(contexts, num_heads, num_kv_heads, head_dim, block_size, device)
-    attention = DecodeAttention(8, num_heads, num_kv_heads, head_dim, device)
-    rows = [4, 2, 0, -1, 1, 3]
+    attention = DecodeAttention(16, num_heads, num_kv_heads, head_dim, device)
     q_norm, k_norm = random(head_dim, device=device), random(head_dim, device=device)
     rotary = random(max(contexts), 2, head_dim // 2, device=device)
     for _ in range(2):

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from worker_service.kernels.gdc import wait_for_predecessor
 from worker_service.kernels.launcher import Kernel, supports_pdl
-from worker_service.kernels.linear import MAX_TOKENS
 from worker_service.kernels.store_kv import normalize_and_rotate
 
 LOG2_E = 1.4426950408889634
@@ -25,8 +24,8 @@ SPLIT_UNIT = 16
 PROGRAMS_A_PROCESSOR = 4
 FEW_ROWS = 8
 """Up to so many rows, latency counts for more than bytes."""
-PREFETCH_ROWS = MAX_TOKENS
-"""Up to so many rows qkv comes from a kernel that lets its successor start early."""
+PREFETCH_ROWS = 4
+"""Up to so many rows, a split's first tile is read before qkv is there; for more that is no faster."""
 COMBINED_A_WARP = 16
 """Partials that are combined at a time: splits times heads of a group."""
 
@@ -273,8 +272,8 @@ class DecodeAttention:
         return DecodeRows(rows, context_lens, block_tables, items)
 
     def _num_wanted(self, num_rows: int) -> int:
-        """Splits to aim for: enough to fill the GPU twice, less for few rows; a multiple of the rows, so that rows of
-        one length are cut alike. Rows that fill it twice unsplit are cut only where they are longer than others.
+        """Splits to aim for: two rounds of the GPU's programs, less for few rows, but two a row at least, until the
+        rows alone make two rounds; then half as many again, which cuts rows that are longer than the mean.
         """
         if num_rows >= 1.9 * self._num_full:
             return num_rows * 3 // 2

@@ -11,15 +11,15 @@ import triton.language as tl
 from worker_service.kernels.gdc import wait_for_predecessor
 from worker_service.kernels.launcher import Kernel, supports_pdl
 
-MAX_TOKENS = 4
-MAX_ELEMENTS = 4096
-BLOCK_N = 2
+FEW_TOKENS = 4
+FEW_ELEMENTS = 4096
+FEW_N = 2
 """Rows of weights a program, one or two warps: many small programs have the most loads under way."""
 SKINNY_TOKENS = 64
 SKINNY_OUTPUTS = 32768
-"""Past either, every program's reading of all tokens takes longer than the weights."""
-SKINNY_K = 128
+"""A program reads all tokens for its few outputs, which is too often for an LM head."""
 SKINNY_N = 32
+SKINNY_K = 128
 
 
 @triton.jit
@@ -109,7 +109,7 @@ _skinny_kernel = Kernel(_skinny_linear)
 
 def is_few(num_tokens: int, width: int) -> bool:
     """Whether few_token_linear is the fastest: past that, multiplying on the CUDA cores takes longer than reading."""
-    return num_tokens == 1 or (num_tokens <= MAX_TOKENS and num_tokens * width <= MAX_ELEMENTS)
+    return num_tokens == 1 or (num_tokens <= FEW_TOKENS and num_tokens * width <= FEW_ELEMENTS)
 
 
 def few_token_linear(
@@ -136,10 +136,10 @@ def few_token_linear(
         out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     block_k, num_warps = (512, 1) if width <= 1024 else (2048, 2)
     _kernel(
-        (triton.cdiv(num_outputs, BLOCK_N), 1, 1),
+        (triton.cdiv(num_outputs, FEW_N), 1, 1),
         # A pointer that is not used must still be one.
         x, weight if norm is None else norm, weight, out, out, num_outputs, eps,
-        K=width, TOKENS=num_tokens, BLOCK_M=triton.next_power_of_2(num_tokens), BLOCK_N=BLOCK_N, BLOCK_K=block_k,
+        K=width, TOKENS=num_tokens, BLOCK_M=triton.next_power_of_2(num_tokens), BLOCK_N=FEW_N, BLOCK_K=block_k,
         NORM=norm is not None, SILU_MUL=silu_mul, RESIDUAL=residual is not None, PDL=supports_pdl(x.device),
         num_warps=num_warps,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def few_token_linear(
 
 
 def is_skinny(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether skinny_linear can do it, and is faster than cuBLAS."""
+    """Whether skinny_linear can do it, and is to be preferred to cuBLAS: measured for 3072 outputs and more."""
     num_outputs, width = weight.shape
     fits = num_outputs % (2 * SKINNY_N) == 0 and width % SKINNY_K == 0
     return fits and num_tokens <= SKINNY_TOKENS and num_outputs <= SKINNY_OUTPUTS
