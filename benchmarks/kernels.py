@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common import header, write_json
 from worker_service.kernels.decode_attention import DecodeAttention
-from worker_service.kernels.linear import FEW_TOKENS, few_token_linear, skinny_linear
+from worker_service.kernels.linear import few_token_linear, is_few, skinny_linear
 from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
 from worker_service.kernels.sampling import SamplingKernels
 
@@ -151,7 +151,7 @@ def sampling_case(num_rows: int, is_truncated: bool) -> dict[str, Any]:
 def linear_case(num_outputs: int, width: int, num_tokens: int) -> dict[str, Any]:
     weights = [random(num_outputs, width, scale=width**-0.5) for _ in range(MAX_SETS)]
     x = random(num_tokens, width)
-    ours = few_token_linear if num_tokens <= FEW_TOKENS else skinny_linear
+    ours = few_token_linear if is_few(num_tokens, width) else skinny_linear
     return {
         "us": time_us([lambda w=w: ours(x, w) for w in weights]),
         "cublas_us": time_us([lambda w=w: torch.mm(x, w.t()) for w in weights]),

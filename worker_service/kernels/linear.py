@@ -17,7 +17,7 @@ FEW_N = 2
 """Rows of weights a program, one or two warps: many small programs have the most loads under way."""
 SKINNY_TOKENS = 64
 SKINNY_OUTPUTS = 32768
-"""A program reads all tokens for its few outputs, which is too often for an LM head."""
+"""The most: each program reads all tokens for its few outputs, so the more outputs, the more often they are read."""
 SKINNY_N = 32
 SKINNY_K = 128
 
@@ -147,7 +147,7 @@ def few_token_linear(
 
 
 def is_skinny(num_tokens: int, weight: torch.Tensor) -> bool:
-    """Whether skinny_linear can do it, and is to be preferred to cuBLAS: measured for 3072 outputs and more."""
+    """Whether skinny_linear can do it, and is to be preferred to cuBLAS: tried with 3072 outputs and more."""
     num_outputs, width = weight.shape
     fits = num_outputs % (2 * SKINNY_N) == 0 and width % SKINNY_K == 0
     return fits and num_tokens <= SKINNY_TOKENS and num_outputs <= SKINNY_OUTPUTS
