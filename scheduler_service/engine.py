@@ -4,8 +4,7 @@ Knows neither: scheduler_service/engine_hub.py is the engine in its own process,
 stream.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler_service.core.types import FinishReason, SequenceRequest
@@ -54,15 +53,27 @@ class OutputBatch:
         self.ends += later.ends
 
 
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request's sequences, which differ in their choice index alone. Choice i has the handle first_handle + i."""
+
+    request_id: str
+    first_handle: int
+    first: SequenceRequest
+    """Choice 0, without its sequence id, which is the engine's to give"""
+    num_choices: int
+    fingerprint: str
+    """Of the worker that the request was checked against; with another model it has to be checked again"""
+
+
 class Engine(Protocol):
     """Sequences are named by handles that the front end chooses and never uses again."""
 
     @property
     def state(self) -> EngineState: ...
 
-    async def submit(self, request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]) -> None:
-        """Queues a request's sequences, all or none; the i-th has the handle first_handle + i. They differ in their
-        choice index alone.
+    async def submit(self, submission: "Submission") -> None:
+        """Queues a request's sequences, all or none.
 
         Raises Draining, RequestIdInUse, InvalidRequest, QueueFull and WorkerUnavailable. Outputs may come before it
         returns.
@@ -84,11 +95,3 @@ class EngineListener(Protocol):
         """May be called from within Engine.stop()."""
 
     async def on_state(self, state: EngineState) -> None: ...
-
-
-def choices_of(request_id: str, first: SequenceRequest, num_choices: int) -> list[SequenceRequest]:
-    """A request's sequences: `first` with each choice's own id and index."""
-    return [
-        replace(first, sequence_id=f"{request_id}/{index}", sampling=replace(first.sampling, choice_index=index))
-        for index in range(num_choices)
-    ]

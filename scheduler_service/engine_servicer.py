@@ -123,7 +123,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engine_pb2.SubmitReply:
     reply = engine_pb2.SubmitReply(first_handle=message.first_handle)
     try:
-        await engine.submit(message.request_id, message.first_handle, decode_submit(message))
+        await engine.submit(decode_submit(message))
     except TandemError as error:
         reply.error = encode_error(error)
     return reply

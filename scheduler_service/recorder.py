@@ -23,7 +23,7 @@ from shared.errors import TandemError
 from shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
 
 FORMAT = "tandem-schedule"
-VERSION = 1
+VERSION = 2
 _BUFFER_BYTES = 1 << 20
 
 T = TypeVar("T")
@@ -47,10 +47,10 @@ class RecordingScheduler(Scheduler):
     def add(self, request: SequenceRequest) -> None:
         self._record("add", super().add, request)
 
-    def abort(self, sequence_id: str) -> FinishedSequence | None:
+    def abort(self, sequence_id: int) -> FinishedSequence | None:
         return self._record("abort", super().abort, sequence_id)
 
-    def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
+    def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
         return self._record("stop", super().stop, sequence_id, num_output_tokens)
 
     def schedule(self) -> StepPlan | None:

@@ -4,13 +4,12 @@ Knows the wire and plain data; nothing of text or calls.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from scheduler_service.core.types import SequenceRequest
-from scheduler_service.engine import EngineListener, EngineState
+from scheduler_service.engine import EngineListener, EngineState, Submission
 from scheduler_service.engine_codec import decode_error, decode_outputs, decode_state, encode_submit
 from shared.errors import WorkerUnavailable
 from shared.grpc_options import LOCAL_OPTIONS
@@ -63,14 +62,14 @@ class RemoteEngine:
 
     # Engine
 
-    async def submit(self, request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]) -> None:
+    async def submit(self, submission: Submission) -> None:
         submitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._submitting[first_handle] = submitted
-        self._send(submit=encode_submit(request_id, first_handle, sequences))
+        self._submitting[submission.first_handle] = submitted
+        self._send(submit=encode_submit(submission))
         try:
             await submitted
         finally:
-            del self._submitting[first_handle]
+            del self._submitting[submission.first_handle]
 
     def stop(self, handle: int, num_output_tokens: int) -> None:
         self._send(stop=engine_pb2.StopSequence(handle=handle, num_output_tokens=num_output_tokens))

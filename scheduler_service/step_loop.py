@@ -88,10 +88,10 @@ class StepLoop:
             raise
         self._has_news.set()
 
-    def abort(self, sequence_id: str) -> FinishedSequence | None:
+    def abort(self, sequence_id: int) -> FinishedSequence | None:
         return self.scheduler.abort(sequence_id) if self.scheduler else None
 
-    def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
+    def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
         return self.scheduler.stop(sequence_id, num_output_tokens) if self.scheduler else None
 
     def discount(self, num_output_tokens: int) -> None:

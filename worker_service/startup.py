@@ -209,7 +209,7 @@ def _largest_step(info: WorkerInfo) -> StepPlan:
         added_rows=tuple(
             NewRow(
                 row=row,
-                sequence_id="largest step",
+                sequence_id=row,
                 token_ids=np.zeros(length, np.int32),
                 num_prompt_tokens=length,
                 num_computed_tokens=0,

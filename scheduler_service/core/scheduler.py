@@ -44,7 +44,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
         self.config = config
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[int, Sequence] = {}
         self._queue: list[tuple[tuple[int, int], Sequence]] = []
         self._num_new = 0
         self._num_arrivals = 0
@@ -65,7 +65,7 @@ class Scheduler:
     def add(self, request: SequenceRequest) -> None:
         """Queues a sequence. Raises RequestIdInUse, InvalidRequest (it can never fit) or QueueFull."""
         if request.sequence_id in self._live:
-            raise RequestIdInUse(f"sequence {request.sequence_id!r} is live")
+            raise RequestIdInUse(f"sequence {request.sequence_id} is live")
         if len(request.prompt_token_ids) == 0:
             raise InvalidRequest(FieldViolation("prompt", "must hold at least one token"))
         if request.max_tokens < 1:
@@ -81,12 +81,12 @@ class Scheduler:
         self._live[request.sequence_id] = sequence
         self._enqueue(sequence)
 
-    def abort(self, sequence_id: str) -> FinishedSequence | None:
+    def abort(self, sequence_id: int) -> FinishedSequence | None:
         """Ends a sequence; its blocks are free at once. None if it is not live."""
         sequence = self._live.get(sequence_id)
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
-    def stop(self, sequence_id: str, num_output_tokens: int) -> FinishedSequence | None:
+    def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
         """Ends a sequence at a stop that the front end found in its text; what came after is overshoot. None if it
         is not live.
         """
@@ -186,7 +186,8 @@ class Scheduler:
         self._confirm(list(owners.values()) if faults else step.sequences, result.token_ids, outputs)
         if result.logprobs:
             confirmed = set(outputs.sequence_ids)
-            reports = {owners[report.row].sequence_id: report for report in result.logprobs}
+            # A row that asked and has a fault may be reported on: of no token, for a sequence that ended above.
+            reports = {owners[report.row].sequence_id: report for report in result.logprobs if report.row in owners}
             outputs.logprobs = {key: report for key, report in reports.items() if key in confirmed}
         return outputs
 

@@ -103,7 +103,7 @@ class Sequence:
 
     def move_to(self, state: SequenceState) -> None:
         if state not in TRANSITIONS[self.state]:
-            raise IllegalTransition(f"{self.sequence_id}: {self.state.name} -> {state.name}")
+            raise IllegalTransition(f"sequence {self.sequence_id}: {self.state.name} -> {state.name}")
         self.state = state
 
     @property

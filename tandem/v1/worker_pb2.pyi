@@ -311,8 +311,10 @@ class NewRow(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     row: _builtins.int
-    sequence_id: _builtins.str
-    """For logs and errors."""
+    sequence_id: _builtins.int
+    """The scheduler's number for the sequence, for logs and errors. No text of a client's is in a plan."""
+    token_ids: _builtins.bytes
+    """All of them: prompt and what was generated before a preemption. int32, little-endian."""
     num_prompt_tokens: _builtins.int
     num_computed_tokens: _builtins.int
     """Positions below are not computed again."""
@@ -320,24 +322,20 @@ class NewRow(_message.Message):
     """Positions below have their KV in shared blocks and are never written. One more than
     num_computed_tokens where all of the sequence was found in the prefix cache.
     """
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All of them: prompt and what was generated before a preemption."""
-
-    @_builtins.property
-    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    block_ids: _builtins.bytes
+    """int32, little-endian."""
     @_builtins.property
     def sampling(self) -> Global___RowSampling: ...
     def __init__(
         self,
         *,
         row: _builtins.int = ...,
-        sequence_id: _builtins.str = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        sequence_id: _builtins.int = ...,
+        token_ids: _builtins.bytes = ...,
         num_prompt_tokens: _builtins.int = ...,
         num_computed_tokens: _builtins.int = ...,
         num_cached_tokens: _builtins.int = ...,
-        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        block_ids: _builtins.bytes = ...,
         sampling: Global___RowSampling | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
@@ -403,12 +401,10 @@ class StepResult(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
-    @_builtins.property
-    def num_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each row that sampled, rows ascending: how many ids it has in token_ids. 1, or 0 on a fault."""
-
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    num_token_ids: _builtins.bytes
+    """For each row that sampled, rows ascending: how many ids it has in token_ids. 1, or 0 on a fault."""
+    token_ids: _builtins.bytes
+    """int32, little-endian."""
     @_builtins.property
     def faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowFault]: ...
     @_builtins.property
@@ -421,8 +417,8 @@ class StepResult(_message.Message):
         self,
         *,
         step_id: _builtins.int = ...,
-        num_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_token_ids: _builtins.bytes = ...,
+        token_ids: _builtins.bytes = ...,
         faults: _abc.Iterable[Global___RowFault] | None = ...,
         logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         times: Global___StepTimes | None = ...,

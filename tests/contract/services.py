@@ -228,7 +228,7 @@ def true_tokens(
     sampling = request.sampling
     seed = sampling.seed if sampling.HasField("seed") else xxhash.xxh64_intdigest(request.request_id.encode())
     sequence = SequenceRequest(
-        sequence_id="truth",
+        sequence_id=0,
         prompt_token_ids=np.array(list(prompt_ids or request.prompt.token_ids.ids), np.int32),
         max_tokens=request.stopping.max_tokens,
         sampling=RowSampling(temperature=sampling.temperature, seed=seed, choice_index=choice_index),

@@ -11,7 +11,7 @@ import pytest
 from shared.errors import Draining, InvalidRequest, RequestIdInUse, RequestNotFound
 from tandem.client import TandemClient
 from tandem.sampling_params import SamplingParams
-from tandem.v1 import inference_pb2
+from tandem.v1 import control_pb2, inference_pb2
 from tests.contract.services import MODEL, Services
 
 T = TypeVar("T")
@@ -114,7 +114,7 @@ async def test_a_deadline_is_the_transports_error(services: Services) -> None:
 
 async def test_what_an_operator_asks(services: Services) -> None:
     await call(services, lambda client: client.generate("a" * 200, SamplingParams(max_tokens=2)))
-    assert (await call(services, lambda client: client.server_info())).session_epoch == 1
+    assert (await call(services, lambda client: client.server_info())).worker_state == control_pb2.WORKER_STATE_READY
     assert (await call(services, lambda client: client.model_info())).model == MODEL
     load = await call(services, lambda client: client.load())
     assert load.num_cached_blocks > 0

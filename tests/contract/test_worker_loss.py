@@ -112,9 +112,10 @@ async def test_streams_go_on_with_the_next_worker(num_kills: int, max_plans_in_f
             if not is_last:
                 await streams.wait_total(num_tokens + 1)
         await streams.check_truth()
-        server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
+        step_loop = services.service.step_loop
         load = await services.load()
-    assert server.session_epoch == num_kills + 1 and server.worker_instance_id == f"worker-{num_kills}"
+    assert step_loop.worker is not None
+    assert step_loop.epoch == num_kills + 1 and step_loop.worker.worker_instance_id == f"worker-{num_kills}"
     assert load.num_worker_losses == num_kills and load.num_used_blocks == 0
 
 
@@ -177,11 +178,15 @@ async def test_a_worker_that_hangs_past_the_watchdog_is_lost_and_may_come_back()
         assert (await services.load()).num_worker_losses == 1
 
 
+POISON = 999
+"""First token of a poisonous prompt."""
+
+
 class PoisonedRunner(FakeRunner):
     """Fails whole whenever the poison is in its batch."""
 
     def execute(self, plan: StepPlan) -> FakePendingStep:
-        if any(row.sequence_id == "poison/0" for row in plan.added_rows):
+        if any(row.token_ids[0] == POISON for row in plan.added_rows):
             raise RuntimeError("the poison works")
         return super().execute(plan)
 
@@ -191,7 +196,7 @@ async def test_a_poisonous_request_ends_and_all_others_complete() -> None:
         streams = Streams(services, make_requests(6, max_tokens=300))
         await streams.wait_tokens(1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await services.stream(stream_request(request_id="poison"))
+            await services.stream(stream_request([POISON]))
         assert caught.value.code() == grpc.StatusCode.INTERNAL
         await streams.check_truth()
         assert (await services.load()).num_worker_losses == 3

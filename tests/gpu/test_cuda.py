@@ -46,7 +46,7 @@ def make_requests() -> list[SequenceRequest]:
     for index in range(NUM_REQUESTS):
         prompt = rng.integers(0, 256, int(rng.integers(1, 60))).astype(np.int32)
         sampling = RowSampling(temperature=index % 2 * 0.9, top_k=index % 3 * 10, top_p=0.95, seed=index)
-        requests.append(SequenceRequest(f"r{index}/0", prompt, 30, sampling))
+        requests.append(SequenceRequest(index, prompt, 30, sampling))
     return requests
 
 

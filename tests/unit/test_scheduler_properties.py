@@ -29,7 +29,7 @@ from tests.engine import Engine
 from tests.fake_worker import FakeRunner, expected_tokens
 
 VOCAB_SIZE = 16
-SEQUENCE_IDS = [f"r{index}/0" for index in range(8)]
+SEQUENCE_IDS = list(range(8))
 
 prefixes = st.sampled_from([(), (1,) * 4, (1,) * 16, (1,) * 15 + (2,), (1,) * 32])
 prompts = st.builds(lambda a, b: [*a, *b], prefixes, st.lists(st.integers(1, 2), max_size=18)).filter(len)
@@ -81,10 +81,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(config=configs, worker=workers())
     def start(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
         self.config = config
-        self.salts: dict[str, str] = {}
-        self.requests: dict[str, SequenceRequest] = {}
-        self.expected: dict[str, list[int]] = {}
-        self.num_losses: Counter[str] = Counter()
+        self.salts: dict[int, str] = {}
+        self.requests: dict[int, SequenceRequest] = {}
+        self.expected: dict[int, list[int]] = {}
+        self.num_losses: Counter[int] = Counter()
         self.is_lost = False
         self.num_delivered = 0
         self.engine = Engine(Scheduler(config, worker), self.make_runner(worker))

@@ -56,7 +56,7 @@ class Collector:
     """A sink that keeps each sequence's tokens."""
 
     def __init__(self, num_sequences: int) -> None:
-        self.tokens: dict[str, list[int]] = {}
+        self.tokens: dict[int, list[int]] = {}
         self.ready = asyncio.Event()
         self.all_ended = asyncio.Event()
         self._num_left = num_sequences
