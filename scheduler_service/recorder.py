@@ -53,14 +53,14 @@ class RecordingScheduler(Scheduler):
     def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
         return self._record("stop", super().stop, sequence_id, num_output_tokens)
 
-    def schedule(self) -> StepPlan | None:
-        return self._record("schedule", super().schedule)
+    def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
+        return self._record("schedule", super().schedule, max_prompt_tokens)
 
     def update(self, result: StepResult) -> StepOutputs:
         return self._record("update", super().update, result)
 
-    def lose_worker(self) -> list[FinishedSequence]:
-        return self._record("lose_worker", super().lose_worker)
+    def lose_worker(self, failure: str = "") -> list[FinishedSequence]:
+        return self._record("lose_worker", super().lose_worker, failure)
 
     def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
         return self._record("attach_worker", super().attach_worker, worker)
@@ -231,9 +231,9 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "add": (_request_from_json,),
     "abort": (_itself,),
     "stop": (_itself, _itself),
-    "schedule": (),
+    "schedule": (_itself,),
     "update": (_result_from_json,),
-    "lose_worker": (),
+    "lose_worker": (_itself,),
     "attach_worker": (_worker_from_json,),
     "reset_prefix_cache": (),
 }

@@ -131,6 +131,7 @@ def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
         max_chunk_tokens=settings.max_chunk_tokens,
         max_plans_in_flight=settings.max_plans_in_flight,
         max_num_waiting=settings.max_num_waiting,
+        max_num_waiting_tokens=settings.max_num_waiting_tokens,
         enable_prefix_caching=settings.enable_prefix_caching,
     )
 

@@ -46,6 +46,9 @@ class SchedulerSettings(ServiceSettings):
     )
     max_plans_in_flight: int = option(2, "step plans sent ahead of their results", minimum=1, maximum=4)
     max_num_waiting: int = option(4096, "sequences that wait for their first step, at most", minimum=1)
+    max_num_waiting_tokens: int = option(
+        2**22, "prompt tokens of sequences that wait for their first step, at most", unit="tokens", minimum=1
+    )
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
     worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)
     step_timeout_s: float = option(
