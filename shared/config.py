@@ -25,6 +25,16 @@ class ServiceSettings:
     tls_cert: str = option("", "PEM file of the server's certificate chain; with it, only TLS is spoken")
     tls_key: str = option("", "PEM file of the certificate's private key")
     tls_client_ca: str = option("", "PEM file of the authority that client certificates must come from")
+    session_secret_file: str = option(
+        "",
+        "file with the secret that a scheduler shows its worker, the same for both; made where there is none",
+    )
+    step_timeout_s: float = option(
+        60.0,
+        "a step that does not get on for so long has failed (the worker ends), or its worker is lost",
+        unit="seconds",
+        minimum=0.1,
+    )
     log_level: str = option("info", "least severe messages to log", choices=("debug", "info", "warning", "error"))
 
 
@@ -38,6 +48,8 @@ class SchedulerSettings(ServiceSettings):
     port: int = option(50051, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
     worker_address: str = option("127.0.0.1:50052", "HOST:PORT of the worker service")
     worker_ca: str = option("", "PEM file of the authority of the worker's certificate; with it, TLS is spoken to it")
+    worker_tls_cert: str = option("", "PEM file of the certificate chain that the scheduler shows to its worker")
+    worker_tls_key: str = option("", "PEM file of that certificate's private key")
     tokenizer: str = option("", "folder with tokenizer.json; the model's if empty")
     max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1)
     max_num_batched_tokens: int = option(8192, "token budget of a step", unit="tokens", minimum=1)
@@ -51,9 +63,6 @@ class SchedulerSettings(ServiceSettings):
     )
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
     worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)
-    step_timeout_s: float = option(
-        60.0, "a step with no result for so long is a lost worker", unit="seconds", minimum=0.1
-    )
     api_server_count: int | None = option(
         None,
         "front-end processes beside the scheduler's own; 0 is none; a quarter of the CPUs, 4 at most, if not given, and"
@@ -124,6 +133,11 @@ def check_tls(settings: ServiceSettings) -> None:
         raise ConfigError("--tls-cert and --tls-key go together")
     if settings.tls_client_ca and not settings.tls_cert:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    if isinstance(settings, SchedulerSettings):
+        if bool(settings.worker_tls_cert) != bool(settings.worker_tls_key):
+            raise ConfigError("--worker-tls-cert and --worker-tls-key go together")
+        if settings.worker_tls_cert and not settings.worker_ca:
+            raise ConfigError("--worker-tls-cert needs --worker-ca")
 
 
 def model_name(settings: ServiceSettings) -> str:
