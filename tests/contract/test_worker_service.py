@@ -377,7 +377,7 @@ async def test_plans_without_end_are_refused() -> None:
     worker = Worker(FakeRunner(worker_info(), gate=gate))
     await worker.start()
     call = await worker.open()
-    await send(call, prompt_plan(1))
+    await send(call, prompt_plan(1, num_tokens=14))
     for step_id in range(2, MAX_PLANS_WAITING + 2):
         await send(call, StepPlan(step_id))
     assert f"more than {MAX_PLANS_WAITING} plans" in await asyncio.wait_for(call.details(), WAIT_S)
