@@ -2,15 +2,19 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from shared.errors import ConfigError
 from shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
 MAX_PORT = 65535
+_HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
+"""Where the hub's cache has a commit of a repository, OWNER--NAME or NAME alone."""
 
 
 @dataclass(frozen=True)
@@ -124,5 +128,15 @@ def check_tls(settings: ServiceSettings) -> None:
 
 
 def model_name(settings: ServiceSettings) -> str:
-    """The name under which the model is served."""
-    return settings.served_model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
+    """The name under which the model is served: the last part of the hub id or of the folder's path.
+
+    A folder of the hub's cache is called after its commit, so it is named by its repository; one given as '.' or '..'
+    by what it is called where it lies.
+    """
+    if settings.served_model_name:
+        return settings.served_model_name
+    path = PurePosixPath(settings.model)
+    if path.name in ("", ".."):
+        path = PurePosixPath(os.path.realpath(settings.model))
+    snapshot = _HUB_SNAPSHOT.search(os.path.abspath(path))
+    return snapshot[1] if snapshot else path.name

@@ -27,7 +27,11 @@ def resolve_model(name: str, files: list[str]) -> Path:
     Raises ModelError where there is none.
     """
     folder = Path(name)
-    if folder.is_dir():
+    try:
+        is_folder = name != "" and folder.is_dir()
+    except OSError as error:
+        raise ModelError(f"{name[:200]}: {error.strerror}") from error
+    if is_folder:
         return folder
     if name == EMBEDDED_MODEL:
         return Path(str(importlib.resources.files("tandem"))) / "embedded_model"
@@ -59,8 +63,13 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something of that name, be it a dangling symbolic link: reading that is an error."""
+    return os.path.lexists(path)
+
+
 def check_regular(path: Path) -> None:
-    """The same for a file that a library opens by its name."""
+    """Raises as open_regular does, for a file that a library opens by its name."""
     open_regular(path).close()
 
 
@@ -79,8 +88,7 @@ def tokenizer_digest(folder: Path) -> str:
     Two services with equal digests read the same ids out of a text. ModelError where it is no regular file.
     """
     path = folder / TOKENIZER_FILE
-    # A dangling symbolic link is a broken folder, not one without a tokenizer.
-    if not path.exists() and not path.is_symlink():
+    if not exists(path):
         return ""
     digest = xxhash.xxh3_128()
     with open_regular(path) as file:
