@@ -185,7 +185,7 @@ def _files(folder: Path) -> list[Path]:
     names = index.typed("weight_map", dict).values()
     for name in names:
         # The folder alone is the model: a name that leads out of it is no shard's.
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise index.fail("weight_map", f"{brief(name)} is not the name of a file in the folder")
     if not names:
         raise index.fail("weight_map", "is missing or empty")
