@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         # What the library raises for a malformed file is a bare Exception or a panic.
         if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError(f"{path}: {str(error)[:500]}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
