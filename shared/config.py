@@ -13,6 +13,7 @@ from shared.errors import ConfigError
 from shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
 MAX_PORT = 65535
+MAX_ROWS = 65536
 _HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
 """Where the hub's cache has a commit of a repository, OWNER--NAME or NAME alone."""
 
@@ -43,7 +44,7 @@ class SchedulerSettings(ServiceSettings):
     worker_address: str = option("127.0.0.1:50052", "HOST:PORT of the worker service")
     worker_ca: str = option("", "PEM file of the authority of the worker's certificate; with it, TLS is spoken to it")
     tokenizer: str = option("", "folder with tokenizer.json; the model's if empty")
-    max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1)
+    max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1, maximum=MAX_ROWS)
     max_num_batched_tokens: int = option(8192, "token budget of a step", unit="tokens", minimum=1)
     max_chunk_tokens: int | None = option(
         None, "prompt tokens of one sequence in one step, at most; the budget if none", unit="tokens", minimum=1
@@ -86,7 +87,7 @@ class WorkerSettings(ServiceSettings):
         0.9, "share of the GPU's memory for weights, activations and KV pool", minimum=0.05, maximum=1.0
     )
     max_model_len: int | None = option(None, "context; the model's own if none", unit="tokens", minimum=1)
-    max_num_seqs: int = option(256, "rows of the batch", minimum=1)
+    max_num_seqs: int = option(256, "rows of the batch", minimum=1, maximum=MAX_ROWS)
     max_num_batched_tokens: int = option(8192, "tokens in a step, at most", unit="tokens", minimum=1)
     tp_size: int = option(1, "tensor-parallel size: processes that share the model, one a GPU", minimum=1, maximum=64)
     kernels: str = option(
@@ -100,7 +101,9 @@ class WorkerSettings(ServiceSettings):
         choices=("auto", "nccl"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs: every kernel is launched by itself (true or false)")
-    num_threads: int | None = option(None, "CPU threads of a forward pass; torch's choice if none", minimum=1)
+    num_threads: int | None = option(
+        None, "CPU threads of a forward pass; torch's choice if none", minimum=1, maximum=4096
+    )
 
 
 def read_command_line(

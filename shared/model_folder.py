@@ -36,7 +36,7 @@ def resolve_model(name: str, files: list[str]) -> Path:
     if name == EMBEDDED_MODEL:
         return Path(str(importlib.resources.files("tandem"))) / "embedded_model"
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder, and no hub id of the form OWNER/NAME")
+        raise ModelError(f"{name[:200] or repr(name)}: no such folder, and no hub id of the form OWNER/NAME")
     # Slow to import, and most models are folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

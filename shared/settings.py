@@ -7,7 +7,6 @@ Knows how to read, check and describe the fields of a settings dataclass, not wh
 import argparse
 import dataclasses
 import difflib
-import math
 import re
 import types
 import typing
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 from shared.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "TANDEM_"
+MAX_NUMBER = 2**31 - 1
+"""The largest value of a setting that has no limit of its own: tokens, blocks and rows are counted in int32."""
 _SERVICE_VARIABLE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 """What Kubernetes, like Docker's old links, calls the variables of a Service, and the value of its NAME_PORT."""
@@ -135,8 +136,8 @@ def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any
     except ValueError:
         raise ConfigError(f"{source} must be of type {value_type.__name__}, is {raw!r}") from None
     minimum, maximum, choices = metadata["minimum"], metadata["maximum"], metadata["choices"]
-    if value_type is float and math.isinf(value):
-        raise ConfigError(f"{source} must be finite, is {raw}")
+    if value_type is not str and maximum is None:
+        maximum = MAX_NUMBER
     # Written so that NaN fails too.
     if minimum is not None and not value >= minimum:
         raise ConfigError(f"{source} must be at least {minimum}, is {raw}")

@@ -63,3 +63,10 @@ def test_the_tokenizers_digest_is_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(contents)
     assert tokenizer_digest(tmp_path) == xxhash.xxh3_128_hexdigest(contents)
     assert len(tokenizer_digest(resolve_model("embedded", []))) == 32
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000, "a\0b", "./nothing", "a/b/c"])
+def test_what_names_no_folder_is_a_model_error(name: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_model(name, [])
+    assert len(str(caught.value)) < 500

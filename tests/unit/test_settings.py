@@ -140,10 +140,23 @@ def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert read("--num-blocks", "7").num_blocks == 7
 
 
-def test_an_infinite_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value", "most"),
+    [
+        ("--kv-cache-memory-gib", "inf", 2**31 - 1),
+        ("--kv-cache-memory-gib", "1e300", 2**31 - 1),
+        ("--num-blocks", "9" * 30, 2**31 - 1),
+        ("--max-num-batched-tokens", str(2**31), 2**31 - 1),
+        ("--max-num-seqs", str(10**12), 65536),
+        ("--num-threads", str(10**20), 4096),
+    ],
+)
+def test_a_number_beyond_all_measure_is_refused(
+    flag: str, value: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        read("--kv-cache-memory-gib", "inf")
-    assert "--kv-cache-memory-gib must be finite, is inf" in capsys.readouterr().err
+        read(flag, value)
+    assert f"{flag} must be at most {most}, is {value}" in capsys.readouterr().err
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
