@@ -50,6 +50,14 @@ def test_the_largest_step_fills_the_token_budget(
     assert len(batch.apply(plan).sampling_rows) == len(expected)
 
 
+def test_the_largest_step_runs_where_several_prompts_fill_it(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path)
+    runner = make_runner(folder, max_model_len=24, max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
+    plan = _largest_step(runner.info)
+    assert plan.chunk_num_tokens.sum() == 64
+    assert runner.execute(plan).wait().num_token_ids == [1] * 4
+
+
 def change(folder: Path, file: str, **changes: Any) -> None:
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
