@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from shared.errors import FieldViolation, InvalidRequest
 from shared.grpc_options import CHANNEL_OPTIONS
@@ -16,7 +15,6 @@ Prompt = str | Sequence[int]
 """Text, or token ids."""
 
 T = TypeVar("T")
-R = TypeVar("R", bound=Message)
 
 
 class TandemClient:
@@ -53,8 +51,8 @@ class TandemClient:
         timeout_s: float | None = None,
     ) -> inference_pb2.GenerateResponse:
         """Runs a prompt to its end. timeout_s is the deadline, after which the server drops the request."""
-        request = _request(inference_pb2.GenerateRequest, prompt, params, request_id, priority, cache_salt)
-        return _call(self._inference.Generate, request, timeout_s)
+        fields = _fields(prompt, params, request_id, priority, cache_salt)
+        return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s)
 
     def generate_stream(
         self,
@@ -67,8 +65,8 @@ class TandemClient:
         timeout_s: float | None = None,
     ) -> Iterator[inference_pb2.GenerateStreamResponse]:
         """Yields the output as it comes. Closing the iterator aborts the request."""
-        request = _request(inference_pb2.GenerateStreamRequest, prompt, params, request_id, priority, cache_salt)
-        call = self._inference.GenerateStream(request, timeout=timeout_s)
+        fields = _fields(prompt, params, request_id, priority, cache_salt)
+        call = self._inference.GenerateStream(inference_pb2.GenerateStreamRequest(**fields), timeout=timeout_s)
         try:
             yield from call
         except grpc.RpcError as error:
@@ -77,10 +75,10 @@ class TandemClient:
             call.cancel()
 
     def tokenize(self, text: str) -> list[int]:
-        return list(_call(self._inference.Tokenize, _message(inference_pb2.TokenizeRequest, text=text)).token_ids)
+        return list(_call(self._inference.Tokenize, inference_pb2.TokenizeRequest(text=text)).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        return _call(self._inference.Detokenize, _message(inference_pb2.DetokenizeRequest, token_ids=token_ids)).text
+        return _call(self._inference.Detokenize, inference_pb2.DetokenizeRequest(token_ids=token_ids)).text
 
     def server_info(self) -> control_pb2.GetServerInfoResponse:
         return _call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
@@ -92,7 +90,7 @@ class TandemClient:
         return _call(self._control.GetLoad, control_pb2.GetLoadRequest())
 
     def abort(self, request_id: str) -> None:
-        _call(self._control.Abort, _message(control_pb2.AbortRequest, request_id=request_id))
+        _call(self._control.Abort, control_pb2.AbortRequest(request_id=request_id))
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Returns when the live requests have ended; new ones are refused from the call on."""
@@ -104,17 +102,16 @@ class TandemClient:
         return response.num_forgotten_blocks
 
 
-def _request(
-    kind: type[R],
+def _fields(
     prompt: Prompt,
     params: SamplingParams | None,
     request_id: str | None,
     priority: int | None,
     cache_salt: str | None,
-) -> R:
-    """A request of either kind."""
+) -> dict[str, Any]:
+    """The fields that both generate requests have. InvalidRequest, naming the field, for what does not fit the wire."""
     params = params or SamplingParams()
-    fields: dict[str, Any] = {
+    fields = {
         "prompt": {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}},
         "sampling": params.sampling(),
         "stopping": params.stopping(),
@@ -124,18 +121,12 @@ def _request(
         "priority": priority,
         "cache_salt": cache_salt,
     }
-    return _message(kind, **fields)
-
-
-def _message(kind: type[R], **fields: Any) -> R:
-    """InvalidRequest, naming the field, where a value does not fit the wire."""
-    message = kind()
     for name, value in fields.items():
         try:
-            message.MergeFrom(kind(**{name: value}))
+            inference_pb2.GenerateRequest(**{name: value})  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InvalidRequest(FieldViolation(name, str(error))) from error
-    return message
+    return fields
 
 
 def _call(method: Callable[..., T], request: object, timeout_s: float | None = None) -> T:
