@@ -161,10 +161,10 @@ def _stream(folder: Path) -> Iterator[tuple[Path, str, Any]]:
 def _split_experts(name: str, whole: Any) -> Iterator[tuple[str, Any]]:
     fused = FUSED_EXPERTS.fullmatch(name)
     shape = whole.get_shape()
-    if fused is None or len(shape) != 3:
+    parts = FUSED_PARTS[fused[2]] if fused else ()
+    if fused is None or len(shape) != 3 or shape[1] % len(parts):
         yield name, whole
         return
-    parts = FUSED_PARTS[fused[2]]
     num_rows = shape[1] // len(parts)
     for expert in range(shape[0]):
         for index, part in enumerate(parts):
