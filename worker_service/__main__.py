@@ -14,7 +14,7 @@ from shared.log import configure_logging
 from shared.server import Server, server_credentials, stop_event, write_port_file
 from shared.session_secret import read_secret
 from tandem.v1 import worker_pb2_grpc
-from worker_service.servicer import SERVICE_NAME, WorkerServicer
+from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,6 @@ STOP_GRACE_S = 2.0
 """How long calls may go on once the service has been told to stop."""
 STEP_GRACE_S = 5.0
 """How long steps may, after that."""
-LAST_WORD_GRACE_S = 1.0
-"""How long a broken worker takes to say so to its scheduler."""
 EXIT_BROKEN = 70
 """Exit status of a worker in which a step has failed: start another."""
 MIN_STALL_S = 30.0
@@ -50,7 +48,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     heart.cancel()
     faulthandler.cancel_dump_traceback_later()
     if failing.done():
-        await server.stop(LAST_WORD_GRACE_S)
+        await server.stop(2 * LAST_WORD_GRACE_S)
         # Where all threads stand, for whoever looks for the fault; the reason comes last.
         faulthandler.dump_traceback()
         _exit(f"the worker ends: {failing.result()}", EXIT_BROKEN)
