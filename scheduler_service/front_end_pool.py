@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +22,7 @@ from shared.config import SchedulerSettings
 from shared.error_interceptor import ErrorInterceptor
 from shared.errors import ConfigError
 from shared.grpc_options import LOCAL_OPTIONS
+from shared.private_folder import PrivateFolder
 from shared.process import child_environment
 from shared.settings import to_arguments
 from tandem.v1 import control_pb2_grpc, engine_pb2_grpc
@@ -87,7 +87,7 @@ class FrontEndPool:
         port = SharedPort(self._settings.host, self._settings.port)
         self._cleanup.callback(port.close)
         # Its mode is 0700: nobody else reaches the socket.
-        folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
+        folder = self._cleanup.enter_context(PrivateFolder())
         socket_path = f"{folder}/engine.sock"
         try:
             self._server.add_insecure_port(f"unix:{socket_path}")

@@ -1,91 +1,27 @@
-"""tandem-worker: the worker service as a process."""
+"""tandem-worker: a supervisor (shared/supervisor.py) with the worker service (process.py) as its child.
 
-import asyncio
-import logging
+A rank of a group that something else has started, torchrun or rank 0, is the service itself: what started it sees to
+its end. Nothing here imports torch or grpc unless it is needed, as the supervisor stays for as long as the service.
+"""
+
 import os
 import sys
-from collections.abc import Callable
 
 from shared.config import WorkerSettings, read_command_line
-from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
-from shared.server import Server, server_credentials, stop_event, write_port_file
-from tandem.v1 import worker_pb2_grpc
-from worker_service.runner import Runner
-from worker_service.servicer import SERVICE_NAME, WorkerServicer
-
-logger = logging.getLogger(__name__)
-
-PARENT_PID = os.getppid()
-STOP_GRACE_S = 2.0
-"""How long calls may go on once the service has been told to stop."""
-STEP_GRACE_S = 5.0
-"""How long steps may, after that."""
-SWITCH_INTERVAL_S = 2e-4
-"""How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
-
-
-async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
-    server = Server(
-        {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
-        credentials=server_credentials(settings),
-    )
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    stopping = stop_event()
-    port = await server.start(settings.host, settings.port)
-    await server.set_ready([SERVICE_NAME], True)
-    write_port_file(settings.port_file, port)
-    await stopping.wait()
-    logger.info("stopping")
-    await server.stop(STOP_GRACE_S)
-    if not await servicer.close(STEP_GRACE_S):
-        logger.error("a step has not ended in %.0f s", STEP_GRACE_S)
-        # Whatever it is waiting for, nothing can be ended in order.
-        logging.shutdown()
-        os._exit(1)
-
-
-def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServicer] = WorkerServicer) -> None:
-    """Serves a model, or its part of one, until the end."""
-    # torch is imported only now, so that --help and wrong flags answer at once.
-    from worker_service.startup import build_runner, check_model
-
-    world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
-    if world_size not in (None, str(settings.tp_size)):
-        raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
-    if settings.tp_size == 1:
-        asyncio.run(serve(settings, make_servicer(build_runner(settings))))
-        return
-    from worker_service.communicator import Communicator
-    from worker_service.rank_group import STOP, Follower, Leader, LeadingRunner, join_group, leave_group
-
-    # Before there are others who would say the same.
-    check_model(settings)
-    rank = join_group(settings, PARENT_PID)
-    communicator = Communicator(rank.shard)
-    if rank.shard.rank > 0:
-        follower, runner = Follower(rank), build_runner(settings, communicator)
-        follower.run(runner)
-        leave_group(runner)
-        return
-    leader = Leader(rank)
-    leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
-    try:
-        asyncio.run(serve(settings, make_servicer(leading_runner)))
-    finally:
-        leader.send(STOP)
-        leave_group(leading_runner)
-        leader.join()
+from shared.settings import to_arguments
+from shared.supervisor import Supervisor
 
 
 def main() -> None:
     settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
     configure_logging(settings.log_level)
-    try:
-        run(settings)
-    except (ConfigError, ModelError) as error:
-        print(f"tandem-worker: {error}", file=sys.stderr)
-        sys.exit(2)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from worker_service.process import run_and_exit
+
+        run_and_exit(settings)
+    command = [sys.executable, "-m", "worker_service.process", *to_arguments(settings)]
+    sys.exit(Supervisor("worker", command).run())
 
 
 if __name__ == "__main__":
