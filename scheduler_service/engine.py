@@ -4,13 +4,16 @@ Knows neither: scheduler_service/engine_hub.py is the engine in its own process,
 stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from scheduler_service.core.types import FinishReason, SequenceRequest
 from shared.errors import TandemError
 from shared.step_plan import RowLogprobs, WorkerInfo
+
+HEARTBEAT_S = 1.0
+"""How often the two ends of a stream say that they are alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,13 @@ class OutputBatch:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.ends += later.ends
+
+
+def failed_outputs(handles: Iterable[int], error: TandemError) -> list[OutputBatch]:
+    """In place of outputs that could not be handed on: the requests whose sequences these are end with an error."""
+    return [
+        OutputBatch(ends=[SequenceEnd(handle, FinishReason.ERROR, 0, error=error)]) for handle in dict.fromkeys(handles)
+    ]
 
 
 class Engine(Protocol):
