@@ -28,7 +28,7 @@ class LLM:
         worker, scheduler = split_keywords({"model": model, "port": 0, **settings}, WorkerSettings, SchedulerSettings)
         # What the services log is shown only if they fail.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
-        self._services = Services(worker, scheduler, self._log, start_timeout_s=STARTUP_TIMEOUT_S)
+        self._services = Services(worker, scheduler, self._log)
         try:
             self._services.__enter__()
             self._services.wait_until_ready(STARTUP_TIMEOUT_S)

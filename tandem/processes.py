@@ -21,8 +21,8 @@ from shared.process import child_environment, die_with_parent
 from shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
-START_TIMEOUT_S = 1800.0
-"""A service that does not listen after so long will not. Large checkpoints take minutes from slow disks."""
+START_TIMEOUT_S = 4 * 3600.0
+"""A service that does not listen after so long will not. A large model may first come from the hub."""
 STOP_TIMEOUT_S = 40.0
 """Longer than a worker of several ranks gives itself, and its supervisor gives it."""
 HURRY_TIMEOUT_S = 10.0
