@@ -14,8 +14,9 @@ What the end of the process means:
   served is started MAX_FIRST_STARTS times at most: what is wrong then is not going to pass.
 
 At SIGTERM or SIGINT the process gets SIGTERM; at a second one it is killed. It runs in a session of its own, so that a
-terminal's Ctrl-C reaches it once, through the supervisor. On Linux the kernel kills it when the supervisor dies. As the
-first process of a container the supervisor inherits orphans, and it collects whatever child ends.
+terminal's Ctrl-C reaches it once, through the supervisor. On Linux the kernel kills it when the supervisor dies, and
+orphans of it (the ranks of a group whose rank 0 was killed) become the supervisor's own children. It collects whatever
+child ends, as the first process of a container must.
 """
 
 import logging
@@ -28,7 +29,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from shared.process import child_environment, die_with_parent
+from shared.process import adopt_orphans, child_environment, die_with_parent
 
 READY_VARIABLE = "SUPERVISOR_READY_FD"
 MIN_BACKOFF_S = 0.05
@@ -81,6 +82,8 @@ class Supervisor:
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
+        if sys.platform == "linux":
+            adopt_orphans()
         backoff_s, num_failures = self._min_backoff_s, 0
         while True:
             started = time.monotonic()

@@ -1,6 +1,5 @@
 """The supervisor with a tiny child in place of a service: what it restarts, how it ends, what it keeps."""
 
-import ctypes
 import itertools
 import json
 import os
@@ -60,13 +59,11 @@ limits = {"min_backoff_s": float(sys.argv[1]), "max_backoff_s": float(sys.argv[2
 sys.exit(Supervisor("child", sys.argv[3:], **limits).run())
 """
 
-PR_SET_CHILD_SUBREAPER = 36
-
 
 class Family:
     """A supervisor, and the lives of its child so far."""
 
-    def __init__(self, folder: Path, lives: list[str], backoff_s: tuple[float, float], is_init: bool) -> None:
+    def __init__(self, folder: Path, lives: list[str], backoff_s: tuple[float, float]) -> None:
         self.folder = folder
         (folder / "lives").write_text(" ".join(lives))
         (folder / "child.py").write_text(CHILD)
@@ -76,8 +73,6 @@ class Family:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": os.getcwd()},
-            # Orphans come to it, as they do to the first process of a container.
-            preexec_fn=(lambda: ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)) if is_init else None,
         )
 
     def lives(self) -> list[tuple[int, int, float]]:
@@ -101,8 +96,8 @@ Start = Callable[..., Family]
 def start(tmp_path: Path) -> Iterator[Start]:
     families = []
 
-    def start(*lives: str, backoff_s: tuple[float, float] = (0.05, 0.2), is_init: bool = False) -> Family:
-        families.append(Family(tmp_path, list(lives), backoff_s, is_init))
+    def start(*lives: str, backoff_s: tuple[float, float] = (0.05, 0.2)) -> Family:
+        families.append(Family(tmp_path, list(lives), backoff_s))
         return families[-1]
 
     yield start
@@ -192,7 +187,7 @@ def test_a_killed_supervisor_takes_the_child_along(start: Start) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans go to the supervisor on Linux")
 def test_orphans_that_end_are_collected_and_are_not_taken_for_the_child(start: Start) -> None:
-    family = start("orphan", "stay", is_init=True)
+    family = start("orphan", "stay")
     wait_until(lambda: (family.folder / "life1").exists(), "the second life", 20)
     supervisor = psutil.Process(family.process.pid)
     wait_until(lambda: len(supervisor.children()) == 1, "the orphan is collected", 10)
