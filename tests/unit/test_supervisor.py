@@ -4,11 +4,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -63,11 +64,11 @@ sys.exit(Supervisor("child", sys.argv[3:], **limits).run())
 class Family:
     """A supervisor, and the lives of its child so far."""
 
-    def __init__(self, folder: Path, lives: list[str], backoff_s: tuple[float, float]) -> None:
+    def __init__(self, folder: Path, lives: list[str], backoff_s: tuple[float, float], prefix: list[str]) -> None:
         self.folder = folder
         (folder / "lives").write_text(" ".join(lives))
         (folder / "child.py").write_text(CHILD)
-        command = [sys.executable, "-c", SUPERVISOR, *map(str, backoff_s)]
+        command = [*prefix, sys.executable, "-c", SUPERVISOR, *map(str, backoff_s)]
         self.process = subprocess.Popen(
             [*command, sys.executable, str(folder / "child.py"), str(folder)],
             stderr=subprocess.PIPE,
@@ -96,8 +97,8 @@ Start = Callable[..., Family]
 def start(tmp_path: Path) -> Iterator[Start]:
     families = []
 
-    def start(*lives: str, backoff_s: tuple[float, float] = (0.05, 0.2)) -> Family:
-        families.append(Family(tmp_path, list(lives), backoff_s))
+    def start(*lives: str, backoff_s: tuple[float, float] = (0.05, 0.2), prefix: Sequence[str] = ()) -> Family:
+        families.append(Family(tmp_path, list(lives), backoff_s, list(prefix)))
         return families[-1]
 
     yield start
@@ -193,6 +194,27 @@ def test_orphans_that_end_are_collected_and_are_not_taken_for_the_child(start: S
     wait_until(lambda: len(supervisor.children()) == 1, "the orphan is collected", 10)
     assert [child.pid for child in supervisor.children()] == [family.lives()[-1][0]]
     family.process.send_signal(signal.SIGTERM)
+    assert family.end()[0] == 0
+
+
+NEW_PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def can_make_namespaces() -> bool:
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run([*NEW_PID_NAMESPACE, "true"], check=False).returncode == 0
+    )
+
+
+@pytest.mark.skipif(not can_make_namespaces(), reason="may not make process namespaces here")
+def test_the_first_process_of_a_container_restarts_collects_and_ends_in_order(start: Start) -> None:
+    """The kernel gives it all orphans, and no signal that it has no handler for."""
+    family = start("orphan", "killed", "stay", prefix=NEW_PID_NAMESPACE)
+    family.wait_lives(3)
+    [supervisor] = psutil.Process(family.process.pid).children()
+    wait_until(lambda: len(supervisor.children()) == 1, "the orphan is collected", 10)
+    supervisor.send_signal(signal.SIGTERM)
     assert family.end()[0] == 0
 
 
