@@ -39,7 +39,8 @@ LONG_LIFE_S = 10.0
 MAX_FIRST_STARTS = 3
 STOP_LIMIT_S = 35.0
 """A process that has been told to stop is killed after so long; a worker of several ranks gives itself 32 s."""
-WRONG_SETTINGS = 2
+WRONG_SETTINGS, CANNOT_START = 2, 71
+"""Exit statuses: of a service, as argparse has it; of one that the system did not start, as sysexits.h has it."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,13 @@ class Supervisor:
         *,
         min_backoff_s: float = MIN_BACKOFF_S,
         max_backoff_s: float = MAX_BACKOFF_S,
+        stop_limit_s: float = STOP_LIMIT_S,
     ) -> None:
         """name is what logs call the process; command takes --port."""
         self._name = name
         self._command = list(command)
         self._min_backoff_s, self._max_backoff_s = min_backoff_s, max_backoff_s
+        self._stop_limit_s = stop_limit_s
         self._port: int | None = None
         self._is_stopping = False
         self._child_pid: int | None = None
@@ -106,8 +109,30 @@ class Supervisor:
     def _run_child(self) -> int:
         """One life of the process, from its start to its exit status (negative: the signal that ended it)."""
         ready, ready_writer = os.pipe()
+        try:
+            child = self._start_child(ready_writer)
+        except (OSError, subprocess.SubprocessError) as error:
+            # As where the system has no memory or no process to spare.
+            logger.error("can't start the %s: %s", self._name, error)
+            os.close(ready)
+            return CANNOT_START
+        finally:
+            os.close(ready_writer)
+        logger.info("the %s is process %d", self._name, child.pid)
+        self._child_pid, self._child_status = child.pid, None
+        has_told = False
+        while self._child_status is None:
+            if self._wait(self._kill_at, [] if has_told else [ready]):
+                has_told = True
+                # Empty where the process ends before it serves.
+                self._port = int(os.read(ready, 64) or 0) or self._port
+        os.close(ready)
+        self._child_pid, child.returncode = None, self._child_status
+        return self._child_status
+
+    def _start_child(self, ready_writer: int) -> "subprocess.Popen[bytes]":
         arguments = [] if self._port is None else ["--port", str(self._port)]
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [*self._command, *arguments],
             stdin=subprocess.DEVNULL,
             env={**child_environment(), READY_VARIABLE: str(ready_writer)},
@@ -115,20 +140,6 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
-        os.close(ready_writer)
-        logger.info("the %s is process %d", self._name, child.pid)
-        self._child_pid, self._child_status = child.pid, None
-        try:
-            has_told = False
-            while self._child_status is None:
-                if self._wait(self._kill_at, [] if has_told else [ready]):
-                    has_told = True
-                    # Empty where the process ends before it serves.
-                    self._port = int(os.read(ready, 64) or 0) or self._port
-        finally:
-            os.close(ready)
-        self._child_pid, child.returncode = None, self._child_status
-        return self._child_status
 
     def _pause(self, duration_s: float) -> None:
         deadline = time.monotonic() + duration_s
@@ -146,14 +157,14 @@ class Supervisor:
                     self._stop()
         self._reap()
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
-            logger.error("the %s has not ended in %.0f s; killing it", self._name, STOP_LIMIT_S)
+            logger.error("the %s has not ended in %g s; killing it", self._name, self._stop_limit_s)
             self._kill_at = None
             self._signal_child(signal.SIGKILL)
         return any(descriptor in readable for descriptor in watched)
 
     def _stop(self) -> None:
         self._signal_child(signal.SIGKILL if self._is_stopping else signal.SIGTERM)
-        self._kill_at = None if self._is_stopping else time.monotonic() + STOP_LIMIT_S
+        self._kill_at = None if self._is_stopping else time.monotonic() + self._stop_limit_s
         self._is_stopping = True
 
     def _signal_child(self, number: int) -> None:

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-import psutil
 
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.e2e.compose_engine import Engine, free_port, install_missing_tools
 from tests.e2e.grpcurl import grpcurl, json_stream
+from tests.e2e.services import serving_process
 
 HEALTHY_TIMEOUT_S = 120
 MAX_RESTARTS = 5
@@ -84,19 +84,19 @@ class Deployment:
 
     def crash_worker(self) -> None:
         """Kills its process behind the engine's back, as the kernel would for want of memory."""
-        [worker] = self._worker_supervisor().children()
-        worker.kill()
+        serving_process(self._worker_pid()).kill()
 
     def crash_worker_container(self) -> None:
         """Kills the container's first process, and all others with it."""
-        self._worker_supervisor().kill()
+        os.kill(self._worker_pid(), 9)
 
     def num_restarts(self) -> int:
         """Of the worker's container."""
         return int(self.engine.inspect("worker", "{{.RestartCount}}"))
 
-    def _worker_supervisor(self) -> psutil.Process:
-        return psutil.Process(int(self.engine.inspect("worker", "{{.State.Pid}}")))
+    def _worker_pid(self) -> int:
+        """Of the supervisor."""
+        return int(self.engine.inspect("worker", "{{.State.Pid}}"))
 
 
 def check_health(deployment: Deployment) -> None:

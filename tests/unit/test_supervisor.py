@@ -56,19 +56,20 @@ SUPERVISOR = """
 import logging, sys
 from shared.supervisor import Supervisor
 logging.basicConfig(level=logging.INFO)
-limits = {"min_backoff_s": float(sys.argv[1]), "max_backoff_s": float(sys.argv[2])}
-sys.exit(Supervisor("child", sys.argv[3:], **limits).run())
+names = ("min_backoff_s", "max_backoff_s", "stop_limit_s")
+limits = dict(zip(names, map(float, sys.argv[1].split(","))))
+sys.exit(Supervisor("child", sys.argv[2:], **limits).run())
 """
 
 
 class Family:
     """A supervisor, and the lives of its child so far."""
 
-    def __init__(self, folder: Path, lives: list[str], backoff_s: tuple[float, float], prefix: list[str]) -> None:
+    def __init__(self, folder: Path, lives: list[str], limits: str, prefix: list[str]) -> None:
         self.folder = folder
         (folder / "lives").write_text(" ".join(lives))
         (folder / "child.py").write_text(CHILD)
-        command = [*prefix, sys.executable, "-c", SUPERVISOR, *map(str, backoff_s)]
+        command = [*prefix, sys.executable, "-c", SUPERVISOR, limits]
         self.process = subprocess.Popen(
             [*command, sys.executable, str(folder / "child.py"), str(folder)],
             stderr=subprocess.PIPE,
@@ -97,8 +98,14 @@ Start = Callable[..., Family]
 def start(tmp_path: Path) -> Iterator[Start]:
     families = []
 
-    def start(*lives: str, backoff_s: tuple[float, float] = (0.05, 0.2), prefix: Sequence[str] = ()) -> Family:
-        families.append(Family(tmp_path, list(lives), backoff_s, list(prefix)))
+    def start(
+        *lives: str,
+        backoff_s: tuple[float, float] = (0.05, 0.2),
+        stop_limit_s: float = 60.0,
+        prefix: Sequence[str] = (),
+    ) -> Family:
+        limits = f"{backoff_s[0]},{backoff_s[1]},{stop_limit_s}"
+        families.append(Family(tmp_path, list(lives), limits, list(prefix)))
         return families[-1]
 
     yield start
@@ -165,6 +172,23 @@ def test_a_second_signal_kills_a_child_that_does_not_end(start: Start) -> None:
     family.process.send_signal(signal.SIGTERM)
     assert family.end()[0] == 128 + signal.SIGKILL
     assert is_gone(pid)
+
+
+def test_a_child_that_does_not_end_is_killed_in_time(start: Start) -> None:
+    family = start("deaf", stop_limit_s=0.3)
+    [(pid, _, _)] = family.wait_lives(1)
+    family.process.send_signal(signal.SIGTERM)
+    status, log = family.end()
+    assert status == 128 + signal.SIGKILL
+    assert "has not ended in 0.3 s; killing it" in log
+    assert is_gone(pid)
+
+
+def test_a_child_that_the_system_does_not_start_is_tried_three_times() -> None:
+    code = "import sys; from shared.supervisor import Supervisor; sys.exit(Supervisor('child', ['/no/such']).run())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 71
+    assert done.stderr.count("can't start the child: [Errno 2] No such file or directory: '/no/such'") == 3
 
 
 def test_a_signal_during_the_pause_ends_the_supervisor(start: Start) -> None:
