@@ -92,6 +92,14 @@ def freeze_and_thaw(engine: Engine, streams: list[Stream]) -> None:
     worker.send_signal(signal.SIGCONT)
 
 
+def freeze_for_good(engine: Engine, streams: list[Stream]) -> None:
+    """Nobody ends it but the supervisor."""
+    losses = engine.load().num_worker_losses
+    engine.worker.serving().send_signal(signal.SIGSTOP)
+    wait_loss(engine, losses + 1)
+    assert all(stream.is_running() for stream in streams)
+
+
 def freeze_and_replace(engine: Engine, streams: list[Stream]) -> None:
     losses = engine.load().num_worker_losses
     engine.worker.serving().send_signal(signal.SIGSTOP)
@@ -112,6 +120,7 @@ Disturbance = Callable[[Engine, list[Stream]], None]
         pytest.param(kill_and_wait, 1, id="killed-under-its-supervisor"),
         pytest.param(freeze_and_thaw, 1, id="frozen"),
         pytest.param(freeze_and_replace, 1, id="frozen-then-killed"),
+        pytest.param(freeze_for_good, 1, id="frozen-under-its-supervisor", marks=pytest.mark.slow),
     ],
 )
 def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(

@@ -46,6 +46,8 @@ if life == "stay" or life == "deaf":
     time.sleep(60)
 elif life == "orphan":
     sys.exit(70)
+elif life == "frozen":
+    os.kill(os.getpid(), signal.SIGSTOP)
 elif life == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 else:
@@ -56,7 +58,7 @@ SUPERVISOR = """
 import logging, sys
 from shared.supervisor import Supervisor
 logging.basicConfig(level=logging.INFO)
-names = ("min_backoff_s", "max_backoff_s", "stop_limit_s")
+names = ("min_backoff_s", "max_backoff_s", "stop_limit_s", "silence_limit_s")
 limits = dict(zip(names, map(float, sys.argv[1].split(","))))
 sys.exit(Supervisor("child", sys.argv[2:], **limits).run())
 """
@@ -102,9 +104,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         *lives: str,
         backoff_s: tuple[float, float] = (0.05, 0.2),
         stop_limit_s: float = 60.0,
+        silence_limit_s: float = 60.0,
         prefix: Sequence[str] = (),
     ) -> Family:
-        limits = f"{backoff_s[0]},{backoff_s[1]},{stop_limit_s}"
+        limits = f"{backoff_s[0]},{backoff_s[1]},{stop_limit_s},{silence_limit_s}"
         families.append(Family(tmp_path, list(lives), limits, list(prefix)))
         return families[-1]
 
@@ -182,6 +185,29 @@ def test_a_child_that_does_not_end_is_killed_in_time(start: Start) -> None:
     assert status == 128 + signal.SIGKILL
     assert "has not ended in 0.3 s; killing it" in log
     assert is_gone(pid)
+
+
+def test_a_child_that_falls_silent_is_killed_and_started_again(start: Start) -> None:
+    family = start("frozen", "exit:0", silence_limit_s=1.0)
+    status, log = family.end()
+    assert status == 0
+    assert len(family.lives()) == 2
+    assert "the child has been silent for 2 s; killing it" in log
+
+
+def test_a_supervisor_that_was_stopped_does_not_blame_its_child(start: Start) -> None:
+    family = start("stay", silence_limit_s=2.0)
+    family.wait_lives(1)
+    family.process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)
+    family.process.send_signal(signal.SIGCONT)
+    # Longer than it takes to find one that is silent.
+    time.sleep(4.0)
+    family.process.send_signal(signal.SIGTERM)
+    status, log = family.end()
+    assert status == 0
+    assert len(family.lives()) == 1
+    assert "silent" not in log
 
 
 def test_a_child_that_the_system_does_not_start_is_tried_three_times() -> None:
