@@ -89,12 +89,18 @@ class SchedulerService:
         assert self._running is not None, "start() comes first"
         await asyncio.shield(self._running)
 
-    async def stop(self, grace_s: float) -> None:
-        """Takes no new requests; those that run have grace_s to end, then they end UNAVAILABLE."""
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._hub.drain()
-        except TimeoutError:
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
+        UNAVAILABLE.
+        """
+        drained = asyncio.create_task(self._hub.drain())
+        hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+        await asyncio.wait([drained, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if drained.done():
+            drained.result()
+        else:
+            drained.cancel()
             self._hub.end_all(WorkerUnavailable("the server is stopping"))
         await self._front_ends.stop()
         if self._running is not None:
