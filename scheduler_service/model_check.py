@@ -16,16 +16,17 @@ class ModelCheck:
     """Says of a worker why it is not the one to use; nothing where it is."""
 
     def __init__(self, settings: SchedulerSettings, tokenizer_folder: Path) -> None:
-        self._name = model_name(settings)
+        # A name that was chosen for clients says nothing of the model's own.
+        self._name = "" if settings.served_model_name else model_name(settings)
         self._folder = tokenizer_folder
         # Who names another tokenizer than the model's means it.
         self._digest = "" if settings.tokenizer else tokenizer_digest(tokenizer_folder)
 
     def __call__(self, info: WorkerInfo) -> str:
-        if info.model != self._name:
+        if self._name and info.model != self._name:
             return (
-                f"the worker serves {info.model!r}, this scheduler {self._name!r}; give both the same --model or "
-                "--served-model-name"
+                f"the worker serves {info.model!r}, this scheduler {self._name!r}; give both the same --model, or this "
+                "one --served-model-name"
             )
         if self._digest and info.tokenizer_digest:
             if info.tokenizer_digest != self._digest:

@@ -8,20 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from scheduler_service import remote_engine
-from scheduler_service.core.types import FinishReason, SequenceRequest
-from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd
+from scheduler_service.core.types import FinishReason
+from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
+from scheduler_service.engine_codec import HANDLES, encode_outputs
 from scheduler_service.engine_servicer import EngineServicer
 from scheduler_service.remote_engine import RemoteEngine
 from shared.errors import QueueFull, SequenceFailed
 from shared.grpc_options import LOCAL_OPTIONS
+from shared.step_codec import pack_ids
 from tandem.v1 import engine_pb2, engine_pb2_grpc
 from tests.builders import create_request
 from tests.contract.services import wait_until
 
 Response = engine_pb2.AttachResponse
+
+
+def tokens(handles: list[int], token_ids: list[int]) -> engine_pb2.AttachResponse:
+    return encode_outputs(OutputBatch(handles, token_ids))
+
+
+def submission(request_id: str, first_handle: int) -> Submission:
+    return Submission(request_id, first_handle, create_request(), 1, "fake-model")
 
 
 class Listener:
@@ -100,9 +111,9 @@ async def test_outputs_that_the_front_end_cannot_take_end_their_requests_alone(f
     listener = Listener(frozenset({2}))
 
     async def act(scripted: ScriptedEngine, _: RemoteEngine) -> None:
-        scripted.responses.put_nowait(Response(token_handles=[1, 3], token_ids=[10, 30]))
-        scripted.responses.put_nowait(Response(token_handles=[2, 2], token_ids=[20, 21]))
-        scripted.responses.put_nowait(Response(token_handles=[1], token_ids=[11]))
+        scripted.responses.put_nowait(tokens([1, 3], [10, 30]))
+        scripted.responses.put_nowait(tokens([2, 2], [20, 21]))
+        scripted.responses.put_nowait(tokens([1], [11]))
 
     await run(listener, folder, act)
     assert listener.tokens == [(1, 10), (3, 30), (1, 11)]
@@ -117,9 +128,13 @@ async def test_outputs_that_cannot_be_decoded_end_their_requests_alone(folder: P
     async def act(scripted: ScriptedEngine, _: RemoteEngine) -> None:
         # An end without a reason.
         scripted.responses.put_nowait(
-            Response(token_handles=[4], token_ids=[40], ends=[engine_pb2.SequenceEnd(handle=5)])
+            Response(
+                token_handles=np.array([4], HANDLES).tobytes(),
+                token_ids=pack_ids([40]),
+                ends=[engine_pb2.SequenceEnd(handle=5)],
+            )
         )
-        scripted.responses.put_nowait(Response(token_handles=[1], token_ids=[11]))
+        scripted.responses.put_nowait(tokens([1], [11]))
 
     await run(listener, folder, act)
     assert listener.tokens == [(1, 11)]
@@ -131,7 +146,7 @@ async def test_a_state_that_the_front_end_cannot_take_ends_nothing(folder: Path)
 
     async def act(scripted: ScriptedEngine, _: RemoteEngine) -> None:
         scripted.responses.put_nowait(Response(state=engine_pb2.EngineState(is_draining=True)))
-        scripted.responses.put_nowait(Response(token_handles=[1], token_ids=[11]))
+        scripted.responses.put_nowait(tokens([1], [11]))
 
     await run(listener, folder, act)
     assert [state.is_draining for state in listener.states] == [False, True]
@@ -140,7 +155,7 @@ async def test_a_state_that_the_front_end_cannot_take_ends_nothing(folder: Path)
 
 async def test_a_reply_that_cannot_be_read_ends_its_submit_alone(folder: Path) -> None:
     async def act(scripted: ScriptedEngine, engine: RemoteEngine) -> None:
-        first, second = (asyncio.create_task(engine.submit(f"r{n}", n, [create_request(f"r{n}/0")])) for n in (1, 2))
+        first, second = (asyncio.create_task(engine.submit(submission(f"r{n}", n))) for n in (1, 2))
         await asyncio.sleep(0)
         replies = [engine_pb2.SubmitReply(first_handle=1, error=b"\xff"), engine_pb2.SubmitReply(first_handle=2)]
         scripted.responses.put_nowait(Response(submit_replies=replies))
@@ -190,12 +205,12 @@ class FaultyHub:
     def detach(self, _: Any) -> None:
         self.listener = None
 
-    async def submit(self, request_id: str, first_handle: int, sequences: list[SequenceRequest]) -> None:
-        if request_id == "bug":
+    async def submit(self, submission: Submission) -> None:
+        if submission.request_id == "bug":
             raise KeyError("a bug")
-        if request_id == "full":
+        if submission.request_id == "full":
             raise QueueFull("full")
-        self.submitted.append(request_id)
+        self.submitted.append(submission.request_id)
 
     def stop(self, handle: int, num_output_tokens: int) -> None:
         raise KeyError("a bug")
@@ -214,13 +229,13 @@ async def test_a_bug_in_the_engine_ends_the_request_that_meets_it_alone(
             await engine.connect(10)
             running = asyncio.create_task(engine.run(listener))
             with pytest.raises(SequenceFailed):
-                await engine.submit("bug", 1, [create_request("r1/0")])
+                await engine.submit(submission("bug", 1))
             engine.stop(7, 3)
             engine.close_request(1)
             with pytest.raises(QueueFull):
-                await engine.submit("full", 2, [create_request("r2/0")])
-            await engine.submit("good", 3, [create_request("r3/0")])
-            hub.listener.on_outputs(OutputBatch([3, 4], [30, -1]))
+                await engine.submit(submission("full", 2))
+            await engine.submit(submission("good", 3))
+            hub.listener.on_outputs(OutputBatch([3, 4], [30, 2**31]))
 
             async def has_ended() -> bool:
                 return len(listener.ends) == 2
