@@ -112,7 +112,7 @@ def _ignored_keys(file: ConfigFile) -> tuple[str, ...]:
         for key, harmless in IGNORED.items()
         if (value := file.values.get(key)) not in (None, [], {}, "", *harmless)
     ]
-    return (f"{file.path}: ignored, for Tandem does not apply it: {', '.join(asked)}",) if asked else ()
+    return (f"{file.path}: not supported yet, and ignored: {', '.join(asked)}",) if asked else ()
 
 
 def _read_tokenizer_eos(folder: Path, vocab_size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:

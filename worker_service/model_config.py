@@ -101,8 +101,8 @@ def _refuse_what_is_not_supported(file: ConfigFile) -> None:
     for key in ("quantization_config", "compression_config"):
         if quantization := file.values.get(key):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            method = method if isinstance(method, str) else "quantisation"
-            raise file.fail(key, f"{method[:100]} is not supported yet")
+            method = method[:100] if isinstance(method, str) and method.isprintable() else "quantisation"
+            raise file.fail(key, f"{method} is not supported yet")
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
         if file.values.get(key, wanted) != wanted:
             raise file.fail(key, f"{brief(file.values[key])} is not supported; {wanted!r} is")

@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("model")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(base=st.sampled_from([CONFIG, MOE]), changed=changes(CONFIG_KEYS), rope=changes(ROPE_KEYS, 4))
 @example(CONFIG, {"architectures": [["Qwen3ForCausalLM"]]}, {})
 @example(CONFIG, {"vocab_size": 10**400}, {})
@@ -80,7 +80,7 @@ def test_config(folder: Path, base: dict[str, Any], changed: dict[str, Any], rop
             assert build_rotary_table(config, 16, torch.float32).isfinite().all()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     generation=changes(GENERATION_KEYS, 5) | VALUES,
     config=changes(["eos_token_id"]),
@@ -103,7 +103,7 @@ def test_generation_config_and_eos(
 TOKENIZER = json.loads(EMBEDDED.read_text())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(changed=changes([key for key in TOKENIZER if key != "model"]), model=changes(list(TOKENIZER["model"])))
 def test_tokenizer(changed: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
     # A small vocabulary, for speed; merges of what is not in it are an error of their own.
@@ -113,7 +113,7 @@ def test_tokenizer(changed: dict[str, Any], model: dict[str, Any], folder: Path)
         load_tokenizer(folder)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(contents=st.binary(max_size=50) | st.text(alphabet='{}[]",:0e-\\u', max_size=50).map(str.encode))
 def test_any_bytes(contents: bytes, folder: Path) -> None:
     for name, read in (("config", read_model_config), ("tokenizer", load_tokenizer)):
