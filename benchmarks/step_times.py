@@ -119,7 +119,7 @@ class Driver:
         tokens = rng.integers(0, 10000, context).astype(np.int32)
         rows = tuple(
             NewRow(
-                row=row, sequence_id="", token_ids=tokens, num_prompt_tokens=context,
+                row=row, sequence_id=0, token_ids=tokens, num_prompt_tokens=context,
                 num_computed_tokens=context - 1, num_cached_tokens=context, block_ids=ids[row], sampling=sampling,
             )
             for row in range(num_rows)
@@ -134,7 +134,7 @@ class Driver:
         tokens = np.random.default_rng(0).integers(0, 10000, (num_rows, length)).astype(np.int32)
         rows = tuple(
             NewRow(
-                row=row, sequence_id="", token_ids=tokens[row], num_prompt_tokens=length,
+                row=row, sequence_id=0, token_ids=tokens[row], num_prompt_tokens=length,
                 num_computed_tokens=0, num_cached_tokens=0,
                 block_ids=np.arange(row * num_blocks + 1, (row + 1) * num_blocks + 1, dtype=np.int32),
                 sampling=SAMPLINGS["temperature"],

@@ -105,7 +105,7 @@ def _interleaved_rows(texts: Sequence[ForcedText], block_size: int) -> tuple[New
     return tuple(
         NewRow(
             row=row,
-            sequence_id=f"text {row}",
+            sequence_id=row,
             token_ids=np.array(text.token_ids[: text.num_prompt], np.int32),
             num_prompt_tokens=text.num_prompt,
             num_computed_tokens=0,

@@ -37,10 +37,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.GetServerInfoResponse(
             version=self._version,
             protocol_version=PROTOCOL_VERSION,
-            scheduler_id=step_loop.scheduler_id,
-            session_epoch=step_loop.epoch,
             worker_state=state,
-            worker_instance_id=step_loop.worker.worker_instance_id if step_loop.worker else "",
             uptime=uptime,
             draining=self._hub.is_draining,
         )

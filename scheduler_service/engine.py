@@ -4,13 +4,16 @@ Knows neither: scheduler_service/engine_hub.py is the engine in its own process,
 stream.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler_service.core.types import FinishReason, SequenceRequest
-from shared.errors import TandemError
+from shared.errors import SequenceFailed, TandemError
 from shared.step_plan import RowLogprobs, WorkerInfo
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often the two ends of a stream say that they are alive."""
@@ -50,6 +53,11 @@ class OutputBatch:
     def __bool__(self) -> bool:
         return bool(self.token_handles or self.ends)
 
+    @property
+    def handles(self) -> list[int]:
+        """Of all sequences that it speaks of, some more than once."""
+        return [*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]
+
     def extend(self, later: "OutputBatch") -> None:
         self.token_handles += later.token_handles
         self.token_ids += later.token_ids
@@ -57,11 +65,17 @@ class OutputBatch:
         self.ends += later.ends
 
 
-def failed_outputs(handles: Iterable[int], error: TandemError) -> list[OutputBatch]:
-    """In place of outputs that could not be handed on: the requests whose sequences these are end with an error."""
-    return [
-        OutputBatch(ends=[SequenceEnd(handle, FinishReason.ERROR, 0, error=error)]) for handle in dict.fromkeys(handles)
-    ]
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request's sequences, which differ in their choice index alone. Choice i has the handle first_handle + i."""
+
+    request_id: str
+    first_handle: int
+    first: SequenceRequest
+    """Choice 0, without its sequence id, which is the engine's to give"""
+    num_choices: int
+    fingerprint: str
+    """Of the worker that the request was checked against; with another model it has to be checked again"""
 
 
 class Engine(Protocol):
@@ -70,9 +84,8 @@ class Engine(Protocol):
     @property
     def state(self) -> EngineState: ...
 
-    async def submit(self, request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]) -> None:
-        """Queues a request's sequences, all or none; the i-th has the handle first_handle + i. They differ in their
-        choice index alone.
+    async def submit(self, submission: "Submission") -> None:
+        """Queues a request's sequences, all or none.
 
         Raises Draining, RequestIdInUse, InvalidRequest, QueueFull and WorkerUnavailable. Outputs may come before it
         returns.
@@ -96,9 +109,39 @@ class EngineListener(Protocol):
     async def on_state(self, state: EngineState) -> None: ...
 
 
-def choices_of(request_id: str, first: SequenceRequest, num_choices: int) -> list[SequenceRequest]:
-    """A request's sequences: `first` with each choice's own id and index."""
+def hand_on(listener: EngineListener, batch: OutputBatch) -> list[int]:
+    """Gives a listener its outputs. Those that it can't take end the requests that they are of, as their streams would
+    lack tokens; gives the handles of these. Whoever calls goes on.
+    """
+    try:
+        listener.on_outputs(batch)
+    except Exception:
+        logger.exception("outputs that the front end could not take")
+        return fail_outputs(listener, batch.handles)
+    return []
+
+
+def failed_outputs(handles: Iterable[int], error: TandemError) -> list[OutputBatch]:
+    """In place of outputs that could not be handed on: the requests whose sequences these are end with an error."""
     return [
-        replace(first, sequence_id=f"{request_id}/{index}", sampling=replace(first.sampling, choice_index=index))
-        for index in range(num_choices)
+        OutputBatch(ends=[SequenceEnd(handle, FinishReason.ERROR, 0, error=error)]) for handle in dict.fromkeys(handles)
     ]
+
+
+def fail_outputs(listener: EngineListener, handles: Iterable[int]) -> list[int]:
+    """Ends the requests of these sequences with an error, one by one; gives the handles."""
+    failed = list(dict.fromkeys(handles))
+    for batch in failed_outputs(failed, SequenceFailed("its outputs could not be taken by the front end")):
+        try:
+            listener.on_outputs(batch)
+        except Exception:
+            logger.exception("a request that the front end could not end")
+    return failed
+
+
+async def tell_state(listener: EngineListener, state: EngineState) -> None:
+    """A listener that fails at it goes on with what it knew."""
+    try:
+        await listener.on_state(state)
+    except Exception:
+        logger.exception("the front end could not take the engine's state")

@@ -1,15 +1,13 @@
 """What a front-end process and the engine say to each other, to protobuf and back. Knows the wire's field names."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from google.rpc import status_pb2
 
 from scheduler_service.core.types import FinishReason, SequenceRequest
-from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, choices_of
+from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
 from shared.errors import ProtocolError, TandemError
 from shared.rich_status import read_status, status_of
-from shared.step_codec import decode_info, decode_sampling, encode_info, encode_sampling
+from shared.step_codec import decode_info, decode_sampling, encode_info, encode_sampling, pack_ids, unpack_ids
 from shared.step_plan import RowLogprobs
 from tandem.v1 import engine_pb2
 
@@ -19,16 +17,18 @@ _REASONS = {
     FinishReason.ABORT: engine_pb2.END_REASON_ABORT,
     FinishReason.ERROR: engine_pb2.END_REASON_ERROR,
 }
+HANDLES = np.dtype("<u8")
 _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
 
 
-def encode_submit(request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]) -> engine_pb2.SubmitRequest:
-    first = sequences[0]
+def encode_submit(submission: Submission) -> engine_pb2.SubmitRequest:
+    first = submission.first
     return engine_pb2.SubmitRequest(
-        request_id=request_id,
-        first_handle=first_handle,
-        num_choices=len(sequences),
-        prompt_token_ids=first.prompt_token_ids.tolist(),
+        request_id=submission.request_id,
+        first_handle=submission.first_handle,
+        num_choices=submission.num_choices,
+        fingerprint=submission.fingerprint,
+        prompt_token_ids=pack_ids(first.prompt_token_ids),
         max_tokens=first.max_tokens,
         sampling=encode_sampling(first.sampling),
         stop_token_ids=first.stop_token_ids,
@@ -37,17 +37,23 @@ def encode_submit(request_id: str, first_handle: int, sequences: Sequence[Sequen
     )
 
 
-def decode_submit(message: engine_pb2.SubmitRequest) -> list[SequenceRequest]:
+def decode_submit(message: engine_pb2.SubmitRequest) -> Submission:
     first = SequenceRequest(
-        sequence_id="",
-        prompt_token_ids=np.array(list(message.prompt_token_ids), np.int32),
+        sequence_id=0,
+        prompt_token_ids=unpack_ids(message.prompt_token_ids),
         max_tokens=message.max_tokens,
         sampling=decode_sampling(message.sampling),
         stop_token_ids=frozenset(message.stop_token_ids),
         priority=message.priority,
         cache_salt=message.cache_salt,
     )
-    return choices_of(message.request_id, first, message.num_choices)
+    return Submission(
+        request_id=message.request_id,
+        first_handle=message.first_handle,
+        first=first,
+        num_choices=message.num_choices,
+        fingerprint=message.fingerprint,
+    )
 
 
 def encode_state(state: EngineState) -> engine_pb2.EngineState:
@@ -65,8 +71,8 @@ def decode_state(message: engine_pb2.EngineState) -> EngineState:
 
 def encode_outputs(batch: OutputBatch) -> engine_pb2.AttachResponse:
     return engine_pb2.AttachResponse(
-        token_handles=batch.token_handles,
-        token_ids=batch.token_ids,
+        token_handles=np.array(batch.token_handles, HANDLES).tobytes(),
+        token_ids=pack_ids(batch.token_ids),
         logprobs=_encode_logprobs(batch.logprobs) if batch.logprobs else None,
         ends=[
             engine_pb2.SequenceEnd(
@@ -83,8 +89,8 @@ def encode_outputs(batch: OutputBatch) -> engine_pb2.AttachResponse:
 
 def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
     return OutputBatch(
-        list(message.token_handles),
-        list(message.token_ids),
+        np.frombuffer(message.token_handles, HANDLES).tolist(),
+        unpack_ids(message.token_ids).tolist(),
         _decode_logprobs(message.logprobs),
         [
             SequenceEnd(
@@ -97,6 +103,13 @@ def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
             for end in message.ends
         ],
     )
+
+
+def handles_in(message: engine_pb2.AttachResponse) -> list[int]:
+    """Of all sequences that a message speaks of, as far as it can be read."""
+    whole = len(message.token_handles) // HANDLES.itemsize * HANDLES.itemsize
+    tokens = np.frombuffer(message.token_handles[:whole], HANDLES).tolist()
+    return [*tokens, *message.logprobs.handles, *(end.handle for end in message.ends)]
 
 
 def encode_error(error: TandemError) -> bytes:

@@ -5,11 +5,19 @@ calls or processes.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 
-from scheduler_service.core.types import FinishedSequence, FinishReason, SequenceRequest, StepOutputs
-from scheduler_service.engine import EngineListener, EngineState, OutputBatch, SequenceEnd
+from scheduler_service.core.types import FinishedSequence, FinishReason, StepOutputs
+from scheduler_service.engine import (
+    EngineListener,
+    EngineState,
+    OutputBatch,
+    SequenceEnd,
+    Submission,
+    hand_on,
+    tell_state,
+)
 from scheduler_service.step_loop import StepLoop
 from shared.errors import Draining, RequestIdInUse, RequestNotFound, SequenceFailed, TandemError, WorkerUnavailable
 
@@ -23,7 +31,7 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
-    sequence_id: str
+    sequence_id: int
     handle: int
     request: _Request
     attachment: "Attachment"
@@ -40,7 +48,8 @@ class EngineHub:
         self._attachments: list[Attachment] = []
         # Live ones alone.
         self._requests: dict[str, _Request] = {}
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[int, _Sequence] = {}
+        self._sequence_ids = itertools.count()
         self._num_open = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
@@ -128,20 +137,26 @@ class EngineHub:
 
     # For the attachments
 
-    def open(
-        self, attachment: "Attachment", request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]
-    ) -> None:
+    def open(self, attachment: "Attachment", submission: Submission) -> None:
+        request_id, first = submission.request_id, submission.first
         if self.is_draining:
             raise Draining("the server is draining")
         if request_id in self._requests:
             raise RequestIdInUse(f"request {request_id!r} is live")
-        self.step_loop.submit(sequences)
-        request = _Request(request_id, num_live=len(sequences))
-        for handle, of_core in enumerate(sequences, start=first_handle):
-            sequence = _Sequence(of_core.sequence_id, handle, request, attachment)
+        worker = self.step_loop.worker
+        if worker is not None and worker.fingerprint != submission.fingerprint:
+            raise WorkerUnavailable("the worker came to have another model while the request was checked")
+        choices = [
+            replace(first, sequence_id=next(self._sequence_ids), sampling=replace(first.sampling, choice_index=index))
+            for index in range(submission.num_choices)
+        ]
+        self.step_loop.submit(choices)
+        request = _Request(request_id, num_live=len(choices))
+        for handle, choice in enumerate(choices, start=submission.first_handle):
+            sequence = _Sequence(choice.sequence_id, handle, request, attachment)
             request.sequences.append(sequence)
-            attachment.sequences[handle] = self._sequences[of_core.sequence_id] = sequence
-        attachment.requests[first_handle] = self._requests[request_id] = request
+            attachment.sequences[handle] = self._sequences[choice.sequence_id] = sequence
+        attachment.requests[submission.first_handle] = self._requests[request_id] = request
         self._num_open += 1
         self._is_idle.clear()
 
@@ -152,15 +167,19 @@ class EngineHub:
         elif sequence.num_output_tokens is not None:
             self.step_loop.discount(sequence.num_output_tokens - num_output_tokens)
 
+    def abort_sequence(self, sequence: _Sequence | None) -> None:
+        """A front end could not take its outputs."""
+        if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:
+            self.step_loop.abort(sequence.sequence_id)
+            self._forget(sequence)
+
     def close_request(self, attachment: "Attachment", first_handle: int) -> None:
         request = attachment.requests.pop(first_handle, None)
         if request is None:
             return
         for sequence in request.sequences:
             del attachment.sequences[sequence.handle]
-            if self._sequences.get(sequence.sequence_id) is sequence:
-                self.step_loop.abort(sequence.sequence_id)
-                self._forget(sequence)
+            self.abort_sequence(sequence)
         self._num_open -= 1
         if not self._num_open:
             self._is_idle.set()
@@ -181,7 +200,7 @@ class EngineHub:
 
     async def _tell_state(self) -> None:
         for attachment in list(self._attachments):
-            await attachment.listener.on_state(self.state)
+            await tell_state(attachment.listener, self.state)
 
 
 class Attachment:
@@ -199,8 +218,8 @@ class Attachment:
     def state(self) -> EngineState:
         return self._hub.state
 
-    async def submit(self, request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]) -> None:
-        self._hub.open(self, request_id, first_handle, sequences)
+    async def submit(self, submission: Submission) -> None:
+        self._hub.open(self, submission)
 
     def stop(self, handle: int, num_output_tokens: int) -> None:
         sequence = self.sequences.get(handle)
@@ -213,4 +232,5 @@ class Attachment:
     def flush(self) -> None:
         if self.pending:
             batch, self.pending = self.pending, OutputBatch()
-            self.listener.on_outputs(batch)
+            for handle in hand_on(self.listener, batch):
+                self._hub.abort_sequence(self.sequences.get(handle))

@@ -84,9 +84,8 @@ def _encode(batch: OutputBatch) -> engine_pb2.AttachResponse:
         return encode_outputs(batch)
     except Exception:
         logger.exception("outputs that can't be sent to a front end")
-    handles = [*batch.token_handles, *(handle for handle, _ in batch.logprobs), *(end.handle for end in batch.ends)]
     failed = OutputBatch()
-    for each in failed_outputs(handles, SequenceFailed("its outputs could not be sent to its front end")):
+    for each in failed_outputs(batch.handles, SequenceFailed("its outputs could not be sent to its front end")):
         failed.extend(each)
     return encode_outputs(failed)
 
@@ -149,7 +148,7 @@ async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engi
     """Whatever is wrong with it ends this request alone."""
     reply = engine_pb2.SubmitReply(first_handle=message.first_handle)
     try:
-        await engine.submit(message.request_id, message.first_handle, decode_submit(message))
+        await engine.submit(decode_submit(message))
     except TandemError as error:
         reply.error = encode_error(error)
     except Exception:

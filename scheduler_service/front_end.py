@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from scheduler_service.core.types import FinishReason
 from scheduler_service.detokenizer import Detokenizer
-from scheduler_service.engine import Engine, EngineState, OutputBatch, SequenceEnd
+from scheduler_service.engine import Engine, EngineState, OutputBatch, SequenceEnd, Submission
 from scheduler_service.validation import GenerationRequest
 from shared.errors import Draining, TandemError
 from shared.step_plan import RowLogprobs
@@ -130,7 +130,7 @@ class LiveRequest:
                 index,
                 Detokenizer(tokenizer, request.stop_strings, skip_special_tokens=request.skip_special_tokens),
             )
-            for index in range(len(request.sequences))
+            for index in range(request.num_choices)
         ]
         self.num_running = len(self.choices)
         self.num_cached_tokens = 0
@@ -191,7 +191,11 @@ class FrontEnd:
         # First, because outputs may come before submit returns.
         self._choices.update(enumerate(live.choices, start=live.first_handle))
         try:
-            await self.engine.submit(request.request_id, live.first_handle, request.sequences)
+            await self.engine.submit(
+                Submission(
+                    request.request_id, live.first_handle, request.first, request.num_choices, request.fingerprint
+                )
+            )
         except BaseException:
             self.close(live)
             raise

@@ -11,14 +11,21 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
-from scheduler_service.core.types import SequenceRequest
-from scheduler_service.engine import HEARTBEAT_S, EngineListener, EngineState, failed_outputs
-from scheduler_service.engine_codec import decode_error, decode_outputs, decode_state, encode_submit
+from scheduler_service.engine import (
+    HEARTBEAT_S,
+    EngineListener,
+    EngineState,
+    Submission,
+    fail_outputs,
+    hand_on,
+    tell_state,
+)
+from scheduler_service.engine_codec import decode_error, decode_outputs, decode_state, encode_submit, handles_in
 from shared.errors import SequenceFailed, TandemError, WorkerUnavailable
 from shared.grpc_options import LOCAL_OPTIONS
 from tandem.v1 import control_pb2_grpc, engine_pb2, engine_pb2_grpc
@@ -78,14 +85,14 @@ class RemoteEngine:
 
     # Engine
 
-    async def submit(self, request_id: str, first_handle: int, sequences: Sequence[SequenceRequest]) -> None:
+    async def submit(self, submission: Submission) -> None:
         submitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._submitting[first_handle] = submitted
-        self._send(submit=encode_submit(request_id, first_handle, sequences))
+        self._submitting[submission.first_handle] = submitted
+        self._send(submit=encode_submit(submission))
         try:
             await submitted
         finally:
-            del self._submitting[first_handle]
+            del self._submitting[submission.first_handle]
 
     def stop(self, handle: int, num_output_tokens: int) -> None:
         self._send(stop=engine_pb2.StopSequence(handle=handle, num_output_tokens=num_output_tokens))
@@ -108,7 +115,7 @@ class RemoteEngine:
             self._silent_s += HEARTBEAT_S
             if self._is_silent and not was_silent:
                 logger.error("the scheduler process has been silent for %.0f s", self._silent_s)
-                await _tell_state(listener, dataclasses.replace(self.state, is_ready=False))
+                await tell_state(listener, dataclasses.replace(self.state, is_ready=False))
 
     @property
     def _is_silent(self) -> bool:
@@ -118,7 +125,7 @@ class RemoteEngine:
         was_silent, self._silent_s = self._is_silent, 0.0
         if was_silent:
             logger.info("the scheduler process is back")
-            await _tell_state(listener, self.state)
+            await tell_state(listener, self.state)
 
     async def _take(self, message: engine_pb2.AttachResponse, listener: EngineListener) -> None:
         if message.HasField("state"):
@@ -140,7 +147,7 @@ class RemoteEngine:
         except Exception:
             logger.exception("a state that the front end could not read")
         else:
-            await _tell_state(listener, self.state)
+            await tell_state(listener, self.state)
 
 
 def _read_error(data: bytes) -> TandemError:
@@ -151,25 +158,12 @@ def _read_error(data: bytes) -> TandemError:
         return SequenceFailed("the request was refused, with an error that the front end could not read")
 
 
-async def _tell_state(listener: EngineListener, state: EngineState) -> None:
-    """A listener that fails at it goes on with what it knew."""
-    try:
-        await listener.on_state(state)
-    except Exception:
-        logger.exception("the front end could not take the engine's state")
-
-
 def _hand_on(message: engine_pb2.AttachResponse, listener: EngineListener) -> None:
-    """Outputs that can't be taken end the requests that they are of: their streams would lack tokens. Others go on."""
     try:
-        if batch := decode_outputs(message):
-            listener.on_outputs(batch)
-        return
+        batch = decode_outputs(message)
     except Exception:
-        logger.exception("outputs that the front end could not take")
-    handles = [*message.token_handles, *message.logprobs.handles, *(end.handle for end in message.ends)]
-    for failed in failed_outputs(handles, SequenceFailed("its outputs could not be taken by the front end")):
-        try:
-            listener.on_outputs(failed)
-        except Exception:
-            logger.exception("a request that the front end could not end")
+        logger.exception("outputs that the front end could not read")
+        fail_outputs(listener, handles_in(message))
+    else:
+        if batch:
+            hand_on(listener, batch)

@@ -15,6 +15,7 @@ from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import SchedulerConfig
 from scheduler_service.engine_hub import EngineHub
 from scheduler_service.front_end_pool import FrontEndPool
+from scheduler_service.model_check import ModelCheck
 from scheduler_service.public_server import PublicServer
 from scheduler_service.recorder import RecordingScheduler
 from scheduler_service.step_loop import StepLoop
@@ -24,6 +25,7 @@ from shared.config import SchedulerSettings, model_name
 from shared.errors import ConfigError, WorkerUnavailable
 from shared.model_folder import TOKENIZER_FILES, resolve_model
 from shared.server import read_pem
+from shared.session_secret import read_secret
 from shared.step_plan import WorkerInfo
 
 MIN_CPUS_FOR_PROCESSES = 8
@@ -54,9 +56,14 @@ class SchedulerService:
         run in this process alone, so with them there are no others.
         """
         self._settings = settings
-        self._client = client or GrpcWorkerClient(settings.worker_address, _worker_credentials(settings))
+        self._client = client or GrpcWorkerClient(
+            settings.worker_address,
+            _worker_credentials(settings),
+            secret=read_secret(settings.session_secret_file),
+        )
         self._recorder: RecordingScheduler | None = None
         self._hub = EngineHub()
+        self._tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
         self.step_loop = StepLoop(
             self._client,
             _core_config(settings),
@@ -65,6 +72,7 @@ class SchedulerService:
             worker_wait_s=settings.worker_wait_s,
             step_timeout_s=settings.step_timeout_s,
             create_scheduler=self._create_scheduler,
+            check_worker=ModelCheck(settings, self._tokenizer_folder),
         )
         self._hub.connect(self.step_loop)
         self._front_ends = self._create_front_ends(interceptors)
@@ -105,15 +113,14 @@ class SchedulerService:
     def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
         settings = self._settings
         control = ControlServicer(self._hub, model_name(settings), VERSION)
-        tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
         count = settings.api_server_count
         if count is None:
             count = 0 if interceptors else default_num_front_ends()
         if count == 0:
-            return PublicServer(settings, tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
+            return PublicServer(settings, self._tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
         if interceptors:
             raise ConfigError("interceptors need --api-server-count 0")
-        return FrontEndPool(settings, tokenizer_folder, self._hub, control, count)
+        return FrontEndPool(settings, self._tokenizer_folder, self._hub, control, count)
 
     def _create_scheduler(self, config: SchedulerConfig, worker: WorkerInfo) -> Scheduler:
         if not self._settings.record:
@@ -137,9 +144,19 @@ def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
         max_chunk_tokens=settings.max_chunk_tokens,
         max_plans_in_flight=settings.max_plans_in_flight,
         max_num_waiting=settings.max_num_waiting,
+        max_num_waiting_tokens=settings.max_num_waiting_tokens,
         enable_prefix_caching=settings.enable_prefix_caching,
     )
 
 
 def _worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
-    return grpc.ssl_channel_credentials(read_pem("--worker-ca", settings.worker_ca)) if settings.worker_ca else None
+    if not settings.worker_ca:
+        return None
+    key, chain = (
+        read_pem(flag, path) if path else None
+        for flag, path in (
+            ("--worker-tls-key", settings.worker_tls_key),
+            ("--worker-tls-cert", settings.worker_tls_cert),
+        )
+    )
+    return grpc.ssl_channel_credentials(read_pem("--worker-ca", settings.worker_ca), key, chain)

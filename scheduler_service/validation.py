@@ -9,7 +9,6 @@ import xxhash
 from tokenizers import Tokenizer
 
 from scheduler_service.core.types import SequenceRequest
-from scheduler_service.engine import choices_of
 from scheduler_service.tokenizer import encode
 from shared.errors import FieldViolation, InvalidRequest
 from shared.step_plan import Int32Array, RowSampling, WorkerInfo
@@ -25,10 +24,13 @@ AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStrea
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A checked request. sequences: one a choice, in the order of their choice index."""
+    """A checked request: its first choice, from which the others differ in their choice index alone."""
 
     request_id: str
-    sequences: list[SequenceRequest]
+    first: SequenceRequest
+    num_choices: int
+    fingerprint: str
+    """Of the worker that it was checked against"""
     num_prompt_tokens: int
     stop_strings: tuple[str, ...]
     skip_special_tokens: bool
@@ -85,7 +87,7 @@ async def check_request(
     seed = request.sampling.seed if request.sampling.HasField("seed") else xxhash.xxh64_intdigest(request_id.encode())
     stop_token_ids = frozenset([*stopping.stop_token_ids, *(() if stopping.ignore_eos else worker.eos_token_ids)])
     first = SequenceRequest(
-        sequence_id="",
+        sequence_id=0,
         prompt_token_ids=prompt,
         max_tokens=max_tokens,
         sampling=RowSampling(
@@ -102,7 +104,9 @@ async def check_request(
     )
     return GenerationRequest(
         request_id=request_id,
-        sequences=choices_of(request_id, first, num_choices),
+        first=first,
+        num_choices=num_choices,
+        fingerprint=worker.fingerprint,
         num_prompt_tokens=len(prompt),
         stop_strings=tuple(stopping.stop_strings),
         skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,

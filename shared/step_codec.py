@@ -1,9 +1,10 @@
 """Step plans, results and worker infos to protobuf and back. Knows the wire's field names, not their rules."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from shared.errors import InvalidPlan
 from shared.step_plan import (
     Int32Array,
     NewRow,
@@ -17,7 +18,21 @@ from shared.step_plan import (
 )
 from tandem.v1 import worker_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+
+IDS = np.dtype("<i4")
+"""How token and block ids travel. Varints would cost both ends a loop over the ids, which prompts have many of."""
+
+
+def pack_ids(ids: Int32Array | Sequence[int]) -> bytes:
+    return np.asarray(ids, IDS).tobytes()
+
+
+def unpack_ids(data: bytes) -> Int32Array:
+    """Raises InvalidPlan where the bytes are no whole number of ids."""
+    if len(data) % IDS.itemsize:
+        raise InvalidPlan(f"{len(data)} bytes are no whole number of ids")
+    return np.frombuffer(data, IDS).astype(np.int32)
 
 
 def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
@@ -33,6 +48,7 @@ def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
 
 
 def decode_plan(message: worker_pb2.StepPlan) -> StepPlan:
+    """InvalidPlan where the bytes of its ids are cut."""
     return StepPlan(
         step_id=message.step_id,
         removed_rows=_ints(message.removed_rows),
@@ -48,8 +64,8 @@ def encode_result(result: StepResult) -> worker_pb2.StepResult:
     times = result.times
     return worker_pb2.StepResult(
         step_id=result.step_id,
-        num_token_ids=result.num_token_ids,
-        token_ids=result.token_ids,
+        num_token_ids=bytes(result.num_token_ids),
+        token_ids=pack_ids(result.token_ids),
         faults=[worker_pb2.RowFault(row=f.row, code=worker_pb2.RowFaultCode.ValueType(f.code)) for f in result.faults],
         logprobs=[
             worker_pb2.RowLogprobs(
@@ -73,7 +89,7 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
     return StepResult(
         step_id=message.step_id,
         num_token_ids=list(message.num_token_ids),
-        token_ids=list(message.token_ids),
+        token_ids=unpack_ids(message.token_ids).tolist(),
         faults=tuple(RowFault(fault.row, fault.code) for fault in message.faults),
         logprobs=tuple(
             RowLogprobs(report.row, report.logprob, tuple(report.top_token_ids), tuple(report.top_logprobs))
@@ -109,6 +125,7 @@ def encode_info(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         default_top_k=info.default_top_k,
         default_top_p=info.default_top_p,
         default_min_p=info.default_min_p,
+        tokenizer_digest=info.tokenizer_digest,
     )
 
 
@@ -131,6 +148,7 @@ def decode_info(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         default_top_k=message.default_top_k if message.HasField("default_top_k") else None,
         default_top_p=message.default_top_p if message.HasField("default_top_p") else None,
         default_min_p=message.default_min_p if message.HasField("default_min_p") else None,
+        tokenizer_digest=message.tokenizer_digest,
     )
 
 
@@ -162,11 +180,11 @@ def _encode_row(row: NewRow) -> worker_pb2.NewRow:
     return worker_pb2.NewRow(
         row=row.row,
         sequence_id=row.sequence_id,
-        token_ids=row.token_ids.tolist(),
+        token_ids=pack_ids(row.token_ids),
         num_prompt_tokens=row.num_prompt_tokens,
         num_computed_tokens=row.num_computed_tokens,
         num_cached_tokens=row.num_cached_tokens,
-        block_ids=row.block_ids.tolist(),
+        block_ids=pack_ids(row.block_ids),
         sampling=encode_sampling(row.sampling),
     )
 
@@ -175,11 +193,11 @@ def _decode_row(message: worker_pb2.NewRow) -> NewRow:
     return NewRow(
         row=message.row,
         sequence_id=message.sequence_id,
-        token_ids=_ints(message.token_ids),
+        token_ids=unpack_ids(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
         num_computed_tokens=message.num_computed_tokens,
         num_cached_tokens=message.num_cached_tokens,
-        block_ids=_ints(message.block_ids),
+        block_ids=unpack_ids(message.block_ids),
         sampling=decode_sampling(message.sampling),
     )
 

@@ -37,10 +37,12 @@ class RowSampling:
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A sequence that enters the worker's batch. Positions below num_cached_tokens are never written."""
+    """A sequence that enters the worker's batch. Positions below num_cached_tokens are never written; sequence_id is
+    for logs and errors.
+    """
 
     row: int
-    sequence_id: str
+    sequence_id: int
     token_ids: Int32Array
     num_prompt_tokens: int
     num_computed_tokens: int
@@ -125,3 +127,5 @@ class WorkerInfo:
     default_top_k: int | None = None
     default_top_p: float | None = None
     default_min_p: float | None = None
+    tokenizer_digest: str = ""
+    """Of the model folder's tokenizer.json; empty where it has none"""

@@ -33,7 +33,7 @@ def worker_info(**changes: object) -> WorkerInfo:
 
 
 def create_request(
-    sequence_id: str = "r0/0",
+    sequence_id: int = 0,
     prompt: Iterable[int] = (1, 2, 3),
     max_tokens: int = 8,
     *,
@@ -62,11 +62,11 @@ def create_requests(
     common_prefix: Sequence[int] = (),
     seed: int = 0,
 ) -> list[SequenceRequest]:
-    """Sequences r0/0, r1/0, ... of random prompts, all starting with common_prefix; every second one is seeded."""
+    """Sequences 0, 1, ... of random prompts, all starting with common_prefix; every second one is seeded."""
     rng = np.random.default_rng(seed)
     requests = []
     for index in range(count):
         prompt = [*common_prefix, *rng.integers(0, VOCAB_SIZE, prompt_len - len(common_prefix)).tolist()]
         sampling = RowSampling(temperature=1.0, seed=index) if index % 2 else GREEDY
-        requests.append(create_request(f"r{index}/0", prompt, max_tokens, sampling=sampling))
+        requests.append(create_request(index, prompt, max_tokens, sampling=sampling))
     return requests

@@ -16,8 +16,8 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.in_flight: deque[PendingStep] = deque()
-        self.outputs: dict[str, list[int]] = {}
-        self.finished: dict[str, FinishedSequence] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.finished: dict[int, FinishedSequence] = {}
 
     def add(self, *requests: SequenceRequest) -> None:
         for request in requests:
@@ -41,10 +41,10 @@ class Engine:
             self.finished[finished.sequence_id] = finished
         return outputs
 
-    def lose_worker(self) -> None:
+    def lose_worker(self, failure: str = "") -> None:
         """The runner and the steps in flight are gone."""
         self.in_flight.clear()
-        for finished in self.scheduler.lose_worker():
+        for finished in self.scheduler.lose_worker(failure):
             self.finished[finished.sequence_id] = finished
 
     def attach_worker(self, runner: Runner) -> None:
@@ -70,7 +70,7 @@ class Engine:
         raise AssertionError(f"{self.scheduler.num_unfinished} sequences have not ended in {max_steps} steps")
 
 
-def run(scheduler: Scheduler, runner: Runner, requests: Iterable[SequenceRequest]) -> dict[str, list[int]]:
+def run(scheduler: Scheduler, runner: Runner, requests: Iterable[SequenceRequest]) -> dict[int, list[int]]:
     """Runs requests to their ends; gives each sequence's output tokens."""
     engine = Engine(scheduler, runner)
     engine.add(*requests)

@@ -70,7 +70,7 @@ def expected_tokens(request: SequenceRequest, n: int | None = None, *, vocab_siz
 class FakeRow:
     """What the worker knows of a row. chain has an entry for each of its tokens, sampled ones included."""
 
-    sequence_id: str
+    sequence_id: int
     salt: str
     chain: list[int]
     num_computed_tokens: int
@@ -109,15 +109,17 @@ class FakeRunner:
         *,
         gate: threading.Semaphore | None = None,
         delay_s: float = 0.0,
-        salt_of: Callable[[str], str] = lambda sequence_id: "",
+        salt_of: Callable[[int], str] = lambda sequence_id: "",
     ) -> None:
         self._info = info or worker_info()
         self.gate = gate
         self.delay_s = delay_s
         self._salt_of = salt_of
-        self.faulty: set[str] = set()
+        self.faulty: set[int] = set()
         self.num_steps = 0
         self.num_full_hits = 0
+        # Tests raise it where a step is to seem to get on.
+        self.progress = 0
         self.reset()
 
     @property
@@ -230,9 +232,10 @@ class FakeRunner:
             if row.sequence_id in self.faulty:
                 counts.append(0)
                 faults.append(RowFault(index, FAULT_NAN_LOGITS))
-                continue
-            counts.append(1)
-            token_ids.append(token_id)
+            else:
+                counts.append(1)
+                token_ids.append(token_id)
+            # A row that asked is reported on even if it has a fault: the scheduler must bear it.
             if row.sampling.num_logprobs is not None:
                 top = tuple((token_id + i) % self._info.vocab_size for i in range(row.sampling.num_logprobs))
                 logprobs.append(RowLogprobs(index, -0.5, top, tuple(-0.5 - i for i in range(len(top)))))

@@ -31,8 +31,8 @@ def check_integrity(
         if sequence.state is SequenceState.RUNNING:
             _check_running(sequence, rows, blocks.block_size, num_outstanding)
         else:
-            assert sequence.row == -1, f"{sequence.sequence_id} holds a row"
-            assert not sequence.block_table, f"{sequence.sequence_id} holds blocks"
+            assert sequence.row == -1, f"sequence {sequence.sequence_id} holds a row"
+            assert not sequence.block_table, f"sequence {sequence.sequence_id} holds blocks"
             if sequence.state is SequenceState.WAITING:
                 assert sequence.num_outstanding == num_outstanding
             else:

@@ -21,12 +21,14 @@ class SchedulerConfig:
     """1 to 4."""
     max_num_waiting: int = 4096
     """Sequences that were never admitted, at most; past it QueueFull. Preempted ones don't count."""
+    max_num_waiting_tokens: int = 2**22
+    """Their prompt tokens, at most, beyond those of one sequence."""
     enable_prefix_caching: bool = True
     admission_watermark: float = 0.01
     """Share of the blocks that an admission leaves free, so that running sequences can grow."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "max_num_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -44,9 +46,13 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """One sequence to generate. max_tokens counts output tokens; stop_token_ids holds the end-of-sequence ids too."""
+    """One sequence to generate. max_tokens counts output tokens; stop_token_ids holds the end-of-sequence ids too.
 
-    sequence_id: str
+    sequence_id is the engine's own number, never used again: what a client calls its request stays at the edge, so that
+    no late news of a request can reach another one of the same name.
+    """
+
+    sequence_id: int
     prompt_token_ids: Int32Array
     max_tokens: int
     sampling: RowSampling = field(default_factory=RowSampling)
@@ -67,7 +73,7 @@ class FinishReason(Enum):
 class FinishedSequence:
     """The end of a sequence. stop_token_id is set where one matched, error where reason is ERROR."""
 
-    sequence_id: str
+    sequence_id: int
     reason: FinishReason
     num_output_tokens: int
     num_cached_tokens: int
@@ -80,9 +86,9 @@ class StepOutputs:
     """What one step brought: parallel lists of sequences and their new token, then the sequences that ended."""
 
     step_id: int
-    sequence_ids: list[str] = field(default_factory=list)
+    sequence_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: dict[str, RowLogprobs] = field(default_factory=dict)
+    logprobs: dict[int, RowLogprobs] = field(default_factory=dict)
     finished: list[FinishedSequence] = field(default_factory=list)
 
 

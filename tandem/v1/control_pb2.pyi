@@ -62,19 +62,12 @@ class GetServerInfoResponse(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
-    SCHEDULER_ID_FIELD_NUMBER: _builtins.int
-    SESSION_EPOCH_FIELD_NUMBER: _builtins.int
     WORKER_STATE_FIELD_NUMBER: _builtins.int
-    WORKER_INSTANCE_ID_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     protocol_version: _builtins.int
-    scheduler_id: _builtins.str
-    session_epoch: _builtins.int
-    """Rises by one with each session with a worker."""
     worker_state: Global___WorkerState.ValueType
-    worker_instance_id: _builtins.str
     draining: _builtins.bool
     @_builtins.property
     def uptime(self) -> _duration_pb2.Duration: ...
@@ -83,16 +76,13 @@ class GetServerInfoResponse(_message.Message):
         *,
         version: _builtins.str = ...,
         protocol_version: _builtins.int = ...,
-        scheduler_id: _builtins.str = ...,
-        session_epoch: _builtins.int = ...,
         worker_state: Global___WorkerState.ValueType = ...,
-        worker_instance_id: _builtins.str = ...,
         uptime: _duration_pb2.Duration | None = ...,
         draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "protocol_version", b"protocol_version", "scheduler_id", b"scheduler_id", "session_epoch", b"session_epoch", "uptime", b"uptime", "version", b"version", "worker_instance_id", b"worker_instance_id", "worker_state", b"worker_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "protocol_version", b"protocol_version", "uptime", b"uptime", "version", b"version", "worker_state", b"worker_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

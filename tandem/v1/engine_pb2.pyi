@@ -115,15 +115,18 @@ class SubmitRequest(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     first_handle: _builtins.int
     """Chosen by the front end, never used again on this stream. Choice i has the handle first_handle + i."""
     num_choices: _builtins.int
+    prompt_token_ids: _builtins.bytes
+    """int32, little-endian."""
     max_tokens: _builtins.int
     priority: _builtins.int
     cache_salt: _builtins.str
-    @_builtins.property
-    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    fingerprint: _builtins.str
+    """Of the worker that the request was checked against; refused where another model came meanwhile."""
     @_builtins.property
     def sampling(self) -> _worker_pb2.RowSampling:
         """Of choice 0."""
@@ -136,16 +139,17 @@ class SubmitRequest(_message.Message):
         request_id: _builtins.str = ...,
         first_handle: _builtins.int = ...,
         num_choices: _builtins.int = ...,
-        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_token_ids: _builtins.bytes = ...,
         max_tokens: _builtins.int = ...,
         sampling: _worker_pb2.RowSampling | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "first_handle", b"first_handle", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -213,18 +217,17 @@ class AttachResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
+    token_handles: _builtins.bytes
+    """Parallel: sequence token_handles[i] (uint64, little-endian) has the new token token_ids[i] (int32, little-endian).
+    A sequence's tokens are in order.
+    """
+    token_ids: _builtins.bytes
     @_builtins.property
     def state(self) -> Global___EngineState:
         """In the first message, and whenever it changes."""
 
     @_builtins.property
     def submit_replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubmitReply]: ...
-    @_builtins.property
-    def token_handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Parallel: sequence token_handles[i] has the new token token_ids[i]. A sequence's tokens are in order."""
-
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> Global___TokenLogprobs: ...
     @_builtins.property
@@ -236,8 +239,8 @@ class AttachResponse(_message.Message):
         *,
         state: Global___EngineState | None = ...,
         submit_replies: _abc.Iterable[Global___SubmitReply] | None = ...,
-        token_handles: _abc.Iterable[_builtins.int] | None = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_handles: _builtins.bytes = ...,
+        token_ids: _builtins.bytes = ...,
         logprobs: Global___TokenLogprobs | None = ...,
         ends: _abc.Iterable[Global___SequenceEnd] | None = ...,
     ) -> None: ...

@@ -72,6 +72,7 @@ class GetWorkerInfoResponse(_message.Message):
     DEFAULT_TOP_K_FIELD_NUMBER: _builtins.int
     DEFAULT_TOP_P_FIELD_NUMBER: _builtins.int
     DEFAULT_MIN_P_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_instance_id: _builtins.str
     """New at each start of the worker."""
@@ -94,6 +95,8 @@ class GetWorkerInfoResponse(_message.Message):
     default_top_k: _builtins.int
     default_top_p: _builtins.float
     default_min_p: _builtins.float
+    tokenizer_digest: _builtins.str
+    """Of the model folder's tokenizer.json; empty where it has none."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -116,10 +119,11 @@ class GetWorkerInfoResponse(_message.Message):
         default_top_k: _builtins.int | None = ...,
         default_top_p: _builtins.float | None = ...,
         default_min_p: _builtins.float | None = ...,
+        tokenizer_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "block_size_tokens", b"block_size_tokens", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_rows", b"max_num_rows", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "vocab_size", b"vocab_size", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "block_size_tokens", b"block_size_tokens", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_rows", b"max_num_rows", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_min_p: _TypeAlias = _typing.Literal["default_min_p"]  # noqa: Y015
     _WhichOneofArgType__default_min_p: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p"]  # noqa: Y015
@@ -172,21 +176,31 @@ class ExecuteStepsResponse(_message.Message):
 
     OPENED_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    LAST_WORD_FIELD_NUMBER: _builtins.int
+    last_word: _builtins.bytes
+    """A serialised google.rpc.Status, with which the session is about to end: why a plan was refused or a step failed.
+    It comes as a message because a status may be lost to a plan that is being sent.
+    """
     @_builtins.property
     def opened(self) -> Global___SessionOpened: ...
     @_builtins.property
     def result(self) -> Global___StepResult: ...
+    @_builtins.property
+    def progress(self) -> Global___Progress: ...
     def __init__(
         self,
         *,
         opened: Global___SessionOpened | None = ...,
         result: Global___StepResult | None = ...,
+        progress: Global___Progress | None = ...,
+        last_word: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "last_word", b"last_word", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "last_word", b"last_word", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "result"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "result", "progress", "last_word"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -200,11 +214,14 @@ class OpenSession(_message.Message):
     SCHEDULER_ID_FIELD_NUMBER: _builtins.int
     SESSION_EPOCH_FIELD_NUMBER: _builtins.int
     WORKER_INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_SEQUENCES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     scheduler_id: _builtins.str
     session_epoch: _builtins.int
-    """The same scheduler with a newer epoch takes over; an equal or older one is refused."""
+    """The same scheduler with a newer epoch takes over; an equal or older one is refused while the session lives."""
     worker_instance_id: _builtins.str
+    num_live_sequences: _builtins.int
+    """Sequences that wait for a worker. With some, a scheduler takes over from another one that has sent no plan yet."""
     def __init__(
         self,
         *,
@@ -212,10 +229,11 @@ class OpenSession(_message.Message):
         scheduler_id: _builtins.str = ...,
         session_epoch: _builtins.int = ...,
         worker_instance_id: _builtins.str = ...,
+        num_live_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "scheduler_id", b"scheduler_id", "session_epoch", b"session_epoch", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_live_sequences", b"num_live_sequences", "protocol_version", b"protocol_version", "scheduler_id", b"scheduler_id", "session_epoch", b"session_epoch", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -237,6 +255,25 @@ class SessionOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionOpened: _TypeAlias = SessionOpened  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """The oldest step without a result gets on: sent about once a second while it does, but not when results come anyway.
+    A scheduler that hears neither takes the worker as lost.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class StepPlan(_message.Message):
@@ -311,8 +348,10 @@ class NewRow(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     row: _builtins.int
-    sequence_id: _builtins.str
-    """For logs and errors."""
+    sequence_id: _builtins.int
+    """The scheduler's number for the sequence, for logs and errors. No text of a client's is in a plan."""
+    token_ids: _builtins.bytes
+    """All of them: prompt and what was generated before a preemption. int32, little-endian."""
     num_prompt_tokens: _builtins.int
     num_computed_tokens: _builtins.int
     """Positions below are not computed again."""
@@ -320,24 +359,20 @@ class NewRow(_message.Message):
     """Positions below have their KV in shared blocks and are never written. One more than
     num_computed_tokens where all of the sequence was found in the prefix cache.
     """
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All of them: prompt and what was generated before a preemption."""
-
-    @_builtins.property
-    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    block_ids: _builtins.bytes
+    """int32, little-endian."""
     @_builtins.property
     def sampling(self) -> Global___RowSampling: ...
     def __init__(
         self,
         *,
         row: _builtins.int = ...,
-        sequence_id: _builtins.str = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        sequence_id: _builtins.int = ...,
+        token_ids: _builtins.bytes = ...,
         num_prompt_tokens: _builtins.int = ...,
         num_computed_tokens: _builtins.int = ...,
         num_cached_tokens: _builtins.int = ...,
-        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        block_ids: _builtins.bytes = ...,
         sampling: Global___RowSampling | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
@@ -403,12 +438,10 @@ class StepResult(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
-    @_builtins.property
-    def num_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each row that sampled, rows ascending: how many ids it has in token_ids. 1, or 0 on a fault."""
-
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    num_token_ids: _builtins.bytes
+    """For each row that sampled, rows ascending: how many ids it has in token_ids. 1, or 0 on a fault."""
+    token_ids: _builtins.bytes
+    """int32, little-endian."""
     @_builtins.property
     def faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowFault]: ...
     @_builtins.property
@@ -421,8 +454,8 @@ class StepResult(_message.Message):
         self,
         *,
         step_id: _builtins.int = ...,
-        num_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_token_ids: _builtins.bytes = ...,
+        token_ids: _builtins.bytes = ...,
         faults: _abc.Iterable[Global___RowFault] | None = ...,
         logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         times: Global___StepTimes | None = ...,

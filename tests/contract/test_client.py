@@ -11,7 +11,7 @@ import pytest
 from shared.errors import Draining, InvalidRequest, RequestIdInUse, RequestNotFound
 from tandem.client import TandemClient
 from tandem.sampling_params import SamplingParams
-from tandem.v1 import inference_pb2
+from tandem.v1 import control_pb2, inference_pb2
 from tests.contract.services import MODEL, Services
 
 T = TypeVar("T")
@@ -70,8 +70,8 @@ async def test_closing_a_stream_aborts_its_request(services: Services) -> None:
 
 async def test_what_the_server_refuses_is_an_error_of_tandem(services: Services) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await call(services, lambda client: client.generate("x", SamplingParams(top_p=2.0, max_tokens=0)))
-    assert {violation.field for violation in caught.value.violations} == {"sampling.top_p", "stopping.max_tokens"}
+        await call(services, lambda client: client.generate("x", SamplingParams(n=65, max_tokens=10**6)))
+    assert {violation.field for violation in caught.value.violations} == {"num_choices", "stopping.max_tokens"}
     with pytest.raises(InvalidRequest, match="empty"):
         await call(services, lambda client: list(client.generate_stream("")))
     with pytest.raises(RequestNotFound, match="'gone'"):
@@ -114,7 +114,7 @@ async def test_a_deadline_is_the_transports_error(services: Services) -> None:
 
 async def test_what_an_operator_asks(services: Services) -> None:
     await call(services, lambda client: client.generate("a" * 200, SamplingParams(max_tokens=2)))
-    assert (await call(services, lambda client: client.server_info())).session_epoch == 1
+    assert (await call(services, lambda client: client.server_info())).worker_state == control_pb2.WORKER_STATE_READY
     assert (await call(services, lambda client: client.model_info())).model == MODEL
     load = await call(services, lambda client: client.load())
     assert load.num_cached_blocks > 0

@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from shared import VERSION
+from shared.step_codec import PROTOCOL_VERSION
 from tandem.v1 import control_pb2, inference_pb2
 from tests.contract.services import (
     CONTROL,
@@ -30,8 +31,10 @@ async def test_server_and_model_info() -> None:
     async with Services(FakeRunner(model_info(eos_token_ids=(0, 7)))) as services:
         server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
         model = await services.control.GetModelInfo(control_pb2.GetModelInfoRequest())
-    assert server.version == VERSION and server.protocol_version == 1
-    assert server.scheduler_id and server.session_epoch == 1 and server.worker_instance_id == "worker-1"
+    assert server.version == VERSION and server.protocol_version == PROTOCOL_VERSION
+    # Who knows these could take the session: they are in no public answer.
+    names = set(control_pb2.GetServerInfoResponse.DESCRIPTOR.fields_by_name)
+    assert not names & {"scheduler_id", "session_epoch", "worker_instance_id"}
     assert server.worker_state == control_pb2.WORKER_STATE_READY and not server.draining
     assert server.uptime.ToMilliseconds() > 0
     assert model == control_pb2.GetModelInfoResponse(
@@ -48,7 +51,7 @@ async def test_before_a_worker_is_seen() -> None:
     services = Services()
     await services.start(has_worker=False)
     server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
-    assert server.worker_state == control_pb2.WORKER_STATE_CONNECTING and server.worker_instance_id == ""
+    assert server.worker_state == control_pb2.WORKER_STATE_CONNECTING
     assert await services.load() == control_pb2.GetLoadResponse()
     health = [await services.health_of(name) for name in ("", CONTROL, INFERENCE)]
     assert health == ["SERVING", "SERVING", "NOT_SERVING"]
@@ -140,7 +143,7 @@ async def test_reset_prefix_cache_forgets_what_nobody_uses() -> None:
 
 async def test_a_salt_keeps_prefixes_apart() -> None:
     salts = ["", "a", "b", "a"]
-    runner = FakeRunner(model_info(), salt_of=lambda sequence_id: salts[int(sequence_id.split("/")[0])])
+    runner = FakeRunner(model_info(), salt_of=lambda sequence_id: salts[sequence_id])
     requests = [stream_request([3] * 64, cache_salt=salt, request_id=str(n)) for n, salt in enumerate(salts)]
     async with Services(runner) as services:
         cached = [(await services.stream(request)).usage.num_cached_tokens for request in requests]

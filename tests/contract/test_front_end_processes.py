@@ -171,7 +171,7 @@ async def test_the_rest_of_control_is_one_answer() -> None:
         assert (await first.stream(stream_request([3] * 64))).usage.num_cached_tokens == 0
         assert await first.load() == await second.load()
         infos = [await each.control.GetServerInfo(control_pb2.GetServerInfoRequest()) for each in (first, second)]
-        assert len({(info.scheduler_id, info.session_epoch, info.worker_instance_id) for info in infos}) == 1
+        assert len({(info.version, info.worker_state, info.draining) for info in infos}) == 1
         models = [await each.control.GetModelInfo(control_pb2.GetModelInfoRequest()) for each in (first, second)]
         assert models[0] == models[1] and models[0].fingerprint == "fake-model"
 

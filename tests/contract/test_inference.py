@@ -255,15 +255,24 @@ async def test_a_live_request_id_is_refused_and_runs_anew_afterwards() -> None:
 
 
 async def test_a_row_fault_ends_one_request_and_no_other() -> None:
-    runner = FakeRunner(model_info())
-    runner.faulty.add("bad/0")
-    good = stream_request(range(1, 30), 20)
+    gate = threading.Semaphore(0)
+    runner = FakeRunner(model_info(), gate=gate)
+    # The second sequence of all.
+    runner.faulty.add(1)
+    good, bad = stream_request(range(1, 30), 20), stream_request(num_logprobs=2)
     async with Services(runner) as services:
-        results = await asyncio.gather(
-            services.stream(good), services.stream(stream_request(request_id="bad")), return_exceptions=True
+        running = asyncio.create_task(services.stream(good))
+        await services.wait_load(lambda load: load.num_running_sequences == 1, "the good one runs")
+        failing = asyncio.create_task(services.stream(bad))
+        await services.wait_load(
+            lambda load: load.num_running_sequences + load.num_waiting_sequences == 2, "the bad one has come"
         )
-    assert isinstance(results[0], StreamedOutput) and results[0].token_ids == true_tokens(good)
-    assert isinstance(results[1], grpc.aio.AioRpcError) and results[1].code() == grpc.StatusCode.INTERNAL
+        gate.release(1000)
+        assert (await running).token_ids == true_tokens(good)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await failing
+        assert (await services.load()).num_worker_losses == 0
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
 
 
 async def test_messages_larger_than_grpcs_own_limit_pass(tokenizer: Tokenizer) -> None:

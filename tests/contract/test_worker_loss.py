@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grpc
 import pytest
 
+from scheduler_service.core.suspects import MAX_FAILED_TRIALS
 from shared.step_plan import StepPlan, WorkerInfo
 from tandem.v1 import control_pb2, inference_pb2
 from tests.contract.services import (
@@ -112,9 +113,10 @@ async def test_streams_go_on_with_the_next_worker(num_kills: int, max_plans_in_f
             if not is_last:
                 await streams.wait_total(num_tokens + 1)
         await streams.check_truth()
-        server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
+        step_loop = services.service.step_loop
         load = await services.load()
-    assert server.session_epoch == num_kills + 1 and server.worker_instance_id == f"worker-{num_kills}"
+    assert step_loop.worker is not None
+    assert step_loop.epoch == num_kills + 1 and step_loop.worker.worker_instance_id == f"worker-{num_kills}"
     assert load.num_worker_losses == num_kills and load.num_used_blocks == 0
 
 
@@ -177,11 +179,15 @@ async def test_a_worker_that_hangs_past_the_watchdog_is_lost_and_may_come_back()
         assert (await services.load()).num_worker_losses == 1
 
 
+POISON = 999
+"""First token of a poisonous prompt."""
+
+
 class PoisonedRunner(FakeRunner):
     """Fails whole whenever the poison is in its batch."""
 
     def execute(self, plan: StepPlan) -> FakePendingStep:
-        if any(row.sequence_id == "poison/0" for row in plan.added_rows):
+        if any(row.token_ids[0] == POISON for row in plan.added_rows):
             raise RuntimeError("the poison works")
         return super().execute(plan)
 
@@ -191,10 +197,13 @@ async def test_a_poisonous_request_ends_and_all_others_complete() -> None:
         streams = Streams(services, make_requests(6, max_tokens=300))
         await streams.wait_tokens(1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await services.stream(stream_request(request_id="poison"))
+            await services.stream(stream_request([POISON]))
         assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert "the poison works" in (caught.value.details() or "")
         await streams.check_truth()
-        assert (await services.load()).num_worker_losses == 3
+        # Two make a suspect, then its trials count.
+        num_losses = 2 + MAX_FAILED_TRIALS
+        assert (await services.load()).num_worker_losses == services.num_failures == num_losses
 
 
 class AskedRunner(FakeRunner):
@@ -236,3 +245,61 @@ async def test_with_no_live_request_another_model_is_taken() -> None:
         assert (await services.load()).num_total_blocks == 64
         request = stream_request(range(1, 100), 50)
         assert (await services.stream(request)).token_ids == true_tokens(request)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": "Qwen3-8B"}, "the worker serves 'Qwen3-8B', this scheduler 'embedded'"),
+        ({"tokenizer_digest": "another"}, "tokenizer.json is another"),
+        ({"vocab_size": 1000}, "the worker's model a vocabulary of 1000"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_a_worker_with_another_model_is_refused_and_the_log_says_why(
+    changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = Services(AskedRunner(model_info(**changes)))
+    await services.start(has_worker=False)
+    await services.start_worker()
+    runner = services.runner
+    assert isinstance(runner, AskedRunner)
+    await wait_until(runner.was_asked_again, "the scheduler has refused the worker")
+    assert await services.health_of(INFERENCE) == "NOT_SERVING"
+    assert runner.num_steps == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(reason in warning for warning in warnings), warnings
+    await services.stop_worker()
+    await services.start_worker(FakeRunner(model_info()))
+    await services.wait_health("SERVING")
+    await services.stop()
+
+
+async def test_a_request_that_comes_while_another_model_is_taken_waits_for_its_own() -> None:
+    """The scheduler has no live request when it asks the worker, and one when the session is open."""
+    async with Services(gated_runner(0, MANY)) as services:
+        step_loop = services.service.step_loop
+        open_session = step_loop._client.open_session
+        requests: list[asyncio.Task[StreamedOutput]] = []
+
+        async def open_late(*arguments: object) -> object:
+            session = await open_session(*arguments)  # type: ignore[arg-type]
+            if arguments[0].fingerprint == "other-model" and not requests:  # type: ignore[attr-defined]
+                requests.append(asyncio.create_task(services.stream(stream_request())))
+                async with asyncio.timeout(10):
+                    while not step_loop.scheduler.num_unfinished:  # type: ignore[union-attr]
+                        await asyncio.sleep(0.001)
+            return session
+
+        step_loop._client.open_session = open_late  # type: ignore[method-assign, assignment]
+        await kill_worker(services)
+        other = gated_runner(1, MANY, fingerprint="other-model")
+        await services.start_worker(other)
+        async with asyncio.timeout(10):
+            while not requests:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert other.num_steps == 0
+        await services.stop_worker()
+        await services.start_worker(gated_runner(2, MANY))
+        assert (await requests[0]).token_ids == true_tokens(stream_request())

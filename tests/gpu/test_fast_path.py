@@ -151,7 +151,7 @@ def make_requests(samplings: tuple[RowSampling, ...]) -> list[SequenceRequest]:
             num_logprobs=5 if index % 4 == 0 else None,
         )
         stops = stop_token_ids if index % 3 == 0 else frozenset()
-        requests.append(SequenceRequest(f"r{index}/0", prompt, 20 + index, sampling, stops))
+        requests.append(SequenceRequest(index, prompt, 20 + index, sampling, stops))
     return requests
 
 

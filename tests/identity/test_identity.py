@@ -115,7 +115,7 @@ def make_requests(vocab_size: int) -> list[SequenceRequest]:
                 seed=index,
                 choice_index=index % 5,
             )
-        requests.append(SequenceRequest(f"r{index}/0", prompt, NUM_OUTPUT_TOKENS, sampling))
+        requests.append(SequenceRequest(index, prompt, NUM_OUTPUT_TOKENS, sampling))
     return requests
 
 

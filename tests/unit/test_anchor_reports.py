@@ -26,6 +26,8 @@ from tests.builders import create_request, create_requests, worker_info
 from tests.engine import Engine, run
 from tests.fake_worker import FakeRunner, expected_tokens
 
+LARGE, FIRST, SECOND = range(100, 103)
+
 BLOCK_SIZE = 16
 
 
@@ -87,7 +89,7 @@ def test_request_larger_than_the_pool_is_refused_and_the_next_works(is_long_prom
     num_slots = 4 * BLOCK_SIZE
     prompt_len, max_tokens = (num_slots + 1, 1) if is_long_prompt else (10, num_slots - 10 + 2)
     with pytest.raises(InvalidRequest, match="KV pool"):
-        engine.add(create_request("large/0", prompt=range(prompt_len), max_tokens=max_tokens))
+        engine.add(create_request(LARGE, prompt=range(prompt_len), max_tokens=max_tokens))
     assert engine.scheduler.num_unfinished == 0
     # The last token is never stored, so the largest request that fits is one longer than the pool.
     largest = create_request(prompt=range(10), max_tokens=num_slots - 10 + 1)
@@ -133,19 +135,19 @@ def test_blocks_freed_while_a_step_in_flight_reads_them(depth: int) -> None:
     reads them. Plans run in order, so here they may be: the next plan reuses them and nothing reads a foreign slot.
     """
     engine = make_engine(num_blocks=5, max_plans_in_flight=depth, enable_prefix_caching=False)
-    first = create_request("first/0", prompt=range(40), max_tokens=20)
-    second = create_request("second/0", prompt=range(100, 150), max_tokens=10)
+    first = create_request(FIRST, prompt=range(40), max_tokens=20)
+    second = create_request(SECOND, prompt=range(100, 150), max_tokens=10)
     engine.add(first, second)
     for _ in range(depth - 1):
         assert engine.launch() is not None
-    assert engine.scheduler.abort("first/0")
+    assert engine.scheduler.abort(FIRST)
     assert engine.scheduler.load().num_used_blocks == 0
     plan = engine.launch()
     assert plan is not None and len(engine.in_flight) == depth
-    assert [row.sequence_id for row in plan.added_rows] == ["second/0"]
+    assert [row.sequence_id for row in plan.added_rows] == [SECOND]
     engine.drain()
-    assert engine.outputs["second/0"] == expected_tokens(second)
-    assert engine.outputs["first/0"] == []
+    assert engine.outputs[SECOND] == expected_tokens(second)
+    assert engine.outputs[FIRST] == []
 
 
 def test_no_preemption_thrash() -> None:
@@ -164,6 +166,6 @@ def test_no_preemption_thrash() -> None:
         for row in plan.added_rows:
             num_entries[row.sequence_id] += 1
     assert engine.scheduler.load().num_preemptions > 0
-    assert num_entries["r0/0"] == 1
+    assert num_entries[0] == 1
     assert max(num_entries.values()) <= 6, num_entries
     assert engine.outputs == {request.sequence_id: expected_tokens(request) for request in requests}

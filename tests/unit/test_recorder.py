@@ -18,6 +18,8 @@ from tests.builders import create_request, create_requests, worker_info
 from tests.engine import Engine
 from tests.fake_worker import FakeRunner, expected_tokens
 
+LOGPROBS = 100
+
 WORKER = worker_info(block_size=4, num_blocks=33, max_model_len=100)
 
 
@@ -52,8 +54,8 @@ def record_random_run(path: Path, seed: int) -> Load:
             engine.lose_worker()
             engine.launch()
             engine.attach_worker(FakeRunner(replace(WORKER, num_blocks=25, worker_instance_id=f"worker-{move}")))
-    engine.runner.faulty.add("r39/0")  # type: ignore[attr-defined]
-    engine.add(create_request("logprobs/0", sampling=RowSampling(num_logprobs=2)))
+    engine.runner.faulty.add(39)  # type: ignore[attr-defined]
+    engine.add(create_request(LOGPROBS, sampling=RowSampling(num_logprobs=2)))
     engine.drain()
     scheduler.close()
     return scheduler.load()
@@ -137,3 +139,12 @@ def test_command_prints_the_verdict(tmp_path: Path) -> None:
     path.write_text("nothing\n")
     bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 2 and "line 1" in bad.stderr
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_recording_holds_prompts_and_only_its_owner_reads_it(is_there: bool, tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    if is_there:
+        path.touch(0o644)
+    RecordingScheduler(SchedulerConfig(), WORKER, path).close()
+    assert path.stat().st_mode & 0o777 == 0o600

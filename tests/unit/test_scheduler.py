@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from scheduler_service.core.scheduler import Scheduler
+from scheduler_service.core.suspects import MAX_FAILED_TRIALS, MAX_VANISHED_TRIALS, PROBE_ID
 from scheduler_service.core.types import FinishReason, SchedulerConfig, SequenceRequest
 from shared.errors import ConfigError, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
 from shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
 from tests.builders import create_request, create_requests, worker_info
 from tests.engine import Engine, run
 from tests.fake_worker import FakeRunner, expected_tokens
+
+A, B, C, FIRST, SECOND, THIRD, LATE, LOW, OLD, NEW, MORE, LARGE, SMALL = range(100, 113)
 
 
 def make_engine(worker: WorkerInfo | None = None, **config: object) -> Engine:
@@ -25,7 +28,7 @@ def launch(engine: Engine) -> StepPlan:
     return plan
 
 
-def added_ids(plan: StepPlan) -> list[str]:
+def added_ids(plan: StepPlan) -> list[int]:
     return [row.sequence_id for row in plan.added_rows]
 
 
@@ -33,7 +36,7 @@ def chunks(plan: StepPlan) -> dict[int, int]:
     return dict(zip(plan.chunk_rows.tolist(), plan.chunk_num_tokens.tolist(), strict=True))
 
 
-def expected(requests: list[SequenceRequest]) -> dict[str, list[int]]:
+def expected(requests: list[SequenceRequest]) -> dict[int, list[int]]:
     return {request.sequence_id: expected_tokens(request) for request in requests}
 
 
@@ -42,7 +45,7 @@ def expected(requests: list[SequenceRequest]) -> dict[str, list[int]]:
 
 def test_decoding_rows_and_prompt_chunks_share_one_budget() -> None:
     engine = make_engine(max_num_seqs=4, max_num_batched_tokens=10, enable_prefix_caching=False)
-    requests = [create_request("a/0", range(6)), create_request("b/0", range(20, 36)), create_request("c/0", range(3))]
+    requests = [create_request(A, range(6)), create_request(B, range(20, 36)), create_request(C, range(3))]
     engine.add(*requests)
     assert [chunks(launch(engine)), chunks(launch(engine))] == [{0: 6, 1: 4}, {1: 9}]
     engine.deliver()
@@ -116,12 +119,12 @@ def test_a_late_stop_takes_tokens_back_and_frees_the_blocks() -> None:
     engine.add(create_request(max_tokens=50))
     for _ in range(10):
         engine.step()
-    assert engine.scheduler.stop("r0/0", 7)
+    assert engine.scheduler.stop(0, 7)
     load = engine.scheduler.load()
     assert (load.num_output_tokens, load.num_overshoot_tokens, load.num_used_blocks) == (7, 3, 0)
     engine.drain()
-    assert len(engine.outputs["r0/0"]) == 10
-    assert not engine.scheduler.stop("r0/0", 7)
+    assert len(engine.outputs[0]) == 10
+    assert not engine.scheduler.stop(0, 7)
 
 
 def test_an_aborted_sequence_is_out_of_the_next_plan_and_its_id_is_free() -> None:
@@ -129,14 +132,14 @@ def test_an_aborted_sequence_is_out_of_the_next_plan_and_its_id_is_free() -> Non
     engine.add(create_request(max_tokens=50))
     launch(engine)
     launch(engine)
-    assert engine.scheduler.abort("r0/0")
+    assert engine.scheduler.abort(0)
     assert engine.scheduler.load().num_used_blocks == 0
     again = create_request(prompt=[9, 8, 7], max_tokens=5)
     engine.add(again)
     plan = launch(engine)
-    assert plan.removed_rows.tolist() == [0] and added_ids(plan) == ["r0/0"]
+    assert plan.removed_rows.tolist() == [0] and added_ids(plan) == [0]
     engine.drain()
-    assert engine.outputs["r0/0"] == expected_tokens(again)
+    assert engine.outputs[0] == expected_tokens(again)
 
 
 def test_a_live_id_is_refused() -> None:
@@ -145,7 +148,7 @@ def test_a_live_id_is_refused() -> None:
     with pytest.raises(RequestIdInUse):
         engine.scheduler.add(create_request(prompt=[5]))
     engine.drain()
-    assert engine.outputs["r0/0"] == expected_tokens(create_request())
+    assert engine.outputs[0] == expected_tokens(create_request())
 
 
 # Order
@@ -153,31 +156,31 @@ def test_a_live_id_is_refused() -> None:
 
 def test_priority_then_arrival() -> None:
     engine = make_engine(max_num_seqs=1)
-    for name, priority in (("late", 1), ("second", 0), ("third", 0), ("first", -1)):
-        engine.add(create_request(f"{name}/0", priority=priority, max_tokens=1))
+    for name, priority in ((LATE, 1), (SECOND, 0), (THIRD, 0), (FIRST, -1)):
+        engine.add(create_request(name, priority=priority, max_tokens=1))
     order = []
     while engine.scheduler.num_unfinished:
         plan = engine.launch()
         order += added_ids(plan) if plan else []
         engine.deliver()
-    assert order == ["first/0", "second/0", "third/0", "late/0"]
+    assert order == [FIRST, SECOND, THIRD, LATE]
 
 
 def test_the_last_in_order_is_preempted_and_keeps_its_place() -> None:
     worker = worker_info(block_size=4, num_blocks=9)
     engine = make_engine(worker, max_num_seqs=3, enable_prefix_caching=False, max_plans_in_flight=1)
     requests = [
-        create_request("low/0", range(8), 20, priority=5),
-        create_request("old/0", range(10, 18), 20),
-        create_request("new/0", range(20, 28), 4),
+        create_request(LOW, range(8), 20, priority=5),
+        create_request(OLD, range(10, 18), 20),
+        create_request(NEW, range(20, 28), 4),
     ]
     engine.add(*requests)
-    admitted: Counter[str] = Counter()
+    admitted: Counter[int] = Counter()
     while engine.scheduler.num_unfinished:
         plan = engine.launch()
         admitted.update(added_ids(plan) if plan else [])
         engine.deliver()
-    assert admitted["old/0"] == admitted["new/0"] == 1 < admitted["low/0"]
+    assert admitted[OLD] == admitted[NEW] == 1 < admitted[LOW]
     assert engine.outputs == expected(requests)
 
 
@@ -185,20 +188,20 @@ def test_the_queue_is_bounded_and_preempted_sequences_dont_count() -> None:
     engine = make_engine(max_num_waiting=2)
     engine.add(*create_requests(2))
     with pytest.raises(QueueFull):
-        engine.scheduler.add(create_request("more/0"))
+        engine.scheduler.add(create_request(MORE))
     launch(engine)
-    engine.scheduler.add(create_request("more/0"))
+    engine.scheduler.add(create_request(MORE))
     engine.scheduler.check_integrity()
 
 
 def test_an_admission_leaves_the_watermark_free() -> None:
     worker = worker_info(block_size=4, num_blocks=11)
     engine = make_engine(worker, admission_watermark=0.3)
-    engine.add(create_request("a/0", range(16)), create_request("b/0", range(20, 36)))
-    assert added_ids(launch(engine)) == ["a/0"]
+    engine.add(create_request(A, range(16)), create_request(B, range(20, 36)))
+    assert added_ids(launch(engine)) == [A]
     alone = make_engine(worker, admission_watermark=0.3)
     alone.add(create_request(prompt=range(39), max_tokens=2))
-    assert added_ids(launch(alone)) == ["r0/0"]
+    assert added_ids(launch(alone)) == [0]
 
 
 # What is refused
@@ -251,7 +254,7 @@ def test_a_result_that_does_not_fit_its_plan_is_refused_whole(result: StepResult
     with pytest.raises(ProtocolError):
         engine.scheduler.update(result)
     engine.drain()
-    assert engine.outputs["r0/0"] == expected_tokens(create_request())
+    assert engine.outputs[0] == expected_tokens(create_request())
 
 
 # Prefix cache
@@ -265,19 +268,19 @@ def test_generated_text_is_cached_too() -> None:
     # The next turn continues the conversation.
     text = [*range(6), *expected_tokens(first)]
     assert engine.scheduler.longest_prefix(np.array(text, np.int32)) == 16
-    second = create_request("r1/0", prompt=[*text, 5, 5])
+    second = create_request(1, prompt=[*text, 5, 5])
     engine.add(second)
     engine.drain()
-    assert engine.finished["r1/0"].num_cached_tokens == 16
-    assert engine.outputs["r1/0"] == expected_tokens(second)
+    assert engine.finished[1].num_cached_tokens == 16
+    assert engine.outputs[1] == expected_tokens(second)
 
 
 def test_salts_keep_caches_apart() -> None:
     engine = make_engine(worker_info(block_size=4))
     for index, (salt, num_cached) in enumerate([("a", 0), ("b", 0), ("a", 8), ("", 0)]):
-        engine.add(create_request(f"r{index}/0", prompt=range(10), cache_salt=salt))
+        engine.add(create_request(index, prompt=range(10), cache_salt=salt))
         engine.drain()
-        assert engine.finished[f"r{index}/0"].num_cached_tokens == num_cached
+        assert engine.finished[index].num_cached_tokens == num_cached
 
 
 def test_reset_forgets_what_nobody_uses() -> None:
@@ -295,23 +298,23 @@ def test_reset_forgets_what_nobody_uses() -> None:
 def test_a_row_fault_ends_one_sequence_and_its_blocks_are_not_trusted() -> None:
     engine = make_engine(worker_info(block_size=4))
     requests = create_requests(3, prompt_len=12, max_tokens=6)
-    engine.runner.faulty.add("r1/0")  # type: ignore[attr-defined]
+    engine.runner.faulty.add(1)  # type: ignore[attr-defined]
     engine.add(*requests)
     engine.drain()
-    finished = engine.finished.pop("r1/0")
+    finished = engine.finished.pop(1)
     assert finished.reason is FinishReason.ERROR and finished.error
-    assert engine.outputs.pop("r1/0") == []
-    assert engine.outputs == {r.sequence_id: expected_tokens(r) for r in requests if r.sequence_id != "r1/0"}
+    assert engine.outputs.pop(1) == []
+    assert engine.outputs == {r.sequence_id: expected_tokens(r) for r in requests if r.sequence_id != 1}
     assert engine.scheduler.longest_prefix(requests[1].prompt_token_ids) == 0
 
 
 def test_logprobs_reach_the_sequence_that_asked() -> None:
     engine = make_engine()
-    engine.add(create_request("a/0"), create_request("b/0", sampling=RowSampling(num_logprobs=2)))
+    engine.add(create_request(A), create_request(B, sampling=RowSampling(num_logprobs=2)))
     launch(engine)
     outputs = engine.deliver()
-    assert outputs.logprobs.keys() == {"b/0"}
-    assert outputs.logprobs["b/0"].top_token_ids[0] == engine.outputs["b/0"][0]
+    assert outputs.logprobs.keys() == {B}
+    assert outputs.logprobs[B].top_token_ids[0] == engine.outputs[B][0]
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 64])
@@ -325,7 +328,7 @@ def test_a_lost_worker_loses_and_repeats_no_token(num_delivered: int, block_size
     engine.lose_worker()
     assert engine.scheduler.schedule() is None
     assert engine.scheduler.longest_prefix(requests[0].prompt_token_ids) == 0
-    late = create_request("late/0")
+    late = create_request(LATE)
     engine.add(late)
     engine.attach_worker(FakeRunner(worker_info(block_size=block_size, num_blocks=1024 // block_size)))
     assert launch(engine).step_id == 1
@@ -342,35 +345,37 @@ def test_a_worker_of_another_block_size_has_a_prefix_cache_of_its_own() -> None:
     engine.attach_worker(FakeRunner(worker_info(block_size=4)))
     engine.drain()
     assert engine.scheduler.longest_prefix(request.prompt_token_ids) == 40
-    assert engine.outputs["r0/0"] == expected_tokens(request)
+    assert engine.outputs[0] == expected_tokens(request)
 
 
 def test_a_smaller_worker_ends_what_no_longer_fits() -> None:
     engine = make_engine()
-    large, small = create_request("large/0", range(100), 50), create_request("small/0", range(10), 20)
+    large, small = create_request(LARGE, range(100), 50), create_request(SMALL, range(10), 20)
     engine.add(large, small)
     engine.step()
     engine.lose_worker()
     engine.attach_worker(FakeRunner(worker_info(num_blocks=5)))
-    assert engine.finished["large/0"].reason is FinishReason.ERROR
+    assert engine.finished[LARGE].reason is FinishReason.ERROR
     engine.drain()
-    assert engine.outputs["small/0"] == expected_tokens(small)
+    assert engine.outputs[SMALL] == expected_tokens(small)
 
 
-def run_with_poison(engine: Engine, poison: set[str]) -> list[set[str]]:
+def run_with_poison(engine: Engine, poison: set[int], failure: str = "") -> list[set[int]]:
     """Runs to the end; the worker dies in every step that computes one of `poison`. Gives for each loss the
     sequences that were present and had brought no token since they were admitted.
     """
     unproven_at_losses = []
-    num_tokens_at_admission: dict[str, int] = {}
+    num_tokens_at_admission: dict[int, int] = {}
     while engine.scheduler.num_unfinished:
         plan = engine.launch()
         for sequence_id in added_ids(plan) if plan else []:
-            num_tokens_at_admission[sequence_id] = len(engine.outputs[sequence_id])
+            num_tokens_at_admission[sequence_id] = len(engine.outputs.get(sequence_id, ()))
         present = {row.sequence_id for row in engine.runner.rows.values()}  # type: ignore[attr-defined]
         if present & poison:
-            unproven_at_losses.append({s for s in present if len(engine.outputs[s]) == num_tokens_at_admission[s]})
-            engine.lose_worker()
+            unproven_at_losses.append(
+                {s for s in present - {PROBE_ID} if len(engine.outputs[s]) == num_tokens_at_admission[s]}
+            )
+            engine.lose_worker(failure)
             engine.attach_worker(FakeRunner(engine.runner.info))
         elif plan is None:
             engine.deliver()
@@ -378,18 +383,93 @@ def run_with_poison(engine: Engine, poison: set[str]) -> list[set[str]]:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
-@pytest.mark.parametrize("poison", [{"r2/0"}, {"r0/0"}, {"r1/0", "r4/0"}])
-def test_no_poisonous_sequence_survives_three_losses_and_the_innocent_finish(poison: set[str], depth: int) -> None:
+@pytest.mark.parametrize("poison", [{2}, {0}, {1, 4}])
+@pytest.mark.parametrize(("failure", "num_trials"), [("", MAX_VANISHED_TRIALS), ("step 3: boom", MAX_FAILED_TRIALS)])
+def test_poisonous_sequences_end_after_their_trials_and_the_innocent_finish(
+    poison: set[int], depth: int, failure: str, num_trials: int
+) -> None:
     engine = make_engine(max_plans_in_flight=depth)
     requests = create_requests(6, max_tokens=12)
     engine.add(*requests)
-    unproven_at_losses = run_with_poison(engine, poison)
-    assert {s for s, finished in engine.finished.items() if finished.reason is FinishReason.ERROR} == poison
-    assert len(unproven_at_losses) <= 3 * len(poison)
-    assert all(len(unproven & poison) == 1 for unproven in unproven_at_losses[2:]), "two suspects meet"
+    unproven_at_losses = run_with_poison(engine, poison, failure)
+    failed = {s: finished for s, finished in engine.finished.items() if finished.reason is FinishReason.ERROR}
+    assert failed.keys() == poison
+    assert all(failure in (finished.error or "") for finished in failed.values())
+    assert len(unproven_at_losses) == 2 + num_trials * len(poison)
     assert all(len(unproven) == 1 for unproven in unproven_at_losses[2:]), "a suspect is beside one that is not proven"
     innocent = [request for request in requests if request.sequence_id not in poison]
     assert {s: tokens for s, tokens in engine.outputs.items() if s not in poison} == expected(innocent)
+
+
+def test_one_poisonous_sequence_among_64_others_ends_alone() -> None:
+    engine = make_engine()
+    requests = create_requests(65, max_tokens=30)
+    engine.add(*requests)
+    num_losses = len(run_with_poison(engine, {64}, "boom"))
+    assert num_losses == 2 + MAX_FAILED_TRIALS
+    assert [s for s, finished in engine.finished.items() if finished.reason is FinishReason.ERROR] == [64]
+    assert {s: tokens for s, tokens in engine.outputs.items() if s != 64} == expected(requests[:64])
+
+
+def test_a_session_without_a_result_accuses_nobody() -> None:
+    """A worker that dies at whatever it is given first: losses count only once the session has shown that it works."""
+    engine = make_engine()
+    requests = create_requests(3, max_tokens=6)
+    engine.add(*requests)
+    for _ in range(20):
+        assert engine.launch() is not None
+        engine.lose_worker("every step fails")
+        engine.attach_worker(FakeRunner())
+    assert not engine.finished
+    engine.drain()
+    assert {s: engine.outputs[s] for s in range(3)} == expected(requests)
+
+
+def test_suspects_wait_for_a_probe_and_its_token_is_nobodys() -> None:
+    engine = make_engine()
+    requests = create_requests(2, max_tokens=6)
+    engine.add(*requests)
+    for _ in range(2):
+        engine.launch()
+        engine.lose_worker()
+        engine.attach_worker(FakeRunner())
+    plan = launch(engine)
+    assert added_ids(plan) == [PROBE_ID]
+    assert engine.launch() is None, "a suspect enters before the probe's result"
+    outputs = engine.deliver()
+    assert not outputs.sequence_ids and not outputs.finished
+    assert added_ids(launch(engine)) == [0]
+    engine.drain()
+    assert {s: engine.outputs[s] for s in range(2)} == expected(requests)
+    engine.scheduler.check_integrity()
+
+
+def test_random_kills_accuse_nobody() -> None:
+    """60 kills from outside under 16 long streams, near a hundred steps apart or, as often, within the first steps of
+    the next session, so that many hit a trial.
+    """
+    rng = np.random.default_rng(0)
+    worker = worker_info(num_blocks=60_000, max_model_len=30_000)
+    scheduler = make_engine(worker).scheduler
+    for request in create_requests(16, prompt_len=40, max_tokens=25_000):
+        scheduler.add(request)
+    num_kills = num_tried = steps_left = 0
+    while num_kills < 60:
+        while scheduler.schedule() is not None:
+            pass
+        steps_left -= 1
+        if steps_left < 0:
+            steps_left = int(rng.integers(0, 12)) if rng.random() < 0.5 else int(rng.exponential(100))
+            num_kills += 1
+            assert scheduler.lose_worker() == []
+            num_tried += any(sequence.num_trial_losses for sequence in scheduler._live.values())
+            scheduler.attach_worker(worker)
+        else:
+            step = scheduler._in_flight[0]
+            num_rows = len(step.rows)
+            assert scheduler.update(StepResult(step.step_id, [1] * num_rows, [7] * num_rows)).finished == []
+    assert num_tried, "no kill hit a trial: the test shows nothing"
+    scheduler.check_integrity()
 
 
 def test_losses_with_progress_between_them_end_nobody() -> None:
@@ -413,3 +493,33 @@ def test_nothing_keeps_a_scheduler_from_being_used_again() -> None:
         assert run(engine.scheduler, engine.runner, requests) == expected(requests)
     engine.scheduler.check_integrity()
     assert engine.scheduler.load().num_used_blocks == 0
+
+
+def test_what_waits_is_bounded_in_tokens_too() -> None:
+    engine = make_engine(max_num_seqs=1, max_num_waiting_tokens=100)
+    engine.add(create_request(A, range(60)), create_request(B, range(40)))
+    with pytest.raises(QueueFull, match="100 prompt tokens"):
+        engine.add(create_request(C, range(1)))
+    launch(engine)
+    engine.add(create_request(C, range(60)))
+    with pytest.raises(QueueFull):
+        engine.add(create_request(NEW, range(1)))
+    assert engine.scheduler.abort(C)
+    engine.add(create_request(NEW, range(60)))
+    engine.drain()
+    engine.scheduler.check_integrity()
+
+
+def test_one_sequence_may_wait_however_long_it_is() -> None:
+    engine = make_engine(max_num_waiting_tokens=10)
+    engine.add(create_request(A, range(50)))
+    engine.drain()
+
+
+def test_a_report_on_a_row_with_a_fault_is_dropped() -> None:
+    engine = make_engine()
+    engine.add(create_request(A, sampling=RowSampling(num_logprobs=2)), create_request(B))
+    engine.runner.faulty.add(A)  # type: ignore[attr-defined]
+    launch(engine)
+    outputs = engine.deliver()
+    assert not outputs.logprobs and [finished.sequence_id for finished in outputs.finished] == [A]

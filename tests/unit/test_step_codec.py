@@ -3,9 +3,11 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.errors import InvalidPlan
 from shared.step_codec import (
     decode_info,
     decode_plan,
@@ -13,6 +15,8 @@ from shared.step_codec import (
     encode_info,
     encode_plan,
     encode_result,
+    pack_ids,
+    unpack_ids,
 )
 from shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, StepTimes, WorkerInfo
 from tandem.v1 import worker_pb2
@@ -33,7 +37,7 @@ samplings = st.builds(
 rows = st.builds(
     NewRow,
     row=numbers,
-    sequence_id=st.text(max_size=5),
+    sequence_id=st.integers(0, 2**64 - 1),
     token_ids=arrays,
     num_prompt_tokens=numbers,
     num_computed_tokens=numbers,
@@ -62,7 +66,7 @@ times = st.builds(StepTimes, *[st.integers(0, 2**63)] * 6)
 results = st.builds(
     StepResult,
     step_id=numbers,
-    num_token_ids=st.lists(numbers, max_size=4),
+    num_token_ids=st.lists(st.integers(0, 255), max_size=4),
     token_ids=st.lists(numbers, max_size=4),
     faults=st.lists(st.builds(RowFault, row=numbers, code=st.sampled_from([0, 1])), max_size=2).map(tuple),
     logprobs=st.lists(reports, max_size=2).map(tuple),
@@ -87,6 +91,7 @@ infos = st.builds(
     default_top_k=st.none() | numbers,
     default_top_p=st.none() | floats,
     default_min_p=st.none() | floats,
+    tokenizer_digest=st.text(max_size=4),
 )
 
 
@@ -125,3 +130,17 @@ def test_a_steady_step_is_a_few_bytes() -> None:
 def test_a_number_past_int32_arrives_as_one_that_validation_refuses() -> None:
     message = worker_pb2.StepPlan(step_id=1, removed_rows=[2**32 - 1])
     assert decode_plan(message).removed_rows.tolist() == [-1]
+
+
+def test_ids_are_four_bytes_each_whatever_they_are() -> None:
+    """64 new rows of 40,000 tokens: bytes that are copied, not varints that are counted out."""
+    ids = np.full(40_000, 151_935, np.int32)
+    assert pack_ids(ids) == ids.tobytes()
+    assert unpack_ids(pack_ids(ids)).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("field", ["token_ids", "block_ids"])
+def test_ids_that_are_cut_are_an_invalid_plan(field: str) -> None:
+    row = worker_pb2.NewRow(**{field: b"\x01\x00\x00"})
+    with pytest.raises(InvalidPlan, match="whole number"):
+        decode_plan(worker_pb2.StepPlan(step_id=1, added_rows=[row]))

@@ -22,7 +22,7 @@ def make_batch() -> Batch:
 def new_row(row: int = 1, num_tokens: int = 6, **changes: Any) -> NewRow:
     new = NewRow(
         row=row,
-        sequence_id=f"s{row}",
+        sequence_id=row,
         token_ids=np.arange(num_tokens, dtype=np.int32),
         num_prompt_tokens=num_tokens,
         num_computed_tokens=0,

@@ -45,7 +45,7 @@ def test_parts_have_the_steps_tokens_in_their_order() -> None:
 
 def new_row(row: int, token_ids: np.ndarray, block_ids: list[int], num_cached: int = 0) -> NewRow:
     return NewRow(
-        row=row, sequence_id="", token_ids=token_ids, num_prompt_tokens=len(token_ids), num_computed_tokens=num_cached,
+        row=row, sequence_id=0, token_ids=token_ids, num_prompt_tokens=len(token_ids), num_computed_tokens=num_cached,
         num_cached_tokens=num_cached, block_ids=np.array(block_ids, np.int32), sampling=RowSampling(),
     )  # fmt: skip
 

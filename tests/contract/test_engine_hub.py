@@ -1,0 +1,89 @@
+"""The hub between the step loop and several front ends: whose news is whose, and a front end that fails."""
+
+import asyncio
+
+import pytest
+
+from scheduler_service.core.types import FinishReason
+from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
+from shared.errors import SequenceFailed, WorkerUnavailable
+from tests.builders import create_request
+from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
+from tests.fake_worker import FakeRunner, expected_tokens
+
+
+class Listener:
+    """A front end that keeps what it is told. While `is_broken` it raises instead."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, SequenceEnd] = {}
+        self.is_broken = False
+        self.has_news = asyncio.Event()
+
+    def on_outputs(self, batch: OutputBatch) -> None:
+        if self.is_broken and batch.token_ids:
+            raise RuntimeError("the front end is broken")
+        for handle, token_id in zip(batch.token_handles, batch.token_ids, strict=True):
+            self.tokens.setdefault(handle, []).append(token_id)
+        self.ends.update({end.handle: end for end in batch.ends})
+        self.has_news.set()
+
+    async def on_state(self, state: EngineState) -> None:
+        if self.is_broken:
+            raise RuntimeError("the front end is broken")
+
+    async def wait_end(self, handle: int) -> SequenceEnd:
+        async with asyncio.timeout(WAIT_S):
+            while handle not in self.ends:
+                self.has_news.clear()
+                await self.has_news.wait()
+        return self.ends[handle]
+
+
+def submission(request_id: str, handle: int, max_tokens: int = 8, fingerprint: str = "fake-model") -> Submission:
+    return Submission(request_id, handle, create_request(max_tokens=max_tokens), 1, fingerprint)
+
+
+async def test_late_news_of_an_ended_request_does_not_touch_a_new_one_of_its_id() -> None:
+    async with Services(FakeRunner(model_info(), delay_s=0.005)) as services:
+        first, second = Listener(), Listener()
+        engine_a, engine_b = (services.service._hub.attach(listener) for listener in (first, second))
+        await engine_a.submit(submission("same", 0))
+        await first.wait_end(0)
+        await engine_b.submit(submission("same", 7, max_tokens=60))
+        async with asyncio.timeout(WAIT_S):
+            while not second.tokens.get(7):
+                await asyncio.sleep(0.001)
+        engine_a.stop(0, 1)
+        engine_a.close_request(0)
+        end = await second.wait_end(7)
+    assert end.reason is FinishReason.LENGTH
+    truth = create_request(max_tokens=60)
+    assert second.tokens[7] == expected_tokens(truth, vocab_size=VOCAB_SIZE)
+
+
+async def test_a_front_end_that_raises_ends_its_own_requests_and_loses_no_worker() -> None:
+    async with Services(FakeRunner(model_info(), delay_s=0.002)) as services:
+        broken = Listener()
+        engine = services.service._hub.attach(broken)
+        other = asyncio.create_task(services.stream(stream_request(max_tokens=100)))
+        await engine.submit(submission("mine", 3, max_tokens=100))
+        broken.is_broken = True
+        end = await broken.wait_end(3)
+        assert end.reason is FinishReason.ERROR and isinstance(end.error, SequenceFailed)
+        assert (await other).token_ids == true_tokens(stream_request(max_tokens=100))
+        load = await services.load()
+        assert load.num_worker_losses == load.num_used_blocks == 0
+        # Told of every change, and raising at each, it holds up nobody.
+        await services.stop_worker()
+        await services.wait_health("NOT_SERVING")
+        await services.start_worker()
+        assert (await services.stream(stream_request())).token_ids == true_tokens(stream_request())
+
+
+async def test_a_request_checked_against_another_model_is_refused() -> None:
+    async with Services() as services:
+        engine = services.service._hub.attach(Listener())
+        with pytest.raises(WorkerUnavailable, match="another model"):
+            await engine.submit(submission("r", 0, fingerprint="the model before"))
