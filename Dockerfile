@@ -17,7 +17,7 @@ COPY worker_service worker_service
 RUN /opt/tandem/bin/pip install --no-cache-dir -c constraints.txt ".[worker]"
 
 FROM ${BASE_IMAGE}
-RUN useradd --create-home --uid 1000 tandem
+RUN useradd --create-home --uid 1000 tandem && mkdir /run/tandem && chown tandem: /run/tandem
 COPY --from=build /opt/tandem /opt/tandem
 ENV PATH=/opt/tandem/bin:${PATH} PYTHONUNBUFFERED=1
 USER tandem

@@ -169,6 +169,36 @@ async def test_no_worker_in_time_ends_all_with_advice_and_a_later_worker_serves_
         assert (await services.stream(stream_request())).token_ids == true_tokens(stream_request())
 
 
+async def test_a_long_step_that_gets_on_is_no_loss() -> None:
+    """Ten times both limits, the scheduler's and the worker's own; the tokens come in the end."""
+    async with Services(gated_runner(0), step_timeout_s=0.3, worker_step_timeout_s=0.3) as services:
+        streams = await Streams.mid_way(services, make_requests(3))
+        assert isinstance(services.runner, FakeRunner)
+        for _ in range(60):
+            await asyncio.sleep(0.05)
+            services.runner.progress += 1
+        assert (await services.load()).num_worker_losses == services.num_failures == 0
+        # Results that may come at any time are progress of their own.
+        open_gate(services.runner)
+        await streams.check_truth()
+        assert (await services.load()).num_worker_losses == 0
+
+
+async def test_a_step_that_hangs_ends_the_worker_and_streams_go_on_with_the_next() -> None:
+    """Its own watchdog bites, though its scheduler would wait on."""
+    async with Services(gated_runner(0), worker_step_timeout_s=0.4) as services:
+        streams = await Streams.mid_way(services, make_requests(3))
+        runner = services.runner
+
+        async def has_failed() -> bool:
+            return services.num_failures == 1
+
+        await wait_until(has_failed, "the watchdog bites")
+        open_gate(runner)
+        await streams.check_truth()
+        assert (await services.load()).num_worker_losses == 1
+
+
 async def test_a_worker_that_hangs_past_the_watchdog_is_lost_and_may_come_back() -> None:
     async with Services(gated_runner(0), step_timeout_s=1.5) as services:
         streams = await Streams.mid_way(services, make_requests(4))
@@ -194,7 +224,7 @@ class PoisonedRunner(FakeRunner):
 
 async def test_a_poisonous_request_ends_and_all_others_complete() -> None:
     async with Services(PoisonedRunner(model_info())) as services:
-        streams = Streams(services, make_requests(6, max_tokens=300))
+        streams = Streams(services, make_requests(64, max_tokens=60))
         await streams.wait_tokens(1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.stream(stream_request([POISON]))

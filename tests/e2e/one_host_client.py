@@ -1,5 +1,5 @@
 """Runs a scheduler for a worker at ADDRESS, inside a network namespace, and prints what test_tensor_parallel's requests
-give. Usage: python -m tests.e2e.one_host_client ADDRESS MODEL_FOLDER
+give. Usage: python -m tests.e2e.one_host_client ADDRESS MODEL_FOLDER SESSION_SECRET_FILE
 """
 
 import sys
@@ -14,9 +14,10 @@ from tests.e2e.services import Service, Stream, wait_ready
 from tests.e2e.test_tensor_parallel import make_requests
 
 
-def main(address: str, folder: str) -> None:
+def main(address: str, folder: str, secret_file: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         flags = ["--model", folder, "--tokenizer", "embedded", "--worker-address", address, "--api-server-count", "0"]
+        flags += ["--session-secret-file", secret_file]
         scheduler = Service("scheduler_service", flags, Path(name))
         try:
             scheduler.wait_listening()

@@ -194,13 +194,13 @@ class Stream:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        self._thread.join(WAIT_S)
+    def join(self, timeout_s: float = WAIT_S) -> None:
+        self._thread.join(timeout_s)
         assert not self._thread.is_alive(), f"still running, with {len(self.token_ids)} tokens"
 
-    def result(self) -> list[int]:
+    def result(self, timeout_s: float = WAIT_S) -> list[int]:
         """All tokens of a stream that ended well."""
-        self.join()
+        self.join(timeout_s)
         assert self.error is None, self.error
         assert self.finish is not None
         assert self.usage is not None

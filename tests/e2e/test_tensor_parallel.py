@@ -21,7 +21,7 @@ from tests.e2e.waiting import WAIT_S, wait_until
 from tests.model_factory import save_random_model
 
 NUM_TOKENS = 40
-VOCAB_SIZE = 259
+VOCAB_SIZE = 1027
 CONFIGS: dict[str, dict[str, Any]] = {
     "dense": {"num_attention_heads": 8, "num_key_value_heads": 2},
     "moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
@@ -76,7 +76,7 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any]
 
 @pytest.mark.slow
 def test_tokens_of_eight_ranks_are_those_of_one(tmp_path: Path) -> None:
-    """Each of the two KV heads is held by four, and 259 tokens of vocabulary don't divide."""
+    """Each of the two KV heads is held by four, and 1027 tokens of vocabulary don't divide."""
     folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **CONFIGS["dense"])
     outputs = []
     for tp_size in (1, 8):
@@ -273,7 +273,7 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
     finally:
         one_rank.close()
     with two_hosts() as hosts, ExitStack() as stack:
-        port_file = tmp_path / "port"
+        port_file, secret_file = tmp_path / "port", tmp_path / "session-secret"
         processes = []
         for number, enter in enumerate(hosts):
             log = stack.enter_context((tmp_path / f"host{number}.log").open("wb"))
@@ -282,7 +282,7 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
                 "--node-rank", str(number), "--master-addr", "10.99.0.1", "--master-port", "29400",
                 "--module", "worker_service", "--model", str(folder), "--device", "cpu", "--dtype", "float64",
                 "--num-threads", "1", "--num-blocks", "40", "--tp-size", "2", "--host", "10.99.0.1", "--port", "0",
-                "--port-file", str(port_file),
+                "--port-file", str(port_file), "--session-secret-file", str(secret_file),
             ]  # fmt: skip
             # The hosts' names resolve to nothing that the other reaches, so Gloo is told its interface.
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"td{enter.split()[2]}"}
@@ -298,7 +298,15 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
         address = f"10.99.0.1:{port_file.read_text().strip()}"
         before = [bytes_received(enter) for enter in hosts]
         client = subprocess.run(
-            [*hosts[0].split(), sys.executable, "-m", "tests.e2e.one_host_client", address, str(folder)],
+            [
+                *hosts[0].split(),
+                sys.executable,
+                "-m",
+                "tests.e2e.one_host_client",
+                address,
+                str(folder),
+                str(secret_file),
+            ],
             cwd=REPOSITORY,
             capture_output=True,
             text=True,

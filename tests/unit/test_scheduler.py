@@ -14,7 +14,7 @@ from tests.builders import create_request, create_requests, worker_info
 from tests.engine import Engine, run
 from tests.fake_worker import FakeRunner, expected_tokens
 
-A, B, C, FIRST, SECOND, THIRD, LATE, LOW, OLD, NEW, MORE, LARGE, SMALL = range(100, 113)
+A, B, C, FIRST, SECOND, THIRD, LATE, LOW, OLD, NEW, MORE, LARGE, SMALL, LONG = range(100, 114)
 
 
 def make_engine(worker: WorkerInfo | None = None, **config: object) -> Engine:
@@ -523,3 +523,22 @@ def test_a_report_on_a_row_with_a_fault_is_dropped() -> None:
     launch(engine)
     outputs = engine.deliver()
     assert not outputs.logprobs and [finished.sequence_id for finished in outputs.finished] == [A]
+
+
+def test_prompt_tokens_are_limited_from_outside_and_decoding_rows_are_not() -> None:
+    engine = make_engine()
+    engine.add(*create_requests(20, prompt_len=4, max_tokens=30))
+    launch(engine)
+    engine.deliver()
+    engine.add(create_request(LONG, range(100), 5))
+    counts = []
+    while engine.outputs[LONG] == []:
+        plan = engine.scheduler.schedule(7)
+        if plan is not None:
+            engine.in_flight.append(engine.runner.execute(plan))
+            counts.append(int(plan.chunk_num_tokens.sum()))
+        else:
+            engine.deliver()
+    assert counts[:15] == [7] * 14 + [2]
+    engine.drain()
+    assert engine.outputs[LONG] == expected_tokens(create_request(LONG, range(100), 5))
