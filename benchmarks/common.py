@@ -25,6 +25,7 @@ from benchmarks.workloads import Workload
 from shared.config import SchedulerSettings, WorkerSettings
 from shared.grpc_options import CHANNEL_OPTIONS
 from shared.model_folder import ALL_FILES, resolve_model
+from shared.session_secret import SECRET_METADATA_KEY, read_secret
 from shared.settings import split_keywords
 from tandem.client import TandemClient
 from tandem.processes import Services
@@ -80,7 +81,10 @@ def running_engine(
         services.wait_until_ready(STARTUP_TIMEOUT_S)
         startup_s = time.monotonic() - started
         with TandemClient(services.address) as client, grpc.insecure_channel(services.worker_address) as channel:
-            info = worker_pb2_grpc.WorkerServiceStub(channel).GetWorkerInfo(worker_pb2.GetWorkerInfoRequest())
+            secret = read_secret(services.session_secret_file)
+            info = worker_pb2_grpc.WorkerServiceStub(channel).GetWorkerInfo(
+                worker_pb2.GetWorkerInfoRequest(), metadata=((SECRET_METADATA_KEY, secret),)
+            )
             description = {
                 "device": info.device,
                 "model": Path(arguments.model).name,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import IO, NoReturn
 
-from shared.config import SchedulerSettings, ServiceSettings, WorkerSettings
+from shared.config import SchedulerSettings, WorkerSettings
 from shared.errors import TandemError
 from shared.health_probe import health_status
 from shared.private_folder import PrivateFolder
@@ -51,12 +51,18 @@ class Services:
         flags, and the arguments that it wants before them. start_timeout_s: how long each may take until it listens.
         """
         self._worker_program = worker_program
-        self._worker_settings, self._scheduler_settings = worker, scheduler
         self._worker_host, self._scheduler_host = _connectable(worker.host), _connectable(scheduler.host)
         self._drain_grace_s = scheduler.drain_grace_s
         self._log = log
         self._start_timeout_s = start_timeout_s
         self._folder = PrivateFolder()
+        # Where none is named, one that this process's user alone can read.
+        named = worker.session_secret_file or scheduler.session_secret_file
+        self.session_secret_file = named or str(self._folder.path / "session-secret")
+        self._worker_settings, self._scheduler_settings = (
+            to_arguments(replace(settings, session_secret_file=self.session_secret_file))
+            for settings in (worker, scheduler)
+        )
         self.worker: subprocess.Popen[bytes] | None = None
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.worker_address = ""
@@ -111,18 +117,13 @@ class Services:
 
     def _start_worker(self) -> None:
         module, *first = self._worker_program
-        self.worker, port = self._start(module, [*first, *self._flags_of(self._worker_settings)])
+        self.worker, port = self._start(module, [*first, *self._worker_settings])
         self.worker_address = f"{self._worker_host}:{port}"
 
     def _start_scheduler(self) -> None:
-        arguments = [*self._flags_of(self._scheduler_settings), "--worker-address", self.worker_address]
+        arguments = [*self._scheduler_settings, "--worker-address", self.worker_address]
         self.scheduler, port = self._start("scheduler_service", arguments)
         self.address = f"{self._scheduler_host}:{port}"
-
-    def _flags_of(self, settings: ServiceSettings) -> list[str]:
-        """Where no secret is named, the two have one that this object's user alone can read."""
-        secret_file = settings.session_secret_file or str(self._folder.path / "session-secret")
-        return to_arguments(replace(settings, session_secret_file=secret_file))
 
     def _start(self, module: str, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
         """A running service and the port that it listens on."""
