@@ -58,7 +58,7 @@ class SchedulerService:
         self._settings = settings
         self._client = client or GrpcWorkerClient(
             settings.worker_address,
-            _worker_credentials(settings),
+            worker_credentials(settings),
             secret=read_secret(settings.session_secret_file),
         )
         self._recorder: RecordingScheduler | None = None
@@ -149,14 +149,12 @@ def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
     )
 
 
-def _worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
+def worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
+    """For TLS to the worker, with the scheduler's own certificate where it has one; None for none."""
     if not settings.worker_ca:
         return None
-    key, chain = (
-        read_pem(flag, path) if path else None
-        for flag, path in (
-            ("--worker-tls-key", settings.worker_tls_key),
-            ("--worker-tls-cert", settings.worker_tls_cert),
-        )
-    )
-    return grpc.ssl_channel_credentials(read_pem("--worker-ca", settings.worker_ca), key, chain)
+    authority, key, chain = read_pem("--worker-ca", settings.worker_ca), None, None
+    if settings.worker_tls_cert:
+        key = read_pem("--worker-tls-key", settings.worker_tls_key)
+        chain = read_pem("--worker-tls-cert", settings.worker_tls_cert)
+    return grpc.ssl_channel_credentials(authority, key, chain)

@@ -3,6 +3,7 @@
 import os
 import secrets
 import stat
+import threading
 from pathlib import Path
 
 from shared.errors import ConfigError
@@ -35,7 +36,7 @@ def _create(path: Path) -> None:
     """Whole or not at all, as two services may start at once."""
     if path.exists():
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(descriptor, "w") as file:

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 
-from shared.config import WorkerSettings
-from shared.errors import ConfigError
+from scheduler_service.service import worker_credentials
+from scheduler_service.worker_client import GrpcWorkerClient
+from shared.config import SchedulerSettings, WorkerSettings, check_tls
+from shared.errors import ConfigError, WorkerUnavailable
 from shared.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
 from shared.server import Server, server_credentials
 from tandem.v1 import worker_pb2, worker_pb2_grpc
@@ -78,6 +81,41 @@ async def test_with_a_client_authority_a_client_must_show_its_certificate(tmp_pa
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await ask(port, grpc.ssl_channel_credentials(certificate.read_bytes()))
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_scheduler_shows_its_certificate_to_such_a_worker(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "worker")
+    shown, shown_key = make_certificate(tmp_path, "scheduler")
+    server = make_server(
+        credentials=server_credentials(
+            WorkerSettings(tls_cert=str(certificate), tls_key=str(key), tls_client_ca=str(shown))
+        )
+    )
+    async with running(server) as port:
+        settings = SchedulerSettings(worker_address=f"localhost:{port}", worker_ca=str(certificate))
+        with_certificate = replace(settings, worker_tls_cert=str(shown), worker_tls_key=str(shown_key))
+        client = GrpcWorkerClient(settings.worker_address, worker_credentials(with_certificate))
+        info = await client.get_info(10)
+        session = await client.open_session(info, "a", 1, 0)
+        await session.close()
+        await client.close()
+        without = GrpcWorkerClient(settings.worker_address, worker_credentials(settings))
+        with pytest.raises(WorkerUnavailable):
+            await without.get_info(1)
+        await without.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"worker_tls_cert": "c.pem"},
+        {"worker_tls_key": "k.pem"},
+        {"worker_tls_cert": "c.pem", "worker_tls_key": "k.pem"},
+    ],
+)
+def test_the_schedulers_certificate_is_named_whole(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--worker-tls-cert"):
+        check_tls(SchedulerSettings(**settings))
 
 
 def test_a_certificate_that_cannot_be_read_is_named() -> None:
