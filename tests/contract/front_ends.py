@@ -64,18 +64,28 @@ def front_end_processes(parent: psutil.Process | None = None) -> list[psutil.Pro
     return found
 
 
-def num_connections(process: psutil.Process, port: int) -> int:
-    connections = process.net_connections("tcp")
-    return sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
+def client_ports(process: psutil.Process, server_port: int, *, is_server: bool) -> set[int]:
+    """Of a process's connections to a server's port: the ports of their clients' ends. The process is either end."""
+    ports = set()
+    for connection in process.net_connections("tcp"):
+        if connection.status == psutil.CONN_ESTABLISHED:
+            server, client = connection.laddr, connection.raddr
+            if not is_server:
+                server, client = client, server
+            if server.port == server_port:
+                ports.add(client.port)
+    return ports
 
 
 async def connect(address: str, parent: psutil.Process | None = None) -> Connection:
     """One more connection. Which front end gets it is the kernel's choice."""
     port = int(address.rpartition(":")[2])
-    before = {process: num_connections(process, port) for process in front_end_processes(parent)}
+    before = client_ports(psutil.Process(), port, is_server=False)
     channel = grpc.aio.insecure_channel(address, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
     await asyncio.wait_for(channel.channel_ready(), 10)
-    [owner] = [process for process, count in before.items() if num_connections(process, port) > count]
+    # Connections that have just been closed may still be among a front end's, so one that is new is looked for.
+    new = client_ports(psutil.Process(), port, is_server=False) - before
+    [owner] = [each for each in front_end_processes(parent) if client_ports(each, port, is_server=True) & new]
     return Connection(channel, owner)
 
 
