@@ -45,6 +45,7 @@ class PublicServer:
             interceptors=interceptors,
             credentials=server_credentials(settings),
             shares_port=shares_port,
+            max_request_bytes=settings.max_request_bytes,
         )
         self.front_end.connect(attach(self.front_end))
 

@@ -2,12 +2,16 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 
 from shared.settings import ENVIRONMENT_PREFIX
 
 PR_SET_PDEATHSIG = 1
+
+MAX_DESCRIPTORS = 1 << 20
+"""What counts as no limit."""
 
 
 def child_environment() -> dict[str, str]:
@@ -25,3 +29,12 @@ def end_with_parent(parent_pid: int) -> None:
     die_with_parent()
     if os.getppid() != parent_pid:
         sys.exit(1)
+
+
+def raise_descriptor_limit() -> int:
+    """Lets this process have as many file descriptors as it may; gives their number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return min(soft, MAX_DESCRIPTORS) if soft != resource.RLIM_INFINITY else MAX_DESCRIPTORS
