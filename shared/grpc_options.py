@@ -29,6 +29,17 @@ HANDSHAKE_TIMEOUT_MS = 10_000
 IDLE_TIMEOUT_MS = 600_000
 """A connection with no call for so long is closed; gRPC clients open another when they need it."""
 
+MIN_CALLS_PER_CONNECTION = 8192
+"""One connection may have at least so many calls open. gRPC clients keep those above it until others end, and see some
+end UNAVAILABLE; whoever opens and resets calls in a loop makes gRPC hold this many, at about 15 kB each.
+"""
+
+MAX_PENDING_CALLS = 32_768
+"""Calls that wait for Python to take them. gRPC ends those above CANCELLED and without a reason, so it is many."""
+
+PENDING_CALL_TIMEOUT_S = 3600
+"""For such a call. Its own deadline is usually earlier."""
+
 NO_PROXY: Options = [("grpc.enable_http_proxy", 0)]
 """Whatever http_proxy and its like say: for peers that are ours."""
 
@@ -82,9 +93,15 @@ def client_options(address: str) -> Options:
 
 
 def server_options(
-    *, max_request_bytes: int = MAX_MESSAGE_BYTES, max_connections: int, shares_port: bool = False
+    *,
+    max_connections: int,
+    max_open_calls: int,
+    max_request_bytes: int = MAX_MESSAGE_BYTES,
+    shares_port: bool = False,
 ) -> Options:
-    """For a server that strangers may reach. shares_port: other servers may listen on the same port."""
+    """For a server that strangers may reach. max_open_calls: those above it are refused, by Python.
+    shares_port: other servers may listen on the same port.
+    """
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", max_request_bytes),
@@ -97,6 +114,10 @@ def server_options(
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.max_connection_idle_ms", IDLE_TIMEOUT_MS),
         ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_concurrent_streams", max(max_open_calls, MIN_CALLS_PER_CONNECTION)),
+        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+        ("grpc.server_max_unrequested_time_in_server", PENDING_CALL_TIMEOUT_S),
         ("grpc.enable_channelz", 1),
         # Unless shared, a port in use is an error.
         ("grpc.so_reuseport", int(shares_port)),
