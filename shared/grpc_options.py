@@ -34,11 +34,8 @@ MIN_CALLS_PER_CONNECTION = 8192
 end UNAVAILABLE; whoever opens and resets calls in a loop makes gRPC hold this many, at about 15 kB each.
 """
 
-MAX_PENDING_CALLS = 32_768
-"""Calls that wait for Python to take them. gRPC ends those above CANCELLED and without a reason, so it is many."""
-
-PENDING_CALL_TIMEOUT_S = 3600
-"""For such a call. Its own deadline is usually earlier."""
+UNACCEPTED_CALL_TIMEOUT_S = 3600
+"""For a call that waits for Python to take it. gRPC ends it CANCELLED without a reason, after 30 s by default."""
 
 NO_PROXY: Options = [("grpc.enable_http_proxy", 0)]
 """Whatever http_proxy and its like say: for peers that are ours."""
@@ -115,9 +112,7 @@ def server_options(
         ("grpc.max_connection_idle_ms", IDLE_TIMEOUT_MS),
         ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.max_concurrent_streams", max(max_open_calls, MIN_CALLS_PER_CONNECTION)),
-        ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
-        ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-        ("grpc.server_max_unrequested_time_in_server", PENDING_CALL_TIMEOUT_S),
+        ("grpc.server_max_unrequested_time_in_server", UNACCEPTED_CALL_TIMEOUT_S),
         ("grpc.enable_channelz", 1),
         # Unless shared, a port in use is an error.
         ("grpc.so_reuseport", int(shares_port)),
