@@ -80,7 +80,10 @@ def running_engine(
     with Services(worker, scheduler, worker_program=worker_program) as services:
         services.wait_until_ready(STARTUP_TIMEOUT_S)
         startup_s = time.monotonic() - started
-        with TandemClient(services.address) as client, grpc.insecure_channel(services.worker_address) as channel:
+        with (
+            TandemClient(services.address) as client,
+            grpc.insecure_channel(services.worker_address, CHANNEL_OPTIONS) as channel,
+        ):
             secret = read_secret(services.session_secret_file)
             info = worker_pb2_grpc.WorkerServiceStub(channel).GetWorkerInfo(
                 worker_pb2.GetWorkerInfoRequest(), metadata=((SECRET_METADATA_KEY, secret),)

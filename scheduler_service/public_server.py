@@ -18,6 +18,9 @@ from tandem.v1 import control_pb2_grpc, inference_pb2_grpc
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 CONTROL_SERVICE = "tandem.v1.ControlService"
 
+NUM_OTHER_CALLS = 64
+"""Open calls, beside those that the engine may have waiting or running."""
+
 STOP_GRACE_S = 1.0
 """For calls whose requests have ended, to send their last words."""
 
@@ -45,6 +48,8 @@ class PublicServer:
             interceptors=interceptors,
             credentials=server_credentials(settings),
             shares_port=shares_port,
+            max_request_bytes=settings.max_request_bytes,
+            max_open_calls=settings.max_num_seqs + settings.max_num_waiting + NUM_OTHER_CALLS,
         )
         self.front_end.connect(attach(self.front_end))
 

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from shared.errors import ConfigError
+from shared.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 from shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
 MAX_PORT = 65535
@@ -65,6 +66,13 @@ class SchedulerSettings(ServiceSettings):
     max_num_waiting: int = option(4096, "sequences that wait for their first step, at most", minimum=1)
     max_num_waiting_tokens: int = option(
         2**22, "prompt tokens of sequences that wait for their first step, at most", unit="tokens", minimum=1
+    )
+    max_request_bytes: int = option(
+        DEFAULT_MAX_REQUEST_BYTES,
+        "size of a request, at most; the default holds a prompt of a million token ids",
+        unit="bytes",
+        minimum=1024,
+        maximum=MAX_MESSAGE_BYTES,
     )
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
     worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)

@@ -1,34 +1,36 @@
-"""The one place where errors leave the server, as gRPC statuses with google.rpc details.
+"""The way of every call into the server: a place at the gate, then its request read and parsed, then its method.
 
-Wraps Tandem's own services; the standard ones (health, reflection, channelz) are left as they are.
+Errors leave here and nowhere else, as gRPC statuses with google.rpc details. gRPC is told that each method takes a
+stream of bytes. So a call that is refused a place was neither read nor parsed, and bytes that are no message are an
+error like any other; in gRPC's own deserialiser they would end INTERNAL.
 """
 
 import asyncio
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
+from shared.call_gate import CallGate
 from shared.errors import FieldViolation, InvalidRequest, TandemError
 from shared.rich_status import DETAILS_METADATA_KEY, code_of, status_of
 
 logger = logging.getLogger(__name__)
 
-OUR_METHODS = "/tandem."
-
-
-class _Undecodable:
-    """Stands for request bytes that are no message; raising inside gRPC's deserialiser would give INTERNAL."""
-
-    def __init__(self, message_name: str) -> None:
-        self.message_name = message_name
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Parse = Callable[[bytes], Any]
+ReadRequest = Callable[[AsyncIterator[bytes]], Awaitable[Any]]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps TandemError to its status, bytes that are no message to INVALID_ARGUMENT, and our bugs to INTERNAL."""
+
+    def __init__(self, gate: CallGate | None = None) -> None:
+        self._gate = gate or CallGate()
 
     async def intercept_service(
         self,
@@ -36,18 +38,48 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler: Any = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(OUR_METHODS):
-            return handler
-        if handler.unary_unary:
-            make, wrapped = grpc.unary_unary_rpc_method_handler, _wrap_unary(handler.unary_unary)
-        elif handler.unary_stream:
-            make, wrapped = grpc.unary_stream_rpc_method_handler, _wrap_streaming(handler.unary_stream, _checked)
+        if handler is None:
+            return None
+        read = _read_stream if handler.request_streaming else _read_one
+        read_request = read(handler.request_deserializer or bytes)
+        behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if not handler.response_streaming:
+            make, wrapped = grpc.stream_unary_rpc_method_handler, self._wrap_awaited(behavior, read_request)
+        elif inspect.isasyncgenfunction(behavior):
+            make, wrapped = grpc.stream_stream_rpc_method_handler, self._wrap_generator(behavior, read_request)
         else:
-            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_streaming(handler.stream_stream, _all_checked)
-        return make(wrapped, _tolerant(handler.request_deserializer), handler.response_serializer)
+            # It writes its responses to the context, as the standard health service's Watch does.
+            make, wrapped = grpc.stream_stream_rpc_method_handler, self._wrap_awaited(behavior, read_request)
+        return make(wrapped, None, handler.response_serializer)
+
+    def _wrap_awaited(self, behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest) -> Callable[..., Any]:
+        async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
+            try:
+                with self._gate.pass_through(context.peer()):
+                    return await behavior(await read_request(requests), context)
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                await abort_with(context, error)
+
+        return awaited
+
+    def _wrap_generator(self, behavior: Callable[..., Any], read_request: ReadRequest) -> Callable[..., Any]:
+        async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            try:
+                with self._gate.pass_through(context.peer()):
+                    async with aclosing(behavior(await read_request(requests), context)) as responses:
+                        async for response in responses:
+                            yield response
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                await abort_with(context, error)
+
+        return generator
 
 
-async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+async def abort_with(context: Context, error: Exception) -> NoReturn:
     """Ends the call with the error's status. Never returns."""
     if isinstance(error, TandemError):
         status = status_of(error)
@@ -57,54 +89,30 @@ async def abort_with(context: "grpc.aio.ServicerContext[Any, Any]", error: Excep
     raise AssertionError("abort returned")
 
 
-def _tolerant(deserialize: Callable[[bytes], Message] | None) -> Callable[[bytes], Message | _Undecodable] | None:
-    if deserialize is None:
-        return None
+def _read_one(parse: Parse) -> ReadRequest:
+    async def read_one(requests: AsyncIterator[bytes]) -> Any:
+        async for data in requests:
+            return _parsed(parse, data)
+        raise InvalidRequest(FieldViolation("", "the call ended before its request"))
 
-    def tolerant(data: bytes) -> Message | _Undecodable:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            owner = getattr(deserialize, "__self__", None)
-            return _Undecodable(owner.DESCRIPTOR.name if owner is not None else "message of this method")
-
-    return tolerant
+    return read_one
 
 
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Undecodable):
-        raise InvalidRequest(FieldViolation("", f"the bytes are no {request.message_name}"))
-    return request
+def _read_stream(parse: Parse) -> ReadRequest:
+    async def parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in requests:
+            yield _parsed(parse, data)
+
+    async def read_stream(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        return parsed(requests)
+
+    return read_stream
 
 
-async def _all_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
-
-
-def _wrap_unary(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def unary(request: Any, context: Any) -> Any:
-        try:
-            return await behavior(_checked(request), context)
-        except (grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            await abort_with(context, error)
-
-    return unary
-
-
-def _wrap_streaming(behavior: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
-    """For methods that stream their responses. check: what a request, or a stream of them, goes through."""
-
-    async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
-        try:
-            async with aclosing(behavior(check(request), context)) as responses:
-                async for response in responses:
-                    yield response
-        except (grpc.aio.AbortError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            await abort_with(context, error)
-
-    return streaming
+def _parsed(parse: Parse, data: bytes) -> Any:
+    try:
+        return parse(data)
+    except DecodeError:
+        owner = getattr(parse, "__self__", None)
+        name = owner.DESCRIPTOR.name if owner is not None else "message of this method"
+        raise InvalidRequest(FieldViolation("", f"the bytes are no {name}")) from None

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shared.grpc_options import NO_PROXY
+
 TIMEOUT_S = 3.0
 
 
 def health_status(address: str, service: str = "") -> str:
     """The name of the status that the server gives, or of the error that asking ended with."""
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, NO_PROXY) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 
@@ -9,6 +10,9 @@ from shared.settings import ENVIRONMENT_PREFIX
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+
+MAX_DESCRIPTORS = 1 << 20
+"""What counts as no limit."""
 
 
 def child_environment() -> dict[str, str]:
@@ -31,3 +35,12 @@ def end_with_parent(parent_pid: int) -> None:
 def adopt_orphans() -> None:
     """On Linux: processes below this one that lose their parent become its children, which it collects."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def raise_descriptor_limit() -> int:
+    """Lets this process have as many file descriptors as it may; gives their number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return min(soft, MAX_DESCRIPTORS) if soft != resource.RLIM_INFINITY else MAX_DESCRIPTORS

@@ -17,12 +17,19 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shared.call_gate import CallGate
 from shared.config import ServiceSettings
 from shared.error_interceptor import ErrorInterceptor
 from shared.errors import ConfigError
-from shared.grpc_options import SERVER_OPTIONS, SHARED_PORT_OPTIONS
+from shared.grpc_options import MAX_MESSAGE_BYTES, server_options
+from shared.process import raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
+
+RESERVED_DESCRIPTORS = 128
+"""File descriptors that connections leave to the process: its own channels, files, libraries."""
+
+DEFAULT_MAX_OPEN_CALLS = 1024
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 Register = Callable[[grpc.aio.Server], None]
@@ -38,14 +45,25 @@ class Server:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
         shares_port: bool = False,
+        max_request_bytes: int = MAX_MESSAGE_BYTES,
+        max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
     ) -> None:
         """services: full name -> what adds its servicer to a server. Interceptors run inside the error mapping.
         shares_port: other servers listen where this one does, and the system deals out the connections.
+        max_request_bytes: gRPC refuses a larger message with RESOURCE_EXHAUSTED. max_open_calls: past it, and of one
+        connection past its share, calls are refused with QueueFull.
         """
         self._services = tuple(services)
         self._credentials = credentials
-        options = SHARED_PORT_OPTIONS if shares_port else SERVER_OPTIONS
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor(), *interceptors], options=options)
+        num_descriptors = raise_descriptor_limit()
+        options = server_options(
+            max_request_bytes=max_request_bytes,
+            max_open_calls=max_open_calls,
+            max_connections=max(num_descriptors - RESERVED_DESCRIPTORS, num_descriptors // 2),
+            shares_port=shares_port,
+        )
+        first = ErrorInterceptor(CallGate(max_open_calls))
+        self._server = grpc.aio.server(interceptors=[first, *interceptors], options=options)
         for register in services.values():
             register(self._server)
         self._health = health.aio.HealthServicer()

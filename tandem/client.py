@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import grpc
 
 from shared.errors import FieldViolation, InvalidRequest
-from shared.grpc_options import CHANNEL_OPTIONS
+from shared.grpc_options import client_options
 from shared.rich_status import error_of
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -24,10 +24,11 @@ class TandemClient:
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
         """address is HOST:PORT. With credentials, TLS is spoken."""
+        options = client_options(address)
         if credentials is None:
-            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
 

@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.e2e.link import Link
 from tests.e2e.waiting import WAIT_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -115,7 +116,9 @@ class Engine:
         worker_flags: Sequence[str] = (),
         scheduler_flags: Sequence[str] = (),
         dtype: str = "float64",
+        link: Link | None = None,
     ) -> None:
+        """link: what the scheduler reaches the worker over."""
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
@@ -125,7 +128,8 @@ class Engine:
         self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder)
         try:
             self.worker.wait_listening()
-            flags = [*common, *tokenizer, "--worker-address", self.worker.address, *scheduler_flags]
+            worker_address = link.listen(self.worker.port) if link else self.worker.address
+            flags = [*common, *tokenizer, "--worker-address", worker_address, *scheduler_flags]
             self.scheduler = Service("scheduler_service", flags, folder)
             self.connect()
         except BaseException:

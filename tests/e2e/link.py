@@ -1,0 +1,56 @@
+"""A TCP link through this process, which can fall silent: nothing goes through any more, and nothing is closed."""
+
+import contextlib
+import socket
+import threading
+
+CHUNK_BYTES = 1 << 16
+
+
+class Link:
+    """Forwards connections to a port of this machine. While silent, it reads and writes nothing, of old connections and
+    new ones.
+    """
+
+    def __init__(self) -> None:
+        self._is_open = threading.Event()
+        self._is_open.set()
+        self._sockets: list[socket.socket] = []
+
+    def listen(self, port: int) -> str:
+        """Gives the address that leads to the port."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets.append(listener)
+        threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    def fall_silent(self) -> None:
+        self._is_open.clear()
+
+    def recover(self) -> None:
+        self._is_open.set()
+
+    def close(self) -> None:
+        self._is_open.set()
+        for each in self._sockets:
+            # Also wakes the thread that waits for it.
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self, listener: socket.socket, port: int) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = listener.accept()
+                self._is_open.wait()
+                there = socket.create_connection(("127.0.0.1", port))
+                self._sockets += [here, there]
+                for source, target in ((here, there), (there, here)):
+                    threading.Thread(target=self._forward, args=(source, target), daemon=True).start()
+
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(CHUNK_BYTES):
+                self._is_open.wait()
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
