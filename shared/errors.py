@@ -9,6 +9,8 @@ TandemError
 │   ├── Draining              UNAVAILABLE, RetryInfo
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
 ├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
+├── TextFailed                INTERNAL: the tokenizer failed on this one request
+├── OutputTooLarge            RESOURCE_EXHAUSTED: a reply, or what a slow reader left, is past its limit
 ├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
 ├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
@@ -70,6 +72,14 @@ class WorkerUnavailable(RetryLater):
 
 class SequenceFailed(TandemError):
     """This sequence could not be computed; others were."""
+
+
+class TextFailed(TandemError):
+    """The tokenizer failed on this request's text or tokens; other requests go on."""
+
+
+class OutputTooLarge(TandemError):
+    """A reply is larger than its client takes, or too much output waits for its reader."""
 
 
 class SessionRefused(TandemError):

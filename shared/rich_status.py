@@ -32,6 +32,8 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.SequenceFailed: grpc.StatusCode.INTERNAL,
+    errors.TextFailed: grpc.StatusCode.INTERNAL,
+    errors.OutputTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SessionTaken: grpc.StatusCode.ABORTED,
     errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
