@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared.config import WorkerSettings, read_command_line
 from shared.log import configure_logging
@@ -60,6 +61,10 @@ class TracedRunner:
         self.launches: list[Launch] = []
 
     @property
+    def progress(self) -> int:
+        return self._runner.progress
+
+    @property
     def info(self) -> WorkerInfo:
         return self._runner.info
 
@@ -80,10 +85,10 @@ class TracedRunner:
 class TracedServicer(WorkerServicer):
     """Keeps what it answers."""
 
-    def __init__(self, runner: Runner, trace: Path) -> None:
+    def __init__(self, runner: Runner, trace: Path, **options: Any) -> None:
         self._traced = TracedRunner(runner)
         self._trace = trace
-        super().__init__(self._traced)
+        super().__init__(self._traced, **options)
 
     async def ExecuteSteps(
         self, request_iterator: AsyncIterator[worker_pb2.ExecuteStepsRequest], context: Context
@@ -120,7 +125,7 @@ def main() -> None:
     trace, flags = Path(sys.argv[1]), sys.argv[2:]
     settings = read_command_line(WorkerSettings, "traced_worker", "tandem-worker, with a trace of its steps.", flags)
     configure_logging(settings.log_level)
-    run(settings, lambda runner: TracedServicer(runner, trace))
+    run(settings, lambda runner, **options: TracedServicer(runner, trace, **options))
 
 
 if __name__ == "__main__":

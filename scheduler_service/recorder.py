@@ -8,6 +8,8 @@ The file is JSON lines: a header with the format's version, the config and the w
 """
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,7 +40,7 @@ class RecordingScheduler(Scheduler):
 
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo, path: Path) -> None:
         super().__init__(config, worker)
-        self._file = path.open("w", buffering=_BUFFER_BYTES, encoding="utf-8")
+        self._file = open(path, "w", buffering=_BUFFER_BYTES, encoding="utf-8", opener=_open_private)  # noqa: SIM115
         self._write({"format": FORMAT, "version": VERSION, "config": asdict(config), "worker": asdict(worker)})
 
     def close(self) -> None:
@@ -53,14 +55,14 @@ class RecordingScheduler(Scheduler):
     def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
         return self._record("stop", super().stop, sequence_id, num_output_tokens)
 
-    def schedule(self) -> StepPlan | None:
-        return self._record("schedule", super().schedule)
+    def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
+        return self._record("schedule", super().schedule, max_prompt_tokens)
 
     def update(self, result: StepResult) -> StepOutputs:
         return self._record("update", super().update, result)
 
-    def lose_worker(self) -> list[FinishedSequence]:
-        return self._record("lose_worker", super().lose_worker)
+    def lose_worker(self, failure: str = "") -> list[FinishedSequence]:
+        return self._record("lose_worker", super().lose_worker, failure)
 
     def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
         return self._record("attach_worker", super().attach_worker, worker)
@@ -80,6 +82,14 @@ class RecordingScheduler(Scheduler):
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Opens a file that only its owner may read, for it holds prompts; a file that was there becomes one too."""
+    descriptor = os.open(path, flags, 0o600)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +241,9 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "add": (_request_from_json,),
     "abort": (_itself,),
     "stop": (_itself, _itself),
-    "schedule": (),
+    "schedule": (_itself,),
     "update": (_result_from_json,),
-    "lose_worker": (),
+    "lose_worker": (_itself,),
     "attach_worker": (_worker_from_json,),
     "reset_prefix_cache": (),
 }

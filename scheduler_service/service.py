@@ -24,6 +24,7 @@ from shared.config import SchedulerSettings, model_name
 from shared.errors import ConfigError, WorkerUnavailable
 from shared.model_folder import TOKENIZER_FILES, resolve_model
 from shared.server import read_pem
+from shared.session_secret import read_secret
 from shared.step_plan import WorkerInfo
 
 MIN_CPUS_FOR_PROCESSES = 8
@@ -54,7 +55,11 @@ class SchedulerService:
         run in this process alone, so with them there are no others.
         """
         self._settings = settings
-        self._client = client or GrpcWorkerClient(settings.worker_address, _worker_credentials(settings))
+        self._client = client or GrpcWorkerClient(
+            settings.worker_address,
+            _worker_credentials(settings),
+            secret=read_secret(settings.session_secret_file),
+        )
         self._recorder: RecordingScheduler | None = None
         self._hub = EngineHub()
         self.step_loop = StepLoop(
@@ -131,9 +136,19 @@ def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
         max_chunk_tokens=settings.max_chunk_tokens,
         max_plans_in_flight=settings.max_plans_in_flight,
         max_num_waiting=settings.max_num_waiting,
+        max_num_waiting_tokens=settings.max_num_waiting_tokens,
         enable_prefix_caching=settings.enable_prefix_caching,
     )
 
 
 def _worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
-    return grpc.ssl_channel_credentials(read_pem("--worker-ca", settings.worker_ca)) if settings.worker_ca else None
+    if not settings.worker_ca:
+        return None
+    key, chain = (
+        read_pem(flag, path) if path else None
+        for flag, path in (
+            ("--worker-tls-key", settings.worker_tls_key),
+            ("--worker-tls-cert", settings.worker_tls_cert),
+        )
+    )
+    return grpc.ssl_channel_credentials(read_pem("--worker-ca", settings.worker_ca), key, chain)

@@ -10,12 +10,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from scheduler_service.chunk_pace import ChunkPace
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from scheduler_service.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
-from shared.errors import TandemError, WorkerUnavailable
+from shared.errors import InvalidPlan, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
 from shared.step_plan import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,17 @@ MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
 
 CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], Scheduler]
+CheckWorker = Callable[[WorkerInfo], str]
+"""Why a worker is not the one to use; empty where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A plan under way."""
+
+    step_id: int
+    num_prompt_tokens: int
+    at: float
 
 
 class Sink(Protocol):
@@ -53,6 +66,7 @@ class StepLoop:
         worker_wait_s: float,
         step_timeout_s: float,
         create_scheduler: CreateScheduler = Scheduler,
+        check_worker: CheckWorker = lambda info: "",
     ) -> None:
         self.scheduler_id = scheduler_id
         self.epoch = 0
@@ -65,11 +79,17 @@ class StepLoop:
         self._worker_wait_s = worker_wait_s
         self._step_timeout_s = step_timeout_s
         self._create_scheduler = create_scheduler
+        self._check_worker = check_worker
         # No worker in time: new sequences are refused until there is one.
         self._has_given_up = False
         self._has_news = asyncio.Event()
         self._sending = asyncio.Lock()
-        self._sent_at: deque[float] = deque()
+        self._sent: deque[_Sent] = deque()
+        self._pace: ChunkPace | None = None
+        self._result_at = 0.0
+        # Between sessions that bring no result, and why there was none yet, as it was said last.
+        self._backoff_s = 0.0
+        self._last_reason = ""
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Queues sequences, all or none. Raises what Scheduler.add raises, and WorkerUnavailable."""
@@ -106,8 +126,12 @@ class StepLoop:
             self._has_given_up = False
             self.is_connected = True
             await self._sink.on_readiness(True)
+            failure = ""
             try:
                 await self._run_session(session)
+            except (WorkerFailed, InvalidPlan) as error:
+                failure = str(error)
+                logger.warning("worker lost: it said: %s", error)
             except Exception as error:
                 # Whatever it was, the outcome of the steps in flight is unknown.
                 is_expected = isinstance(error, WorkerUnavailable)
@@ -117,7 +141,10 @@ class StepLoop:
                 await session.close()
             await self._sink.on_readiness(False)
             assert self.scheduler is not None
-            self._sink.on_finished(self.scheduler.lose_worker())
+            self._sink.on_finished(self.scheduler.lose_worker(failure))
+            # A worker that fails whatever it is given must not be tried in a tight loop.
+            self._backoff_s = 0.0 if self._result_at else min(max(2 * self._backoff_s, MIN_BACKOFF_S), MAX_BACKOFF_S)
+            await asyncio.sleep(self._backoff_s)
 
     async def _connect(self) -> WorkerSession:
         """A session with the right worker; gives up on the live sequences, but not on the worker, in time."""
@@ -129,8 +156,8 @@ class StepLoop:
             timeout_s = min(left_s, CONNECT_TIMEOUT_S)
             try:
                 return await self._try_connect(timeout_s)
-            except WorkerUnavailable as error:
-                logger.info("no worker yet: %s", error)
+            except (WorkerUnavailable, SessionTaken) as error:
+                self._say_no_worker(str(error))
                 if may_give_up and time.monotonic() >= deadline:
                     self._give_up(WorkerUnavailable(f"no worker came back in {self._worker_wait_s:g} s: {error}"))
             await asyncio.sleep(backoff)
@@ -138,11 +165,17 @@ class StepLoop:
 
     async def _try_connect(self, timeout_s: float) -> WorkerSession:
         info = await self._client.get_info(timeout_s)
-        is_needed = self.scheduler is not None and self.scheduler.num_unfinished > 0
-        if self.worker is not None and is_needed and info.fingerprint != self.worker.fingerprint:
-            raise WorkerUnavailable(f"the worker has another model: fingerprint {info.fingerprint}")
+        if problem := self._check_worker(info) or self._why_not_needed(info):
+            raise WorkerUnavailable(problem)
         self.epoch += 1
-        session = await self._client.open_session(info, self.scheduler_id, self.epoch)
+        num_live = self.scheduler.num_unfinished if self.scheduler is not None else 0
+        session = await self._client.open_session(info, self.scheduler_id, self.epoch, num_live)
+        if problem := self._why_not_needed(info):
+            # A request came while the session was opened.
+            await session.close()
+            raise WorkerUnavailable(problem)
+        self._last_reason = ""
+        self._pace = ChunkPace(info.max_num_batched_tokens, info.device)
         logger.info("session %d with worker %s, %s", self.epoch, info.worker_instance_id, info.model)
         self.worker = info
         if self.scheduler is None:
@@ -151,6 +184,19 @@ class StepLoop:
             self._sink.on_finished(self.scheduler.attach_worker(info))
         return session
 
+    def _why_not_needed(self, info: WorkerInfo) -> str:
+        """A worker with another model can't go on with what is live."""
+        is_same = self.worker is None or info.fingerprint == self.worker.fingerprint
+        if is_same or self.scheduler is None or not self.scheduler.num_unfinished:
+            return ""
+        return f"live requests wait for their model, and the worker has another one: fingerprint {info.fingerprint}"
+
+    def _say_no_worker(self, reason: str) -> None:
+        """Loudly, when it is news."""
+        level = logging.INFO if reason == self._last_reason else logging.WARNING
+        self._last_reason = reason
+        logger.log(level, "waiting for a worker: %s", reason)
+
     def _give_up(self, error: WorkerUnavailable) -> None:
         self._has_given_up = True
         logger.error("%s", error)
@@ -158,12 +204,13 @@ class StepLoop:
 
     async def _run_session(self, session: WorkerSession) -> None:
         """Until the worker is lost: then raises why."""
-        self._sent_at.clear()
+        self._sent.clear()
+        self._result_at = 0.0
         self._has_news.set()
         parts: list[Coroutine[Any, Any, None]] = [
             self._receive(session),
             self._send_on_news(session),
-            self._watch(),
+            self._watch(session),
         ]
         tasks = [asyncio.create_task(part) for part in parts]
         try:
@@ -178,7 +225,7 @@ class StepLoop:
         assert self.scheduler is not None
         async for result in session.results():
             outputs = self.scheduler.update(result)
-            self._sent_at.popleft()
+            self._note_result(self._sent.popleft())
             # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
             # worker has other plans, and a stop that a front end finds here is in the next one.
             self._sink.on_outputs(outputs)
@@ -191,14 +238,29 @@ class StepLoop:
             await self._send_plans(session)
 
     async def _send_plans(self, session: WorkerSession) -> None:
-        assert self.scheduler is not None
+        assert self.scheduler is not None and self._pace is not None
         async with self._sending:
-            while (plan := self.scheduler.schedule()) is not None:
-                self._sent_at.append(time.monotonic())
+            while (plan := self.scheduler.schedule(self._pace.limit)) is not None:
+                self._sent.append(_Sent(plan.step_id, int(plan.chunk_num_tokens.sum()), time.monotonic()))
                 await session.send(plan)
 
-    async def _watch(self) -> None:
+    def _note_result(self, sent: _Sent) -> None:
+        assert self._pace is not None
+        now = time.monotonic()
+        # It may have waited for the step before.
+        self._pace.note(sent.num_prompt_tokens, now - max(sent.at, self._result_at))
+        self._result_at = now
+
+    async def _watch(self, session: WorkerSession) -> None:
+        """A step may take long, but not without a word that it gets on."""
         while True:
             await asyncio.sleep(self._step_timeout_s / 10)
-            if self._sent_at and time.monotonic() - self._sent_at[0] > self._step_timeout_s:
-                raise WorkerUnavailable(f"no result for {self._step_timeout_s} s")
+            if not self._sent:
+                continue
+            oldest = self._sent[0]
+            silent_s = time.monotonic() - max(oldest.at, session.heard_at)
+            if silent_s > self._step_timeout_s:
+                raise WorkerUnavailable(
+                    f"no word of step {oldest.step_id} for {silent_s:.1f} s; --step-timeout-s is "
+                    f"{self._step_timeout_s:g}"
+                )

@@ -5,12 +5,24 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from shared.errors import ModelError
+from shared.model_folder import TOKENIZER_FILE, open_regular
+from shared.rust_panic import is_rust_panic
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
+    """The folder's tokenizer, without the truncation and padding that some training runs leave in the file: what is
+    read of a prompt is all of it, and nothing else. ModelError, naming the file, where it can't be read.
+    """
+    path = folder / TOKENIZER_FILE
+    with open_regular(path) as file:
+        contents = file.read()
     try:
-        return Tokenizer.from_file(str(path))
-    # What the library raises for a missing or malformed file is a bare Exception.
-    except Exception as error:
-        raise ModelError(f"{path}: {error}") from error
+        tokenizer = Tokenizer.from_buffer(contents)
+    except BaseException as error:
+        # What the library raises for a malformed file is a bare Exception or a panic.
+        if not isinstance(error, Exception) and not is_rust_panic(error):
+            raise
+        raise ModelError(f"{path}: {str(error)[:500]}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,15 +1,13 @@
 """What escapes from the tokenizers library, as an error of the one request that it happened to."""
 
-import asyncio
 import logging
 
 from shared.errors import TextFailed
+from shared.rust_panic import is_rust_panic
 
 MAX_CHARACTERS = 200
 
 logger = logging.getLogger(__name__)
-
-NOT_FAULTS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 def text_failure(what: str, error: BaseException) -> TextFailed:
@@ -17,7 +15,7 @@ def text_failure(what: str, error: BaseException) -> TextFailed:
 
     The library's panics derive from BaseException alone, so whoever calls it has to catch that.
     """
-    if isinstance(error, NOT_FAULTS):
+    if not isinstance(error, Exception) and not is_rust_panic(error):
         raise error
     if isinstance(error, TextFailed):
         return error

@@ -2,15 +2,20 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from shared.errors import ConfigError
 from shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
 MAX_PORT = 65535
+MAX_ROWS = 65536
+_HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
+"""Where the hub's cache has a commit of a repository, OWNER--NAME or NAME alone."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,16 @@ class ServiceSettings:
     tls_cert: str = option("", "PEM file of the server's certificate chain; with it, only TLS is spoken")
     tls_key: str = option("", "PEM file of the certificate's private key")
     tls_client_ca: str = option("", "PEM file of the authority that client certificates must come from")
+    session_secret_file: str = option(
+        "",
+        "file with the secret that a scheduler shows its worker, the same for both; made where there is none",
+    )
+    step_timeout_s: float = option(
+        60.0,
+        "a step that does not get on for so long has failed (the worker ends), or its worker is lost",
+        unit="seconds",
+        minimum=0.1,
+    )
     log_level: str = option("info", "least severe messages to log", choices=("debug", "info", "warning", "error"))
 
 
@@ -38,19 +53,21 @@ class SchedulerSettings(ServiceSettings):
     port: int = option(50051, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
     worker_address: str = option("127.0.0.1:50052", "HOST:PORT of the worker service")
     worker_ca: str = option("", "PEM file of the authority of the worker's certificate; with it, TLS is spoken to it")
+    worker_tls_cert: str = option("", "PEM file of the certificate chain that the scheduler shows to its worker")
+    worker_tls_key: str = option("", "PEM file of that certificate's private key")
     tokenizer: str = option("", "folder with tokenizer.json; the model's if empty")
-    max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1)
+    max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1, maximum=MAX_ROWS)
     max_num_batched_tokens: int = option(8192, "token budget of a step", unit="tokens", minimum=1)
     max_chunk_tokens: int | None = option(
         None, "prompt tokens of one sequence in one step, at most; the budget if none", unit="tokens", minimum=1
     )
     max_plans_in_flight: int = option(2, "step plans sent ahead of their results", minimum=1, maximum=4)
     max_num_waiting: int = option(4096, "sequences that wait for their first step, at most", minimum=1)
+    max_num_waiting_tokens: int = option(
+        2**22, "prompt tokens of sequences that wait for their first step, at most", unit="tokens", minimum=1
+    )
     enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
     worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)
-    step_timeout_s: float = option(
-        60.0, "a step with no result for so long is a lost worker", unit="seconds", minimum=0.1
-    )
     api_server_count: int | None = option(
         None,
         "front-end processes beside the scheduler's own; 0 is none; a quarter of the CPUs, 4 at most, if not given, and"
@@ -82,7 +99,7 @@ class WorkerSettings(ServiceSettings):
         0.9, "share of the GPU's memory for weights, activations and KV pool", minimum=0.05, maximum=1.0
     )
     max_model_len: int | None = option(None, "context; the model's own if none", unit="tokens", minimum=1)
-    max_num_seqs: int = option(256, "rows of the batch", minimum=1)
+    max_num_seqs: int = option(256, "rows of the batch", minimum=1, maximum=MAX_ROWS)
     max_num_batched_tokens: int = option(8192, "tokens in a step, at most", unit="tokens", minimum=1)
     tp_size: int = option(1, "tensor-parallel size: processes that share the model, one a GPU", minimum=1, maximum=64)
     kernels: str = option(
@@ -96,7 +113,9 @@ class WorkerSettings(ServiceSettings):
         choices=("auto", "nccl"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs: every kernel is launched by itself (true or false)")
-    num_threads: int | None = option(None, "CPU threads of a forward pass; torch's choice if none", minimum=1)
+    num_threads: int | None = option(
+        None, "CPU threads of a forward pass; torch's choice if none", minimum=1, maximum=4096
+    )
 
 
 def read_command_line(
@@ -121,8 +140,23 @@ def check_tls(settings: ServiceSettings) -> None:
         raise ConfigError("--tls-cert and --tls-key go together")
     if settings.tls_client_ca and not settings.tls_cert:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+    if isinstance(settings, SchedulerSettings):
+        if bool(settings.worker_tls_cert) != bool(settings.worker_tls_key):
+            raise ConfigError("--worker-tls-cert and --worker-tls-key go together")
+        if settings.worker_tls_cert and not settings.worker_ca:
+            raise ConfigError("--worker-tls-cert needs --worker-ca")
 
 
 def model_name(settings: ServiceSettings) -> str:
-    """The name under which the model is served."""
-    return settings.served_model_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
+    """The name under which the model is served: the last part of the hub id or of the folder's path.
+
+    A folder of the hub's cache is called after its commit, so it is named by its repository; one given as '.' or '..'
+    by what it is called where it lies.
+    """
+    if settings.served_model_name:
+        return settings.served_model_name
+    path = PurePosixPath(settings.model)
+    if path.name in ("", ".."):
+        path = PurePosixPath(os.path.realpath(settings.model))
+    snapshot = _HUB_SNAPSHOT.search(os.path.abspath(path))
+    return snapshot[1] if snapshot else path.name

@@ -8,9 +8,11 @@ TandemError
 │   ├── QueueFull             RESOURCE_EXHAUSTED, RetryInfo
 │   ├── Draining              UNAVAILABLE, RetryInfo
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
+├── Unauthenticated           UNAUTHENTICATED: the caller has not shown who it is
 ├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
 ├── TextFailed                INTERNAL: the tokenizer failed on this one request
 ├── OutputTooLarge            RESOURCE_EXHAUSTED: a reply, or what a slow reader left, is past its limit
+├── WorkerFailed              INTERNAL: a step failed, and the worker ends
 ├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
 ├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
@@ -68,6 +70,14 @@ class Draining(RetryLater):
 
 class WorkerUnavailable(RetryLater):
     """No worker with the right model came back in the stated time."""
+
+
+class Unauthenticated(TandemError):
+    """The caller has not shown who it is."""
+
+
+class WorkerFailed(TandemError):
+    """A step failed on the worker, which ends: its last word."""
 
 
 class SequenceFailed(TandemError):

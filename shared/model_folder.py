@@ -1,13 +1,23 @@
-"""Where a model's files are: a folder, the one inside the package, or a download from the hub. Reads no weights."""
+"""Where a model's files are: a folder, the one inside the package, or a download from the hub. Reads no weights.
+
+Only regular files of a folder are opened (symbolic links to them are: the hub's cache has nothing else). Opening a FIFO
+would wait for a writer for ever, and reading a device may never end.
+"""
 
 import importlib.resources
+import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
 
 from shared.errors import ModelError
 
 EMBEDDED_MODEL = "embedded"
 
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = [TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "config.json"]
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 
@@ -17,12 +27,16 @@ def resolve_model(name: str, files: list[str]) -> Path:
     Raises ModelError where there is none.
     """
     folder = Path(name)
-    if folder.is_dir():
+    try:
+        is_folder = name != "" and folder.is_dir()
+    except OSError as error:
+        raise ModelError(f"{name[:200]}: {error.strerror}") from error
+    if is_folder:
         return folder
     if name == EMBEDDED_MODEL:
         return Path(str(importlib.resources.files("tandem"))) / "embedded_model"
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"{name}: no such folder, and no hub id of the form OWNER/NAME")
+        raise ModelError(f"{name[:200] or repr(name)}: no such folder, and no hub id of the form OWNER/NAME")
     # Slow to import, and most models are folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -31,3 +45,53 @@ def resolve_model(name: str, files: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{name}: no such folder, and the hub gave nothing: {error}") from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file, open for reading. ModelError, naming it, where it is missing, unreadable or no regular file."""
+    try:
+        # A device is not even opened; the second look is at what was opened, should the name have changed hands.
+        _check_regular(path, path.stat().st_mode)
+        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 (the caller closes it)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)
+    except ModelError:
+        file.close()
+        raise
+    return file
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something of that name, be it a dangling symbolic link: reading that is an error."""
+    return os.path.lexists(path)
+
+
+def check_regular(path: Path) -> None:
+    """Raises as open_regular does, for a file that a library opens by its name."""
+    open_regular(path).close()
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise ModelError(f"{path}: is no regular file")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """A digest (xxh3_128, hexadecimal) of tokenizer.json's bytes, "" where the folder has none.
+
+    Two services with equal digests read the same ids out of a text. ModelError where it is no regular file.
+    """
+    path = folder / TOKENIZER_FILE
+    if not exists(path):
+        return ""
+    digest = xxhash.xxh3_128()
+    with open_regular(path) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -31,6 +31,8 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.WorkerFailed: grpc.StatusCode.INTERNAL,
     errors.SequenceFailed: grpc.StatusCode.INTERNAL,
     errors.TextFailed: grpc.StatusCode.INTERNAL,
     errors.OutputTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -1,12 +1,13 @@
 """Frozen settings from command-line flags and environment variables: a flag wins over its variable.
 
 Knows how to read, check and describe the fields of a settings dataclass, not what they mean. A field named
-`max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS.
+`max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS. An empty variable is an unset one.
 """
 
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,11 @@ from typing import Any, TypeVar
 from shared.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "TANDEM_"
+MAX_NUMBER = 2**31 - 1
+"""The largest value of a setting that has no limit of its own: tokens, blocks and rows are counted in int32."""
+_SERVICE_VARIABLE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""What Kubernetes, like Docker's old links, calls the variables of a Service, and the value of its NAME_PORT."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -63,8 +69,9 @@ def read_settings(settings_class: type[T], arguments: argparse.Namespace, enviro
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         raw, source = getattr(arguments, field.name, None), flag_of(field.name)
-        if raw is None and variable_of(field.name) in environment:
-            raw, source = environment[variable_of(field.name)], variable_of(field.name)
+        variable = variable_of(field.name)
+        if raw is None and _is_ours(variable, environment.get(variable, "")):
+            raw, source = environment[variable], variable
         if raw is not None:
             values[field.name] = _convert(raw, source, _value_type(settings_class, field.name), field.metadata)
     return settings_class(**values)
@@ -73,10 +80,18 @@ def read_settings(settings_class: type[T], arguments: argparse.Namespace, enviro
 def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:
     """A misspelt variable is an error, not a setting that silently keeps its default."""
     known = {variable_of(field.name) for cls in classes for field in dataclasses.fields(cls)}
-    for name in environment:
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+    for name, value in environment.items():
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and _is_ours(name, value):
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"unknown environment variable {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _is_ours(name: str, value: str) -> bool:
+    """Whether a variable is meant as a setting: not if it is empty, nor if it is one of those that Kubernetes gives
+    every container for each Service of the namespace, such as `tandem` or `tandem-worker`.
+    """
+    is_link = name.endswith("_PORT") and _LINK_ADDRESS.match(value)
+    return bool(value) and not is_link and not _SERVICE_VARIABLE.fullmatch(name)
 
 
 def to_arguments(settings: Any) -> list[str]:
@@ -121,6 +136,8 @@ def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any
     except ValueError:
         raise ConfigError(f"{source} must be of type {value_type.__name__}, is {raw!r}") from None
     minimum, maximum, choices = metadata["minimum"], metadata["maximum"], metadata["choices"]
+    if value_type is not str and maximum is None:
+        maximum = MAX_NUMBER
     # Written so that NaN fails too.
     if minimum is not None and not value >= minimum:
         raise ConfigError(f"{source} must be at least {minimum}, is {raw}")

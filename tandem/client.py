@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import grpc
 
 from shared.call_metadata import MAX_REPLY_BYTES_KEY
+from shared.errors import FieldViolation, InvalidRequest
 from shared.grpc_options import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES
 from shared.rich_status import error_of
 from tandem.sampling_params import SamplingParams
@@ -115,14 +116,10 @@ def _fields(
     priority: int | None,
     cache_salt: str | None,
 ) -> dict[str, Any]:
-    """The fields that both generate requests have."""
+    """The fields that both generate requests have. InvalidRequest, naming the field, for what does not fit the wire."""
     params = params or SamplingParams()
-    if isinstance(prompt, str):
-        message = inference_pb2.Prompt(text=prompt)
-    else:
-        message = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=prompt))
-    return {
-        "prompt": message,
+    fields = {
+        "prompt": {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}},
         "sampling": params.sampling(),
         "stopping": params.stopping(),
         "output": params.output(),
@@ -131,6 +128,12 @@ def _fields(
         "priority": priority,
         "cache_salt": cache_salt,
     }
+    for name, value in fields.items():
+        try:
+            inference_pb2.GenerateRequest(**{name: value})  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(FieldViolation(name, str(error))) from error
+    return fields
 
 
 def _call(

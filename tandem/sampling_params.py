@@ -1,13 +1,24 @@
 """How to sample and when to stop, with vLLM's names."""
 
+import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from shared.errors import FieldViolation, InvalidRequest
 from tandem.v1 import inference_pb2
+
+_MAX_UINT32, _MAX_UINT64 = 2**32 - 1, 2**64 - 1
+_MAX_FLOAT, _MIN_FLOAT = 3.4e38, 1.2e-38
+"""What the wire's float holds, and the least that it doesn't round to 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """None takes the model's own default, then the API's (see protos/tandem/v1/inference.proto)."""
+    """None takes the model's own default, then the API's (see protos/tandem/v1/inference.proto).
+
+    Raises InvalidRequest, as a server would, naming every field whose value no server takes.
+    """
 
     n: int | None = None
     """Independent outputs for the prompt."""
@@ -24,6 +35,11 @@ class SamplingParams:
     """Report each token's log-probability, and those of this many likeliest tokens."""
     skip_special_tokens: bool | None = None
 
+    def __post_init__(self) -> None:
+        problems = [(name, check(getattr(self, name))) for name, check in _CHECKS.items()]
+        if violations := [FieldViolation(name, problem) for name, problem in problems if problem]:
+            raise InvalidRequest(*violations)
+
     def sampling(self) -> inference_pb2.SamplingParams:
         return inference_pb2.SamplingParams(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
@@ -39,3 +55,69 @@ class SamplingParams:
 
     def output(self) -> inference_pb2.OutputOptions:
         return inference_pb2.OutputOptions(num_logprobs=self.logprobs, skip_special_tokens=self.skip_special_tokens)
+
+
+def _whole(minimum: int, maximum: int = _MAX_UINT32, hint: str = "") -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if _is_whole(value) and minimum <= value <= maximum:
+            return ""
+        return f"must be a whole number from {minimum} to {maximum}{hint}, is {value!r}"
+
+    return _unless_none(check)
+
+
+def _number(minimum: float, maximum: float, text: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        # Written so that NaN fails too.
+        return "" if is_number and minimum <= value <= maximum else f"must be {text}, is {value!r}"
+
+    return _unless_none(check)
+
+
+def _flag(value: Any) -> str:
+    return "" if isinstance(value, bool) else f"must be True, False or None, is {value!r}"
+
+
+def _strings(value: Any) -> str:
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else [None]:
+        if not isinstance(text, str) or not text:
+            return f"must be a string or a tuple of strings, none of them empty, is {value!r}"
+        if not _is_unicode(text):
+            return f"must be Unicode without lone surrogates, is {text!r}"
+    return ""
+
+
+def _token_ids(value: Any) -> str:
+    if isinstance(value, list | tuple) and all(_is_whole(each) and 0 <= each <= _MAX_UINT32 for each in value):
+        return ""
+    return f"must be a tuple of token ids, is {value!r}"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _unless_none(check: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: "" if value is None else check(value)
+
+
+_CHECKS: dict[str, Callable[[Any], str]] = {
+    "n": _whole(1),
+    "temperature": _number(0, _MAX_FLOAT, "a finite number, 0 or more"),
+    "top_k": _whole(0, hint=", where 0 is all tokens"),
+    "top_p": _number(_MIN_FLOAT, 1, "a number in (0, 1]"),
+    "min_p": _number(0, 1, "a number in [0, 1]"),
+    "seed": _whole(0, _MAX_UINT64),
+    "max_tokens": _whole(1),
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": _unless_none(_flag),
+    "logprobs": _whole(0),
+    "skip_special_tokens": _unless_none(_flag),
+}
+"""Field -> what is wrong with a value, "" if nothing is. Only what no server could take: its own limits are its own."""

@@ -41,10 +41,10 @@ class Engine:
             self.finished[finished.sequence_id] = finished
         return outputs
 
-    def lose_worker(self) -> None:
+    def lose_worker(self, failure: str = "") -> None:
         """The runner and the steps in flight are gone."""
         self.in_flight.clear()
-        for finished in self.scheduler.lose_worker():
+        for finished in self.scheduler.lose_worker(failure):
             self.finished[finished.sequence_id] = finished
 
     def attach_worker(self, runner: Runner) -> None:

@@ -118,6 +118,8 @@ class FakeRunner:
         self.faulty: set[int] = set()
         self.num_steps = 0
         self.num_full_hits = 0
+        # Tests raise it where a step is to seem to get on.
+        self.progress = 0
         self.reset()
 
     @property

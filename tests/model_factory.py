@@ -31,9 +31,16 @@ DEFAULTS: dict[str, Any] = {
 
 
 def save_random_model(
-    folder: Path, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    save_original_format: bool = True,
+    **config: Any,
 ) -> Path:
-    """A checkpoint of DEFAULTS changed by `config`; num_experts in it makes a mixture of experts.
+    """A checkpoint of DEFAULTS changed by `config`; num_experts in it makes a mixture of experts, whose experts are
+    fused where save_original_format is False.
 
     Norms' weights are random too, so that a wrong one shows.
     """
@@ -47,5 +54,7 @@ def save_random_model(
         if "norm" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.2)
     model.generation_config = GenerationConfig()
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=max_shard_size, save_original_format=save_original_format
+    )
     return folder

@@ -1,17 +1,19 @@
 """tandem-worker: the worker service as a process."""
 
 import asyncio
+import faulthandler
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from shared.config import WorkerSettings, read_command_line
 from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
 from shared.server import Server, server_credentials, stop_event, write_port_file
+from shared.session_secret import read_secret
 from tandem.v1 import worker_pb2_grpc
-from worker_service.runner import Runner
 from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,13 @@ STOP_GRACE_S = 2.0
 """How long calls may go on once the service has been told to stop."""
 STEP_GRACE_S = 5.0
 """How long steps may, after that."""
+LAST_WORD_GRACE_S = 1.0
+"""How long a broken worker takes to say so to its scheduler."""
+EXIT_BROKEN = 70
+"""Exit status of a worker in which a step has failed: start another."""
+MIN_STALL_S = 30.0
+HEARTBEAT_S = 1.0
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 SWITCH_INTERVAL_S = 2e-4
 """How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
 
@@ -31,22 +40,56 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
         credentials=server_credentials(settings),
     )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    stopping = stop_event()
+    stopping = asyncio.create_task(stop_event().wait())
     port = await server.start(settings.host, settings.port)
     await server.set_ready([SERVICE_NAME], True)
     write_port_file(settings.port_file, port)
-    await stopping.wait()
+    failing = asyncio.create_task(servicer.run_until_failure(lambda: server.set_ready([SERVICE_NAME], False)))
+    heart = asyncio.create_task(_beat(2 * settings.step_timeout_s + MIN_STALL_S))
+    await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
+    heart.cancel()
+    faulthandler.cancel_dump_traceback_later()
+    if failing.done():
+        await server.stop(LAST_WORD_GRACE_S)
+        # Where all threads stand, for whoever looks for the fault; the reason comes last.
+        faulthandler.dump_traceback()
+        _exit(f"the worker ends: {failing.result()}", EXIT_BROKEN)
+    failing.cancel()
     logger.info("stopping")
     await server.stop(STOP_GRACE_S)
     if not await servicer.close(STEP_GRACE_S):
-        logger.error("a step has not ended in %.0f s", STEP_GRACE_S)
-        # Whatever it is waiting for, nothing can be ended in order.
-        logging.shutdown()
-        os._exit(1)
+        _exit(f"a step has not ended in {STEP_GRACE_S:.0f} s", 1)
 
 
-def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServicer] = WorkerServicer) -> None:
+async def _beat(limit_s: float) -> None:
+    """The last resort: a thread of C code ends the process where the event loop stands still for limit_s, as it does
+    when something holds the GIL. It writes to stderr where all threads stand.
+    """
+    while True:
+        faulthandler.dump_traceback_later(limit_s, exit=True)
+        await asyncio.sleep(HEARTBEAT_S)
+
+
+def _exit(reason: str, status: int) -> NoReturn:
+    """At once: whatever a thread is waiting for, nothing can be ended in order."""
+    logger.critical("%s", reason)
+    logging.shutdown()
+    os._exit(status)
+
+
+def check_exposure(settings: WorkerSettings) -> None:
+    """Raises ConfigError where anyone in reach of the port could take the worker."""
+    if settings.host not in LOOPBACK_HOSTS and not settings.session_secret_file and not settings.tls_client_ca:
+        raise ConfigError(
+            f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
+            "same --session-secret-file, or the worker --tls-client-ca"
+        )
+
+
+def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] = WorkerServicer) -> None:
     """Serves a model, or its part of one, until the end."""
+    check_exposure(settings)
+    options = {"secret": read_secret(settings.session_secret_file), "step_timeout_s": settings.step_timeout_s}
     # torch is imported only now, so that --help and wrong flags answer at once.
     from worker_service.startup import build_runner, check_model
 
@@ -54,10 +97,10 @@ def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServic
     if world_size not in (None, str(settings.tp_size)):
         raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
     if settings.tp_size == 1:
-        asyncio.run(serve(settings, make_servicer(build_runner(settings))))
+        asyncio.run(serve(settings, make_servicer(build_runner(settings), **options)))
         return
     from worker_service.communicator import Communicator
-    from worker_service.rank_group import STOP, Follower, Leader, LeadingRunner, join_group, leave_group
+    from worker_service.rank_group import STOP, Follower, Leader, LeadingRunner, join_group, leave_group, tell_failures
 
     # Before there are others who would say the same.
     check_model(settings)
@@ -71,7 +114,9 @@ def run(settings: WorkerSettings, make_servicer: Callable[[Runner], WorkerServic
     leader = Leader(rank)
     leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
     try:
-        asyncio.run(serve(settings, make_servicer(leading_runner)))
+        servicer = make_servicer(leading_runner, **options)
+        tell_failures(servicer.fail_from_thread)
+        asyncio.run(serve(settings, servicer))
     finally:
         leader.send(STOP)
         leave_group(leading_runner)

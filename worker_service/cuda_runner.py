@@ -18,6 +18,7 @@ import torch
 from shared.step_plan import Int32Array, NewRow, StepPlan, WorkerInfo
 from worker_service.batch import Batch, StepWork
 from worker_service.cuda_graphs import MAX_PADDING, Graphs, batch_sizes, token_counts
+from worker_service.kernels import launcher
 from worker_service.kernels.prefill_attention import QUERIES, cut_tiles
 from worker_service.kernels.sampling import MAX_TOP_K, SamplingKernels
 from worker_service.kernels.step_input import begin_decode, embed
@@ -121,6 +122,11 @@ class CudaRunner:
         self._graphs = Graphs()
         if use_graphs:
             self._capture()
+
+    @property
+    def progress(self) -> int:
+        """Kernels compiled: the steps' results tell the rest."""
+        return launcher.num_compiled
 
     def reset(self) -> None:
         self._batch.reset()

@@ -1,16 +1,18 @@
-"""What config.json and generation_config.json say of a Qwen3 model, checked. Knows no torch."""
+"""What config.json says of a Qwen3 model, checked. Knows no torch.
 
-import json
+A key that is left out has the default of transformers' Qwen3Config or Qwen3MoeConfig; sizes must be given.
+"""
+
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
-from shared.errors import ModelError
-
-T = TypeVar("T", list[Any], dict[str, Any])
+from worker_service.config_file import MAX_SIZE, ConfigFile, brief
 
 DENSE, MOE = ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+MAX_LAYERS = 1024
+MAX_EXPERTS = 4096
+DENSE_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -54,173 +56,136 @@ class ModelConfig:
     yarn: YarnScaling | None = None
     moe: MoEConfig | None = None
 
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """generation_config.json's sampling defaults, None where it has none."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-
-
-class _Reader:
-    """Reads keys of one JSON file; errors name the file and the key."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.values: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: {error}") from error
-        if not isinstance(self.values, dict):
-            raise ModelError(f"{path}: holds no JSON object")
-
-    def fail(self, key: str, problem: str) -> ModelError:
-        return ModelError(f"{self.path}: {key}: {problem}")
-
-    def number(self, key: str, default: float | None = None, values: dict[str, Any] | None = None) -> float:
-        value = (self.values if values is None else values).get(key)
-        value = default if value is None else value
-        if value is None:
-            raise self.fail(key, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-            raise self.fail(key, f"must be a positive number, is {value!r}")
-        return value
-
-    def typed(self, key: str, kind: type[T], values: dict[str, Any] | None = None) -> T:
-        """The key's list or object; an empty one where it is missing or null."""
-        value = (self.values if values is None else values).get(key)
-        value = kind() if value is None else value
-        if not isinstance(value, kind):
-            raise self.fail(key, f"must be a {kind.__name__}, is {value!r}")
-        return value
-
-    def whole(self, key: str, default: int | None = None, values: dict[str, Any] | None = None) -> int:
-        value = self.number(key, default, values)
-        if value != int(value):
-            raise self.fail(key, f"must be a whole number, is {value!r}")
-        return int(value)
+    @property
+    def context(self) -> int:
+        """The longest context that the model knows, in tokens; YaRN may stretch max_position_embeddings."""
+        if self.yarn is None:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, int(self.yarn.factor * self.yarn.original_max_position_embeddings))
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Raises ModelError, naming file and key, where the model is not one that Tandem runs."""
-    reader = _Reader(folder / "config.json")
-    architectures = reader.typed("architectures", list)
-    if not set(architectures) & set(ARCHITECTURES):
-        raise reader.fail("architectures", f"{architectures} is not supported; {' and '.join(ARCHITECTURES)} are")
-    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
-        if reader.values.get(key, wanted) != wanted:
-            raise reader.fail(key, f"{reader.values[key]!r} is not supported; {wanted!r} is")
-    kinds = reader.typed("layer_types", list)
-    if any(kind != "full_attention" for kind in kinds):
-        raise reader.fail("layer_types", f"{kinds} are not supported; full_attention is")
-    num_heads = reader.whole("num_attention_heads")
-    num_kv_heads = reader.whole("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise reader.fail("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads, {num_heads}")
-    hidden_size = reader.whole("hidden_size")
-    head_dim = reader.whole("head_dim", hidden_size // num_heads)
-    if head_dim % 2:
-        raise reader.fail("head_dim", f"must be even, is {head_dim}")
-    # transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
-    rope = {**reader.typed("rope_scaling", dict), **reader.typed("rope_parameters", dict)}
-    rope_theta = reader.number("rope_theta", values={**reader.values, **rope})
-    if rope_theta <= 1:
-        raise reader.fail("rope_theta", f"must be above 1, is {rope_theta}")
-    max_position_embeddings = reader.whole("max_position_embeddings")
+    file = ConfigFile(folder / "config.json")
+    architecture = _read_architecture(file)
+    _refuse_what_is_not_supported(file)
+    num_heads, num_kv_heads, head_dim = _read_heads(file, architecture)
+    rope = _rope_of(file)
+    max_position_embeddings = file.whole("max_position_embeddings")
     return ModelConfig(
-        vocab_size=reader.whole("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=reader.whole("intermediate_size"),
-        num_hidden_layers=reader.whole("num_hidden_layers"),
+        vocab_size=file.whole("vocab_size"),
+        hidden_size=file.whole("hidden_size"),
+        intermediate_size=file.whole("intermediate_size"),
+        num_hidden_layers=file.whole("num_hidden_layers", maximum=MAX_LAYERS),
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
+        rms_norm_eps=file.number("rms_norm_eps", 1e-6, maximum=1.0),
+        rope_theta=rope.number("rope_theta", minimum=1.01),
         max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=bool(reader.values.get("tie_word_embeddings", False)),
-        yarn=_read_yarn(reader, rope, max_position_embeddings),
-        moe=_read_moe(reader) if MOE in architectures else None,
+        tie_word_embeddings=file.flag("tie_word_embeddings", False),
+        yarn=_read_yarn(rope, max_position_embeddings),
+        moe=_read_moe(file) if architecture == MOE else None,
     )
 
 
-def _read_moe(reader: _Reader) -> MoEConfig:
-    dense_layers, step = reader.typed("mlp_only_layers", list), reader.whole("decoder_sparse_step", 1)
+def _read_architecture(file: ConfigFile) -> str:
+    architectures = file.typed("architectures", list)
+    for architecture in ARCHITECTURES:
+        if architecture in architectures:
+            return architecture
+    raise file.fail("architectures", f"{brief(architectures)} is not supported; {' and '.join(ARCHITECTURES)} are")
+
+
+def _refuse_what_is_not_supported(file: ConfigFile) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if quantization := file.values.get(key):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            method = method if isinstance(method, str) else "quantisation"
+            raise file.fail(key, f"{method[:100]} is not supported yet")
+    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
+        if file.values.get(key, wanted) != wanted:
+            raise file.fail(key, f"{brief(file.values[key])} is not supported; {wanted!r} is")
+    kinds = file.typed("layer_types", list)
+    if any(kind != "full_attention" for kind in kinds):
+        raise file.fail("layer_types", f"{brief(kinds)} are not supported; full_attention is")
+
+
+def _read_heads(file: ConfigFile, architecture: str) -> tuple[int, int, int]:
+    """num_attention_heads, num_key_value_heads, head_dim."""
+    num_heads = file.whole("num_attention_heads")
+    default_kv_heads = {DENSE: 32, MOE: 4}[architecture]
+    if "num_key_value_heads" in file.values:
+        default_kv_heads = num_heads
+    num_kv_heads = file.whole("num_key_value_heads", default_kv_heads)
+    if num_heads % num_kv_heads:
+        raise file.fail("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads, {num_heads}")
+    default_head_dim = DENSE_HEAD_DIM
+    if architecture == MOE:
+        # Qwen3MoeConfig has no head_dim; its attention falls back on this.
+        default_head_dim = file.whole("hidden_size") // num_heads
+    head_dim = file.whole("head_dim", default_head_dim)
+    if head_dim % 2:
+        raise file.fail("head_dim", f"must be even, is {head_dim}")
+    return num_heads, num_kv_heads, head_dim
+
+
+def _rope_of(file: ConfigFile) -> ConfigFile:
+    """transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
+
+    Of both, rope_scaling counts, as in transformers: it is what recipes for YaRN tell people to add.
+    """
+    scaling, parameters = file.typed("rope_scaling", dict), file.typed("rope_parameters", dict)
+    shared = {key: file.values.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    if "rope_theta" in parameters:
+        shared["rope_theta"] = parameters["rope_theta"]
+    return file.part({**shared, **(scaling or parameters)})
+
+
+def _read_moe(file: ConfigFile) -> MoEConfig:
+    dense_layers, step = file.typed("mlp_only_layers", list), file.whole("decoder_sparse_step", 1)
+    if not all(type(layer) is int for layer in dense_layers):
+        raise file.fail("mlp_only_layers", f"must be whole numbers, is {brief(dense_layers)}")
     # transformers 5 writes num_local_experts, 4 wrote num_experts.
-    key = "num_local_experts" if "num_local_experts" in reader.values else "num_experts"
-    num_experts, num_chosen = reader.whole(key), reader.whole("num_experts_per_tok")
+    key = "num_local_experts" if "num_local_experts" in file.values else "num_experts"
+    num_experts, num_chosen = file.whole(key, maximum=MAX_EXPERTS), file.whole("num_experts_per_tok")
     if num_chosen > num_experts:
-        raise reader.fail("num_experts_per_tok", f"{num_chosen} is more than {key}, {num_experts}")
-    layers = range(reader.whole("num_hidden_layers"))
+        raise file.fail("num_experts_per_tok", f"{num_chosen} is more than {key}, {num_experts}")
+    layers = range(file.whole("num_hidden_layers", maximum=MAX_LAYERS))
     return MoEConfig(
         layers=tuple(layer for layer in layers if layer not in dense_layers and (layer + 1) % step == 0),
         num_experts=num_experts,
         num_experts_per_tok=num_chosen,
-        moe_intermediate_size=reader.whole("moe_intermediate_size"),
-        norm_topk_prob=bool(reader.values.get("norm_topk_prob", False)),
+        moe_intermediate_size=file.whole("moe_intermediate_size"),
+        norm_topk_prob=file.flag("norm_topk_prob", False),
     )
 
 
-def _read_yarn(reader: _Reader, rope: dict[str, Any], max_position_embeddings: int) -> YarnScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _read_yarn(rope: ConfigFile, max_position_embeddings: int) -> YarnScaling | None:
+    if (partial := rope.values.get("partial_rotary_factor")) not in (None, 1):
+        raise rope.fail("partial_rotary_factor", f"{brief(partial)} is not supported; 1 is")
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind == "default":
         return None
     if kind != "yarn":
-        raise reader.fail("rope_type", f"{kind!r} is not supported; 'default' and 'yarn' are")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise reader.fail("partial_rotary_factor", f"{rope['partial_rotary_factor']!r} is not supported; 1 is")
-    original = reader.whole("original_max_position_embeddings", max_position_embeddings, rope)
-    factor = reader.number("factor", max_position_embeddings / original, rope)
+        raise rope.fail("rope_type", f"{brief(kind)} is not supported; 'default' and 'yarn' are")
+    original = rope.whole("original_max_position_embeddings", max_position_embeddings)
+    # A context of more than MAX_SIZE has positions that float32 cannot tell apart.
+    factor = rope.number("factor", max_position_embeddings / original, minimum=1.0, maximum=MAX_SIZE / original)
     attention_factor = _mscale(factor, 1.0)
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
-        mscale, mscale_all_dim = reader.number("mscale", values=rope), reader.number("mscale_all_dim", values=rope)
+    if rope.values.get("mscale") and rope.values.get("mscale_all_dim"):
+        mscale, mscale_all_dim = (rope.number(key, maximum=1e3) for key in ("mscale", "mscale_all_dim"))
         attention_factor = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+    beta_slow = rope.number("beta_slow", 1, minimum=1e-3, maximum=1e6)
     return YarnScaling(
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=reader.number("attention_factor", attention_factor, rope),
-        beta_fast=reader.number("beta_fast", 32, rope),
-        beta_slow=reader.number("beta_slow", 1, rope),
-        truncate=bool(rope.get("truncate", True)),
+        attention_factor=rope.number("attention_factor", attention_factor, minimum=1e-3, maximum=1e3),
+        beta_fast=rope.number("beta_fast", 32, minimum=beta_slow, maximum=1e6),
+        beta_slow=beta_slow,
+        truncate=rope.flag("truncate", True),
     )
 
 
 def _mscale(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-
-def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefaults:
-    """What the model asks of requests that don't say; nothing where it has no generation_config.json."""
-    path = folder / "generation_config.json"
-    reader = _Reader(path if path.exists() else folder / "config.json")
-    values = reader.values
-    eos = values.get("eos_token_id")
-    if eos is None and path.exists():
-        # Older folders have it in config.json alone; without it nothing would ever stop.
-        reader = _Reader(folder / "config.json")
-        eos = reader.values.get("eos_token_id")
-    eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    for token_id in eos_token_ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise reader.fail("eos_token_id", f"{token_id!r} is not in the vocabulary of {vocab_size}")
-    if not path.exists():
-        return GenerationDefaults(eos_token_ids)
-    if values.get("do_sample") is False:
-        return GenerationDefaults(eos_token_ids, temperature=0.0)
-    # What the wire's float and uint32 hold, and what a row's sampling accepts.
-    limits: dict[str, tuple[type, float, float]] = {
-        "temperature": (float, 0, 3e38),
-        "top_k": (int, 0, 2**32 - 1),
-        "top_p": (float, 1e-30, 1),
-        "min_p": (float, 0, 1),
-    }
-    for key, (kind, least, most) in limits.items():
-        value = values.get(key)
-        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        if value is not None and not (is_number and least <= value <= most):
-            raise _Reader(path).fail(key, f"{value!r} is out of range")
-    return GenerationDefaults(eos_token_ids, **{key: values.get(key) for key in limits})

@@ -33,6 +33,10 @@ class ModelRunner:
         # Of the step that is queued last.
         self._ended: torch.cuda.Event | None = None
         self._last_token = torch.zeros(batch.num_rows, dtype=torch.int64, device=self._device)
+        self.progress = 0
+        if self._device.type == "cpu":
+            # On a GPU a layer that is launched is not one that has run.
+            model.after_layer = self._note_layer
 
     def reset(self) -> None:
         self._batch.reset()
@@ -41,6 +45,9 @@ class ModelRunner:
     def close(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+    def _note_layer(self) -> None:
+        self.progress += 1
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> PendingStep:

@@ -3,9 +3,9 @@
 Ranks meet through torch.distributed's rendezvous: `tandem-worker --tp-size N` starts the others itself, on this host;
 under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, ...) each process finds itself to be one, on any host. Beside the
 collectives each rank has a connection to rank 0 for plans, which are the bytes of the wire's message. Both ends say
-every HEARTBEAT_S that they are alive, and ranks say how many messages they have carried out; who is silent, or does
-not get on, is taken as lost, and with one rank the whole group ends: its processes exit, and the scheduler goes on
-with the next worker. So it does when rank 0 fails in the middle of a step, as the others would wait for it.
+every HEARTBEAT_S that they are alive; who is silent is taken as lost, and with one rank the whole group ends: its
+processes exit, and the scheduler goes on with the next worker. A rank that hangs in a step holds up rank 0's step,
+whose session notices. A step that fails on rank 0 ends rank 0, and so the others, which would wait for it.
 """
 
 import atexit
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -38,7 +38,7 @@ from shared.errors import ConfigError, InvalidPlan
 from shared.process import child_environment, die_with_parent, end_with_parent
 from shared.settings import to_arguments
 from shared.step_codec import decode_plan, encode_plan
-from shared.step_plan import StepPlan, StepResult, WorkerInfo
+from shared.step_plan import StepPlan, WorkerInfo
 from tandem.v1 import worker_pb2
 from worker_service.runner import PendingStep, Runner
 from worker_service.shard import Shard
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_LIMIT_S = 10.0
 """A rank that says nothing for so long is lost: stopped, or cut off."""
-PROGRESS_LIMIT_S = 300.0
-"""So is one that doesn't get on with the message that it has; longer than the scheduler waits for a step."""
+LAST_WORDS_S = 5.0
+"""That rank 0 has to tell the scheduler why it ends."""
 LEAVE_LIMIT_S = 15.0
 """That ranks wait for each other at the end."""
 PLAN, RESET, STOP, ALIVE = (bytes([kind]) for kind in range(4))
@@ -146,9 +146,23 @@ def _watch_child(number: int, child: "subprocess.Popen[bytes]") -> None:
         fail(f"rank {number} (process {child.pid}) ended with status {status}")
 
 
+_tell: Callable[[str], None] | None = None
+
+
+def tell_failures(tell: Callable[[str], None]) -> None:
+    """Whom rank 0 tells, from any thread, before it ends."""
+    global _tell
+    _tell = tell
+
+
 def fail(problem: str) -> NoReturn:
-    """Ends this process at once: a thread of it may wait in a collective for a rank that will never come."""
-    logger.critical("the tensor-parallel group is lost: %s", problem)
+    """Ends this process: a thread of it may wait in a collective for a rank that will never come."""
+    reason = f"the tensor-parallel group is lost: {problem}"
+    logger.critical("%s", reason)
+    if _tell is not None:
+        _tell(reason)
+        # That ends the process, if it can.
+        time.sleep(LAST_WORDS_S)
     logging.shutdown()
     os._exit(1)
 
@@ -186,28 +200,24 @@ class _Channel:
         self._heard_at = time.monotonic()
         return message[:1], message[1:]
 
-    def start(self, status: Callable[[], bytes], get_problem: Callable[[], str | None] = lambda: None) -> None:
-        """Says from now on that this end is alive, with a status, and watches the other: who is silent is lost, and who
-        has a problem.
-        """
-        _start_thread(self._keep_alive, status)
+    def start(self) -> None:
+        """Says from now on that this end is alive, and watches the other: who is silent is lost."""
+        _start_thread(self._keep_alive)
         # A thread of its own, as sending may wait for the very peer that is frozen.
-        _start_thread(self._watch, get_problem)
+        _start_thread(self._watch)
 
-    def _keep_alive(self, status: Callable[[], bytes]) -> None:
+    def _keep_alive(self) -> None:
         while not self.is_closing:
-            self.send(ALIVE, status())
+            self.send(ALIVE)
             time.sleep(HEARTBEAT_S)
 
-    def _watch(self, get_problem: Callable[[], str | None]) -> None:
+    def _watch(self) -> None:
         while not self.is_closing:
             time.sleep(HEARTBEAT_S)
             # What is heard first may come late: ranks start at different speeds.
             silent_s = time.monotonic() - self._heard_at if self._heard_at is not None else 0
             if silent_s > SILENCE_LIMIT_S:
                 fail(f"{self.peer} has been silent for {silent_s:.0f} s")
-            if problem := get_problem():
-                fail(f"{self.peer} {problem}")
 
 
 def _start_thread(target: Callable[..., None], *arguments: object) -> threading.Thread:
@@ -226,7 +236,6 @@ class Leader:
         self._children = rank.children
         self._sending = threading.Lock()
         self._is_stopping = False
-        self._num_sent = 0
         self._channels: list[_Channel] = []
         self._listeners: list[threading.Thread] = []
         with Listener((LOOPBACK if host == LOOPBACK else "", 0), backlog=rank.shard.size, authkey=secret) as listener:
@@ -242,7 +251,6 @@ class Leader:
             if self._is_stopping:
                 return
             self._is_stopping = kind == STOP
-            self._num_sent += 1
             for channel in self._channels:
                 channel.is_closing = self._is_stopping
                 channel.send(kind, body)
@@ -258,34 +266,14 @@ class Leader:
 
     def _add(self, connection: Connection) -> None:
         number, process_id = connection.recv_bytes().decode().split()
-        channel, progress = _Channel(connection, f"rank {number} (process {process_id})"), _Progress()
+        channel = _Channel(connection, f"rank {number} (process {process_id})")
         self._channels.append(channel)
-        self._listeners.append(_start_thread(self._listen, channel, progress))
-        channel.start(lambda: b"", lambda: progress.problem(self._num_sent))
+        self._listeners.append(_start_thread(self._listen, channel))
+        channel.start()
 
-    def _listen(self, channel: _Channel, progress: "_Progress") -> None:
-        while message := channel.receive():
-            progress.note(int.from_bytes(message[1], "little"))
-
-
-class _Progress:
-    """How far a rank has come with its messages."""
-
-    def __init__(self) -> None:
-        self._num_done = 0
-        self._since = time.monotonic()
-
-    def note(self, num_done: int) -> None:
-        if num_done > self._num_done:
-            self._num_done, self._since = num_done, time.monotonic()
-
-    def problem(self, num_sent: int) -> str | None:
-        now = time.monotonic()
-        if self._num_done >= num_sent:
-            self._since = now
-        if now - self._since <= PROGRESS_LIMIT_S:
-            return None
-        return f"has not got past message {self._num_done} of {num_sent} for {now - self._since:.0f} s"
+    def _listen(self, channel: _Channel) -> None:
+        while channel.receive():
+            pass
 
 
 class LeadingRunner:
@@ -299,40 +287,21 @@ class LeadingRunner:
     def info(self) -> WorkerInfo:
         return self._runner.info
 
+    @property
+    def progress(self) -> int:
+        return self._runner.progress
+
     def execute(self, plan: StepPlan) -> PendingStep:
         """InvalidPlan if the batch can't follow the plan: then no rank can, and none has applied it."""
         self._leader.send(PLAN, encode_plan(plan).SerializeToString())
-        with _all_or_nothing():
-            return _LeadingStep(self._runner.execute(plan))
+        return self._runner.execute(plan)
 
     def reset(self) -> None:
         self._leader.send(RESET)
-        with _all_or_nothing():
-            self._runner.reset()
+        self._runner.reset()
 
     def close(self) -> None:
         self._runner.close()
-
-
-class _LeadingStep:
-    def __init__(self, step: PendingStep) -> None:
-        self._step = step
-
-    def wait(self) -> StepResult:
-        with _all_or_nothing():
-            return self._step.wait()
-
-
-@contextlib.contextmanager
-def _all_or_nothing() -> Iterator[None]:
-    """A step that fails on rank 0 alone would leave the others in the middle of it."""
-    try:
-        yield
-    except InvalidPlan:
-        raise
-    except Exception as error:
-        logger.exception("rank 0 failed")
-        fail(f"rank 0 (process {os.getpid()}) failed: {error!r}")
 
 
 class Follower:
@@ -346,11 +315,10 @@ class Follower:
         connection = Client((host, int(port)), authkey=secret)
         connection.send_bytes(f"{rank.shard.rank} {os.getpid()}".encode())
         self._channel = _Channel(connection, "rank 0")
-        self._num_done = 0
         # What arrives is read at once, so that rank 0's end is noticed while a step runs.
         self._messages: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
         _start_thread(self._read)
-        self._channel.start(lambda: self._num_done.to_bytes(8, "little"))
+        self._channel.start()
 
     def run(self, runner: Runner) -> None:
         """Carries out what rank 0 says, until it says that this is the end."""
@@ -364,7 +332,6 @@ class Follower:
                 # Rank 0 refuses it too, and says so.
                 with contextlib.suppress(InvalidPlan):
                     runner.execute(decode_plan(worker_pb2.StepPlan.FromString(body)))
-            self._num_done += 1
 
     def _read(self) -> None:
         while message := self._channel.receive():

@@ -18,6 +18,10 @@ class Runner(Protocol):
     @property
     def info(self) -> WorkerInfo: ...
 
+    @property
+    def progress(self) -> int:
+        """Rises while a step gets on that has not ended yet. May be asked from any thread."""
+
     def execute(self, plan: StepPlan) -> PendingStep:
         """Applies a plan to the batch and queues its forward pass.
 

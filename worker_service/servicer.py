@@ -1,52 +1,63 @@
-"""The worker's side of the step protocol: sessions, fencing, order. Knows no torch: a Runner does the work.
+"""The worker's side of the step protocol: who may have a session, and what the stream says. Knows no torch.
 
-Threads: gRPC lives in the asyncio loop. Each session has a launcher thread, which applies plans in order and queues
-their work on the device, and a completer thread, which waits for the results; so the device always has the next
-plan queued while a result is on its way.
+One session at a time runs on a Runner (session.py). Once a step has failed there is none any more: readiness goes
+first, then the session gets the reason as its last word, and the process that owns the servicer ends.
 """
 
 import asyncio
-import dataclasses
+import hmac
 import logging
-import queue
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
 
-from shared.errors import InvalidPlan, ProtocolError, SessionRefused, SessionTaken
+from shared.errors import ProtocolError, SessionRefused, SessionTaken, Unauthenticated, WorkerFailed
+from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_info, encode_result
-from shared.step_plan import StepPlan, StepResult
 from tandem.v1 import worker_pb2, worker_pb2_grpc
-from worker_service.runner import PendingStep, Runner
+from worker_service.runner import Runner
+from worker_service.session import Session
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "tandem.v1.WorkerService"
 TAKEOVER_LIMIT_S = 10.0
 """That a new session waits for the old one's steps. Then it is refused, and the scheduler comes again."""
+STEP_TIMEOUT_S = 60.0
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+async def _tell_nobody() -> None:
+    """For a servicer without a server round it."""
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """Runs one session at a time on a runner."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, *, secret: bytes = b"", step_timeout_s: float = STEP_TIMEOUT_S) -> None:
+        """Callers must show the secret, if there is one. A step that does not get on for step_timeout_s has failed."""
         self._runner = runner
-        self._session: _Session | None = None
+        self._secret = secret
+        self._step_timeout_s = step_timeout_s
+        self._session: Session | None = None
         self._opening = asyncio.Lock()
+        self._failure = ""
+        self._has_failed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def GetWorkerInfo(
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context
     ) -> worker_pb2.GetWorkerInfoResponse:
+        self._check_caller(context)
         return encode_info(self._runner.info)
 
     async def ExecuteSteps(
         self, request_iterator: AsyncIterator[worker_pb2.ExecuteStepsRequest], context: Context
     ) -> AsyncIterator[worker_pb2.ExecuteStepsResponse]:
+        self._check_caller(context)
         async for first in request_iterator:
             if first.WhichOneof("kind") != "open":
                 raise ProtocolError("a session's first message opens it")
@@ -57,12 +68,35 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         reader = asyncio.create_task(_read_plans(request_iterator, session))
         try:
             yield worker_pb2.ExecuteStepsResponse(opened=worker_pb2.SessionOpened())
-            async for result in session.results():
-                yield worker_pb2.ExecuteStepsResponse(result=encode_result(result))
+            async for result in session.news():
+                if result is None:
+                    yield worker_pb2.ExecuteStepsResponse(progress=worker_pb2.Progress())
+                else:
+                    yield worker_pb2.ExecuteStepsResponse(result=encode_result(result))
         finally:
             reader.cancel()
             session.end(None)
             logger.info("session of scheduler %s, epoch %d ended", session.scheduler_id, session.epoch)
+
+    async def run_until_failure(self, before_last_word: Callable[[], Awaitable[None]] = _tell_nobody) -> str:
+        """Waits for a step to fail; gives why the worker must end. The session hears it after before_last_word."""
+        self._loop = asyncio.get_running_loop()
+        await self._has_failed.wait()
+        await before_last_word()
+        if self._session is not None:
+            self._session.end(WorkerFailed(self._failure))
+        return self._failure
+
+    def fail(self, reason: str) -> None:
+        """A step has failed, or something without which none can run."""
+        if not self._has_failed.is_set():
+            self._failure = reason
+            self._has_failed.set()
+
+    def fail_from_thread(self, reason: str) -> None:
+        """fail(), from a thread that is not the event loop's. Before there is a loop, nobody need be told."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.fail, reason)
 
     async def close(self, timeout_s: float) -> bool:
         """Ends the session, if there is one, and waits so long for steps that have begun. Whether they have ended."""
@@ -71,29 +105,55 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._session.end(None)
         return await asyncio.to_thread(self._session.join, timeout_s)
 
-    async def _open(self, request: worker_pb2.OpenSession) -> "_Session":
+    def _check_caller(self, context: Context) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        shown = metadata.get(SECRET_METADATA_KEY, b"")
+        if self._secret and not hmac.compare_digest(
+            shown if isinstance(shown, bytes) else shown.encode(), self._secret
+        ):
+            raise Unauthenticated("the session secret is missing or another; see --session-secret-file")
+
+    async def _open(self, request: worker_pb2.OpenSession) -> Session:
         if request.protocol_version != PROTOCOL_VERSION:
             raise SessionRefused(f"protocol version {request.protocol_version}; this worker speaks {PROTOCOL_VERSION}")
         instance_id = self._runner.info.worker_instance_id
         if request.worker_instance_id != instance_id:
             raise SessionRefused(f"worker instance {request.worker_instance_id!r}; this is {instance_id!r}")
         async with self._opening:
-            old = self._session
-            if old is not None:
-                if old.is_live and old.scheduler_id != request.scheduler_id:
-                    raise SessionTaken(f"scheduler {old.scheduler_id!r} holds the session")
-                if old.scheduler_id == request.scheduler_id and request.session_epoch <= old.epoch:
-                    raise SessionTaken(f"session epoch {request.session_epoch} is not newer than {old.epoch}")
-                old.end(SessionTaken(f"epoch {request.session_epoch} took over"))
-                if not await asyncio.to_thread(old.join, TAKEOVER_LIMIT_S):
-                    raise SessionTaken(f"a step of epoch {old.epoch} has not ended in {TAKEOVER_LIMIT_S:.0f} s")
-            self._runner.reset()
-            self._session = _Session(self._runner, request.scheduler_id, request.session_epoch)
+            if self._has_failed.is_set():
+                raise WorkerFailed(self._failure)
+            if self._session is not None:
+                await self._end_for(request, self._session)
+            try:
+                self._runner.reset()
+            except Exception as error:
+                self.fail(f"the batch can't be emptied: {error!r}")
+                raise
+            self._session = Session(
+                self._runner,
+                request.scheduler_id,
+                request.session_epoch,
+                step_timeout_s=self._step_timeout_s,
+                on_failure=self.fail,
+            )
         logger.info("session of scheduler %s, epoch %d opened", request.scheduler_id, request.session_epoch)
         return self._session
 
+    async def _end_for(self, request: worker_pb2.OpenSession, old: Session) -> None:
+        """Ends a session for the next one. A dead session's epoch is nobody's. SessionTaken where a live one stays: it
+        is another scheduler's, unless that has sent nothing yet and this one has sequences that wait for the worker.
+        """
+        if old.is_live and old.scheduler_id == request.scheduler_id:
+            if request.session_epoch <= old.epoch:
+                raise SessionTaken(f"session epoch {request.session_epoch} is not newer than {old.epoch}")
+        elif old.is_live and (old.has_plans or not request.num_live_sequences):
+            raise SessionTaken(f"scheduler {old.scheduler_id!r} holds the session")
+        old.end(SessionTaken(f"scheduler {request.scheduler_id!r}, epoch {request.session_epoch} took over"))
+        if not await asyncio.to_thread(old.join, TAKEOVER_LIMIT_S):
+            raise SessionTaken(f"a step of epoch {old.epoch} has not ended in {TAKEOVER_LIMIT_S:.0f} s")
 
-async def _read_plans(requests: AsyncIterator[worker_pb2.ExecuteStepsRequest], session: "_Session") -> None:
+
+async def _read_plans(requests: AsyncIterator[worker_pb2.ExecuteStepsRequest], session: Session) -> None:
     try:
         async for request in requests:
             if request.WhichOneof("kind") != "plan":
@@ -102,81 +162,3 @@ async def _read_plans(requests: AsyncIterator[worker_pb2.ExecuteStepsRequest], s
         session.end(None)
     except Exception as error:
         session.end(error)
-
-
-class _Session:
-    """One scheduler's stream of plans and the threads that run them. All but the threads' work is the loop's."""
-
-    def __init__(self, runner: Runner, scheduler_id: str, epoch: int) -> None:
-        self.scheduler_id = scheduler_id
-        self.epoch = epoch
-        self.is_live = True
-        self._runner = runner
-        self._loop = asyncio.get_running_loop()
-        self._plans: queue.SimpleQueue[tuple[StepPlan, int] | None] = queue.SimpleQueue()
-        self._pending: queue.SimpleQueue[tuple[PendingStep, int] | None] = queue.SimpleQueue()
-        # None is the end of the stream, an exception its status.
-        self._results: asyncio.Queue[StepResult | Exception | None] = asyncio.Queue()
-        self._threads = [
-            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
-            for target in (self._launch, self._complete)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, plan: StepPlan, received_ns: int) -> None:
-        if self.is_live:
-            self._plans.put((plan, received_ns))
-
-    def end(self, error: Exception | None) -> None:
-        """Drops plans that have not started; those that have run to their end, unheard."""
-        if self.is_live:
-            self.is_live = False
-            self._plans.put(None)
-            self._results.put_nowait(error)
-
-    def join(self, timeout_s: float) -> bool:
-        """Waits so long for the steps that have begun. Whether they have ended."""
-        deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
-
-    async def results(self) -> AsyncIterator[StepResult]:
-        while (item := await self._results.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    def _launch(self) -> None:
-        next_step_id = 1
-        try:
-            while (item := self._plans.get()) is not None and self.is_live:
-                plan, received_ns = item
-                if plan.step_id != next_step_id:
-                    raise InvalidPlan(f"step_id is {plan.step_id}, must be {next_step_id}")
-                next_step_id += 1
-                self._pending.put((self._runner.execute(plan), received_ns))
-        except Exception as error:
-            self._tell(self.end, error)
-        finally:
-            self._pending.put(None)
-
-    def _complete(self) -> None:
-        try:
-            while (item := self._pending.get()) is not None:
-                pending, received_ns = item
-                result = pending.wait()
-                times = dataclasses.replace(result.times, received_ns=received_ns, sent_ns=time.time_ns())
-                self._tell(self._deliver, dataclasses.replace(result, times=times))
-        except Exception as error:
-            self._tell(self.end, error)
-
-    def _tell(self, callback: Callable[[Any], None], news: Any) -> None:
-        """From a thread to the loop. An ended session has nobody to tell, and its loop may be closed."""
-        if self.is_live:
-            self._loop.call_soon_threadsafe(callback, news)
-
-    def _deliver(self, result: StepResult) -> None:
-        if self.is_live:
-            self._results.put_nowait(result)

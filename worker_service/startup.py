@@ -19,8 +19,9 @@ from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
 from worker_service import kv_cache
 from worker_service.batch import MAX_LOGPROBS, Batch
 from worker_service.communicator import Communicator
+from worker_service.generation_config import read_generation_defaults
 from worker_service.layers.operations import Operations, TorchOperations
-from worker_service.model_config import ModelConfig, read_generation_defaults, read_model_config
+from worker_service.model_config import ModelConfig, read_model_config
 from worker_service.model_runner import ModelRunner
 from worker_service.models.qwen3 import Qwen3
 from worker_service.runner import Runner
@@ -41,9 +42,11 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // num_ranks_here))
     config = read_model_config(folder)
     defaults = read_generation_defaults(folder, config.vocab_size)
-    wanted_len = settings.max_model_len or config.max_position_embeddings
-    if wanted_len > config.max_position_embeddings:
-        raise ConfigError(f"--max-model-len {wanted_len}: the model's context is {config.max_position_embeddings}")
+    for warning in defaults.warnings if communicator.shard.rank == 0 else ():
+        logger.warning("%s", warning)
+    wanted_len = settings.max_model_len or config.context
+    if wanted_len > config.context:
+        raise ConfigError(f"--max-model-len {wanted_len}: the model's context is {config.context}")
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         raise ConfigError("--max-num-batched-tokens must be at least --max-num-seqs")
     operations = _make_operations(settings, communicator.shard.cut(config), device, dtype)
@@ -169,10 +172,11 @@ def _load_model(
     try:
         with device:
             model = Qwen3(config, operations, num_positions, dtype, communicator)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"too little memory for the weights: {error}") from error
-    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
-    return model, load_weights(folder, model.checkpoint_targets(), ignored)
+    # A CPU's allocator raises a plain RuntimeError.
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise ModelError(f"{folder / 'config.json'}: too little memory for a model of these sizes: {error}") from error
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else None
+    return model, load_weights(folder, model.checkpoint_targets(), tied)
 
 
 def _measure_blocks(
@@ -200,8 +204,12 @@ def _measure_blocks(
 def _largest_step(info: WorkerInfo) -> StepPlan:
     """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from."""
     num_rows = min(info.max_num_rows, info.max_num_batched_tokens)
-    # One long prompt, for attention's memory, and one token for each other row, for the sampler's.
-    lengths = [min(info.max_num_batched_tokens - num_rows + 1, info.max_model_len), *[1] * (num_rows - 1)]
+    # Prompts as long as can be, for attention's memory, and one token for each other row, for the sampler's.
+    lengths, room = [], info.max_num_batched_tokens - num_rows
+    for _ in range(num_rows):
+        length = 1 + min(room, info.max_model_len - 1)
+        lengths.append(length)
+        room -= length - 1
     num_blocks = [-(-length // info.block_size) for length in lengths]
     ends = np.cumsum(num_blocks) + 1
     return StepPlan(

@@ -16,6 +16,7 @@ from scheduler_service.core.integrity import check_integrity
 from scheduler_service.core.plan_builder import PlanBuilder
 from scheduler_service.core.residency import Residency
 from scheduler_service.core.sequence import Sequence, SequenceState
+from scheduler_service.core.suspects import PROBE_ID, Suspects, create_probe
 from scheduler_service.core.types import (
     FinishedSequence,
     FinishReason,
@@ -26,8 +27,6 @@ from scheduler_service.core.types import (
 )
 from shared.errors import FieldViolation, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
 from shared.step_plan import Int32Array, StepPlan, StepResult, WorkerInfo
-
-MAX_LOSSES_IN_A_ROW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,9 @@ class Scheduler:
         self.config = config
         self._live: dict[int, Sequence] = {}
         self._queue: list[tuple[tuple[int, int], Sequence]] = []
+        # Sequences that were never admitted, and their tokens.
         self._num_new = 0
+        self._num_new_tokens = 0
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_preemptions = 0
@@ -56,8 +57,7 @@ class Scheduler:
         self._num_output_tokens = 0
         self._num_overshoot_tokens = 0
         self._is_attached = True
-        # The suspect that was admitted last.
-        self._suspect: Sequence | None = None
+        self._suspects = Suspects(config.max_plans_in_flight)
         self._start_session(worker)
 
     # Events
@@ -75,8 +75,12 @@ class Scheduler:
             raise InvalidRequest(FieldViolation("prompt", problem))
         if self._num_new >= self.config.max_num_waiting:
             raise QueueFull(f"{self._num_new} sequences are waiting")
+        num_new_tokens = self._num_new_tokens + sequence.num_prompt_tokens
+        if self._num_new and num_new_tokens > self.config.max_num_waiting_tokens:
+            raise QueueFull(f"{self._num_new_tokens} prompt tokens are waiting")
         self._num_arrivals += 1
         self._num_new += 1
+        self._num_new_tokens = num_new_tokens
         self._num_prompt_tokens += sequence.num_prompt_tokens
         self._live[request.sequence_id] = sequence
         self._enqueue(sequence)
@@ -105,29 +109,29 @@ class Scheduler:
         """Forgets cached blocks that no sequence uses; gives their number."""
         return self._residency.blocks.reset_cache()
 
-    def lose_worker(self) -> list[FinishedSequence]:
+    def lose_worker(self, failure: str = "") -> list[FinishedSequence]:
         """Everything the worker held is gone: preempts all, forgets the prefix cache, never retries a step.
 
-        Gives the sequences that end here, because they were present at too many losses in a row.
+        failure is the worker's last word on the step that failed, empty where it vanished. Gives the sequences that end
+        here, because they take workers down.
         """
         self._is_attached = False
         self._num_losses += 1
-        present = set(self._residency.rows.running())
-        present.update(sequence for step in self._in_flight for sequence in step.sequences)
+        held = set(self._residency.rows.running())
+        held.update(sequence for step in self._in_flight for sequence in step.sequences)
+        present = [s for s in sorted(held, key=lambda s: s.arrival) if s.state is not SequenceState.FINISHED]
+        tried = self._suspects.judge_loss(present)
         self._start_session(self._residency.worker)
-        ended = []
-        for sequence in sorted(present, key=lambda sequence: sequence.arrival):
-            if sequence.state is SequenceState.FINISHED:
-                continue
-            sequence.note_loss(self.config.max_plans_in_flight)
+        for sequence in present:
             if sequence.state is not SequenceState.WAITING:
                 sequence.leave_row()
                 sequence.move_to(SequenceState.WAITING)
+                if sequence is tried:
+                    sequence.arrival = self._num_arrivals
+                    self._num_arrivals += 1
                 self._enqueue(sequence)
-            if sequence.loss_streak >= MAX_LOSSES_IN_A_ROW:
-                error = f"the worker was lost {sequence.loss_streak} times in a row while computing this sequence"
-                ended.append(self._finish(sequence, FinishReason.ERROR, error=error))
-        return ended
+        error = self._suspects.verdict(tried, failure) if tried is not None else None
+        return [self._finish(tried, FinishReason.ERROR, error=error)] if tried is not None and error else []
 
     def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
         """A new, empty worker. Gives the sequences that end here because they don't fit it."""
@@ -145,14 +149,20 @@ class Scheduler:
 
     # Steps
 
-    def schedule(self) -> StepPlan | None:
-        """The next step, or None: nothing to compute, enough plans in flight, or no worker."""
+    def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
+        """The next step, or None: nothing to compute, enough plans in flight, or no worker.
+
+        max_prompt_tokens limits the step's tokens of prompts further than the token budget does, for a worker on which
+        a step of the whole budget takes too long.
+        """
         if not self._is_attached or len(self._in_flight) >= self.config.max_plans_in_flight:
             return None
         plan = PlanBuilder(self._max_num_batched_tokens)
         self._grow_decoding_rows(plan)
         decoding = self._residency.rows.decoding()
         plan.budget -= len(decoding)
+        if max_prompt_tokens is not None:
+            plan.budget = min(plan.budget, max_prompt_tokens)
         for sequence in self._residency.prefilling:
             if plan.budget > 0:
                 self._schedule_chunk(plan, sequence)
@@ -175,6 +185,7 @@ class Scheduler:
         if not {*faults, *(report.row for report in result.logprobs)} <= set(step.rows):
             raise ProtocolError(f"result of step {result.step_id} speaks of rows that did not sample")
         self._in_flight.popleft()
+        self._suspects.has_result = True
         outputs = StepOutputs(step.step_id)
         owners = dict(zip(step.rows, step.sequences, strict=True)) if faults or result.logprobs else {}
         for row, code in faults.items():
@@ -230,8 +241,8 @@ class Scheduler:
         queue = [sequence for _, sequence in self._queue]
         steps = [step.sequences for step in self._in_flight]
         check_integrity(self._live.values(), queue, self._residency, steps)
-        num_new = sum(sequence.num_cached_tokens is None for sequence in self._live.values())
-        assert self._num_new == num_new, "new sequences are miscounted"
+        new = [sequence.num_prompt_tokens for sequence in self._live.values() if sequence.num_cached_tokens is None]
+        assert (self._num_new, self._num_new_tokens) == (len(new), sum(new)), "new sequences are miscounted"
 
     # The parts of a step
 
@@ -254,29 +265,30 @@ class Scheduler:
             if sequence.state is not SequenceState.WAITING:
                 heapq.heappop(self._queue)
                 continue
-            if sequence.num_outstanding or not self._may_run_beside_others(sequence):
+            if self._suspects.needs_probe(sequence):
+                self._probe(plan)
+            if sequence.num_outstanding or not self._suspects.may_enter(sequence, self._residency.rows.running()):
                 return
             new_row = self._residency.try_enter(sequence, self.config.admission_watermark)
             if new_row is None:
                 return
             heapq.heappop(self._queue)
             if sequence.num_cached_tokens is None:
-                self._num_new -= 1
+                self._forget_new(sequence)
                 sequence.num_cached_tokens = new_row.num_cached_tokens
                 self._num_cached_prompt_tokens += new_row.num_cached_tokens
-            sequence.start_probation(self.config.max_plans_in_flight)
-            if sequence.is_suspect:
-                self._suspect = sequence
+            self._suspects.note_admitted(sequence)
             plan.added.append(new_row)
             self._schedule_chunk(plan, sequence)
 
-    def _may_run_beside_others(self, sequence: Sequence) -> bool:
-        """A suspect is admitted only beside sequences that are proven, and nothing beside it until it is."""
-        if self._suspect is not None:
-            if self._suspect.state is SequenceState.RUNNING and self._suspect.is_suspect:
-                return False
-            self._suspect = None
-        return not sequence.is_suspect or all(other.is_proven for other in self._residency.rows.running())
+    def _probe(self, plan: PlanBuilder) -> None:
+        """Adds a sequence of our own, whose result shows that the session can compute."""
+        probe = create_probe()
+        new_row = self._residency.try_enter(probe, 0.0)
+        if new_row is not None:
+            self._suspects.is_probed = True
+            plan.added.append(new_row)
+            self._schedule_chunk(plan, probe)
 
     def _schedule_chunk(self, plan: PlanBuilder, sequence: Sequence) -> None:
         num_left = len(sequence.token_ids) - sequence.num_computed_tokens
@@ -313,6 +325,9 @@ class Scheduler:
         for sequence in drained:
             sequence.move_to(SequenceState.DRAINING)
             self._residency.vacate(sequence)
+            if sequence.sequence_id == PROBE_ID:
+                # It was never live; nobody waits for its token.
+                sequence.move_to(SequenceState.FINISHED)
 
     # Moves
 
@@ -362,7 +377,7 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._residency.vacate(sequence)
         if sequence.num_cached_tokens is None:
-            self._num_new -= 1
+            self._forget_new(sequence)
         sequence.move_to(SequenceState.FINISHED)
         del self._live[sequence.sequence_id]
         return FinishedSequence(
@@ -374,6 +389,10 @@ class Scheduler:
             error=error,
         )
 
+    def _forget_new(self, sequence: Sequence) -> None:
+        self._num_new -= 1
+        self._num_new_tokens -= sequence.num_prompt_tokens
+
     def _start_session(self, worker: WorkerInfo) -> None:
         """An empty worker: its limits, all its rows and blocks free, step ids from 1."""
         config = self.config
@@ -382,4 +401,4 @@ class Scheduler:
         self._residency = Residency(worker, num_rows, enable_prefix_caching=config.enable_prefix_caching)
         self._next_step_id = 1
         self._in_flight: deque[_StepInFlight] = deque()
-        self._suspect = None
+        self._suspects.start_session()

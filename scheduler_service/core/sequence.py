@@ -42,6 +42,7 @@ class Sequence:
         "num_outstanding",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_trial_losses",
         "parent_block",
         "proven_len",
         "request",
@@ -64,8 +65,10 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         # Results planned before a preemption that are still under way.
         self.num_outstanding = 0
-        # Worker losses at which the sequence was present, without proving itself in between.
+        # Worker losses at which the sequence was present, and those of its own trials, without proving itself in
+        # between: core/suspects.py has the rules.
         self.loss_streak = 0
+        self.num_trial_losses = 0
         self.proven_len = 0
         # Hash chain over the full blocks of token_ids, as far as it was needed.
         self.block_keys: list[int] = []
@@ -92,7 +95,7 @@ class Sequence:
     def start_probation(self, num_in_flight: int) -> None:
         """Until it gets past all tokens that may be under way at once, nothing shows that it can be computed."""
         if self.loss_streak and self.is_proven:
-            self.loss_streak = 0
+            self.loss_streak = self.num_trial_losses = 0
         self.proven_len = len(self.token_ids) + num_in_flight
 
     def note_loss(self, num_in_flight: int) -> None:

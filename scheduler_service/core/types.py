@@ -21,12 +21,14 @@ class SchedulerConfig:
     """1 to 4."""
     max_num_waiting: int = 4096
     """Sequences that were never admitted, at most; past it QueueFull. Preempted ones don't count."""
+    max_num_waiting_tokens: int = 2**22
+    """Their prompt tokens, at most, beyond those of one sequence."""
     enable_prefix_caching: bool = True
     admission_watermark: float = 0.01
     """Share of the blocks that an admission leaves free, so that running sequences can grow."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "max_num_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, is {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:

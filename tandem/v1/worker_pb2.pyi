@@ -172,21 +172,25 @@ class ExecuteStepsResponse(_message.Message):
 
     OPENED_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def opened(self) -> Global___SessionOpened: ...
     @_builtins.property
     def result(self) -> Global___StepResult: ...
+    @_builtins.property
+    def progress(self) -> Global___Progress: ...
     def __init__(
         self,
         *,
         opened: Global___SessionOpened | None = ...,
         result: Global___StepResult | None = ...,
+        progress: Global___Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "result"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "result", "progress"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -200,11 +204,14 @@ class OpenSession(_message.Message):
     SCHEDULER_ID_FIELD_NUMBER: _builtins.int
     SESSION_EPOCH_FIELD_NUMBER: _builtins.int
     WORKER_INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_SEQUENCES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     scheduler_id: _builtins.str
     session_epoch: _builtins.int
-    """The same scheduler with a newer epoch takes over; an equal or older one is refused."""
+    """The same scheduler with a newer epoch takes over; an equal or older one is refused while the session lives."""
     worker_instance_id: _builtins.str
+    num_live_sequences: _builtins.int
+    """Sequences that wait for a worker. With some, a scheduler takes over from another one that has sent no plan yet."""
     def __init__(
         self,
         *,
@@ -212,10 +219,11 @@ class OpenSession(_message.Message):
         scheduler_id: _builtins.str = ...,
         session_epoch: _builtins.int = ...,
         worker_instance_id: _builtins.str = ...,
+        num_live_sequences: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_version", b"protocol_version", "scheduler_id", b"scheduler_id", "session_epoch", b"session_epoch", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_live_sequences", b"num_live_sequences", "protocol_version", b"protocol_version", "scheduler_id", b"scheduler_id", "session_epoch", b"session_epoch", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -237,6 +245,25 @@ class SessionOpened(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionOpened: _TypeAlias = SessionOpened  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """The oldest step without a result gets on: sent about once a second while it does, but not when results come anyway.
+    A scheduler that hears neither takes the worker as lost.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class StepPlan(_message.Message):

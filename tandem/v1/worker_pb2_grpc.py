@@ -60,8 +60,10 @@ class WorkerServiceServicer(object):
         is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
         session at once: what was not answered by then is dropped.
         FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
-        the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
-        cannot follow; nothing of it was applied.
+        the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
+        tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
+        follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
+        the stated reason, and the worker's process ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

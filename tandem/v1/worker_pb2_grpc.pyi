@@ -37,8 +37,10 @@ class WorkerServiceStub:
     is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
     session at once: what was not answered by then is dropped.
     FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
-    the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
-    cannot follow; nothing of it was applied.
+    the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
+    tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
+    follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
+    the stated reason, and the worker's process ends.
     """
 
 @_typing.type_check_only
@@ -50,8 +52,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
     session at once: what was not answered by then is dropped.
     FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
-    the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
-    cannot follow; nothing of it was applied.
+    the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
+    tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
+    follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
+    the stated reason, and the worker's process ends.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -72,8 +76,10 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
         session at once: what was not answered by then is dropped.
         FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
-        the session, or a newer epoch of this one took over. INVALID_ARGUMENT: a plan that the batch
-        cannot follow; nothing of it was applied.
+        the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
+        tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
+        follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
+        the stated reason, and the worker's process ends.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

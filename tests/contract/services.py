@@ -28,13 +28,14 @@ from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner, expected_tokens
 from worker_service.runner import Runner
-from worker_service.servicer import SERVICE_NAME, WorkerServicer
+from worker_service.servicer import SERVICE_NAME, STEP_TIMEOUT_S, WorkerServicer
 
 HOST = "127.0.0.1"
 INFERENCE = "tandem.v1.InferenceService"
 CONTROL = "tandem.v1.ControlService"
 WAIT_S = 30.0
 POLL_INTERVAL_S = 0.005
+LAST_WORD_GRACE_S = 1.0
 
 MODEL = "embedded"
 VOCAB_SIZE = 1024
@@ -49,23 +50,39 @@ def model_info(**changes: object) -> WorkerInfo:
 class Services:
     """A worker service and a scheduler service. `async with` starts both and stops what still runs."""
 
-    def __init__(self, runner: Runner | None = None, **settings: Any) -> None:
+    def __init__(
+        self, runner: Runner | None = None, *, worker_step_timeout_s: float = STEP_TIMEOUT_S, **settings: Any
+    ) -> None:
         """settings: SchedulerSettings' fields."""
+        self._worker_step_timeout_s = worker_step_timeout_s
         self.runner = runner or FakeRunner(model_info())
         self._settings = settings
         self._worker: Server | None = None
         self._worker_port = 0
+        self._supervisor: asyncio.Task[None] | None = None
+        self.num_failures = 0
 
     async def start_worker(self, runner: Runner | None = None) -> None:
         self.runner = runner or self.runner
-        servicer = WorkerServicer(self.runner)
+        servicer = WorkerServicer(self.runner, step_timeout_s=self._worker_step_timeout_s)
         self._worker = Server(
             {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)}
         )
         self._worker_port = await self._worker.start(HOST, self._worker_port)
+        self._supervisor = asyncio.create_task(self._restart_after_failure(servicer))
+
+    async def _restart_after_failure(self, servicer: WorkerServicer) -> None:
+        """What a worker's process and its supervisor do: say the last word, end, begin anew."""
+        assert self._worker is not None
+        await servicer.run_until_failure()
+        self.num_failures += 1
+        await self._worker.stop(LAST_WORD_GRACE_S)
+        await self.start_worker()
 
     async def stop_worker(self) -> None:
         """At once, like a worker that dies."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
         if self._worker is not None:
             await self._worker.stop(0)
             self._worker = None

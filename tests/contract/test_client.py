@@ -70,8 +70,8 @@ async def test_closing_a_stream_aborts_its_request(services: Services) -> None:
 
 async def test_what_the_server_refuses_is_an_error_of_tandem(services: Services) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await call(services, lambda client: client.generate("x", SamplingParams(top_p=2.0, max_tokens=0)))
-    assert {violation.field for violation in caught.value.violations} == {"sampling.top_p", "stopping.max_tokens"}
+        await call(services, lambda client: client.generate("x", SamplingParams(n=65, max_tokens=10**6)))
+    assert {violation.field for violation in caught.value.violations} == {"num_choices", "stopping.max_tokens"}
     with pytest.raises(InvalidRequest, match="empty"):
         await call(services, lambda client: list(client.generate_stream("")))
     with pytest.raises(RequestNotFound, match="'gone'"):

@@ -18,7 +18,7 @@ from tandem.v1 import control_pb2, inference_pb2
 from tests.contract.services import Services, StreamedOutput, details, model_info, stream_request, true_tokens
 from tests.fake_worker import FakeRunner
 from tests.tokenizers import embedded
-from tests.unit.test_text_encoder import Panic, WatchedTokenizer
+from tests.unit.test_text_encoder import PanicException, WatchedTokenizer
 
 GOOD = stream_request([4, 5, 6], 40)
 BAD = stream_request([1, 2, 3], 40)
@@ -29,7 +29,7 @@ POISON = next(token for token in true_tokens(BAD)[5:] if token not in true_token
 class PoisonedDecoder(TextDecoder):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         if POISON in token_ids:
-            raise Panic("no text for this token")
+            raise PanicException("no text for this token")
         return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
@@ -74,7 +74,7 @@ async def test_a_detokenizer_that_raises_ends_one_request(unary: bool, stop_stri
 @pytest.mark.parametrize("text", ["words", "words " * 1000], ids=["short", "long"])
 async def test_a_tokenizer_that_panics_gives_a_status_at_once(text: str) -> None:
     def panic(text: str) -> None:
-        raise Panic("at the disco")
+        raise PanicException("at the disco")
 
     async with Services() as services:
         front_end_of(services).encoder._tokenizer = WatchedTokenizer(embedded(), panic)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grpc
 import pytest
 
+from scheduler_service.core.suspects import MAX_FAILED_TRIALS
 from shared.step_plan import StepPlan, WorkerInfo
 from tandem.v1 import control_pb2, inference_pb2
 from tests.contract.services import (
@@ -198,8 +199,11 @@ async def test_a_poisonous_request_ends_and_all_others_complete() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.stream(stream_request([POISON]))
         assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert "the poison works" in (caught.value.details() or "")
         await streams.check_truth()
-        assert (await services.load()).num_worker_losses == 3
+        # Two make a suspect, then its trials count.
+        num_losses = 2 + MAX_FAILED_TRIALS
+        assert (await services.load()).num_worker_losses == services.num_failures == num_losses
 
 
 class AskedRunner(FakeRunner):

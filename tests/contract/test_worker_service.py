@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shared.errors import WorkerFailed
 from shared.grpc_options import CHANNEL_OPTIONS
+from shared.rich_status import error_of
 from shared.server import Server
+from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, encode_plan, unpack_ids
-from shared.step_plan import NewRow, RowSampling, StepPlan
+from shared.step_plan import NewRow, RowSampling, StepPlan, StepResult
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner
 from worker_service.servicer import SERVICE_NAME, WorkerServicer
+from worker_service.session import MAX_PLANS_WAITING
 
 WAIT_S = 10
 
@@ -25,9 +29,11 @@ WAIT_S = 10
 class Worker:
     """A worker service around a fake runner, and a client of it."""
 
-    def __init__(self, runner: FakeRunner) -> None:
+    def __init__(self, runner: FakeRunner, **options: Any) -> None:
+        """options: WorkerServicer's."""
         self.runner = runner
-        self.servicer = WorkerServicer(runner)
+        self.servicer = WorkerServicer(runner, **options)
+        self.metadata: tuple[tuple[str, bytes], ...] = ()
         self.server = Server(
             {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.servicer, s)}
         )
@@ -50,7 +56,7 @@ class Worker:
             "session_epoch": epoch,
             "worker_instance_id": self.runner.info.worker_instance_id,
         }
-        call: Any = self.stub.ExecuteSteps()
+        call: Any = self.stub.ExecuteSteps(metadata=self.metadata)
         await call.write(worker_pb2.ExecuteStepsRequest(open=worker_pb2.OpenSession(**{**opening, **changes})))
         response = await asyncio.wait_for(call.read(), WAIT_S)
         assert response.WhichOneof("kind") == "opened"
@@ -158,9 +164,31 @@ async def open_when_free(worker: Worker, **opening: Any) -> Any:
 
 @pytest.mark.parametrize("epoch", [5, 4])
 async def test_an_epoch_that_is_not_newer_is_refused(worker: Worker, epoch: int) -> None:
-    await worker.open(epoch=5)
+    held = await worker.open(epoch=5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await worker.open(epoch=epoch)
+    assert caught.value.code() == grpc.StatusCode.ABORTED
+    held.cancel()
+
+
+async def test_a_dead_sessions_epoch_is_nobodys(worker: Worker) -> None:
+    """Whoever opened one with the last epoch there is and left has locked nobody out."""
+    intruder = await worker.open(epoch=2**64 - 1)
+    intruder.cancel()
+    await open_when_free(worker, epoch=1)
+
+
+async def test_a_scheduler_with_live_sequences_comes_before_an_idle_one(worker: Worker) -> None:
+    idle = await worker.open(scheduler_id="idle")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.open(scheduler_id="as idle")
+    assert caught.value.code() == grpc.StatusCode.ABORTED
+    busy = await worker.open(scheduler_id="busy", num_live_sequences=3)
+    assert await status_of(idle) == grpc.StatusCode.ABORTED
+    await send(busy, prompt_plan(1))
+    assert (await read_result(busy)).step_id == 1
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.open(scheduler_id="late", num_live_sequences=99)
     assert caught.value.code() == grpc.StatusCode.ABORTED
 
 
@@ -228,15 +256,147 @@ async def test_bytes_that_are_no_message_end_the_session(worker: Worker) -> None
     await worker.open()
 
 
-async def test_a_runner_that_fails_ends_the_session_and_not_the_worker(worker: Worker) -> None:
+class FailingStep:
+    """A step that is queued, and fails when its result is waited for, as CUDA's errors come."""
+
+    def wait(self) -> StepResult:
+        raise RuntimeError("an illegal memory access")
+
+
+def fail_at_launch(plan: StepPlan) -> FailingStep:
+    raise RuntimeError("an illegal memory access")
+
+
+async def ready_status(worker: Worker) -> str:
+    response = await health_pb2_grpc.HealthStub(worker.channel).Check(
+        health_pb2.HealthCheckRequest(service=SERVICE_NAME)
+    )
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
+async def check_fails_by_stopping(worker: Worker, call: Any, reason: str) -> None:
+    """Readiness first, then the reason as the session's last word; then no session, and the process knows why."""
+    statuses = []
+
+    async def go_unready() -> None:
+        await worker.server.set_ready([SERVICE_NAME], False)
+        statuses.append(await ready_status(worker))
+
+    failing = asyncio.create_task(worker.servicer.run_until_failure(go_unready))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await asyncio.wait_for(call.read(), WAIT_S) is not grpc.aio.EOF:
+            pass
+    assert statuses == ["NOT_SERVING"], "the session heard it before readiness went"
+    assert caught.value.code() == grpc.StatusCode.INTERNAL and reason in (caught.value.details() or "")
+    assert isinstance(error_of(caught.value), WorkerFailed)
+    assert reason in await asyncio.wait_for(failing, WAIT_S)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.open(epoch=2)
+    assert isinstance(error_of(caught.value), WorkerFailed)
+
+
+@pytest.mark.parametrize("execute", [fail_at_launch, lambda plan: FailingStep()], ids=["at launch", "at its end"])
+async def test_a_step_that_fails_ends_the_worker(worker: Worker, execute: Callable[[StepPlan], Any]) -> None:
     call = await worker.open()
-    worker.runner.execute, execute = None, worker.runner.execute  # type: ignore[assignment, method-assign]
-    await send(call, prompt_plan(1))
-    assert await status_of(call) == grpc.StatusCode.INTERNAL
     worker.runner.execute = execute  # type: ignore[method-assign]
-    again = await worker.open(epoch=2)
-    await send(again, prompt_plan(1))
-    assert (await read_result(again)).step_id == 1
+    await send(call, prompt_plan(1))
+    await check_fails_by_stopping(worker, call, "step 1 failed: RuntimeError('an illegal memory access')")
+
+
+async def test_a_step_that_fails_after_its_session_ends_the_worker_too(worker: Worker) -> None:
+    gate, has_begun = threading.Semaphore(0), threading.Event()
+
+    class LateFailure:
+        def wait(self) -> StepResult:
+            has_begun.set()
+            gate.acquire()
+            raise RuntimeError("too late")
+
+    worker.runner.execute = lambda plan: LateFailure()  # type: ignore[method-assign, assignment, return-value]
+    call = await worker.open()
+    await send(call, prompt_plan(1))
+    await asyncio.to_thread(has_begun.wait, WAIT_S)
+    call.cancel()
+    await asyncio.sleep(0.1)
+    gate.release()
+    assert "too late" in await asyncio.wait_for(worker.servicer.run_until_failure(), WAIT_S)
+
+
+async def test_a_batch_that_cannot_be_emptied_ends_the_worker(worker: Worker) -> None:
+    def reset() -> None:
+        raise RuntimeError("no")
+
+    worker.runner.reset = reset  # type: ignore[method-assign]
+    with pytest.raises(grpc.aio.AioRpcError):
+        await worker.open()
+    assert "emptied" in await asyncio.wait_for(worker.servicer.run_until_failure(), WAIT_S)
+
+
+async def test_a_step_that_hangs_ends_the_worker_and_names_the_setting() -> None:
+    worker = Worker(FakeRunner(worker_info(), gate=threading.Semaphore(0)), step_timeout_s=0.5)
+    await worker.start()
+    call = await worker.open()
+    await send(call, prompt_plan(1))
+    await check_fails_by_stopping(worker, call, "step 1 has not got on for")
+    assert "--step-timeout-s is 0.5" in await worker.servicer.run_until_failure()
+    worker.runner.gate.release(10)  # type: ignore[union-attr]
+    await worker.stop()
+
+
+async def test_a_long_step_that_gets_on_is_no_failure_and_says_so() -> None:
+    """Ten times the limit: the stream hears of it, and the result comes."""
+    gate = threading.Semaphore(0)
+    worker = Worker(FakeRunner(worker_info(), gate=gate), step_timeout_s=0.3)
+    await worker.start()
+    call = await worker.open()
+    await send(call, prompt_plan(1))
+    num_progress = 0
+    for _ in range(30):
+        await asyncio.sleep(0.1)
+        worker.runner.progress += 1
+    gate.release()
+    while (response := await asyncio.wait_for(call.read(), WAIT_S)).WhichOneof("kind") == "progress":
+        num_progress += 1
+    assert response.result.step_id == 1
+    assert num_progress >= 10
+    await worker.stop()
+
+
+async def test_an_idle_session_is_no_stalled_step() -> None:
+    worker = Worker(FakeRunner(worker_info()), step_timeout_s=0.1)
+    await worker.start()
+    call = await worker.open()
+    await asyncio.sleep(0.5)
+    await send(call, prompt_plan(1))
+    assert (await read_result(call)).step_id == 1
+    await worker.stop()
+
+
+async def test_plans_without_end_are_refused() -> None:
+    gate = threading.Semaphore(0)
+    worker = Worker(FakeRunner(worker_info(), gate=gate))
+    await worker.start()
+    call = await worker.open()
+    await send(call, prompt_plan(1, num_tokens=14))
+    for step_id in range(2, MAX_PLANS_WAITING + 2):
+        await send(call, StepPlan(step_id))
+    assert f"more than {MAX_PLANS_WAITING} plans" in await asyncio.wait_for(call.details(), WAIT_S)
+    gate.release(1000)
+    await worker.stop()
+
+
+@pytest.mark.parametrize("shown", [(), ((SECRET_METADATA_KEY, b"another secret"),)], ids=["none", "another"])
+async def test_without_the_secret_there_is_no_session(shown: tuple[tuple[str, bytes], ...]) -> None:
+    worker = Worker(FakeRunner(worker_info()), secret=b"the right secret")
+    await worker.start()
+    worker.metadata = shown
+    for call in (worker.open(), worker.stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest(), metadata=shown)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    worker.metadata = ((SECRET_METADATA_KEY, b"the right secret"),)
+    await worker.open()
+    await worker.stop()
 
 
 async def test_health_tells_liveness_from_readiness_and_can_be_watched(worker: Worker) -> None:

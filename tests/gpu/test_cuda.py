@@ -73,15 +73,18 @@ def test_same_tokens_as_on_a_cpu_whatever_the_batching(tmp_path: Path) -> None:
         assert (scheduler.load().num_preemptions > 0) == (num_blocks == 24)
 
 
-def test_the_pool_is_measured_and_leaves_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_model_len", [32768, 512])
+def test_the_pool_is_measured_and_leaves_memory(max_model_len: int, tmp_path: Path) -> None:
+    """With a context below the token budget, several prompts fill the step that is measured."""
     folder = save_random_model(tmp_path, dtype="float32", max_position_embeddings=32768)
     settings = WorkerSettings(
-        model=str(folder), device="cuda", kernels="torch", gpu_memory_utilization=0.2, max_num_seqs=256
-    )
+        model=str(folder), device="cuda", kernels="torch", gpu_memory_utilization=0.2, max_num_seqs=256,
+        max_model_len=max_model_len,
+    )  # fmt: skip
     runner = build_runner(settings)
     free, total = torch.cuda.mem_get_info()
     assert total - free < 0.25 * total
-    assert runner.info.max_model_len == 32768
+    assert runner.info.max_model_len == max_model_len
 
 
 def test_noise_is_that_of_a_cpu() -> None:

@@ -17,7 +17,7 @@ from shared.errors import TextFailed, WorkerUnavailable
 from shared.step_plan import RowLogprobs
 from tests.builders import worker_info
 from tests.tokenizers import embedded
-from tests.unit.test_text_encoder import Panic
+from tests.unit.test_text_encoder import PanicException
 
 POISON = 500
 WORKER = worker_info(vocab_size=1024)
@@ -26,7 +26,7 @@ WORKER = worker_info(vocab_size=1024)
 class PoisonedDecoder(TextDecoder):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         if POISON in token_ids:
-            raise Panic("no text for this token")
+            raise PanicException("no text for this token")
         return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 

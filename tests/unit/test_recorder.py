@@ -139,3 +139,12 @@ def test_command_prints_the_verdict(tmp_path: Path) -> None:
     path.write_text("nothing\n")
     bad = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bad.returncode == 2 and "line 1" in bad.stderr
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_recording_holds_prompts_and_only_its_owner_reads_it(is_there: bool, tmp_path: Path) -> None:
+    path = tmp_path / "calls.jsonl"
+    if is_there:
+        path.touch(0o644)
+    RecordingScheduler(SchedulerConfig(), WORKER, path).close()
+    assert path.stat().st_mode & 0o777 == 0o600

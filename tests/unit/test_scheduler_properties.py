@@ -20,7 +20,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from scheduler_service.core.scheduler import MAX_LOSSES_IN_A_ROW, Scheduler
+from scheduler_service.core.scheduler import Scheduler
+from scheduler_service.core.suspects import MAX_FAILED_TRIALS
 from scheduler_service.core.types import FinishedSequence, FinishReason, SchedulerConfig, SequenceRequest
 from shared.errors import InvalidRequest, QueueFull, RequestIdInUse
 from shared.step_plan import RowSampling, WorkerInfo
@@ -90,7 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine = Engine(Scheduler(config, worker), self.make_runner(worker))
 
     def make_runner(self, worker: WorkerInfo) -> FakeRunner:
-        return FakeRunner(worker, salt_of=self.salts.__getitem__)
+        return FakeRunner(worker, salt_of=lambda sequence_id: self.salts.get(sequence_id, ""))
 
     @property
     def scheduler(self) -> Scheduler:
@@ -184,21 +185,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.step(count)
 
     @precondition(lambda self: not self.is_lost)
-    @rule(times=st.sampled_from([0, 0, 0, 1, 1, 1, 3]), worker=st.none() | workers(), is_attached_at_once=st.booleans())
-    def lose_worker(self, times: int, worker: WorkerInfo | None, is_attached_at_once: bool) -> None:
-        """Often not at all, so that something happens in between; sometimes again and again."""
+    @rule(
+        times=st.sampled_from([0, 0, 0, 1, 1, 1, 3, 6]),
+        worker=st.none() | workers(),
+        is_attached_at_once=st.booleans(),
+        failure=st.sampled_from(["", "a step failed"]),
+    )
+    def lose_worker(self, times: int, worker: WorkerInfo | None, is_attached_at_once: bool, failure: str) -> None:
+        """Often not at all, so that something happens in between; sometimes again and again, during trials too."""
         for _ in range(times):
             if self.is_lost:
                 self.attach_worker(worker)
                 self.schedule()
-            self.lose_worker_once()
+                if self.engine.in_flight:
+                    # Of the probe, if only suspects are there.
+                    self.deliver()
+                    self.schedule()
+            self.lose_worker_once(failure)
         if self.is_lost and is_attached_at_once:
             self.attach_worker(worker)
 
-    def lose_worker_once(self) -> None:
+    def lose_worker_once(self, failure: str) -> None:
         self.seen["losses"] += 1
         self.num_losses.update(self.requests.keys())
-        self.engine.lose_worker()
+        self.engine.lose_worker(failure)
         self.is_lost = True
         self.end_those_that_failed("lost")
         assert self.scheduler.schedule() is None
@@ -262,7 +272,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert finished.reason is FinishReason.ERROR
             if word == "lost":
                 self.seen["poisonous"] += 1
-                assert self.num_losses[sequence_id] >= MAX_LOSSES_IN_A_ROW
+                assert self.num_losses[sequence_id] >= 2 + MAX_FAILED_TRIALS
             else:
                 self.seen["outgrown"] += 1
                 assert not self.fits(request)

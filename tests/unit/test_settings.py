@@ -1,13 +1,16 @@
 """Settings: flags, environment variables, and what is refused."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from shared.config import SchedulerSettings, WorkerSettings, read_command_line
-from shared.settings import to_arguments
+from shared.config import SchedulerSettings, WorkerSettings, model_name, read_command_line
+from shared.errors import ConfigError
+from shared.settings import refuse_unknown_variables, to_arguments, variable_of
 
 
 def read(*arguments: str) -> WorkerSettings:
@@ -90,3 +93,108 @@ def test_help_says_units_defaults_and_variables(module: str) -> None:
     text = " ".join(done.stdout.split())
     assert "token budget" in text or "tokens in a step" in text
     assert "in tokens; default 8192; environment TANDEM_MAX_NUM_BATCHED_TOKENS" in text
+
+
+KUBERNETES = {
+    "TANDEM_SERVICE_HOST": "10.96.7.7",
+    "TANDEM_SERVICE_PORT": "50051",
+    "TANDEM_SERVICE_PORT_GRPC": "50051",
+    "TANDEM_PORT": "tcp://10.96.7.7:50051",
+    "TANDEM_PORT_50051_TCP": "tcp://10.96.7.7:50051",
+    "TANDEM_PORT_50051_TCP_PROTO": "tcp",
+    "TANDEM_PORT_50051_TCP_PORT": "50051",
+    "TANDEM_PORT_50051_TCP_ADDR": "10.96.7.7",
+    "TANDEM_WORKER_SERVICE_HOST": "10.96.7.8",
+    "TANDEM_WORKER_PORT": "udp://[fd00::8]:50052",
+    "TANDEM_WORKER_PORT_50052_UDP_ADDR": "fd00::8",
+}
+"""What a container gets where the namespace has Services named tandem and tandem-worker."""
+
+
+def test_kubernetes_variables_of_a_service_named_tandem_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert read() == WorkerSettings()
+    assert read_command_line(SchedulerSettings, "tandem-scheduler", "Tests.", []) == SchedulerSettings()
+
+
+def test_no_setting_is_called_as_kubernetes_calls_its_variables() -> None:
+    for settings_class in (SchedulerSettings, WorkerSettings):
+        for field in dataclasses.fields(settings_class):
+            environment = {variable_of(field.name): "true"}
+            with pytest.raises(ConfigError, match="unknown"):
+                refuse_unknown_variables(environment, [])
+
+
+@pytest.mark.parametrize("name", ["TANDEM_PROT", "TANDEM_SERVICE", "TANDEM_SERVICE_HOSTS", "TANDEM_PORT_50051"])
+def test_what_only_looks_like_them_is_a_mistake(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "tcp://10.96.7.7:50051")
+    with pytest.raises(SystemExit):
+        read()
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NUM_BLOCKS", "HOST", "MODEL", "ENFORCE_EAGER", "DTYPE", "NO_SUCH_SETTING"):
+        monkeypatch.setenv(f"TANDEM_{name}", "")
+    assert read() == WorkerSettings()
+    assert read("--num-blocks", "7").num_blocks == 7
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "most"),
+    [
+        ("--kv-cache-memory-gib", "inf", 2**31 - 1),
+        ("--kv-cache-memory-gib", "1e300", 2**31 - 1),
+        ("--num-blocks", "9" * 30, 2**31 - 1),
+        ("--max-num-batched-tokens", str(2**31), 2**31 - 1),
+        ("--max-num-seqs", str(10**12), 65536),
+        ("--num-threads", str(10**20), 4096),
+    ],
+)
+def test_a_number_beyond_all_measure_is_refused(
+    flag: str, value: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read(flag, value)
+    assert f"{flag} must be at most {most}, is {value}" in capsys.readouterr().err
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("embedded", "embedded"),
+        ("Qwen/Qwen3-8B", "Qwen3-8B"),
+        ("/models/Qwen3-8B", "Qwen3-8B"),
+        ("./models/Qwen3-8B/", "Qwen3-8B"),
+        ("Qwen3-8B/.", "Qwen3-8B"),
+        (f"/cache/models--Qwen--Qwen3-8B/snapshots/{COMMIT}", "Qwen3-8B"),
+        (f"/cache/models--Qwen--Qwen3-8B/snapshots/{COMMIT}/", "Qwen3-8B"),
+        (f"/cache/models--gpt2/snapshots/{COMMIT}", "gpt2"),
+        # Not the hub's cache: whoever made such a folder meant its name.
+        (f"/models/{COMMIT}", COMMIT),
+        ("/cache/models--Qwen--Qwen3-8B/snapshots/mine", "mine"),
+    ],
+)
+def test_a_model_is_named_by_its_repository_or_folder(model: str, name: str) -> None:
+    assert model_name(WorkerSettings(model=model)) == name
+    assert model_name(WorkerSettings(model=model, served_model_name="mine")) == "mine"
+
+
+def test_dots_are_named_by_the_folder_that_they_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "Qwen3-8B"
+    (folder / "inner").mkdir(parents=True)
+    snapshot = tmp_path / "models--Qwen--Qwen3-0.6B" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for here, model, name in [
+        (folder, ".", "Qwen3-8B"),
+        (folder, "./", "Qwen3-8B"),
+        (folder / "inner", "..", "Qwen3-8B"),
+        (folder, "inner/..", "Qwen3-8B"),
+        (snapshot, ".", "Qwen3-0.6B"),
+        (snapshot.parent, COMMIT, "Qwen3-0.6B"),
+    ]:
+        monkeypatch.chdir(here)
+        assert model_name(WorkerSettings(model=model)) == name

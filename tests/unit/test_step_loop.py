@@ -18,6 +18,7 @@ class FlakySession:
 
     def __init__(self, num_sends: int | None) -> None:
         self.info = worker_info()
+        self.heard_at = 0.0
         self._runner = FakeRunner(self.info)
         self._num_sends = num_sends
         self._results: asyncio.Queue[StepResult] = asyncio.Queue()
@@ -45,7 +46,9 @@ class FlakyClient:
     async def get_info(self, timeout_s: float) -> WorkerInfo:
         return worker_info()
 
-    async def open_session(self, info: WorkerInfo, scheduler_id: str, epoch: int) -> FlakySession:
+    async def open_session(
+        self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
+    ) -> FlakySession:
         return FlakySession(self._sends.pop(0))
 
     async def close(self) -> None:

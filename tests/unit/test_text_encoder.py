@@ -19,7 +19,7 @@ assert INLINE_CHARACTERS < len(SHORT) < PIECE_CHARACTERS < len(LONG)
 NO_LIMIT = 10**9
 
 
-class Panic(BaseException):
+class PanicException(BaseException):
     """Like pyo3_runtime.PanicException."""
 
 
@@ -130,7 +130,7 @@ async def test_too_much_text_at_once_is_refused_and_taken_afterwards(monkeypatch
 @pytest.mark.parametrize("text", ["words", SHORT, LONG], ids=len)
 async def test_a_panic_of_the_tokenizer_is_an_error_of_the_call(text: str) -> None:
     def panic(text: str) -> None:
-        raise Panic("x" * 10_000)
+        raise PanicException("x" * 10_000)
 
     with pytest.raises(TextFailed) as caught:
         await TextEncoder(WatchedTokenizer(embedded(), panic)).encode("text", text, max_tokens=NO_LIMIT)

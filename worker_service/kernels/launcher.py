@@ -33,6 +33,10 @@ def supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
 
 
+num_compiled = 0
+"""Variants of kernels that this process has compiled or loaded: a step that waits for one gets on."""
+
+
 class Kernel:
     """A @triton.jit function. Tensors must start at a multiple of 16 bytes; integers are passed as int32.
 
@@ -56,6 +60,8 @@ class Kernel:
         variant = self._variants.get(key)
         if variant is None:
             variant = self._variants[key] = _Variant(self._function, args, constants, num_warps, num_stages)
+            global num_compiled
+            num_compiled += 1
         variant.launch(grid, args)
 
 

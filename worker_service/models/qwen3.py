@@ -2,7 +2,7 @@
 rows, plans or sampling.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -151,6 +151,8 @@ class Qwen3(nn.Module):
             self.lm_head = _weight(dtype, local.vocab_size, config.hidden_size)
         table = build_rotary_table(config, num_positions, dtype)
         self.register_buffer("rotary_table", table, persistent=False)  # (positions, 2, head_dim // 2)
+        # Called after each layer, if set.
+        self.after_layer: Callable[[], None] | None = None
 
     @property
     def first_token(self) -> int:
@@ -181,6 +183,8 @@ class Qwen3(nn.Module):
                 part.sum(layer.self_attn(x, norm, self.rotary_table, cache, part.metadata))
             for part in parts:
                 part.sum(layer.mlp(part.hidden(), layer.post_attention_layernorm))
+            if self.after_layer is not None:
+                self.after_layer()
         return [part.hidden() for part in parts]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -270,14 +270,6 @@ def test_end_of_text_is_found_in_config_json_alone(tmp_path: Path) -> None:
     assert make_runner(folder).info.eos_token_ids == (7,)
 
 
-@pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', "{}", "no json"])
-def test_a_broken_index_is_refused_by_file_and_key(index: str, tmp_path: Path) -> None:
-    folder = save_random_model(tmp_path)
-    (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: weight_map"):
-        make_runner(folder)
-
-
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "noslash", "a/b/c"])
 def test_a_model_that_is_nowhere_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="no such folder"):

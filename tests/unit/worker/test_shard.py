@@ -34,8 +34,8 @@ def load(folder: Path, shard: Shard) -> tuple[Qwen3, int]:
     model = Qwen3(config, TorchOperations(), 64, torch.float32, Communicator(shard))
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
-    ignored = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
-    loaded = load_weights(folder, model.checkpoint_targets(), ignored)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else None
+    loaded = load_weights(folder, model.checkpoint_targets(), tied)
     return model, loaded.num_bytes
 
 

@@ -1,0 +1,134 @@
+"""From settings to a runner: the step that memory is measured with, and folders and sizes that can't be served."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.teacher_forcing import teacher_forced_logits
+from shared.errors import ConfigError, ModelError
+from tests.builders import worker_info
+from tests.model_factory import save_random_model
+from tests.unit.worker.test_exactness import make_runner
+from worker_service.batch import Batch
+from worker_service.startup import _largest_step
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_rows", "max_model_len", "expected"),
+    [
+        # The context holds the whole budget: one long prompt, and a token for each other row.
+        (8192, 256, 40960, [8192 - 255, *[1] * 255]),
+        (8192, 1, 8192, [8192]),
+        # It does not: several prompts, as long as it allows, fill the budget.
+        (8192, 256, 4096, [4096, 3842, *[1] * 254]),
+        (8192, 256, 512, [*[512] * 15, 8192 - 15 * 512 - 240, *[1] * 240]),
+        (64, 8, 16, [16, 16, 16, 12, 1, 1, 1, 1]),
+        # Nothing fills it: every row at its longest.
+        (8192, 4, 512, [512] * 4),
+        (8, 256, 512, [1] * 8),
+    ],
+)
+def test_the_largest_step_fills_the_token_budget(
+    budget: int, num_rows: int, max_model_len: int, expected: list[int]
+) -> None:
+    info = worker_info(max_num_batched_tokens=budget, max_num_rows=num_rows, max_model_len=max_model_len)
+    plan = _largest_step(info)
+    assert plan.chunk_num_tokens.tolist() == expected
+    blocks = np.concatenate([new.block_ids for new in plan.added_rows])
+    assert sorted(blocks.tolist()) == list(range(1, len(blocks) + 1))
+    batch = Batch(
+        num_rows=num_rows, num_blocks=len(blocks) + 1, block_size=info.block_size, max_model_len=max_model_len,
+        max_num_batched_tokens=budget, vocab_size=info.vocab_size,
+    )  # fmt: skip
+    assert len(batch.apply(plan).sampling_rows) == len(expected)
+
+
+def test_the_largest_step_runs_where_several_prompts_fill_it(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path)
+    runner = make_runner(folder, max_model_len=24, max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
+    plan = _largest_step(runner.info)
+    assert plan.chunk_num_tokens.sum() == 64
+    assert runner.execute(plan).wait().num_token_ids == [1] * 4
+
+
+def change(folder: Path, file: str, **changes: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_yarns_context_is_served(tmp_path: Path) -> None:
+    """Qwen's recipe at a hundredth of its size: max_position_embeddings is not the stretched context."""
+    folder = save_random_model(tmp_path, max_position_embeddings=400, initializer_range=0.1)
+    change(folder, "config.json", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 320})
+    assert make_runner(folder, num_blocks=100).info.max_model_len == 1280
+    runner = make_runner(folder, num_blocks=100, max_model_len=1280)
+    ids = np.random.default_rng(0).integers(0, 256, 1270).tolist()
+    assert teacher_forced_logits(runner, ids, num_prefill=1260).isfinite().all()
+    with pytest.raises(ConfigError, match="--max-model-len 1281: the model's context is 1280"):
+        make_runner(folder, max_model_len=1281)
+
+
+def test_head_dim_left_out_is_served(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, hidden_size=64, num_attention_heads=4, head_dim=128, initializer_range=0.1)
+    ids = list(range(40))
+    expected = teacher_forced_logits(make_runner(folder), ids, 30)
+    config = json.loads((folder / "config.json").read_text())
+    del config["head_dim"]
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(teacher_forced_logits(make_runner(folder), ids, 30), expected, atol=0, rtol=0)
+
+
+def test_a_tied_head_that_differs_is_a_warning_and_an_equal_one_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_random_model(tmp_path, tie_word_embeddings=True, initializer_range=0.1)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    expected = make_runner(folder).info.fingerprint
+    embedding = weights["model.embed_tokens.weight"]
+    other = embedding.clone()
+    other[-1, -1] += 1
+    for head, is_warned in ((embedding.clone(), False), (other, True), (other[:-1].clone(), True)):
+        save_file({**weights, "lm_head.weight": head}, path)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert make_runner(folder).info.fingerprint == expected
+        found = [
+            r.getMessage()
+            for r in caplog.records
+            if "lm_head.weight differs from model.embed_tokens.w" in r.getMessage()
+        ]
+        assert len(found) == is_warned
+
+
+def test_the_eos_of_the_tokenizer_and_what_is_ignored_reach_the_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_random_model(tmp_path)
+    shutil.copy(Path("tandem/embedded_model/tokenizer.json"), folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    change(folder, "generation_config.json", eos_token_id=5, repetition_penalty=1.05)
+    with caplog.at_level(logging.WARNING):
+        assert make_runner(folder).info.eos_token_ids == (5, 0)
+    assert "repetition_penalty 1.05" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 2**24, "hidden_size": 2**24},
+        {"num_attention_heads": 2**24, "num_key_value_heads": 2**24, "head_dim": 2**24},
+    ],
+)
+def test_sizes_beyond_all_memory_are_refused_by_the_file(changes: dict[str, int], tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path)
+    change(folder, "config.json", **changes)
+    with pytest.raises(ModelError, match=r"config\.json: too little memory"):
+        make_runner(folder)
