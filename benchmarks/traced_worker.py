@@ -19,7 +19,7 @@ from shared.config import WorkerSettings, read_command_line
 from shared.log import configure_logging
 from shared.step_plan import StepPlan, WorkerInfo
 from tandem.v1 import worker_pb2
-from worker_service.__main__ import run
+from worker_service.process import run
 from worker_service.runner import PendingStep, Runner
 from worker_service.servicer import Context, WorkerServicer
 

@@ -8,14 +8,15 @@ from scheduler_service.service import SchedulerService
 from shared.config import SchedulerSettings, read_command_line
 from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
-from shared.server import stop_event, write_port_file
+from shared.server import StopSignals, write_port_file
 
 logger = logging.getLogger(__name__)
 
 
 async def serve(settings: SchedulerSettings) -> None:
     service = SchedulerService(settings)
-    stopped = asyncio.create_task(stop_event().wait())
+    signals = StopSignals()
+    stopped = asyncio.create_task(signals.first.wait())
     starting = asyncio.create_task(service.start())
     await asyncio.wait([stopped, starting], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -26,7 +27,7 @@ async def serve(settings: SchedulerSettings) -> None:
     failed = asyncio.create_task(service.wait())
     await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
     logger.info("stopping")
-    await service.stop(settings.drain_grace_s)
+    await service.stop(settings.drain_grace_s, signals.second)
     stopped.cancel()
     if failed.done() and not failed.cancelled():
         failed.result()

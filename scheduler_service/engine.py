@@ -4,12 +4,19 @@ Knows neither: scheduler_service/engine_hub.py is the engine in its own process,
 stream.
 """
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler_service.core.types import FinishReason, SequenceRequest
-from shared.errors import TandemError
+from shared.errors import SequenceFailed, TandemError
 from shared.step_plan import RowLogprobs, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+"""How often the two ends of a stream say that they are alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,11 @@ class OutputBatch:
 
     def __bool__(self) -> bool:
         return bool(self.token_handles or self.ends)
+
+    @property
+    def handles(self) -> list[int]:
+        """Of all sequences that it speaks of, some more than once."""
+        return [*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]
 
     def extend(self, later: "OutputBatch") -> None:
         self.token_handles += later.token_handles
@@ -95,3 +107,41 @@ class EngineListener(Protocol):
         """May be called from within Engine.stop()."""
 
     async def on_state(self, state: EngineState) -> None: ...
+
+
+def hand_on(listener: EngineListener, batch: OutputBatch) -> list[int]:
+    """Gives a listener its outputs. Those that it can't take end the requests that they are of, as their streams would
+    lack tokens; gives the handles of these. Whoever calls goes on.
+    """
+    try:
+        listener.on_outputs(batch)
+    except Exception:
+        logger.exception("outputs that the front end could not take")
+        return fail_outputs(listener, batch.handles)
+    return []
+
+
+def failed_outputs(handles: Iterable[int], error: TandemError) -> list[OutputBatch]:
+    """In place of outputs that could not be handed on: the requests whose sequences these are end with an error."""
+    return [
+        OutputBatch(ends=[SequenceEnd(handle, FinishReason.ERROR, 0, error=error)]) for handle in dict.fromkeys(handles)
+    ]
+
+
+def fail_outputs(listener: EngineListener, handles: Iterable[int]) -> list[int]:
+    """Ends the requests of these sequences with an error, one by one; gives the handles."""
+    failed = list(dict.fromkeys(handles))
+    for batch in failed_outputs(failed, SequenceFailed("its outputs could not be taken by the front end")):
+        try:
+            listener.on_outputs(batch)
+        except Exception:
+            logger.exception("a request that the front end could not end")
+    return failed
+
+
+async def tell_state(listener: EngineListener, state: EngineState) -> None:
+    """A listener that fails at it goes on with what it knew."""
+    try:
+        await listener.on_state(state)
+    except Exception:
+        logger.exception("the front end could not take the engine's state")

@@ -105,6 +105,13 @@ def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
     )
 
 
+def handles_in(message: engine_pb2.AttachResponse) -> list[int]:
+    """Of all sequences that a message speaks of, as far as it can be read."""
+    whole = len(message.token_handles) // HANDLES.itemsize * HANDLES.itemsize
+    tokens = np.frombuffer(message.token_handles[:whole], HANDLES).tolist()
+    return [*tokens, *message.logprobs.handles, *(end.handle for end in message.ends)]
+
+
 def encode_error(error: TandemError) -> bytes:
     data: bytes = status_of(error).SerializeToString()
     return data

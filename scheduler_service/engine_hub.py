@@ -6,15 +6,20 @@ calls or processes.
 
 import asyncio
 import itertools
-import logging
 from dataclasses import dataclass, field, replace
 
 from scheduler_service.core.types import FinishedSequence, FinishReason, StepOutputs
-from scheduler_service.engine import EngineListener, EngineState, OutputBatch, SequenceEnd, Submission
+from scheduler_service.engine import (
+    EngineListener,
+    EngineState,
+    OutputBatch,
+    SequenceEnd,
+    Submission,
+    hand_on,
+    tell_state,
+)
 from scheduler_service.step_loop import StepLoop
 from shared.errors import Draining, RequestIdInUse, RequestNotFound, SequenceFailed, TandemError, WorkerUnavailable
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -162,15 +167,19 @@ class EngineHub:
         elif sequence.num_output_tokens is not None:
             self.step_loop.discount(sequence.num_output_tokens - num_output_tokens)
 
+    def abort_sequence(self, sequence: _Sequence | None) -> None:
+        """A front end could not take its outputs."""
+        if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:
+            self.step_loop.abort(sequence.sequence_id)
+            self._forget(sequence)
+
     def close_request(self, attachment: "Attachment", first_handle: int) -> None:
         request = attachment.requests.pop(first_handle, None)
         if request is None:
             return
         for sequence in request.sequences:
             del attachment.sequences[sequence.handle]
-            if self._sequences.get(sequence.sequence_id) is sequence:
-                self.step_loop.abort(sequence.sequence_id)
-                self._forget(sequence)
+            self.abort_sequence(sequence)
         self._num_open -= 1
         if not self._num_open:
             self._is_idle.set()
@@ -191,10 +200,7 @@ class EngineHub:
 
     async def _tell_state(self) -> None:
         for attachment in list(self._attachments):
-            try:
-                await attachment.listener.on_state(self.state)
-            except Exception:
-                logger.exception("a front end failed to take the engine's state")
+            await tell_state(attachment.listener, self.state)
 
 
 class Attachment:
@@ -226,20 +232,5 @@ class Attachment:
     def flush(self) -> None:
         if self.pending:
             batch, self.pending = self.pending, OutputBatch()
-            try:
-                self.listener.on_outputs(batch)
-            except Exception as error:
-                # Not the step loop's affair, and nobody else's. The ends that the batch held must still be told.
-                logger.exception("a front end failed to take a step's outputs; its requests end")
-                self._fail_all(SequenceFailed(f"the front end failed: {type(error).__name__}"))
-
-    def _fail_all(self, error: TandemError) -> None:
-        """Ends every open request of this front end, whether or not it is live in the core."""
-        ends = [SequenceEnd(handle, FinishReason.ERROR, 0, error=error) for handle in self.sequences]
-        for first_handle in list(self.requests):
-            self.close_request(first_handle)
-        self.pending = OutputBatch()
-        try:
-            self.listener.on_outputs(OutputBatch(ends=ends))
-        except Exception:
-            logger.exception("a front end failed to end its requests")
+            for handle in hand_on(self.listener, batch):
+                self._hub.abort_sequence(self.sequences.get(handle))

@@ -4,18 +4,21 @@ The step loop never waits here: what a stream's reader has not taken yet gathers
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
 import grpc
 
-from scheduler_service.engine import EngineState, OutputBatch
+from scheduler_service.engine import EngineState, OutputBatch, failed_outputs
 from scheduler_service.engine_codec import decode_submit, encode_error, encode_outputs, encode_state
 from scheduler_service.engine_hub import Attachment, EngineHub
-from shared.errors import ProtocolError, TandemError
+from shared.errors import ProtocolError, SequenceFailed, TandemError
 from tandem.v1 import engine_pb2, engine_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+logger = logging.getLogger(__name__)
 
 
 class _Outbox:
@@ -28,6 +31,7 @@ class _Outbox:
         self._has_news = asyncio.Event()
         self._has_news.set()
         self._is_closed = False
+        self._is_beat_due = False
 
     def on_outputs(self, batch: OutputBatch) -> None:
         if self._batch:
@@ -44,6 +48,11 @@ class _Outbox:
         self._submit_replies.append(reply)
         self._has_news.set()
 
+    def say_alive(self) -> None:
+        """Sends a message, though it may be empty."""
+        self._is_beat_due = True
+        self._has_news.set()
+
     def close(self) -> None:
         self._is_closed = True
         self._has_news.set()
@@ -58,24 +67,41 @@ class _Outbox:
 
     @property
     def _has_contents(self) -> bool:
-        return self._state is not None or bool(self._submit_replies) or bool(self._batch)
+        return self._is_beat_due or self._state is not None or bool(self._submit_replies) or bool(self._batch)
 
     def _take(self) -> engine_pb2.AttachResponse:
-        message = encode_outputs(self._batch)
+        message = _encode(self._batch)
         message.submit_replies.extend(self._submit_replies)
         if self._state is not None:
             message.state.CopyFrom(encode_state(self._state))
-        self._batch, self._submit_replies, self._state = OutputBatch(), [], None
+        self._batch, self._submit_replies, self._state, self._is_beat_due = OutputBatch(), [], None, False
         return message
 
 
+def _encode(batch: OutputBatch) -> engine_pb2.AttachResponse:
+    """Outputs that no message can hold end their own requests, and not the stream of all."""
+    try:
+        return encode_outputs(batch)
+    except Exception:
+        logger.exception("outputs that can't be sent to a front end")
+    failed = OutputBatch()
+    for each in failed_outputs(batch.handles, SequenceFailed("its outputs could not be sent to its front end")):
+        failed.extend(each)
+    return encode_outputs(failed)
+
+
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
-    def __init__(self, hub: EngineHub, on_listening: Callable[[], None]) -> None:
-        """on_listening hears of each front end that takes calls."""
+    def __init__(self, hub: EngineHub, on_alive: Callable[[int], None]) -> None:
+        """on_alive hears the process id of a front end whenever it says that it takes calls."""
         self._hub = hub
-        self._on_listening = on_listening
+        self._on_alive = on_alive
         self._outboxes: set[_Outbox] = set()
         self._is_closed = False
+
+    def say_alive(self) -> None:
+        """To every front end."""
+        for outbox in self._outboxes:
+            outbox.say_alive()
 
     def close(self) -> None:
         """Ends all streams, and those that come later; the front ends leave."""
@@ -107,23 +133,36 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self, requests: AsyncIterator[engine_pb2.AttachRequest], engine: Attachment, outbox: _Outbox
     ) -> None:
         async for request in requests:
-            match request.WhichOneof("kind"):
-                case "submit":
-                    outbox.reply(await _submit(engine, request.submit))
-                case "stop":
-                    engine.stop(request.stop.handle, request.stop.num_output_tokens)
-                case "close":
-                    engine.close_request(request.close.first_handle)
-                case "listening":
-                    self._on_listening()
-                case kind:
-                    raise ProtocolError(f"a front end sent {kind}")
+            kind = request.WhichOneof("kind")
+            if kind == "submit":
+                outbox.reply(await _submit(engine, request.submit))
+            elif kind == "alive":
+                self._on_alive(request.alive.process_id)
+            elif kind in ("stop", "close"):
+                _end(engine, request)
+            else:
+                raise ProtocolError(f"a front end sent {kind}")
 
 
 async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engine_pb2.SubmitReply:
+    """Whatever is wrong with it ends this request alone."""
     reply = engine_pb2.SubmitReply(first_handle=message.first_handle)
     try:
         await engine.submit(decode_submit(message))
     except TandemError as error:
         reply.error = encode_error(error)
+    except Exception:
+        logger.exception("a request that can't be submitted")
+        reply.error = encode_error(SequenceFailed("the request could not be submitted"))
     return reply
+
+
+def _end(engine: Attachment, request: engine_pb2.AttachRequest) -> None:
+    """Of a sequence or a whole request. What goes wrong there is a bug, and no other request's affair."""
+    try:
+        if request.HasField("stop"):
+            engine.stop(request.stop.handle, request.stop.num_output_tokens)
+        else:
+            engine.close_request(request.close.first_handle)
+    except Exception:
+        logger.exception("a request that can't be ended")

@@ -1,4 +1,5 @@
-"""Front ends as processes: starts them, starts one again that ends, tells them to leave. Knows no request.
+"""Front ends as processes: starts them, starts one again that ends, kills one that falls silent, tells them to leave.
+Knows no request.
 
 They share a port and find the engine at a Unix domain socket in a private folder.
 """
@@ -8,13 +9,13 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import grpc
 
+from scheduler_service.engine import HEARTBEAT_S
 from scheduler_service.engine_hub import EngineHub
 from scheduler_service.engine_servicer import EngineServicer
 from scheduler_service.front_end_process import FrontEndSettings
@@ -23,6 +24,7 @@ from shared.config import SchedulerSettings
 from shared.error_interceptor import ErrorInterceptor
 from shared.errors import ConfigError
 from shared.grpc_options import LOCAL_OPTIONS
+from shared.private_folder import PrivateFolder
 from shared.process import child_environment
 from shared.settings import to_arguments
 from tandem.v1 import control_pb2_grpc, engine_pb2_grpc
@@ -31,8 +33,27 @@ MODULE = "scheduler_service.front_end_process"
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 5.0
 STOP_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 5.0
+START_LIMIT_S = 60.0
+"""A front end that has not listened by then is killed; it reads a tokenizer, which takes a second or two."""
+SILENCE_LIMIT_S = 10.0
+"""A front end that has listened and says nothing for so long is killed. It speaks every second, from its event loop, so
+a collection of garbage or a long message delays its words by far less, and what runs in its threads (the tokenizer) not
+at all. It is stopped, or its loop is blocked for good, and the connections that the kernel deals to it are lost."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _FrontEnd:
+    process: asyncio.subprocess.Process
+    is_listening: bool = False
+    # Counted in turns of the event loop: while this process itself stands still, nobody's words reach it.
+    silent_s: float = 0.0
+
+    @property
+    def is_lost(self) -> bool:
+        return self.silent_s > (SILENCE_LIMIT_S if self.is_listening else START_LIMIT_S)
 
 
 class FrontEndPool:
@@ -50,14 +71,16 @@ class FrontEndPool:
         self._tokenizer_folder = tokenizer_folder
         self._count = count
         self._listening = asyncio.Semaphore(0)
-        self._engine = EngineServicer(hub, self._listening.release)
+        self._engine = EngineServicer(hub, self._on_alive)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=LOCAL_OPTIONS)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self._engine, self._server)
         control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
-        self._processes: set[asyncio.subprocess.Process] = set()
+        # By process id.
+        self._front_ends: dict[int, _FrontEnd] = {}
         self._has_started = False
         self._cleanup = contextlib.ExitStack()
         self._keepers: list[asyncio.Task[None]] = []
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Returns the port once all listen on it. ConfigError where one can't."""
@@ -69,17 +92,20 @@ class FrontEndPool:
 
     async def stop(self) -> None:
         """They end the calls that are left, and leave."""
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        tasks = [*self._keepers, *([self._watching] if self._watching else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._engine.close()
-        waits = [asyncio.create_task(process.wait()) for process in self._processes]
+        waits = [asyncio.create_task(each.process.wait()) for each in self._front_ends.values()]
         if waits:
             await asyncio.wait(waits, timeout=STOP_TIMEOUT_S)
-        for process in self._processes:
-            if process.returncode is None:
-                process.kill()
-        await asyncio.gather(*waits)
+            for each in self._front_ends.values():
+                if each.process.returncode is None:
+                    each.process.kill()
+            _, left = await asyncio.wait(waits, timeout=KILL_TIMEOUT_S)
+            if left:
+                logger.error("%d front-end processes do not end, even killed", len(left))
         await self._server.stop(0)
         self._cleanup.close()
 
@@ -87,7 +113,7 @@ class FrontEndPool:
         port = SharedPort(self._settings.host, self._settings.port)
         self._cleanup.callback(port.close)
         # Its mode is 0700: nobody else reaches the socket.
-        folder = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
+        folder = self._cleanup.enter_context(PrivateFolder())
         socket_path = f"{folder}/engine.sock"
         try:
             self._server.add_insecure_port(f"unix:{socket_path}")
@@ -95,6 +121,7 @@ class FrontEndPool:
             raise ConfigError(f"can't listen on {socket_path}: {error}") from error
         await self._server.start()
         command = self._command(port.port, socket_path)
+        self._watching = asyncio.create_task(self._watch())
         self._keepers = [asyncio.create_task(self._keep(command)) for _ in range(self._count)]
         all_listen = asyncio.create_task(self._wait_listening())
         try:
@@ -110,6 +137,27 @@ class FrontEndPool:
         for _ in range(self._count):
             await self._listening.acquire()
 
+    def _on_alive(self, process_id: int) -> None:
+        front_end = self._front_ends.get(process_id)
+        # One that is being killed may still be heard.
+        if front_end is None:
+            return
+        front_end.silent_s = 0.0
+        if not front_end.is_listening:
+            front_end.is_listening = True
+            self._listening.release()
+
+    async def _watch(self) -> None:
+        """Says that this process is alive, and kills front ends that don't; their keepers start others."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            self._engine.say_alive()
+            for process_id, front_end in self._front_ends.items():
+                front_end.silent_s += HEARTBEAT_S
+                if front_end.is_lost and front_end.process.returncode is None:
+                    logger.error("front-end process %d is silent; killing it", process_id)
+                    front_end.process.kill()
+
     async def _keep(self, command: list[str]) -> None:
         """Runs one, and another whenever it ends."""
         environment = child_environment()
@@ -117,9 +165,9 @@ class FrontEndPool:
         while True:
             started = time.monotonic()
             process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, env=environment)
-            self._processes.add(process)
+            self._front_ends[process.pid] = _FrontEnd(process)
             status = await process.wait()
-            self._processes.remove(process)
+            del self._front_ends[process.pid]
             if not self._has_started:
                 raise ConfigError(f"a front-end process ended with status {status} before it listened")
             logger.warning("a front-end process ended with status %d; starting another", status)

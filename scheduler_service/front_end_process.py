@@ -44,7 +44,6 @@ async def serve(settings: FrontEndSettings) -> None:
         shares_port=True,
     )
     await server.start()
-    engine.say_listening()
     try:
         await engine.run(server.front_end)
     finally:

@@ -15,6 +15,7 @@ from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import SchedulerConfig
 from scheduler_service.engine_hub import EngineHub
 from scheduler_service.front_end_pool import FrontEndPool
+from scheduler_service.model_check import ModelCheck
 from scheduler_service.public_server import PublicServer
 from scheduler_service.recorder import RecordingScheduler
 from scheduler_service.step_loop import StepLoop
@@ -62,6 +63,7 @@ class SchedulerService:
         )
         self._recorder: RecordingScheduler | None = None
         self._hub = EngineHub()
+        self._tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
         self.step_loop = StepLoop(
             self._client,
             _core_config(settings),
@@ -70,6 +72,7 @@ class SchedulerService:
             worker_wait_s=settings.worker_wait_s,
             step_timeout_s=settings.step_timeout_s,
             create_scheduler=self._create_scheduler,
+            check_worker=ModelCheck(settings, self._tokenizer_folder),
         )
         self._hub.connect(self.step_loop)
         self._front_ends = self._create_front_ends(interceptors)
@@ -86,12 +89,18 @@ class SchedulerService:
         assert self._running is not None, "start() comes first"
         await asyncio.shield(self._running)
 
-    async def stop(self, grace_s: float) -> None:
-        """Takes no new requests; those that run have grace_s to end, then they end UNAVAILABLE."""
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._hub.drain()
-        except TimeoutError:
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
+        """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
+        UNAVAILABLE.
+        """
+        drained = asyncio.create_task(self._hub.drain())
+        hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+        await asyncio.wait([drained, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if drained.done():
+            drained.result()
+        else:
+            drained.cancel()
             self._hub.end_all(WorkerUnavailable("the server is stopping"))
         await self._front_ends.stop()
         if self._running is not None:
@@ -104,15 +113,14 @@ class SchedulerService:
     def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
         settings = self._settings
         control = ControlServicer(self._hub, model_name(settings), VERSION)
-        tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
         count = settings.api_server_count
         if count is None:
             count = 0 if interceptors else default_num_front_ends()
         if count == 0:
-            return PublicServer(settings, tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
+            return PublicServer(settings, self._tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
         if interceptors:
             raise ConfigError("interceptors need --api-server-count 0")
-        return FrontEndPool(settings, tokenizer_folder, self._hub, control, count)
+        return FrontEndPool(settings, self._tokenizer_folder, self._hub, control, count)
 
     def _create_scheduler(self, config: SchedulerConfig, worker: WorkerInfo) -> Scheduler:
         if not self._settings.record:

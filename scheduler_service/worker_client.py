@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc
+from google.rpc import status_pb2
 
-from shared.errors import InvalidPlan, ProtocolError, SessionTaken, WorkerFailed, WorkerUnavailable
+from shared.errors import InvalidPlan, ProtocolError, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
 from shared.grpc_options import WORKER_CHANNEL_OPTIONS
-from shared.rich_status import error_of
+from shared.rich_status import read_status
 from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, decode_info, decode_result, encode_plan
 from shared.step_plan import StepPlan, StepResult, WorkerInfo
@@ -125,17 +126,23 @@ class GrpcWorkerSession:
                         yield decode_result(response.result)
                     case "progress":
                         pass
+                    case "last_word":
+                        raise _error_of_last_word(response.last_word)
                     case kind:
                         raise ProtocolError(f"the worker answered a plan with {kind}")
         except grpc.aio.AioRpcError as error:
-            last_word = error_of(error)
-            if isinstance(last_word, WorkerFailed | InvalidPlan):
-                raise last_word from error
             raise WorkerUnavailable(_why(error)) from error
         raise WorkerUnavailable("the worker ended the session")
 
     async def close(self) -> None:
         self._call.cancel()
+
+
+def _error_of_last_word(data: bytes) -> TandemError:
+    """WorkerFailed and InvalidPlan as they are; any other end leaves a worker that is unavailable to us."""
+    status = status_pb2.Status.FromString(data)
+    error = read_status(status)
+    return error if isinstance(error, WorkerFailed | InvalidPlan) else WorkerUnavailable(status.message)
 
 
 def _why(error: Exception) -> str:

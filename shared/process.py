@@ -8,6 +8,7 @@ import sys
 from shared.settings import ENVIRONMENT_PREFIX
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def child_environment() -> dict[str, str]:
@@ -25,3 +26,8 @@ def end_with_parent(parent_pid: int) -> None:
     die_with_parent()
     if os.getppid() != parent_pid:
         sys.exit(1)
+
+
+def adopt_orphans() -> None:
+    """On Linux: processes below this one that lose their parent become its children, which it collects."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)

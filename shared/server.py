@@ -111,9 +111,14 @@ def write_port_file(path: str, port: int) -> None:
         partial.replace(path)
 
 
-def stop_event() -> asyncio.Event:
-    """Set by SIGTERM and SIGINT."""
-    event = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, event.set)
-    return event
+class StopSignals:
+    """SIGTERM and SIGINT of this process: the first asks for an orderly end, a second for one at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()

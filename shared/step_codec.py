@@ -125,6 +125,7 @@ def encode_info(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         default_top_k=info.default_top_k,
         default_top_p=info.default_top_p,
         default_min_p=info.default_min_p,
+        tokenizer_digest=info.tokenizer_digest,
     )
 
 
@@ -147,6 +148,7 @@ def decode_info(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         default_top_k=message.default_top_k if message.HasField("default_top_k") else None,
         default_top_p=message.default_top_p if message.HasField("default_top_p") else None,
         default_min_p=message.default_min_p if message.HasField("default_min_p") else None,
+        tokenizer_digest=message.tokenizer_digest,
     )
 
 

@@ -127,3 +127,5 @@ class WorkerInfo:
     default_top_k: int | None = None
     default_top_p: float | None = None
     default_min_p: float | None = None
+    tokenizer_digest: str = ""
+    """Of the model folder's tokenizer.json; empty where it has none"""

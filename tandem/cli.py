@@ -79,10 +79,9 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         with Services(worker, scheduler) as services:
             print(f"tandem serve: listening on {services.address}", file=sys.stderr)
-            services.supervise()
+            services.wait()
     except KeyboardInterrupt:
         return 0
-    return 1
 
 
 def _interrupt(*_: object) -> None:

@@ -60,6 +60,11 @@ class TandemClient:
         fields = _fields(prompt, params, request_id, priority, cache_salt)
         return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s, REPLY_LIMIT)
 
+    def start_generate(self, prompt: Prompt, params: SamplingParams | None = None) -> "PendingReply":
+        """generate() that does not wait."""
+        request = inference_pb2.GenerateRequest(**_fields(prompt, params, None, None, None))
+        return PendingReply(self._inference.Generate.future(request))
+
     def generate_stream(
         self,
         prompt: Prompt,
@@ -107,6 +112,30 @@ class TandemClient:
         """Gives the number of blocks forgotten."""
         response = _call(self._control.ResetPrefixCache, control_pb2.ResetPrefixCacheRequest())
         return response.num_forgotten_blocks
+
+
+class PendingReply:
+    """A generation that runs on the server."""
+
+    def __init__(self, call: Any) -> None:
+        """call is a grpc.Future of the reply."""
+        self._call = call
+
+    def result(self) -> inference_pb2.GenerateResponse:
+        """Waits for the reply; raises what generate() raises."""
+        try:
+            response: inference_pb2.GenerateResponse = self._call.result()
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return response
+
+    def cancel(self) -> None:
+        """The server aborts the request. One that has ended stays as it is."""
+        self._call.cancel()
+
+    def add_done_callback(self, callback: Callable[[], object]) -> None:
+        """callback is called once, in another thread, when the reply or an error is there."""
+        self._call.add_done_callback(lambda _: callback())
 
 
 def _fields(

@@ -1,12 +1,12 @@
 """Offline use: both services as children of this process, behind one object."""
 
 import tempfile
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from shared.config import SchedulerSettings, WorkerSettings
 from shared.settings import split_keywords
-from tandem.client import Prompt, TandemClient
+from tandem.client import PendingReply, Prompt, TandemClient
 from tandem.processes import ServiceFailed, Services
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import inference_pb2
@@ -50,14 +50,27 @@ class LLM:
 
     def close(self) -> None:
         self.client.close()
-        self._services.stop()
-        self._log.close()
+        try:
+            self._services.stop()
+        finally:
+            self._log.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[inference_pb2.GenerateResponse]:
-        """One reply a prompt, in their order. A prompt is text or token ids."""
+        """One reply a prompt, in their order. A prompt is text or token ids. An interrupt, or a prompt that fails,
+        aborts the others.
+        """
         is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         every: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item, assignment]
-        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
-            return list(pool.map(lambda prompt: self.client.generate(prompt, params), every))
+        free_places = threading.Semaphore(MAX_CONCURRENT_REQUESTS)
+        pending: list[PendingReply] = []
+        try:
+            for prompt in every:
+                free_places.acquire()
+                pending.append(self.client.start_generate(prompt, params))
+                pending[-1].add_done_callback(free_places.release)
+            return [each.result() for each in pending]
+        finally:
+            for each in pending:
+                each.cancel()

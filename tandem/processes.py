@@ -1,31 +1,35 @@
-"""Both services as child processes of this one: start, wait until ready, restart the worker, stop, leave nothing.
+"""Both services as child processes of this one: start, wait until ready, stop, leave nothing.
 
-Ports are free ones, told through files. The children have their settings as flags alone: TANDEM_* variables are for
-whoever made the settings. On Linux the children die with the thread that started them, so that not even
-kill -9 leaves them behind: start them from one that lives as long as they should.
+The worker is a supervisor with the worker service as its child, so it comes back by itself. Ports are free ones, told
+through files. The children have their settings as flags alone: TANDEM_* variables are for whoever made the settings.
+On Linux the children die with the thread that started them, so that not even kill -9 leaves them behind: start them
+from one that lives as long as they should.
 """
 
-import contextlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
+from dataclasses import replace
+from typing import IO, NoReturn
 
-from shared.config import SchedulerSettings, WorkerSettings
+from shared.config import SchedulerSettings, ServiceSettings, WorkerSettings
 from shared.errors import TandemError
 from shared.health_probe import health_status
+from shared.private_folder import PrivateFolder
 from shared.process import child_environment, die_with_parent
 from shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
-STOP_TIMEOUT_S = 35.0
-"""Longer than a worker of several ranks gives itself."""
+START_TIMEOUT_S = 4 * 3600.0
+"""A service that does not listen after so long will not. A large model may first come from the hub."""
+STOP_TIMEOUT_S = 40.0
+"""Longer than a worker of several ranks gives itself, and its supervisor gives it."""
+HURRY_TIMEOUT_S = 10.0
+"""For a service that has been told a second time to end, and so waits for no request."""
+KILL_TIMEOUT_S = 10.0
 POLL_S = 0.05
-MAX_RESTART_BACKOFF_S = 5.0
 
 
 class ServiceFailed(TandemError):
@@ -41,17 +45,18 @@ class Services:
         scheduler: SchedulerSettings,
         log: IO[str] | None = None,
         worker_program: Sequence[str] = ("worker_service",),
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         """log takes what both print; None is this process's stderr. worker_program: a module that takes the worker's
-        flags, and the arguments that it wants before them.
+        flags, and the arguments that it wants before them. start_timeout_s: how long each may take until it listens.
         """
         self._worker_program = worker_program
-        self._worker_settings = to_arguments(worker)
-        self._scheduler_settings = to_arguments(scheduler)
+        self._worker_settings, self._scheduler_settings = worker, scheduler
         self._worker_host, self._scheduler_host = _connectable(worker.host), _connectable(scheduler.host)
         self._drain_grace_s = scheduler.drain_grace_s
         self._log = log
-        self._folder = tempfile.TemporaryDirectory(prefix="tandem-")
+        self._start_timeout_s = start_timeout_s
+        self._folder = PrivateFolder()
         self.worker: subprocess.Popen[bytes] | None = None
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.worker_address = ""
@@ -59,25 +64,15 @@ class Services:
 
     def __enter__(self) -> "Services":
         try:
-            self.start_worker(self._worker_settings)
-            scheduler_port = self._start_scheduler()
+            self._start_worker()
+            self._start_scheduler()
         except BaseException:
             self.stop()
             raise
-        self.address = f"{self._scheduler_host}:{scheduler_port}"
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def start_worker(self, arguments: Sequence[str]) -> None:
-        module, *first = self._worker_program
-        self.worker, port = self._start(module, [*first, *arguments])
-        self.worker_address = f"{self._worker_host}:{port}"
-
-    def restart_worker(self) -> None:
-        """Starts a worker on the port of the one before, which is gone."""
-        self.start_worker([*self._worker_settings, "--port", self.worker_address.rpartition(":")[2]])
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Until the scheduler serves with its worker. ServiceFailed if a process ends, or time does."""
@@ -90,48 +85,48 @@ class Services:
         raise ServiceFailed(f"the services are not ready after {timeout_s} s")
 
     def check_alive(self) -> None:
+        """ServiceFailed if a process has ended. That of a worker is its supervisor's end."""
         for name, process in (("worker", self.worker), ("scheduler", self.scheduler)):
             if process is not None and process.poll() is not None:
                 raise ServiceFailed(f"the {name} ended with status {process.returncode}")
 
-    def supervise(self) -> None:
-        """Starts the worker again whenever it ends; returns when the scheduler ends."""
-        assert self.worker is not None and self.scheduler is not None, "only inside the context"
-        backoff, started = POLL_S, time.monotonic()
-        while self.scheduler.poll() is None:
-            if self.worker.poll() is not None:
-                print(f"tandem: the worker ended with status {self.worker.returncode}; restarting", file=sys.stderr)
-                lived_long = time.monotonic() - started > 2 * MAX_RESTART_BACKOFF_S
-                backoff = POLL_S if lived_long else min(2 * backoff, MAX_RESTART_BACKOFF_S)
-                time.sleep(backoff)
-                started = time.monotonic()
-                try:
-                    self.restart_worker()
-                except ServiceFailed as error:
-                    print(f"tandem: {error}", file=sys.stderr)
+    def wait(self) -> NoReturn:
+        """Until a service ends on its own: then raises ServiceFailed."""
+        while True:
+            self.check_alive()
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """The scheduler first, so that it has its worker while it drains. An interrupt meanwhile kills both."""
+        """The scheduler first, so that it has its worker while it drains. An interrupt meanwhile cuts the drain short;
+        one more kills what is left.
+        """
         try:
             _end(self.scheduler, self._drain_grace_s + STOP_TIMEOUT_S)
             _end(self.worker, STOP_TIMEOUT_S)
         finally:
-            for process in (self.scheduler, self.worker):
-                if process is not None:
-                    process.kill()
-                    process.wait()
-            self._folder.cleanup()
+            left = [process.pid for process in (self.scheduler, self.worker) if process and not _kill(process)]
+            self._folder.close()
+            if left:
+                raise ServiceFailed(f"processes do not end, even killed: {left}")
 
-    def _start_scheduler(self) -> int:
-        arguments = [*self._scheduler_settings, "--worker-address", self.worker_address]
+    def _start_worker(self) -> None:
+        module, *first = self._worker_program
+        self.worker, port = self._start(module, [*first, *self._flags_of(self._worker_settings)])
+        self.worker_address = f"{self._worker_host}:{port}"
+
+    def _start_scheduler(self) -> None:
+        arguments = [*self._flags_of(self._scheduler_settings), "--worker-address", self.worker_address]
         self.scheduler, port = self._start("scheduler_service", arguments)
-        return port
+        self.address = f"{self._scheduler_host}:{port}"
+
+    def _flags_of(self, settings: ServiceSettings) -> list[str]:
+        """Where no secret is named, the two have one that this object's user alone can read."""
+        secret_file = settings.session_secret_file or str(self._folder.path / "session-secret")
+        return to_arguments(replace(settings, session_secret_file=secret_file))
 
     def _start(self, module: str, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
         """A running service and the port that it listens on."""
-        port_file = Path(self._folder.name) / f"{module}.port"
-        port_file.unlink(missing_ok=True)
+        port_file = self._folder.path / f"{module}.port"
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, "--port-file", str(port_file)],
             stderr=self._log,
@@ -141,23 +136,45 @@ class Services:
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         try:
+            deadline = time.monotonic() + self._start_timeout_s
             while not port_file.exists():
                 if process.poll() is not None:
                     raise ServiceFailed(f"{module} ended with status {process.returncode} before it listened")
+                if time.monotonic() > deadline:
+                    raise ServiceFailed(f"{module} does not listen after {self._start_timeout_s:g} s")
                 time.sleep(POLL_S)
         except BaseException:
-            process.kill()
-            process.wait()
+            _kill(process)
             raise
         return process, int(port_file.read_text())
 
 
 def _end(process: "subprocess.Popen[bytes] | None", timeout_s: float) -> None:
-    """Asks it to end, and waits."""
-    if process is not None and process.poll() is None:
+    """Asks it to end, and waits for so long. At an interrupt it is asked again, which tells it not to wait either."""
+    if process is None or process.poll() is not None:
+        return
+    process.send_signal(signal.SIGTERM)
+    try:
+        _wait(process, timeout_s)
+    except KeyboardInterrupt:
         process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout_s)
+        _wait(process, HURRY_TIMEOUT_S)
+        raise
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether it has ended."""
+    process.kill()
+    return _wait(process, KILL_TIMEOUT_S)
+
+
+def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
+    """Whether it has ended."""
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _connectable(host: str) -> str:

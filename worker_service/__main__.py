@@ -1,136 +1,27 @@
-"""tandem-worker: the worker service as a process."""
+"""tandem-worker: a supervisor (shared/supervisor.py) with the worker service (process.py) as its child.
 
-import asyncio
-import faulthandler
-import logging
+A rank of a group that something else has started, torchrun or rank 0, is the service itself: what started it sees to
+its end. Nothing here imports torch or grpc unless it is needed, as the supervisor stays for as long as the service.
+"""
+
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 from shared.config import WorkerSettings, read_command_line
-from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
-from shared.server import Server, server_credentials, stop_event, write_port_file
-from shared.session_secret import read_secret
-from tandem.v1 import worker_pb2_grpc
-from worker_service.servicer import SERVICE_NAME, WorkerServicer
-
-logger = logging.getLogger(__name__)
-
-PARENT_PID = os.getppid()
-STOP_GRACE_S = 2.0
-"""How long calls may go on once the service has been told to stop."""
-STEP_GRACE_S = 5.0
-"""How long steps may, after that."""
-LAST_WORD_GRACE_S = 1.0
-"""How long a broken worker takes to say so to its scheduler."""
-EXIT_BROKEN = 70
-"""Exit status of a worker in which a step has failed: start another."""
-MIN_STALL_S = 30.0
-HEARTBEAT_S = 1.0
-LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
-SWITCH_INTERVAL_S = 2e-4
-"""How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
-
-
-async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
-    server = Server(
-        {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
-        credentials=server_credentials(settings),
-    )
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    stopping = asyncio.create_task(stop_event().wait())
-    port = await server.start(settings.host, settings.port)
-    await server.set_ready([SERVICE_NAME], True)
-    write_port_file(settings.port_file, port)
-    failing = asyncio.create_task(servicer.run_until_failure(lambda: server.set_ready([SERVICE_NAME], False)))
-    heart = asyncio.create_task(_beat(2 * settings.step_timeout_s + MIN_STALL_S))
-    await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
-    heart.cancel()
-    faulthandler.cancel_dump_traceback_later()
-    if failing.done():
-        await server.stop(LAST_WORD_GRACE_S)
-        # Where all threads stand, for whoever looks for the fault; the reason comes last.
-        faulthandler.dump_traceback()
-        _exit(f"the worker ends: {failing.result()}", EXIT_BROKEN)
-    failing.cancel()
-    logger.info("stopping")
-    await server.stop(STOP_GRACE_S)
-    if not await servicer.close(STEP_GRACE_S):
-        _exit(f"a step has not ended in {STEP_GRACE_S:.0f} s", 1)
-
-
-async def _beat(limit_s: float) -> None:
-    """The last resort: a thread of C code ends the process where the event loop stands still for limit_s, as it does
-    when something holds the GIL. It writes to stderr where all threads stand.
-    """
-    while True:
-        faulthandler.dump_traceback_later(limit_s, exit=True)
-        await asyncio.sleep(HEARTBEAT_S)
-
-
-def _exit(reason: str, status: int) -> NoReturn:
-    """At once: whatever a thread is waiting for, nothing can be ended in order."""
-    logger.critical("%s", reason)
-    logging.shutdown()
-    os._exit(status)
-
-
-def check_exposure(settings: WorkerSettings) -> None:
-    """Raises ConfigError where anyone in reach of the port could take the worker."""
-    if settings.host not in LOOPBACK_HOSTS and not settings.session_secret_file and not settings.tls_client_ca:
-        raise ConfigError(
-            f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
-            "same --session-secret-file, or the worker --tls-client-ca"
-        )
-
-
-def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] = WorkerServicer) -> None:
-    """Serves a model, or its part of one, until the end."""
-    check_exposure(settings)
-    options = {"secret": read_secret(settings.session_secret_file), "step_timeout_s": settings.step_timeout_s}
-    # torch is imported only now, so that --help and wrong flags answer at once.
-    from worker_service.startup import build_runner, check_model
-
-    world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
-    if world_size not in (None, str(settings.tp_size)):
-        raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
-    if settings.tp_size == 1:
-        asyncio.run(serve(settings, make_servicer(build_runner(settings), **options)))
-        return
-    from worker_service.communicator import Communicator
-    from worker_service.rank_group import STOP, Follower, Leader, LeadingRunner, join_group, leave_group, tell_failures
-
-    # Before there are others who would say the same.
-    check_model(settings)
-    rank = join_group(settings, PARENT_PID)
-    communicator = Communicator(rank.shard)
-    if rank.shard.rank > 0:
-        follower, runner = Follower(rank), build_runner(settings, communicator)
-        follower.run(runner)
-        leave_group(runner)
-        return
-    leader = Leader(rank)
-    leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
-    try:
-        servicer = make_servicer(leading_runner, **options)
-        tell_failures(servicer.fail_from_thread)
-        asyncio.run(serve(settings, servicer))
-    finally:
-        leader.send(STOP)
-        leave_group(leading_runner)
-        leader.join()
+from shared.settings import to_arguments
+from shared.supervisor import Supervisor
 
 
 def main() -> None:
     settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
     configure_logging(settings.log_level)
-    try:
-        run(settings)
-    except (ConfigError, ModelError) as error:
-        print(f"tandem-worker: {error}", file=sys.stderr)
-        sys.exit(2)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from worker_service.process import run_and_exit
+
+        run_and_exit(settings)
+    command = [sys.executable, "-m", "worker_service.process", *to_arguments(settings)]
+    sys.exit(Supervisor("worker", command).run())
 
 
 if __name__ == "__main__":

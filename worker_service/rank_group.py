@@ -14,12 +14,10 @@ import logging
 import os
 import queue
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +33,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from shared.config import WorkerSettings
 from shared.errors import ConfigError, InvalidPlan
+from shared.private_folder import PrivateFolder
 from shared.process import child_environment, die_with_parent, end_with_parent
 from shared.settings import to_arguments
 from shared.step_codec import decode_plan, encode_plan
@@ -117,9 +116,9 @@ def leave_group(runner: Runner) -> None:
 
 def _start_group(settings: WorkerSettings) -> Rank:
     """As rank 0 of a group on this host. They meet in a folder that nobody else may read, not on a port."""
-    folder = tempfile.mkdtemp(prefix="tandem-ranks-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    variables = {STORE_VARIABLE: f"{folder}/store", "WORLD_SIZE": str(settings.tp_size)}
+    folder = PrivateFolder("tandem-ranks-")
+    atexit.register(folder.close)
+    variables = {STORE_VARIABLE: f"{folder.path}/store", "WORLD_SIZE": str(settings.tp_size)}
     os.environ["LOCAL_WORLD_SIZE"] = variables["LOCAL_WORLD_SIZE"] = str(settings.tp_size)
     if sys.platform == "linux":
         # Ranks of one host need no name that resolves.

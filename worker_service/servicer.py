@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from shared.errors import ProtocolError, SessionRefused, SessionTaken, Unauthenticated, WorkerFailed
+from shared.errors import ProtocolError, SessionRefused, SessionTaken, TandemError, Unauthenticated, WorkerFailed
+from shared.rich_status import status_of
 from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_info, encode_result
 from tandem.v1 import worker_pb2, worker_pb2_grpc
@@ -26,6 +27,8 @@ SERVICE_NAME = "tandem.v1.WorkerService"
 TAKEOVER_LIMIT_S = 10.0
 """That a new session waits for the old one's steps. Then it is refused, and the scheduler comes again."""
 STEP_TIMEOUT_S = 60.0
+LAST_WORD_GRACE_S = 1.0
+"""How long a session that has failed stays, for its scheduler to hear why."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -73,6 +76,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     yield worker_pb2.ExecuteStepsResponse(progress=worker_pb2.Progress())
                 else:
                     yield worker_pb2.ExecuteStepsResponse(result=encode_result(result))
+        except TandemError as error:
+            yield worker_pb2.ExecuteStepsResponse(last_word=status_of(error).SerializeToString())
+            # For the scheduler to read it, and leave.
+            await asyncio.wait([reader], timeout=LAST_WORD_GRACE_S)
+            raise
         finally:
             reader.cancel()
             session.end(None)
@@ -162,3 +170,6 @@ async def _read_plans(requests: AsyncIterator[worker_pb2.ExecuteStepsRequest], s
         session.end(None)
     except Exception as error:
         session.end(error)
+        async for _ in requests:
+            # Plans that were under way.
+            pass

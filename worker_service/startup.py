@@ -13,7 +13,7 @@ import torch
 
 from shared.config import WorkerSettings, model_name
 from shared.errors import ConfigError, ModelError
-from shared.model_folder import ALL_FILES, resolve_model
+from shared.model_folder import ALL_FILES, resolve_model, tokenizer_digest
 from shared.step_codec import PROTOCOL_VERSION
 from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
 from worker_service import kv_cache
@@ -75,6 +75,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         default_top_k=defaults.top_k,
         default_top_p=defaults.top_p,
         default_min_p=defaults.min_p,
+        tokenizer_digest=tokenizer_digest(folder),
     )
     shape = kv_cache.shape_of(model.local_config, settings.block_size, dtype)
     num_blocks = settings.num_blocks or _measure_blocks(settings, model, shape, device, info)

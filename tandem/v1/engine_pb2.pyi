@@ -47,12 +47,12 @@ Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 class AttachRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    LISTENING_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
     SUBMIT_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def listening(self) -> Global___Listening: ...
+    def alive(self) -> Global___Alive: ...
     @_builtins.property
     def submit(self) -> Global___SubmitRequest: ...
     @_builtins.property
@@ -62,37 +62,43 @@ class AttachRequest(_message.Message):
     def __init__(
         self,
         *,
-        listening: Global___Listening | None = ...,
+        alive: Global___Alive | None = ...,
         submit: Global___SubmitRequest | None = ...,
         stop: Global___StopSequence | None = ...,
         close: Global___CloseRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "kind", b"kind", "listening", b"listening", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "close", b"close", "kind", b"kind", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "kind", b"kind", "listening", b"listening", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "close", b"close", "kind", b"kind", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["listening", "submit", "stop", "close"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["alive", "submit", "stop", "close"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
-class Listening(_message.Message):
-    """The front end takes calls now."""
+class Alive(_message.Message):
+    """The front end takes calls. Said again every second, from the event loop that serves them: a front end that is
+    silent for long is killed, and another is started.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    process_id: _builtins.int
     def __init__(
         self,
+        *,
+        process_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["process_id", b"process_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Listening: _TypeAlias = Listening  # noqa: Y015
+Global___Alive: _TypeAlias = Alive  # noqa: Y015
 
 @_typing.final
 class SubmitRequest(_message.Message):
@@ -199,7 +205,8 @@ Global___CloseRequest: _TypeAlias = CloseRequest  # noqa: Y015
 @_typing.final
 class AttachResponse(_message.Message):
     """Everything that came since the last message, to be taken in the order of the fields. A front end that reads
-    slowly finds several steps in one message and slows nobody.
+    slowly finds several steps in one message and slows nobody. At least one comes every second, if need be an empty
+    one: a front end that hears nothing for long says that it is not ready.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -24,43 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\"\x16\n\x14GetWorkerInfoRequest\"\xfb\x03\n\x15GetWorkerInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1a\n\x12worker_instance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\n \x01(\r\x12\x14\n\x0cmax_num_rows\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12 \n\x13\x64\x65\x66\x61ult_temperature\x18\x0e \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\rdefault_top_k\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rdefault_top_p\x18\x10 \x01(\x02H\x02\x88\x01\x01\x12\x1a\n\rdefault_min_p\x18\x11 \x01(\x02H\x03\x88\x01\x01\x42\x16\n\x14_default_temperatureB\x10\n\x0e_default_top_kB\x10\n\x0e_default_top_pB\x10\n\x0e_default_min_p\"j\n\x13\x45xecuteStepsRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.tandem.v1.OpenSessionH\x00\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x13.tandem.v1.StepPlanH\x00\x42\x06\n\x04kind\"\x9c\x01\n\x14\x45xecuteStepsResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.tandem.v1.SessionOpenedH\x00\x12\'\n\x06result\x18\x02 \x01(\x0b\x32\x15.tandem.v1.StepResultH\x00\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x13.tandem.v1.ProgressH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x0bOpenSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\x12\x15\n\rsession_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12worker_instance_id\x18\x04 \x01(\t\x12\x1a\n\x12num_live_sequences\x18\x05 \x01(\r\"\x0f\n\rSessionOpened\"\n\n\x08Progress\"\xbf\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0cremoved_rows\x18\x02 \x03(\r\x12%\n\nadded_rows\x18\x03 \x03(\x0b\x32\x11.tandem.v1.NewRow\x12\x1b\n\x13\x61ppended_block_rows\x18\x04 \x03(\r\x12\x1a\n\x12\x61ppended_block_ids\x18\x05 \x03(\r\x12\x12\n\nchunk_rows\x18\x06 \x03(\r\x12\x18\n\x10\x63hunk_num_tokens\x18\x07 \x03(\r\"\xcd\x01\n\x06NewRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x11\n\tblock_ids\x18\x07 \x01(\x0c\x12(\n\x08sampling\x18\x08 \x01(\x0b\x32\x16.tandem.v1.RowSampling\"\x9f\x01\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xbb\x01\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x15\n\rnum_token_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12#\n\x06\x66\x61ults\x18\x04 \x03(\x0b\x32\x13.tandem.v1.RowFault\x12(\n\x08logprobs\x18\x05 \x03(\x0b\x32\x16.tandem.v1.RowLogprobs\x12#\n\x05times\x18\x06 \x01(\x0b\x32\x14.tandem.v1.StepTimes\">\n\x08RowFault\x12\x0b\n\x03row\x18\x01 \x01(\r\x12%\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x17.tandem.v1.RowFaultCode\"X\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x88\x01\n\tStepTimes\x12\x13\n\x0breceived_ns\x18\x01 \x01(\x04\x12\x13\n\x0bprepared_ns\x18\x02 \x01(\x04\x12\x12\n\nsampled_ns\x18\x03 \x01(\x04\x12\x0f\n\x07sent_ns\x18\x04 \x01(\x04\x12\x17\n\x0fgpu_duration_ns\x18\x05 \x01(\x04\x12\x13\n\x0bgpu_idle_ns\x18\x06 \x01(\x04*M\n\x0cRowFaultCode\x12\x1e\n\x1aROW_FAULT_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ROW_FAULT_CODE_NAN_LOGITS\x10\x01\x32\xb8\x01\n\rWorkerService\x12R\n\rGetWorkerInfo\x12\x1f.tandem.v1.GetWorkerInfoRequest\x1a .tandem.v1.GetWorkerInfoResponse\x12S\n\x0c\x45xecuteSteps\x12\x1e.tandem.v1.ExecuteStepsRequest\x1a\x1f.tandem.v1.ExecuteStepsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/worker.proto\x12\ttandem.v1\"\x16\n\x14GetWorkerInfoRequest\"\x95\x04\n\x15GetWorkerInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1a\n\x12worker_instance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\n \x01(\r\x12\x14\n\x0cmax_num_rows\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12 \n\x13\x64\x65\x66\x61ult_temperature\x18\x0e \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\rdefault_top_k\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rdefault_top_p\x18\x10 \x01(\x02H\x02\x88\x01\x01\x12\x1a\n\rdefault_min_p\x18\x11 \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10tokenizer_digest\x18\x12 \x01(\tB\x16\n\x14_default_temperatureB\x10\n\x0e_default_top_kB\x10\n\x0e_default_top_pB\x10\n\x0e_default_min_p\"j\n\x13\x45xecuteStepsRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.tandem.v1.OpenSessionH\x00\x12#\n\x04plan\x18\x02 \x01(\x0b\x32\x13.tandem.v1.StepPlanH\x00\x42\x06\n\x04kind\"\xb1\x01\n\x14\x45xecuteStepsResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.tandem.v1.SessionOpenedH\x00\x12\'\n\x06result\x18\x02 \x01(\x0b\x32\x15.tandem.v1.StepResultH\x00\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x13.tandem.v1.ProgressH\x00\x12\x13\n\tlast_word\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x0bOpenSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\x12\x15\n\rsession_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12worker_instance_id\x18\x04 \x01(\t\x12\x1a\n\x12num_live_sequences\x18\x05 \x01(\r\"\x0f\n\rSessionOpened\"\n\n\x08Progress\"\xbf\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0cremoved_rows\x18\x02 \x03(\r\x12%\n\nadded_rows\x18\x03 \x03(\x0b\x32\x11.tandem.v1.NewRow\x12\x1b\n\x13\x61ppended_block_rows\x18\x04 \x03(\r\x12\x1a\n\x12\x61ppended_block_ids\x18\x05 \x03(\r\x12\x12\n\nchunk_rows\x18\x06 \x03(\r\x12\x18\n\x10\x63hunk_num_tokens\x18\x07 \x03(\r\"\xcd\x01\n\x06NewRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x11\n\tblock_ids\x18\x07 \x01(\x0c\x12(\n\x08sampling\x18\x08 \x01(\x0b\x32\x16.tandem.v1.RowSampling\"\x9f\x01\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xbb\x01\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x15\n\rnum_token_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12#\n\x06\x66\x61ults\x18\x04 \x03(\x0b\x32\x13.tandem.v1.RowFault\x12(\n\x08logprobs\x18\x05 \x03(\x0b\x32\x16.tandem.v1.RowLogprobs\x12#\n\x05times\x18\x06 \x01(\x0b\x32\x14.tandem.v1.StepTimes\">\n\x08RowFault\x12\x0b\n\x03row\x18\x01 \x01(\r\x12%\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x17.tandem.v1.RowFaultCode\"X\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x88\x01\n\tStepTimes\x12\x13\n\x0breceived_ns\x18\x01 \x01(\x04\x12\x13\n\x0bprepared_ns\x18\x02 \x01(\x04\x12\x12\n\nsampled_ns\x18\x03 \x01(\x04\x12\x0f\n\x07sent_ns\x18\x04 \x01(\x04\x12\x17\n\x0fgpu_duration_ns\x18\x05 \x01(\x04\x12\x13\n\x0bgpu_idle_ns\x18\x06 \x01(\x04*M\n\x0cRowFaultCode\x12\x1e\n\x1aROW_FAULT_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ROW_FAULT_CODE_NAN_LOGITS\x10\x01\x32\xb8\x01\n\rWorkerService\x12R\n\rGetWorkerInfo\x12\x1f.tandem.v1.GetWorkerInfoRequest\x1a .tandem.v1.GetWorkerInfoResponse\x12S\n\x0c\x45xecuteSteps\x12\x1e.tandem.v1.ExecuteStepsRequest\x1a\x1f.tandem.v1.ExecuteStepsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROWFAULTCODE']._serialized_start=2057
-  _globals['_ROWFAULTCODE']._serialized_end=2134
+  _globals['_ROWFAULTCODE']._serialized_start=2104
+  _globals['_ROWFAULTCODE']._serialized_end=2181
   _globals['_GETWORKERINFOREQUEST']._serialized_start=37
   _globals['_GETWORKERINFOREQUEST']._serialized_end=59
   _globals['_GETWORKERINFORESPONSE']._serialized_start=62
-  _globals['_GETWORKERINFORESPONSE']._serialized_end=569
-  _globals['_EXECUTESTEPSREQUEST']._serialized_start=571
-  _globals['_EXECUTESTEPSREQUEST']._serialized_end=677
-  _globals['_EXECUTESTEPSRESPONSE']._serialized_start=680
-  _globals['_EXECUTESTEPSRESPONSE']._serialized_end=836
-  _globals['_OPENSESSION']._serialized_start=839
-  _globals['_OPENSESSION']._serialized_end=979
-  _globals['_SESSIONOPENED']._serialized_start=981
-  _globals['_SESSIONOPENED']._serialized_end=996
-  _globals['_PROGRESS']._serialized_start=998
-  _globals['_PROGRESS']._serialized_end=1008
-  _globals['_STEPPLAN']._serialized_start=1011
-  _globals['_STEPPLAN']._serialized_end=1202
-  _globals['_NEWROW']._serialized_start=1205
-  _globals['_NEWROW']._serialized_end=1410
-  _globals['_ROWSAMPLING']._serialized_start=1413
-  _globals['_ROWSAMPLING']._serialized_end=1572
-  _globals['_STEPRESULT']._serialized_start=1575
-  _globals['_STEPRESULT']._serialized_end=1762
-  _globals['_ROWFAULT']._serialized_start=1764
-  _globals['_ROWFAULT']._serialized_end=1826
-  _globals['_ROWLOGPROBS']._serialized_start=1828
-  _globals['_ROWLOGPROBS']._serialized_end=1916
-  _globals['_STEPTIMES']._serialized_start=1919
-  _globals['_STEPTIMES']._serialized_end=2055
-  _globals['_WORKERSERVICE']._serialized_start=2137
-  _globals['_WORKERSERVICE']._serialized_end=2321
+  _globals['_GETWORKERINFORESPONSE']._serialized_end=595
+  _globals['_EXECUTESTEPSREQUEST']._serialized_start=597
+  _globals['_EXECUTESTEPSREQUEST']._serialized_end=703
+  _globals['_EXECUTESTEPSRESPONSE']._serialized_start=706
+  _globals['_EXECUTESTEPSRESPONSE']._serialized_end=883
+  _globals['_OPENSESSION']._serialized_start=886
+  _globals['_OPENSESSION']._serialized_end=1026
+  _globals['_SESSIONOPENED']._serialized_start=1028
+  _globals['_SESSIONOPENED']._serialized_end=1043
+  _globals['_PROGRESS']._serialized_start=1045
+  _globals['_PROGRESS']._serialized_end=1055
+  _globals['_STEPPLAN']._serialized_start=1058
+  _globals['_STEPPLAN']._serialized_end=1249
+  _globals['_NEWROW']._serialized_start=1252
+  _globals['_NEWROW']._serialized_end=1457
+  _globals['_ROWSAMPLING']._serialized_start=1460
+  _globals['_ROWSAMPLING']._serialized_end=1619
+  _globals['_STEPRESULT']._serialized_start=1622
+  _globals['_STEPRESULT']._serialized_end=1809
+  _globals['_ROWFAULT']._serialized_start=1811
+  _globals['_ROWFAULT']._serialized_end=1873
+  _globals['_ROWLOGPROBS']._serialized_start=1875
+  _globals['_ROWLOGPROBS']._serialized_end=1963
+  _globals['_STEPTIMES']._serialized_start=1966
+  _globals['_STEPTIMES']._serialized_end=2102
+  _globals['_WORKERSERVICE']._serialized_start=2184
+  _globals['_WORKERSERVICE']._serialized_end=2368
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,7 @@ class GetWorkerInfoResponse(_message.Message):
     DEFAULT_TOP_K_FIELD_NUMBER: _builtins.int
     DEFAULT_TOP_P_FIELD_NUMBER: _builtins.int
     DEFAULT_MIN_P_FIELD_NUMBER: _builtins.int
+    TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     worker_instance_id: _builtins.str
     """New at each start of the worker."""
@@ -94,6 +95,8 @@ class GetWorkerInfoResponse(_message.Message):
     default_top_k: _builtins.int
     default_top_p: _builtins.float
     default_min_p: _builtins.float
+    tokenizer_digest: _builtins.str
+    """Of the model folder's tokenizer.json; empty where it has none."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -116,10 +119,11 @@ class GetWorkerInfoResponse(_message.Message):
         default_top_k: _builtins.int | None = ...,
         default_top_p: _builtins.float | None = ...,
         default_min_p: _builtins.float | None = ...,
+        tokenizer_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "block_size_tokens", b"block_size_tokens", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_rows", b"max_num_rows", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "vocab_size", b"vocab_size", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "block_size_tokens", b"block_size_tokens", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_rows", b"max_num_rows", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_min_p: _TypeAlias = _typing.Literal["default_min_p"]  # noqa: Y015
     _WhichOneofArgType__default_min_p: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p"]  # noqa: Y015
@@ -173,6 +177,11 @@ class ExecuteStepsResponse(_message.Message):
     OPENED_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    LAST_WORD_FIELD_NUMBER: _builtins.int
+    last_word: _builtins.bytes
+    """A serialised google.rpc.Status, with which the session is about to end: why a plan was refused or a step failed.
+    It comes as a message because a status may be lost to a plan that is being sent.
+    """
     @_builtins.property
     def opened(self) -> Global___SessionOpened: ...
     @_builtins.property
@@ -185,12 +194,13 @@ class ExecuteStepsResponse(_message.Message):
         opened: Global___SessionOpened | None = ...,
         result: Global___StepResult | None = ...,
         progress: Global___Progress | None = ...,
+        last_word: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "last_word", b"last_word", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "last_word", b"last_word", "opened", b"opened", "progress", b"progress", "result", b"result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "result", "progress"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["opened", "result", "progress", "last_word"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -28,14 +28,13 @@ from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner, expected_tokens
 from worker_service.runner import Runner
-from worker_service.servicer import SERVICE_NAME, STEP_TIMEOUT_S, WorkerServicer
+from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, STEP_TIMEOUT_S, WorkerServicer
 
 HOST = "127.0.0.1"
 INFERENCE = "tandem.v1.InferenceService"
 CONTROL = "tandem.v1.ControlService"
 WAIT_S = 30.0
 POLL_INTERVAL_S = 0.005
-LAST_WORD_GRACE_S = 1.0
 
 MODEL = "embedded"
 VOCAB_SIZE = 1024
@@ -76,7 +75,7 @@ class Services:
         assert self._worker is not None
         await servicer.run_until_failure()
         self.num_failures += 1
-        await self._worker.stop(LAST_WORD_GRACE_S)
+        await self._worker.stop(2 * LAST_WORD_GRACE_S)
         await self.start_worker()
 
     async def stop_worker(self) -> None:

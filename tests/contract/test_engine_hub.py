@@ -22,7 +22,7 @@ class Listener:
         self.has_news = asyncio.Event()
 
     def on_outputs(self, batch: OutputBatch) -> None:
-        if self.is_broken and batch.token_handles:
+        if self.is_broken and batch.token_ids:
             raise RuntimeError("the front end is broken")
         for handle, token_id in zip(batch.token_handles, batch.token_ids, strict=True):
             self.tokens.setdefault(handle, []).append(token_id)

@@ -245,3 +245,61 @@ async def test_with_no_live_request_another_model_is_taken() -> None:
         assert (await services.load()).num_total_blocks == 64
         request = stream_request(range(1, 100), 50)
         assert (await services.stream(request)).token_ids == true_tokens(request)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": "Qwen3-8B"}, "the worker serves 'Qwen3-8B', this scheduler 'embedded'"),
+        ({"tokenizer_digest": "another"}, "tokenizer.json is another"),
+        ({"vocab_size": 1000}, "the worker's model a vocabulary of 1000"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_a_worker_with_another_model_is_refused_and_the_log_says_why(
+    changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = Services(AskedRunner(model_info(**changes)))
+    await services.start(has_worker=False)
+    await services.start_worker()
+    runner = services.runner
+    assert isinstance(runner, AskedRunner)
+    await wait_until(runner.was_asked_again, "the scheduler has refused the worker")
+    assert await services.health_of(INFERENCE) == "NOT_SERVING"
+    assert runner.num_steps == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(reason in warning for warning in warnings), warnings
+    await services.stop_worker()
+    await services.start_worker(FakeRunner(model_info()))
+    await services.wait_health("SERVING")
+    await services.stop()
+
+
+async def test_a_request_that_comes_while_another_model_is_taken_waits_for_its_own() -> None:
+    """The scheduler has no live request when it asks the worker, and one when the session is open."""
+    async with Services(gated_runner(0, MANY)) as services:
+        step_loop = services.service.step_loop
+        open_session = step_loop._client.open_session
+        requests: list[asyncio.Task[StreamedOutput]] = []
+
+        async def open_late(*arguments: object) -> object:
+            session = await open_session(*arguments)  # type: ignore[arg-type]
+            if arguments[0].fingerprint == "other-model" and not requests:  # type: ignore[attr-defined]
+                requests.append(asyncio.create_task(services.stream(stream_request())))
+                async with asyncio.timeout(10):
+                    while not step_loop.scheduler.num_unfinished:  # type: ignore[union-attr]
+                        await asyncio.sleep(0.001)
+            return session
+
+        step_loop._client.open_session = open_late  # type: ignore[method-assign, assignment]
+        await kill_worker(services)
+        other = gated_runner(1, MANY, fingerprint="other-model")
+        await services.start_worker(other)
+        async with asyncio.timeout(10):
+            while not requests:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert other.num_steps == 0
+        await services.stop_worker()
+        await services.start_worker(gated_runner(2, MANY))
+        assert (await requests[0]).token_ids == true_tokens(stream_request())

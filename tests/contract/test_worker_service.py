@@ -8,11 +8,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.errors import WorkerFailed
 from shared.grpc_options import CHANNEL_OPTIONS
-from shared.rich_status import error_of
+from shared.rich_status import error_of, read_status
 from shared.server import Server
 from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, encode_plan, unpack_ids
@@ -284,8 +285,9 @@ async def check_fails_by_stopping(worker: Worker, call: Any, reason: str) -> Non
 
     failing = asyncio.create_task(worker.servicer.run_until_failure(go_unready))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        while await asyncio.wait_for(call.read(), WAIT_S) is not grpc.aio.EOF:
-            pass
+        while (response := await asyncio.wait_for(call.read(), WAIT_S)) is not grpc.aio.EOF:
+            last = response
+    assert isinstance(read_status(status_pb2.Status.FromString(last.last_word)), WorkerFailed)
     assert statuses == ["NOT_SERVING"], "the session heard it before readiness went"
     assert caught.value.code() == grpc.StatusCode.INTERNAL and reason in (caught.value.details() or "")
     assert isinstance(error_of(caught.value), WorkerFailed)
@@ -380,7 +382,8 @@ async def test_plans_without_end_are_refused() -> None:
     await send(call, prompt_plan(1, num_tokens=14))
     for step_id in range(2, MAX_PLANS_WAITING + 2):
         await send(call, StepPlan(step_id))
-    assert f"more than {MAX_PLANS_WAITING} plans" in await asyncio.wait_for(call.details(), WAIT_S)
+    response = await asyncio.wait_for(call.read(), WAIT_S)
+    assert f"more than {MAX_PLANS_WAITING} plans" in status_pb2.Status.FromString(response.last_word).message
     gate.release(1000)
     await worker.stop()
 

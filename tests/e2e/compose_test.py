@@ -19,6 +19,7 @@ import grpc
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.e2e.compose_engine import Engine, free_port, install_missing_tools
 from tests.e2e.grpcurl import grpcurl, json_stream
+from tests.e2e.services import serving_process
 
 HEALTHY_TIMEOUT_S = 120
 MAX_RESTARTS = 5
@@ -83,7 +84,19 @@ class Deployment:
 
     def crash_worker(self) -> None:
         """Kills its process behind the engine's back, as the kernel would for want of memory."""
-        os.kill(int(self.engine.inspect("worker", "{{.State.Pid}}")), 9)
+        serving_process(self._worker_pid()).kill()
+
+    def crash_worker_container(self) -> None:
+        """Kills the container's first process, and all others with it."""
+        os.kill(self._worker_pid(), 9)
+
+    def num_restarts(self) -> int:
+        """Of the worker's container."""
+        return int(self.engine.inspect("worker", "{{.RestartCount}}"))
+
+    def _worker_pid(self) -> int:
+        """Of the supervisor."""
+        return int(self.engine.inspect("worker", "{{.State.Pid}}"))
 
 
 def check_health(deployment: Deployment) -> None:
@@ -125,10 +138,19 @@ def check_killed_worker(deployment: Deployment) -> None:
 
 
 def check_crashed_worker(deployment: Deployment) -> None:
+    """Its supervisor, the container's first process, starts it again."""
+    undisturbed = deployment.tokens(1.0)
+    losses, restarts = deployment.num_worker_losses(), deployment.num_restarts()
+    assert deployment.tokens(1.0, deployment.crash_worker) == undisturbed
+    assert deployment.num_worker_losses() == losses + 1
+    assert deployment.num_restarts() == restarts
+
+
+def check_crashed_worker_container(deployment: Deployment) -> None:
     """Nobody starts it again but the restart policy."""
     undisturbed = deployment.tokens(1.0)
     losses = deployment.num_worker_losses()
-    assert deployment.tokens(1.0, deployment.crash_worker) == undisturbed
+    assert deployment.tokens(1.0, deployment.crash_worker_container) == undisturbed
     assert deployment.num_worker_losses() == losses + 1
 
 
@@ -140,6 +162,7 @@ CHECKS = (
     check_grpcurl_streams_text,
     check_killed_worker,
     check_crashed_worker,
+    check_crashed_worker_container,
     check_health,
 )
 

@@ -4,6 +4,7 @@ Ports are chosen by the services and read from their port files. Each wait is bo
 near unless something is wrong.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
@@ -24,6 +26,8 @@ from tests.e2e.waiting import WAIT_S, wait_until
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFERENCE = "tandem.v1.InferenceService"
 WORKER = "tandem.v1.WorkerService"
+WORKER_MODULE = "worker_service.process"
+"""Runs in the worker's own process, not in its supervisor."""
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -65,10 +69,29 @@ class Service:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def serving(self) -> psutil.Process:
+        """The process that serves: a worker's supervisor has it as a child."""
+        return serving_process(self.process.pid)
+
     def kill(self) -> None:
-        """-9, and waits until it is gone. A frozen process dies of it too."""
+        """-9 to what was started, and waits until all of it is gone. A frozen process dies of it too."""
+        serving = [serving_process(self.process.pid)] if self.process.poll() is None else []
         self.process.kill()
         self.process.wait(WAIT_S)
+        psutil.wait_procs(serving, WAIT_S)
+
+
+def serving_process(pid: int) -> psutil.Process:
+    """The worker service itself, below a process that may be its supervisor or that supervisor's parent; the process
+    where there is none.
+    """
+    process = psutil.Process(pid)
+    for child in process.children(recursive=True):
+        # One that has just ended is not it.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if WORKER_MODULE in child.cmdline():
+                return child
+    return process
 
 
 def wait_ready(channel: grpc.Channel) -> None:

@@ -5,17 +5,20 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from shared.errors import ConfigError, InvalidRequest
+from shared.errors import ConfigError, InvalidRequest, WorkerUnavailable
 from tandem import LLM, SamplingParams, TandemClient
 from tandem.v1.control_pb2 import WORKER_STATE_READY
-from tests.e2e.waiting import wait_until
+from tests.e2e.services import serving_process
+from tests.e2e.waiting import WAIT_S, wait_until
 
 TANDEM = [sys.executable, "-m", "tandem.cli"]
 
@@ -71,8 +74,7 @@ def test_serve_starts_a_killed_worker_again_and_the_stream_goes_on() -> None:
         client.reset_prefix_cache()
         stream = client.generate_stream("ROMEO:\n", params)
         token_ids = list(next(stream).token_ids)
-        worker = next(child for child in psutil.Process(process.pid).children() if "worker_service" in child.cmdline())
-        worker.kill()
+        serving_process(process.pid).kill()
         for delta in stream:
             token_ids += delta.token_ids
         assert client.load().num_worker_losses == 1
@@ -86,11 +88,12 @@ def test_serve_starts_a_killed_worker_again_and_the_stream_goes_on() -> None:
 def test_killed_serve_takes_its_services_and_their_front_ends_along() -> None:
     with serving("--api-server-count", "2") as (process, _):
         children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) == 4
+        # The worker, its supervisor, the scheduler and its two front ends.
+        assert len(children) == 5
         process.kill()
         process.wait()
         gone, alive = psutil.wait_procs(children, timeout=10)
-        assert not alive and len(gone) == 4
+        assert not alive and len(gone) == 5
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,77 @@ def test_llm_generates_from_text_and_token_ids_and_leaves_nothing_behind() -> No
             llm.generate("x", SamplingParams(n=65))
     assert len(started) == 2
     assert not set(me.children()) & started
+
+
+def test_llm_goes_on_when_its_worker_is_killed() -> None:
+    params = SamplingParams(seed=1, max_tokens=300, ignore_eos=True)
+    prompts = ["ROMEO:\n", "JULIET:\n"]
+    with LLM("embedded", dtype="float64") as llm:
+        undisturbed = [list(reply.choices[0].token_ids) for reply in llm.generate(prompts, params)]
+        with ThreadPoolExecutor(1) as pool:
+            replies = pool.submit(llm.generate, prompts, params)
+            wait_until(lambda: llm.client.load().num_running_sequences == 2, "both run")
+            serving_process(os.getpid()).kill()
+            assert [list(reply.choices[0].token_ids) for reply in replies.result(WAIT_S)] == undisturbed
+        assert llm.client.load().num_worker_losses == 1
+
+
+INTERRUPTED = """
+import time
+from tandem import LLM, SamplingParams
+with LLM("embedded", max_num_seqs=4) as llm:
+    try:
+        print("generating", flush=True)
+        llm.generate(["A"] * 60, SamplingParams(max_tokens=2000, ignore_eos=True))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        deadline = time.monotonic() + 10
+        while (load := llm.client.load()).num_running_sequences + load.num_waiting_sequences:
+            assert time.monotonic() < deadline
+        print("aborted", flush=True)
+        raise
+"""
+
+
+def test_one_interrupt_ends_generate_and_aborts_its_requests() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "generating\n"
+            # The sixty need minutes. Some of them run by now.
+            time.sleep(1.0)
+            process.send_signal(signal.SIGINT)
+            started = time.monotonic()
+            assert process.stdout.readline() == "interrupted\n"
+            assert time.monotonic() - started < 10
+            output, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert output == "aborted\n"
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_prompt_that_is_refused_ends_generate_and_the_others() -> None:
+    params = SamplingParams(max_tokens=1900, ignore_eos=True)
+    with LLM("embedded") as llm:
+        with pytest.raises(InvalidRequest):
+            llm.generate([[2**31], *["A"] * 3], params)
+        wait_until(lambda: llm.client.load().num_running_sequences == 0, "the others are aborted", 10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_to_serve_ends_its_drain(number: signal.Signals) -> None:
+    with serving("--drain-grace-s", "600") as (process, address), TandemClient(address) as client:
+        stream = client.generate_stream("ROMEO:\n", SamplingParams(max_tokens=2000, ignore_eos=True))
+        next(stream)
+        process.send_signal(number)
+        wait_until(lambda: client.server_info().draining, "the drain")
+        process.send_signal(number)
+        with pytest.raises(WorkerUnavailable, match="the server is stopping"):
+            list(stream)
+        assert process.wait(20) == 0
 
 
 def test_llm_refuses_unknown_settings() -> None:

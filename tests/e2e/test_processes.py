@@ -109,3 +109,23 @@ def test_sigterm_finishes_what_runs_and_ends_with_status_0(engine: Engine) -> No
     assert engine.scheduler.process.wait(WAIT_S) == 0
     engine.worker.signal(signal.SIGTERM)
     assert engine.worker.process.wait(WAIT_S) == 0
+
+
+@pytest.mark.parametrize(("front_ends", "number"), [("0", signal.SIGINT), ("2", signal.SIGTERM)])
+def test_a_second_signal_ends_the_drain_and_every_stream(
+    start_engine: StartEngine, front_ends: str, number: signal.Signals
+) -> None:
+    engine = start_engine(scheduler_flags=["--drain-grace-s", "600", "--api-server-count", front_ends])
+    stream = engine.stream(generate_request(random_prompt(5, VOCAB_SIZE, seed=4), 1000))
+    stream.wait_tokens(1)
+    engine.worker.serving().send_signal(signal.SIGSTOP)
+    engine.scheduler.signal(number)
+    wait_until(lambda: "stopping" in engine.scheduler.log_file.read_text(), "the drain")
+    assert stream.is_running()
+    engine.scheduler.signal(number)
+    assert engine.scheduler.process.wait(20) == 0
+    stream.join()
+    assert stream.error is not None
+    assert stream.error.code() == grpc.StatusCode.UNAVAILABLE
+    assert stream.error.details() == "the server is stopping"
+    engine.close()

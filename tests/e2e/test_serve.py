@@ -1,10 +1,12 @@
 """The services as children: what reaches them, and how they are stopped."""
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,8 +14,12 @@ import psutil
 import pytest
 
 from shared.config import SchedulerSettings, WorkerSettings
+from shared.health_probe import health_status
+from shared.private_folder import LOCK_NAME, PrivateFolder
 from tandem import SamplingParams, TandemClient, processes
-from tandem.processes import Services
+from tandem.processes import ServiceFailed, Services
+from tests.e2e.services import WORKER, serving_process
+from tests.e2e.waiting import wait_until
 
 STARTUP_TIMEOUT_S = 60.0
 
@@ -60,6 +66,57 @@ def test_stopping_lets_running_requests_end_within_the_drain_grace(monkeypatch: 
             reader.join()
     assert len(token_ids) == 300
     assert scheduler is not None and scheduler.returncode == 0
+
+
+def test_a_worker_that_never_listens_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hanging.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = psutil.Process().children()
+    services = Services(WorkerSettings(port=0), SchedulerSettings(port=0), None, ["hanging"], start_timeout_s=0.5)
+    with pytest.raises(ServiceFailed, match=r"hanging does not listen after 0\.5 s"):
+        services.__enter__()
+    assert psutil.Process().children() == before
+
+
+def test_a_killed_worker_is_back_at_the_same_address() -> None:
+    """Services is told nothing of it, and goes on."""
+    with Services(WorkerSettings(port=0), SchedulerSettings(port=0)) as services:
+        services.wait_until_ready(STARTUP_TIMEOUT_S)
+        assert services.worker is not None
+        first = serving_process(services.worker.pid)
+        first.kill()
+        wait_until(lambda: health_status(services.worker_address, WORKER) == "SERVING", "the next worker")
+        services.check_alive()
+        assert serving_process(services.worker.pid) != first
+
+
+def test_folders_of_services_that_were_killed_are_removed_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    code = (
+        "from shared.config import *; from tandem.processes import Services; import os, signal\n"
+        "with Services(WorkerSettings(port=0, tp_size=2), SchedulerSettings(port=0, api_server_count=1)):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=STARTUP_TIMEOUT_S)
+    assert done.returncode == -signal.SIGKILL
+    # The services', the front ends' and the ranks'.
+    left = set(tmp_path.glob("tandem-*"))
+    assert len(left) == 3
+    wait_until(lambda: not any(is_used(folder) for folder in left), "the end of all processes")
+    with PrivateFolder() as folder:
+        assert list(tmp_path.glob("tandem-*")) == [folder]
+
+
+def is_used(folder: Path) -> bool:
+    with (folder / LOCK_NAME).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def test_a_terminated_demo_leaves_nothing_behind(tmp_path: Path) -> None:

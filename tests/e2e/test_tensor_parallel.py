@@ -103,7 +103,7 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 def ranks_of(worker: Service) -> list[psutil.Process]:
     """Rank 0 and its children."""
-    leader = psutil.Process(worker.process.pid)
+    leader = worker.serving()
     return [leader, *leader.children(recursive=True)]
 
 
@@ -119,7 +119,9 @@ def wait_all_gone(processes: list[psutil.Process], timeout_s: float) -> None:
 
 
 def lose(engine: Engine, victim: int, number: signal.Signals, timeout_s: float) -> list[psutil.Process]:
-    """Hits a rank while streams run, and sees the whole group end and the streams go on with the next."""
+    """Hits a rank while streams run, and sees the whole group end and the streams go on with the next, which the
+    supervisor starts.
+    """
     requests = [generate_request(prompt, 700, seed=index) for index, prompt in enumerate(PROMPTS[:2])]
     truth = [stream.result() for stream in [engine.stream(request) for request in requests]]
     streams = [engine.stream(request) for request in requests]
@@ -129,10 +131,8 @@ def lose(engine: Engine, victim: int, number: signal.Signals, timeout_s: float) 
     assert len(ranks) == 2
     ranks[victim].send_signal(number)
     wait_all_gone([rank for rank in ranks if number == signal.SIGKILL or rank is not ranks[victim]], timeout_s)
-    engine.worker.process.wait(WAIT_S)
     wait_until(lambda: engine.load().num_worker_losses == 1, "the scheduler sees the loss")
     assert all(stream.is_running() for stream in streams)
-    engine.restart_worker()
     assert [stream.result() for stream in streams] == truth
     return ranks
 

@@ -75,17 +75,34 @@ def kill_twice(engine: Engine, streams: list[Stream]) -> None:
     kill_and_replace(engine, streams)
 
 
-def freeze_and_thaw(engine: Engine, streams: list[Stream]) -> None:
+def kill_and_wait(engine: Engine, streams: list[Stream]) -> None:
+    """Nobody starts another but the supervisor."""
     losses = engine.load().num_worker_losses
-    engine.worker.signal(signal.SIGSTOP)
+    engine.worker.serving().kill()
     wait_loss(engine, losses + 1)
     assert all(stream.is_running() for stream in streams)
-    engine.worker.signal(signal.SIGCONT)
+
+
+def freeze_and_thaw(engine: Engine, streams: list[Stream]) -> None:
+    losses = engine.load().num_worker_losses
+    worker = engine.worker.serving()
+    worker.send_signal(signal.SIGSTOP)
+    wait_loss(engine, losses + 1)
+    assert all(stream.is_running() for stream in streams)
+    worker.send_signal(signal.SIGCONT)
+
+
+def freeze_for_good(engine: Engine, streams: list[Stream]) -> None:
+    """Nobody ends it but the supervisor."""
+    losses = engine.load().num_worker_losses
+    engine.worker.serving().send_signal(signal.SIGSTOP)
+    wait_loss(engine, losses + 1)
+    assert all(stream.is_running() for stream in streams)
 
 
 def freeze_and_replace(engine: Engine, streams: list[Stream]) -> None:
     losses = engine.load().num_worker_losses
-    engine.worker.signal(signal.SIGSTOP)
+    engine.worker.serving().send_signal(signal.SIGSTOP)
     wait_loss(engine, losses + 1)
     assert all(stream.is_running() for stream in streams)
     engine.worker.kill()
@@ -100,8 +117,10 @@ Disturbance = Callable[[Engine, list[Stream]], None]
     [
         pytest.param(kill_and_replace, 1, id="killed"),
         pytest.param(kill_twice, 2, id="killed-twice"),
+        pytest.param(kill_and_wait, 1, id="killed-under-its-supervisor"),
         pytest.param(freeze_and_thaw, 1, id="frozen"),
         pytest.param(freeze_and_replace, 1, id="frozen-then-killed"),
+        pytest.param(freeze_for_good, 1, id="frozen-under-its-supervisor", marks=pytest.mark.slow),
     ],
 )
 def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
@@ -161,7 +180,7 @@ def test_new_requests_queue_while_the_worker_is_away(engine: Engine, truth: list
 def test_the_worker_serves_the_next_scheduler_after_one_was_killed(engine: Engine, truth: list[list[int]]) -> None:
     streams = [engine.stream(request) for request in make_requests()]
     wait_mid_way(streams, NUM_TOKENS_BEFORE)
-    worker_pid = engine.worker.process.pid
+    worker = engine.worker.serving()
     engine.scheduler.kill()
     for stream in streams:
         stream.join()
@@ -169,5 +188,4 @@ def test_the_worker_serves_the_next_scheduler_after_one_was_killed(engine: Engin
     engine.scheduler.start()
     engine.connect()
     assert [stream.result() for stream in [engine.stream(request) for request in make_requests()]] == truth
-    assert engine.worker.process.pid == worker_pid
-    assert engine.worker.process.poll() is None
+    assert engine.worker.serving() == worker

@@ -91,6 +91,7 @@ infos = st.builds(
     default_top_k=st.none() | numbers,
     default_top_p=st.none() | floats,
     default_min_p=st.none() | floats,
+    tokenizer_digest=st.text(max_size=4),
 )
 
 

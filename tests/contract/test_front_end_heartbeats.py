@@ -1,0 +1,85 @@
+"""Front-end processes that fall silent are replaced; ones that are slow, or not to blame, stay."""
+
+import asyncio
+import signal
+import time
+
+import grpc
+import pytest
+
+from scheduler_service import front_end_pool
+from scheduler_service.front_end_pool import FrontEndPool
+from shared.errors import ConfigError
+from tests.contract.front_ends import front_end_processes, two_front_ends
+from tests.contract.services import Services, stream_request, true_tokens, wait_until
+from tests.contract.test_front_end_processes import gated_services, reach_a_third
+from tests.contract.test_worker_loss import open_gate
+
+SILENCE_LIMIT_S = 3.0
+
+
+@pytest.fixture
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_end_pool, "SILENCE_LIMIT_S", SILENCE_LIMIT_S)
+
+
+@pytest.mark.usefixtures("short_limit")
+async def test_a_frozen_front_end_is_killed_and_replaced_and_its_requests_alone_are_closed() -> None:
+    requests = [stream_request([number] * 100, 60, request_id=f"r{number}") for number in range(2)]
+    services = gated_services()
+    async with two_front_ends(services) as (first, second):
+        lost, kept = (
+            asyncio.create_task(each.stream(request)) for each, request in zip((first, second), requests, strict=True)
+        )
+        await services.wait_load(lambda load: load.num_running_sequences + load.num_waiting_sequences == 2, "both came")
+        open_gate(services.runner, 5)
+        first.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await lost
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+
+        async def is_closed() -> bool:
+            load = await second.load()
+            return load.num_running_sequences + load.num_waiting_sequences == 1
+
+        await wait_until(is_closed, "its request is closed")
+        open_gate(services.runner)
+        assert (await kept).token_ids == true_tokens(requests[1])
+
+        async def is_replaced() -> bool:
+            return len(front_end_processes()) == 2 and (await reach_a_third(services, [first, second]))
+
+        await wait_until(is_replaced, "a new front end takes calls")
+
+
+@pytest.mark.usefixtures("short_limit")
+async def test_a_front_end_that_pauses_stays() -> None:
+    async with two_front_ends(gated_services()) as connections:
+        before = front_end_processes()
+        for connection in connections:
+            connection.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(SILENCE_LIMIT_S / 2)
+        for connection in connections:
+            connection.process.send_signal(signal.SIGCONT)
+        # Longer than it takes to find a silent one.
+        await asyncio.sleep(SILENCE_LIMIT_S + 1.5)
+        assert front_end_processes() == before
+
+
+@pytest.mark.usefixtures("short_limit")
+async def test_front_ends_are_not_blamed_for_a_pause_of_the_scheduler_process() -> None:
+    async with two_front_ends(gated_services()):
+        before = front_end_processes()
+        # The event loop of the scheduler process hears nobody meanwhile.
+        time.sleep(SILENCE_LIMIT_S + 1.5)
+        await asyncio.sleep(1.5)
+        assert front_end_processes() == before
+
+
+async def test_a_front_end_that_hangs_before_it_listens_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_end_pool, "START_LIMIT_S", 0.5)
+    monkeypatch.setattr(FrontEndPool, "_command", lambda *_: ["sleep", "60"])
+    services = Services(api_server_count=1)
+    with pytest.raises(ConfigError, match="a front-end process ended with status -9 before it listened"):
+        await services.start()
+    await services.stop_worker()
