@@ -233,7 +233,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve_model(arguments.tokenizer, TOKENIZER_FILES)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    scheduler = SchedulerSettings(port=0, log_level="error", api_server_count=0, tokenizer=str(folder))
+    scheduler = SchedulerSettings(port=0, log_level="warning", api_server_count=0, tokenizer=str(folder))
     program = ("benchmarks.steady_worker", str(STEP_MS), str(folder))
     by_shape = {}
     with Services(WorkerSettings(port=0), scheduler, worker_program=program) as services:

@@ -15,9 +15,11 @@ import json
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from scheduler_service.stop_strings import START, StopStrings
+from shared.step_plan import Int32Array
 
 UNFINISHED = "\ufffd"
 
@@ -44,9 +46,19 @@ class TextDecoder:
         names = [f"<0x{byte:02X}>" for byte in range(256)] if has_bytes else []
         self._byte_ids = frozenset(i for i in map(tokenizer.token_to_id, names) if i is not None)
         added = tokenizer.get_added_tokens_decoder().items()
+        self._token_sizes: Int32Array | None = None
         self._special_ids = (
             frozenset(token_id for token_id, token in added if token.special) if has_bytes else frozenset()
         )
+
+    def min_text_bytes(self, token_ids: Int32Array, *, skip_special_tokens: bool) -> int:
+        """What the ids' text has at least, without decoding them; 0 where that is not known."""
+        if not self.is_byte_level:
+            return 0
+        if self._token_sizes is None:
+            self._token_sizes = _sizes_of_tokens(self.tokenizer)
+        sizes = self._token_sizes[token_ids]
+        return int(sizes[sizes > 0].sum() if skip_special_tokens else abs(sizes).sum())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         if len(token_ids) < RELEASED_IDS:
@@ -64,6 +76,17 @@ class TextDecoder:
     def extends_a_run(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """Whether a run of byte tokens goes on with this token: it is one, or a special token that is left out."""
         return token_id in self._byte_ids or (skip_special_tokens and token_id in self._special_ids)
+
+
+def _sizes_of_tokens(tokenizer: Tokenizer) -> Int32Array:
+    """In bytes, of a byte-level vocabulary's tokens, where a character stands for a byte; those of special tokens are
+    negative.
+    """
+    sizes = [len(tokenizer.id_to_token(token_id) or "") for token_id in range(tokenizer.get_vocab_size())]
+    for token_id, token in tokenizer.get_added_tokens_decoder().items():
+        if token_id < len(sizes):
+            sizes[token_id] = -len(token.content) if token.special else len(token.content)
+    return np.array(sizes, np.int32)
 
 
 class Detokenizer:

@@ -123,6 +123,8 @@ class FrontEnd:
             if handle in self._choices and self._guard(choice.request, choice.find_stop, int(handle in ended_by_token)):
                 self._stopped[handle] = self._choices.pop(handle)
                 self.engine.stop(handle, choice.num_output_tokens)
+            elif choice.request.num_unread_characters > choice.request.max_unread_characters:
+                self._fail_behind(choice.request)
 
     def _finish(self, end: SequenceEnd) -> None:
         stopped = self._stopped.pop(end.handle, None)

@@ -19,7 +19,7 @@ from scheduler_service.validation import GenerationRequest
 from shared.errors import OutputTooLarge, TandemError
 from shared.step_plan import RowLogprobs
 
-MAX_TOKENS_PER_DELTA = 256
+MAX_TOKENS_PER_DELTA = 64
 """Of a stream; more leave in several messages, none of which takes long to make or is too large for a client."""
 
 MAX_UNREAD_BYTES = 16 * 1024 * 1024
@@ -61,7 +61,7 @@ class Choice:
         "_logprobs",
         "_num_decoded",
         "_num_taken",
-        "_text",
+        "_texts",
         "index",
         "looks_for_stops",
         "request",
@@ -75,8 +75,8 @@ class Choice:
         self.token_ids = array("i")
         self._logprobs = LogprobBuffer()
         self._detokenizer = detokenizer
-        self._text = ""
-        # Of token_ids, how many are in the text.
+        self._texts: list[str] = []
+        # Of token_ids, how many are in the texts.
         self._num_decoded = 0
         self._num_taken = 0
         self._end: SequenceEnd | None = None
@@ -97,7 +97,9 @@ class Choice:
         was one.
         """
         for position in range(self._num_decoded, len(self.token_ids) - num_left_out):
-            self._text += self._detokenizer.add(self.token_ids[position])
+            text = self._detokenizer.add(self.token_ids[position])
+            self._texts.append(text)
+            self.request.num_unread_characters += len(text)
             self._num_decoded = position + 1
             if self._detokenizer.matched_stop is not None:
                 del self.token_ids[position + 1 :]
@@ -113,7 +115,11 @@ class Choice:
         """Forgets what was not taken."""
         self.token_ids = array("i")
         self._logprobs = LogprobBuffer()
-        self._text, self._num_decoded, self._end = "", 0, None
+        self._texts, self._num_decoded, self._end = [], 0, None
+
+    @property
+    def num_unread_characters(self) -> int:
+        return sum(map(len, self._texts))
 
     def num_undecoded(self, max_tokens: int) -> int:
         """Tokens that taking so many has to decode."""
@@ -124,7 +130,7 @@ class Choice:
         is_all = len(self.token_ids) <= max_tokens
         token_ids = self.token_ids[:max_tokens]
         undecoded = token_ids[self._num_decoded :]
-        text, end = self._text, None
+        text, end = "".join(self._texts), None
         if is_all and self._end is not None:
             # The text of a token that ended its sequence is not part of the output.
             text += self._detokenizer.finish(undecoded[:-1] if self._end.stop_token_id is not None else undecoded)
@@ -135,7 +141,7 @@ class Choice:
         del self.token_ids[:max_tokens]
         self._num_decoded = max(0, self._num_decoded - len(token_ids))
         self._num_taken += len(token_ids)
-        self._text = ""
+        self._texts.clear()
         logprobs = self._logprobs.take(len(token_ids))
         return ChoiceDelta(self.index, text, token_ids, logprobs, end)
 
@@ -172,9 +178,13 @@ class LiveRequest:
         num_logprobs = request.first.sampling.num_logprobs
         self._bytes_per_token = TOKEN_BYTES + (0 if num_logprobs is None else logprob_bytes(num_logprobs))
         self.num_unread_tokens = 0
+        # Of text that was made as it came.
+        self.num_unread_characters = 0
         if request.max_reply_bytes is None:
+            self.max_unread_characters = MAX_UNREAD_BYTES
             self.max_unread_tokens = MAX_UNREAD_BYTES // self._bytes_per_token
         else:
+            self.max_unread_characters = request.max_reply_bytes
             self.max_unread_tokens = request.max_reply_bytes // min_reply_size(num_logprobs)
 
     @property
@@ -183,10 +193,10 @@ class LiveRequest:
 
     @property
     def num_unread_bytes(self) -> int:
-        return self.num_unread_tokens * self._bytes_per_token
+        return self.num_unread_tokens * self._bytes_per_token + self.num_unread_characters
 
     def too_large(self) -> OutputTooLarge:
-        """The error of a request with more than max_unread_tokens."""
+        """The error of a request that holds more than it may."""
         if self.request.max_reply_bytes is not None:
             return reply_too_large(self.request.max_reply_bytes)
         return OutputTooLarge(f"the stream's reader is {self.num_unread_tokens} tokens behind")
@@ -194,7 +204,7 @@ class LiveRequest:
     def drop_unread(self) -> None:
         for choice in self.choices:
             choice.drop()
-        self.num_unread_tokens = 0
+        self.num_unread_tokens = self.num_unread_characters = 0
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
         """News of the choices until all have ended: all at once at the end, unless the request streams. Raises the
@@ -220,6 +230,7 @@ class LiveRequest:
     async def _take(self, choice: Choice) -> ChoiceDelta:
         max_tokens = MAX_TOKENS_PER_DELTA if self.is_streaming else len(choice.token_ids)
         num_before = len(choice.token_ids)
+        self.num_unread_characters -= choice.num_unread_characters
         try:
             if choice.num_undecoded(max_tokens) < RELEASED_IDS:
                 delta = choice.take(max_tokens)

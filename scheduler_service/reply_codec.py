@@ -3,7 +3,6 @@ one holds up nobody: the event loop has other turns in between.
 """
 
 import asyncio
-from collections.abc import Iterable
 
 from scheduler_service.core.types import FinishReason
 from scheduler_service.live_request import ChoiceDelta, ChoiceEnd, LiveRequest, reply_too_large
@@ -15,8 +14,9 @@ FINISH_REASONS = {
     FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
 }
 
-TOKENS_AT_ONCE = 256
-"""Tokens with log-probabilities that are encoded between two turns of the event loop; a few milliseconds."""
+TOKENS_AT_ONCE = 32
+"""Tokens with log-probabilities that are encoded between two turns of the event loop; a millisecond. The step loop
+needs several turns for a step."""
 
 CHOICES_TAG = bytes([inference_pb2.GenerateResponse.CHOICES_FIELD_NUMBER << 3 | 2])
 
@@ -34,38 +34,46 @@ def stream_message(live: LiveRequest, delta: ChoiceDelta, *, is_last: bool) -> i
     return message
 
 
-async def whole_reply(live: LiveRequest, deltas: Iterable[ChoiceDelta], model: str, max_bytes: int) -> bytes:
-    """An encoded GenerateResponse. Raises OutputTooLarge where it has more than max_bytes.
+async def whole_reply(live: LiveRequest, model: str, max_bytes: int) -> bytes:
+    """Reads a request to its end: an encoded GenerateResponse. Raises OutputTooLarge where it has more than max_bytes.
 
     A message is the fields that it consists of in a row, and messages in a row are one with all of their fields: so
-    each part is encoded by itself.
+    each part is encoded by itself, and what it was made of is dropped.
     """
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for delta in live.deltas():
+        choice = await _encoded_choice(delta, max_bytes - num_bytes)
+        parts += [CHOICES_TAG, _varint(len(choice)), choice]
+        num_bytes += len(choice)
     outer = inference_pb2.GenerateResponse(request_id=live.request.request_id, model=model, usage=_usage(live))
-    reply = bytearray(outer.SerializeToString())
-    for delta in sorted(deltas, key=lambda delta: delta.choice_index):
-        choice = await _encoded_choice(delta, max_bytes)
-        reply += CHOICES_TAG + _varint(len(choice)) + choice
-        if len(reply) > max_bytes:
-            raise reply_too_large(max_bytes)
-    return bytes(reply)
+    parts.append(outer.SerializeToString())
+    if sum(map(len, parts)) > max_bytes:
+        raise reply_too_large(max_bytes)
+    return b"".join(parts)
 
 
-async def _encoded_choice(delta: ChoiceDelta, max_bytes: int) -> bytearray:
+async def _encoded_choice(delta: ChoiceDelta, max_bytes: int) -> bytes:
+    """Raises OutputTooLarge as soon as the parts are larger."""
     choice = inference_pb2.Choice(
         choice_index=delta.choice_index,
         text=delta.text,
         token_ids=delta.token_ids,
         finish=_finish(delta.end) if delta.end is not None else None,
     )
-    encoded = bytearray(choice.SerializeToString())
+    parts: list[bytes] = [choice.SerializeToString()]
+    num_bytes = len(parts[0])
     for start in range(0, len(delta.logprobs), TOKENS_AT_ONCE):
+        if num_bytes > max_bytes:
+            break
         part = inference_pb2.Choice()
         _add_logprobs(part, delta, start, start + TOKENS_AT_ONCE)
-        encoded += part.SerializeToString()
-        if len(encoded) > max_bytes:
-            raise reply_too_large(max_bytes)
+        parts.append(part.SerializeToString())
+        num_bytes += len(parts[-1])
         await asyncio.sleep(0)
-    return encoded
+    if num_bytes > max_bytes:
+        raise reply_too_large(max_bytes)
+    return b"".join(parts)
 
 
 def _add_logprobs(

@@ -10,8 +10,8 @@ from tandem.v1 import inference_pb2
 DEFAULT_REPLY_BYTES = 4 * 1024 * 1024
 """gRPC's own limit on what a client takes."""
 
-MAX_REPLY_BYTES = 16 * 1024 * 1024
-"""A reply is whole in memory, twice, before it leaves; what is larger has to be streamed."""
+MAX_REPLY_BYTES = 8 * 1024 * 1024
+"""A reply is in memory several times before it leaves; what is larger has to be streamed."""
 
 MAX_LIMIT_DIGITS = 12
 

@@ -48,8 +48,7 @@ class InferenceServicer:
         limit = reply_limit(context.invocation_metadata())
         live = await self._open(request, limit)
         try:
-            deltas = [delta async for delta in live.deltas()]
-            return await whole_reply(live, deltas, self._served_model, limit)
+            return await whole_reply(live, self._served_model, limit)
         finally:
             live.close()
 
@@ -83,6 +82,8 @@ class InferenceServicer:
         vocab_size = decoder.tokenizer.get_vocab_size()
         ids = await check_token_ids("token_ids", request.token_ids, self._token_limit(), vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        if decoder.min_text_bytes(ids, skip_special_tokens=skip) > limit:
+            raise reply_too_large(limit)
         try:
             text = await decoder.decode_away(ids.tolist(), skip_special_tokens=skip)
         except BaseException as error:

@@ -64,7 +64,7 @@ class InferenceServiceServicer(object):
 
         A reply that the client could not take is not made: by default that is one of more than 4 MiB,
         gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
-        tandem-max-reply-bytes; 16 MiB is the most. Where max_tokens lets the reply grow past the limit,
+        tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
         not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
         RESOURCE_EXHAUSTED. GenerateStream has no such limit.
         """
@@ -74,7 +74,7 @@ class InferenceServiceServicer(object):
 
     def GenerateStream(self, request, context):
         """Runs a request and streams its output as it is made. A message holds the news of one choice:
-        one token when the reader keeps up, several when it is behind, 256 at most. A request whose reader
+        one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
         is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

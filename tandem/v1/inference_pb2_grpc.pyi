@@ -40,13 +40,13 @@ class InferenceServiceStub:
 
     A reply that the client could not take is not made: by default that is one of more than 4 MiB,
     gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
-    tandem-max-reply-bytes; 16 MiB is the most. Where max_tokens lets the reply grow past the limit,
+    tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
     not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
     RESOURCE_EXHAUSTED. GenerateStream has no such limit.
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
     """Runs a request and streams its output as it is made. A message holds the news of one choice:
-    one token when the reader keeps up, several when it is behind, 256 at most. A request whose reader
+    one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
     is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
@@ -63,13 +63,13 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     A reply that the client could not take is not made: by default that is one of more than 4 MiB,
     gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
-    tandem-max-reply-bytes; 16 MiB is the most. Where max_tokens lets the reply grow past the limit,
+    tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
     not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
     RESOURCE_EXHAUSTED. GenerateStream has no such limit.
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Runs a request and streams its output as it is made. A message holds the news of one choice:
-    one token when the reader keeps up, several when it is behind, 256 at most. A request whose reader
+    one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
     is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -89,7 +89,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A reply that the client could not take is not made: by default that is one of more than 4 MiB,
         gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
-        tandem-max-reply-bytes; 16 MiB is the most. Where max_tokens lets the reply grow past the limit,
+        tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
         not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
         RESOURCE_EXHAUSTED. GenerateStream has no such limit.
         """
@@ -101,7 +101,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
         """Runs a request and streams its output as it is made. A message holds the news of one choice:
-        one token when the reader keeps up, several when it is behind, 256 at most. A request whose reader
+        one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
         is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
         """
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from scheduler_service.detokenizer import Detokenizer, TextDecoder
+from scheduler_service.detokenizer import UNFINISHED, Detokenizer, TextDecoder
 from scheduler_service.stop_strings import START, StopStrings
 from tests.tokenizers import byte_fallback, embedded
 
@@ -159,3 +160,13 @@ def test_stop_strings_are_found_as_by_a_plain_search(parts: list[str], stops: li
         longest = max((n for s in stops for n in range(len(s)) if read.endswith(s[:n])), default=0)
         assert automaton.held(node) == longest
     assert found == min(((text.index(s) + len(s), text.index(s), s) for s in stops if s in text), default=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=any_ids, skip=st.booleans())
+def test_a_texts_least_size_is_known_from_its_ids(ids: list[int], skip: bool) -> None:
+    size = DECODER.min_text_bytes(np.array(ids, np.int32), skip_special_tokens=skip)
+    text = TOKENIZER.decode(ids, skip_special_tokens=skip)
+    assert size <= len(text.encode())
+    if UNFINISHED not in text:
+        assert size == len(text.encode())

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer
 
+from scheduler_service import live_request
 from scheduler_service.core.types import FinishReason
 from scheduler_service.detokenizer import TextDecoder
 from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
 from scheduler_service.front_end import FrontEnd
 from scheduler_service.generation_params import GenerationParams
-from scheduler_service.live_request import LiveRequest
+from scheduler_service.live_request import MAX_TOKENS_PER_DELTA, LiveRequest
 from scheduler_service.validation import check_request
-from shared.errors import TextFailed, WorkerUnavailable
+from shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
 from shared.step_plan import RowLogprobs
 from tests.builders import worker_info
 from tests.tokenizers import embedded
@@ -125,4 +126,27 @@ async def test_much_that_is_unread_leaves_in_bounded_deltas_with_the_end_in_the_
     assert "".join(delta.text for delta in deltas) == tokenizer.decode(ids)
     assert [token_id for delta in deltas for token_id in delta.token_ids] == [*ids, 0]
     assert [delta.end is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
-    assert max(len(delta.token_ids) for delta in deltas) <= 256
+    assert max(len(delta.token_ids) for delta in deltas) <= MAX_TOKENS_PER_DELTA
+
+
+@pytest.mark.parametrize("max_reply_bytes", [None, 2000], ids=["streamed", "unary"])
+async def test_text_that_gathers_counts_too(
+    front_end: FrontEnd, max_reply_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stop strings text is made at once, and a token may be many times as long as its id."""
+    monkeypatch.setattr(live_request, "MAX_UNREAD_BYTES", 2000)
+    vocabulary = embedded().get_vocab()
+    longest = max((token for token in vocabulary if not token.startswith("<|")), key=len)
+    live = await open_request(front_end, stop_strings=["never"], max_reply_bytes=max_reply_bytes)
+    num_tokens = 2000 // len(longest) + 2
+    front_end.on_outputs(OutputBatch([0] * num_tokens, [vocabulary[longest]] * num_tokens))
+    with pytest.raises(OutputTooLarge):
+        await read(live)
+    # What is read makes room.
+    live = await open_request(front_end, stop_strings=["never"])
+    deltas = live.deltas()
+    for _ in range(5):
+        front_end.on_outputs(OutputBatch([1] * 100, [vocabulary[longest]] * 100))
+        for _ in range(2):
+            await anext(deltas)
+    assert live.num_unread_characters == live.num_unread_tokens == 0
