@@ -16,7 +16,7 @@ SCALING_MODELS ?= build/models/8b build/models/32b
 TP_SIZES ?= 1 2 4 8
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-plot compose-test clean
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-costly bench-plot compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -92,6 +92,9 @@ endif
 
 bench-scheduler: $(STAMP)  ## The scheduler's CPU cost a step; writes benchmarks/results
 	$(BIN)/python -m benchmarks.scheduler_cpu
+
+bench-costly: $(STAMP)  ## The costliest requests beside streams: gaps and memory; writes benchmarks/results
+	$(BIN)/python -m benchmarks.costly_requests $(if $(TOKENIZER),--tokenizer $(dir $(TOKENIZER)))
 
 bench-plot: $(STAMP)  ## Draws docs/images from benchmarks/results
 	$(BIN)/python -m benchmarks.plot

@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from scheduler_service.engine_hub import EngineHub
+from scheduler_service.validation import check_request_id
 from shared.errors import WorkerUnavailable
 from shared.step_codec import PROTOCOL_VERSION
 from tandem.v1 import control_pb2, control_pb2_grpc
@@ -65,6 +66,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.GetLoadResponse(block_size_tokens=values.pop("block_size"), **values)
 
     async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
+        check_request_id(request.request_id)
         self._hub.abort(request.request_id)
         return control_pb2.AbortResponse()
 

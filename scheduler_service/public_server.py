@@ -13,7 +13,7 @@ from scheduler_service.servicer import InferenceServicer
 from scheduler_service.tokenizer import load_tokenizer
 from shared.config import SchedulerSettings, model_name
 from shared.server import Server, server_credentials
-from tandem.v1 import control_pb2_grpc, inference_pb2_grpc
+from tandem.v1 import control_pb2_grpc
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 CONTROL_SERVICE = "tandem.v1.ControlService"
@@ -42,7 +42,7 @@ class PublicServer:
         inference = InferenceServicer(self.front_end, model_name(settings))
         self._server = Server(
             {
-                INFERENCE_SERVICE: lambda s: inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, s),
+                INFERENCE_SERVICE: inference.add_to,
                 CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
             },
             interceptors=interceptors,

@@ -5,64 +5,62 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from scheduler_service.core.types import FinishReason
-from scheduler_service.front_end import ChoiceEnd, FrontEnd, LiveRequest
-from scheduler_service.tokenizer import encode
-from scheduler_service.validation import AnyGenerateRequest, check_model, check_request
-from shared.errors import FieldViolation, InvalidRequest, WorkerUnavailable
-from shared.step_plan import RowLogprobs, WorkerInfo
-from tandem.v1 import inference_pb2, inference_pb2_grpc
+from scheduler_service.front_end import FrontEnd
+from scheduler_service.live_request import LiveRequest, reply_too_large
+from scheduler_service.reply_codec import stream_message, whole_reply
+from scheduler_service.request_codec import AnyGenerateRequest, params_of, reply_limit
+from scheduler_service.tokenizer_faults import text_failure
+from scheduler_service.validation import check_model, check_request, check_token_ids
+from scheduler_service.wire_limits import TooLargeToDecode, bounded
+from shared.errors import WorkerUnavailable
+from shared.step_plan import WorkerInfo
+from tandem.v1 import inference_pb2
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-FINISH_REASONS = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: inference_pb2.FINISH_REASON_ABORT,
-}
+SERVICE_NAME = "tandem.v1.InferenceService"
+
+MIN_TOKEN_LIMIT = 131_072
+"""Tokens that Tokenize gives and Detokenize takes, at most; or a context's, where that is more."""
 
 
-class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+class InferenceServicer:
+    """Registers itself with add_to(): a whole reply is encoded part by part, and what arrives is measured first."""
+
     def __init__(self, front_end: FrontEnd, served_model: str) -> None:
         self._front_end = front_end
         self._served_model = served_model
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> inference_pb2.GenerateResponse:
-        live = await self._open(request, is_streaming=False)
+    def add_to(self, server: grpc.aio.Server) -> None:
+        pb = inference_pb2
+        unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        encoded, generate = pb.GenerateStreamResponse.SerializeToString, bounded(pb.GenerateRequest.FromString)
+        tokenize, detokenize = pb.TokenizeRequest.FromString, pb.DetokenizeRequest.FromString
+        handlers: dict[str, Any] = {
+            "Generate": unary(self.Generate, generate, bytes),
+            "GenerateStream": streaming(self.GenerateStream, bounded(pb.GenerateStreamRequest.FromString), encoded),
+            "Tokenize": unary(self.Tokenize, tokenize, pb.TokenizeResponse.SerializeToString),
+            "Detokenize": unary(self.Detokenize, detokenize, pb.DetokenizeResponse.SerializeToString),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+    async def Generate(self, request: inference_pb2.GenerateRequest | TooLargeToDecode, context: Context) -> bytes:
+        limit = reply_limit(context.invocation_metadata())
+        live = await self._open(request, limit)
         try:
-            choices = [inference_pb2.Choice(choice_index=index) for index in range(len(live.choices))]
-            async for delta in live.deltas():
-                choice = choices[delta.choice_index]
-                choice.text += delta.text
-                choice.token_ids.extend(delta.token_ids)
-                choice.logprobs.extend(map(_logprob, delta.token_ids, delta.logprobs))
-                if delta.end is not None:
-                    choice.finish.CopyFrom(_finish(delta.end))
-            return inference_pb2.GenerateResponse(
-                request_id=live.request.request_id, model=self._served_model, choices=choices, usage=_usage(live)
-            )
+            return await whole_reply(live, self._served_model, limit)
         finally:
             live.close()
 
     async def GenerateStream(
-        self, request: inference_pb2.GenerateStreamRequest, context: Context
+        self, request: inference_pb2.GenerateStreamRequest | TooLargeToDecode, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
-        live = await self._open(request, is_streaming=True)
+        live = await self._open(request, None)
         try:
             num_open = len(live.choices)
             async for delta in live.deltas():
                 num_open -= delta.end is not None
-                yield inference_pb2.GenerateStreamResponse(
-                    request_id=live.request.request_id,
-                    choice_index=delta.choice_index,
-                    text_delta=delta.text,
-                    token_ids=delta.token_ids,
-                    logprobs=map(_logprob, delta.token_ids, delta.logprobs),
-                    finish=_finish(delta.end) if delta.end is not None else None,
-                    usage=_usage(live) if not num_open else None,
-                )
+                yield stream_message(live, delta, is_last=not num_open)
         finally:
             live.close()
 
@@ -71,25 +69,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.TokenizeResponse:
         check_model(request.model, self._served_model)
         add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        ids = await encode(self._front_end.tokenizer, request.text, add_special_tokens=add_special_tokens)
-        return inference_pb2.TokenizeResponse(token_ids=ids)
+        ids = await self._front_end.encoder.encode(
+            "text", request.text, max_tokens=self._token_limit(), add_special_tokens=add_special_tokens
+        )
+        return inference_pb2.TokenizeResponse(token_ids=ids.tolist())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
         check_model(request.model, self._served_model)
-        tokenizer = self._front_end.tokenizer
-        vocab_size = tokenizer.get_vocab_size()
-        outside = [token_id for token_id in request.token_ids if token_id >= vocab_size]
-        if outside:
-            raise InvalidRequest(FieldViolation("token_ids", f"{outside[0]} is not in the vocabulary of {vocab_size}"))
+        decoder, limit = self._front_end.decoder, reply_limit(context.invocation_metadata())
+        vocab_size = decoder.tokenizer.get_vocab_size()
+        ids = await check_token_ids("token_ids", request.token_ids, self._token_limit(), vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return inference_pb2.DetokenizeResponse(text=tokenizer.decode(request.token_ids, skip_special_tokens=skip))
+        if decoder.min_text_bytes(ids, skip_special_tokens=skip) > limit:
+            raise reply_too_large(limit)
+        try:
+            text = await decoder.decode_away(ids.tolist(), skip_special_tokens=skip)
+        except BaseException as error:
+            raise text_failure("the tokenizer failed on the ids", error) from error
+        reply = inference_pb2.DetokenizeResponse(text=text)
+        if reply.ByteSize() > limit:
+            raise reply_too_large(limit)
+        return reply
 
-    async def _open(self, request: AnyGenerateRequest, *, is_streaming: bool) -> LiveRequest:
+    async def _open(self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None) -> LiveRequest:
+        if isinstance(request, TooLargeToDecode):
+            raise request.error()
         self._front_end.refuse_if_draining()
-        checked = await check_request(request, self._front_end.tokenizer, self._worker(), self._served_model)
-        return await self._front_end.open(checked, is_streaming=is_streaming)
+        params = params_of(request, max_reply_bytes)
+        checked = await check_request(params, self._front_end.encoder, self._worker(), self._served_model)
+        return await self._front_end.open(checked)
 
     def _worker(self) -> WorkerInfo:
         worker = self._front_end.engine.state.worker
@@ -97,27 +107,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             raise WorkerUnavailable("no worker has been seen yet")
         return worker
 
-
-def _finish(end: ChoiceEnd) -> inference_pb2.Finish:
-    finish = inference_pb2.Finish(reason=FINISH_REASONS[end.reason])
-    if end.stop_string is not None:
-        finish.stop_string = end.stop_string
-    elif end.stop_token_id is not None:
-        finish.stop_token_id = end.stop_token_id
-    return finish
-
-
-def _usage(live: LiveRequest) -> inference_pb2.Usage:
-    return inference_pb2.Usage(
-        num_prompt_tokens=live.request.num_prompt_tokens,
-        num_cached_tokens=live.num_cached_tokens,
-        num_output_tokens=live.num_output_tokens,
-    )
-
-
-def _logprob(token_id: int, report: RowLogprobs) -> inference_pb2.TokenLogprob:
-    top = [
-        inference_pb2.TopLogprob(token_id=top_id, logprob=logprob)
-        for top_id, logprob in zip(report.top_token_ids, report.top_logprobs, strict=True)
-    ]
-    return inference_pb2.TokenLogprob(token_id=token_id, logprob=report.logprob, top=top)
+    def _token_limit(self) -> int:
+        worker = self._front_end.engine.state.worker
+        return max(MIN_TOKEN_LIMIT, worker.max_model_len if worker is not None else 0)

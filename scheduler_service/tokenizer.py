@@ -1,6 +1,5 @@
 """The model's tokenizer. Knows `tokenizers`, never transformers or torch."""
 
-import asyncio
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -8,9 +7,6 @@ from tokenizers import Tokenizer
 from shared.errors import ModelError
 from shared.model_folder import TOKENIZER_FILE, open_regular
 from shared.rust_panic import is_rust_panic
-
-INLINE_CHARACTERS = 4096
-"""Texts up to this long take well under a millisecond and are encoded in place; longer ones in a thread."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -30,13 +26,3 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-async def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids. A long text must not hold up the steps of others."""
-    if len(text) <= INLINE_CHARACTERS:
-        encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    else:
-        # Of the library's calls only the batched ones let go of the GIL.
-        [encoding] = await asyncio.to_thread(tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens)
-    return list(encoding.ids)

@@ -1,28 +1,48 @@
-"""Requests, checked once, here at the edge: protobuf in, plain data out. All that is wrong is said at once."""
+"""Requests, checked once, here at the edge: plain parameters in, plain data out. What is wrong is said at once.
 
+Lengths come first: nothing that a client sends is looked at element by element, tokenized, hashed or quoted in an error
+before its length is known to be allowed.
+"""
+
+import asyncio
+import hashlib
 import math
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
-from tokenizers import Tokenizer
 
 from scheduler_service.core.types import SequenceRequest
-from scheduler_service.tokenizer import encode
+from scheduler_service.generation_params import GenerationParams
+from scheduler_service.reply_size import max_reply_size
+from scheduler_service.text_encoder import TextEncoder
 from shared.errors import FieldViolation, InvalidRequest
 from shared.step_plan import Int32Array, RowSampling, WorkerInfo
-from tandem.v1 import inference_pb2
 
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
+MAX_STOP_STRINGS_LENGTH = 8192
+"""Of all stop strings together, in characters."""
+MAX_STOP_TOKEN_IDS = 128
+MAX_REQUEST_ID_BYTES = 256
+MAX_CACHE_SALT_BYTES = 1024
+MAX_VIOLATIONS = 10
+"""That are told, and that any text is made for."""
 
-AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+MAX_QUOTED_CHARACTERS = 64
+IDS_AT_ONCE = 16_384
+"""Ids that are read between two turns of the event loop; a few milliseconds."""
+
+NO_IDS: Int32Array = np.empty(0, np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A checked request: its first choice, from which the others differ in their choice index alone."""
 
@@ -34,139 +54,243 @@ class GenerationRequest:
     num_prompt_tokens: int
     stop_strings: tuple[str, ...]
     skip_special_tokens: bool
+    max_reply_bytes: int | None
+    """None where the output is streamed"""
 
 
 class _Violations:
     def __init__(self) -> None:
-        self.found: list[FieldViolation] = []
+        self._found: list[FieldViolation] = []
+        self._num_untold = 0
 
-    def check(self, is_right: bool, field: str, description: str) -> None:
+    def check(self, is_right: bool, field: str, description: str) -> bool:
         if not is_right:
-            self.found.append(FieldViolation(field, description))
+            self.add(FieldViolation(field, description))
+        return is_right
+
+    def add(self, *violations: FieldViolation) -> None:
+        for violation in violations:
+            if len(self._found) < MAX_VIOLATIONS:
+                self._found.append(violation)
+            else:
+                self._num_untold += 1
 
     def raise_any(self) -> None:
-        if self.found:
-            raise InvalidRequest(*self.found)
+        if self._num_untold:
+            self._found.append(FieldViolation("", f"and {self._num_untold} more"))
+        if self._found:
+            raise InvalidRequest(*self._found)
 
 
 def check_model(wanted: str, served: str) -> None:
-    if wanted and wanted != served:
+    if wanted not in ("", served):
         raise InvalidRequest(FieldViolation("model", _not_served(wanted, served)))
 
 
-def _not_served(wanted: str, served: str) -> str:
-    return f"{wanted!r} is not served here; {served!r} is"
+def check_request_id(request_id: str) -> None:
+    """Of a request that is to be found. Raises InvalidRequest."""
+    violations = _Violations()
+    _check_request_id(request_id, violations)
+    violations.raise_any()
 
 
 async def check_request(
-    request: AnyGenerateRequest, tokenizer: Tokenizer, worker: WorkerInfo, served_model: str
+    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, served_model: str
 ) -> GenerationRequest:
-    """Raises InvalidRequest with every violation."""
+    """Raises InvalidRequest with what is wrong; QueueFull and TextFailed where the prompt can't be tokenized."""
     violations = _Violations()
-    violations.check(request.model in ("", served_model), "model", _not_served(request.model, served_model))
-    sampling = _read_sampling(request.sampling, worker, violations)
-    stopping, output = request.stopping, request.output
-    num_choices = request.num_choices if request.HasField("num_choices") else 1
-    violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
-    violations.check(output.num_logprobs <= MAX_LOGPROBS, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
-    violations.check(
-        len(stopping.stop_strings) <= MAX_STOP_STRINGS, "stopping.stop_strings", f"must be {MAX_STOP_STRINGS} at most"
-    )
-    for index, stop in enumerate(stopping.stop_strings):
-        field = f"stopping.stop_strings[{index}]"
-        violations.check(
-            1 <= len(stop) <= MAX_STOP_STRING_LENGTH, field, f"must have 1 to {MAX_STOP_STRING_LENGTH} characters"
-        )
-    for index, token_id in enumerate(stopping.stop_token_ids):
-        field = f"stopping.stop_token_ids[{index}]"
-        violations.check(token_id < worker.vocab_size, field, f"{token_id} is not in the vocabulary")
-    prompt = await _read_prompt(request.prompt, tokenizer, worker, violations)
-    max_tokens = _read_max_tokens(stopping, len(prompt), worker, violations)
+    is_served = params.model in ("", served_model)
+    violations.check(is_served, "model", "" if is_served else _not_served(params.model, served_model))
+    _check_request_id(params.request_id, violations)
+    sampling = _read_sampling(params, worker, violations)
+    _check_output(params, violations)
+    _check_stopping(params, worker, violations)
+    prompt = await _read_prompt(params, encoder, worker, violations)
+    max_tokens = _read_max_tokens(params, len(prompt), worker, violations)
+    _check_reply_size(params, worker, violations)
     violations.raise_any()
-    request_id = request.request_id or uuid.uuid4().hex
-    seed = request.sampling.seed if request.sampling.HasField("seed") else xxhash.xxh64_intdigest(request_id.encode())
-    stop_token_ids = frozenset([*stopping.stop_token_ids, *(() if stopping.ignore_eos else worker.eos_token_ids)])
+    request_id = params.request_id or uuid.uuid4().hex
+    if params.seed is None:
+        sampling["seed"] = xxhash.xxh64_intdigest(request_id.encode())
+    eos_token_ids = () if params.ignore_eos else worker.eos_token_ids
     first = SequenceRequest(
         sequence_id=0,
         prompt_token_ids=prompt,
         max_tokens=max_tokens,
-        sampling=RowSampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=seed,
-            num_logprobs=output.num_logprobs if output.HasField("num_logprobs") else None,
-        ),
-        stop_token_ids=stop_token_ids,
-        priority=request.priority,
-        cache_salt=request.cache_salt,
+        sampling=RowSampling(**sampling, num_logprobs=params.num_logprobs),
+        stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
+        priority=params.priority,
+        cache_salt=_hashed(params.cache_salt),
     )
     return GenerationRequest(
         request_id=request_id,
         first=first,
-        num_choices=num_choices,
+        num_choices=params.num_choices,
         fingerprint=worker.fingerprint,
         num_prompt_tokens=len(prompt),
-        stop_strings=tuple(stopping.stop_strings),
-        skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
+        stop_strings=tuple(params.stop_strings),
+        skip_special_tokens=params.skip_special_tokens,
+        max_reply_bytes=params.max_reply_bytes,
     )
 
 
-def _read_sampling(
-    sampling: inference_pb2.SamplingParams, worker: WorkerInfo, violations: _Violations
-) -> inference_pb2.SamplingParams:
-    """The request's parameters with the model's defaults, then the API's, where it has none."""
+async def check_token_ids(field: str, token_ids: Sequence[int], max_count: int, vocab_size: int) -> Int32Array:
+    """The ids as an array. Raises InvalidRequest where there are too many, or one is not in the vocabulary."""
+    if len(token_ids) > max_count:
+        raise InvalidRequest(FieldViolation(field, f"{len(token_ids)} ids are more than {max_count}"))
+    array = await _read_ids(token_ids)
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(outside):
+        raise InvalidRequest(FieldViolation(field, f"{array[outside[0]]} is not in the vocabulary of {vocab_size}"))
+    return array.astype(np.int32)
+
+
+async def _read_ids(token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Lets others have their turn in between."""
+    array = np.empty(len(token_ids), np.int64)
+    for start in range(0, len(token_ids), IDS_AT_ONCE):
+        array[start : start + IDS_AT_ONCE] = token_ids[start : start + IDS_AT_ONCE]
+        if start:
+            await asyncio.sleep(0)
+    return array
+
+
+def _not_served(wanted: str, served: str) -> str:
+    return f"{_quoted(wanted)} is not served here; {served!r} is"
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]!r}..."
+
+
+def _hashed(salt: str) -> str:
+    """Equal for equal salts and short, as the prefix cache keeps it; empty for none."""
+    return hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).hexdigest() if salt else ""
+
+
+def _is_short(text: str, max_bytes: int) -> bool:
+    """Looks at no text that is much too long."""
+    return len(text) <= max_bytes and len(text.encode(errors="surrogatepass")) <= max_bytes
+
+
+def _check_request_id(request_id: str, violations: _Violations) -> None:
+    if violations.check(
+        _is_short(request_id, MAX_REQUEST_ID_BYTES), "request_id", f"must have {MAX_REQUEST_ID_BYTES} bytes at most"
+    ):
+        violations.check(request_id.isprintable(), "request_id", "must have printable characters only")
+
+
+def _read_sampling(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> dict[str, Any]:
+    """RowSampling's fields, with the model's defaults, then the API's, where the request has none."""
     defaults = {
         "temperature": (worker.default_temperature, 1.0),
         "top_k": (worker.default_top_k, 0),
         "top_p": (worker.default_top_p, 1.0),
         "min_p": (worker.default_min_p, 0.0),
+        "seed": (None, 0),
     }
-    full = inference_pb2.SamplingParams()
-    full.CopyFrom(sampling)
+    sampling: dict[str, Any] = {}
     for name, (of_model, of_api) in defaults.items():
-        if not sampling.HasField(name):  # type: ignore[arg-type]
-            setattr(full, name, of_api if of_model is None else of_model)
+        of_request = getattr(params, name)
+        default = of_api if of_model is None else of_model
+        sampling[name] = default if of_request is None else of_request
+    temperature, top_p, min_p = sampling["temperature"], sampling["top_p"], sampling["min_p"]
     # Written so that NaN fails too.
-    is_temperature = 0 <= full.temperature < math.inf
-    violations.check(is_temperature, "sampling.temperature", f"must be 0 or more and finite, is {full.temperature}")
-    violations.check(0 < full.top_p <= 1, "sampling.top_p", f"must be in (0, 1], is {full.top_p}")
-    violations.check(0 <= full.min_p <= 1, "sampling.min_p", f"must be in [0, 1], is {full.min_p}")
-    return full
+    is_temperature = 0 <= temperature < math.inf
+    violations.check(is_temperature, "sampling.temperature", f"must be 0 or more and finite, is {temperature}")
+    violations.check(0 <= sampling["top_k"] < 2**32, "sampling.top_k", "must be 0 to 2^32 - 1")
+    violations.check(0 < top_p <= 1, "sampling.top_p", f"must be in (0, 1], is {top_p}")
+    violations.check(0 <= min_p <= 1, "sampling.min_p", f"must be in [0, 1], is {min_p}")
+    violations.check(0 <= sampling["seed"] < 2**64, "sampling.seed", "must be 0 to 2^64 - 1")
+    return sampling
+
+
+def _check_output(params: GenerationParams, violations: _Violations) -> None:
+    is_count = 1 <= params.num_choices <= MAX_CHOICES
+    violations.check(is_count, "num_choices", f"must be 1 to {MAX_CHOICES}, is {params.num_choices}")
+    is_count = 0 <= (params.num_logprobs or 0) <= MAX_LOGPROBS
+    violations.check(is_count, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
+    violations.check(-(2**31) <= params.priority < 2**31, "priority", "must be a number of 32 bits")
+    violations.check(
+        _is_short(params.cache_salt, MAX_CACHE_SALT_BYTES),
+        "cache_salt",
+        f"must have {MAX_CACHE_SALT_BYTES} bytes at most",
+    )
+
+
+def _check_stopping(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
+    stops, stop_ids = params.stop_strings, params.stop_token_ids
+    if violations.check(len(stops) <= MAX_STOP_STRINGS, "stopping.stop_strings", f"must be {MAX_STOP_STRINGS} at most"):
+        for index, stop in enumerate(stops):
+            field = f"stopping.stop_strings[{index}]"
+            is_length = 1 <= len(stop) <= MAX_STOP_STRING_LENGTH
+            violations.check(is_length, field, f"must have 1 to {MAX_STOP_STRING_LENGTH} characters")
+        is_length = sum(map(len, stops)) <= max(MAX_STOP_STRINGS_LENGTH, MAX_STOP_STRING_LENGTH)
+        violations.check(
+            is_length, "stopping.stop_strings", f"must have {MAX_STOP_STRINGS_LENGTH} characters at most, all together"
+        )
+    if violations.check(
+        len(stop_ids) <= MAX_STOP_TOKEN_IDS, "stopping.stop_token_ids", f"must be {MAX_STOP_TOKEN_IDS} at most"
+    ):
+        for index, token_id in enumerate(stop_ids):
+            is_token = 0 <= token_id < worker.vocab_size
+            violations.check(is_token, f"stopping.stop_token_ids[{index}]", f"{token_id} is not in the vocabulary")
 
 
 async def _read_prompt(
-    prompt: inference_pb2.Prompt, tokenizer: Tokenizer, worker: WorkerInfo, violations: _Violations
+    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, violations: _Violations
 ) -> Int32Array:
-    has_text, has_ids = prompt.HasField("text"), prompt.HasField("token_ids")
-    if has_text == has_ids:
-        description = "has both text and token_ids" if has_text else "has neither text nor token_ids"
+    """The prompt's ids; none where it is wrong."""
+    text, token_ids, limit = params.prompt_text, params.prompt_token_ids, worker.max_model_len
+    if (text is None) == (token_ids is None):
+        description = "has neither text nor token_ids" if text is None else "has both text and token_ids"
         violations.check(False, "prompt", description)
-        return np.empty(0, np.int32)
-    field = "prompt.text" if has_text else "prompt.token_ids"
-    ids = await encode(tokenizer, prompt.text) if has_text else list(prompt.token_ids.ids)
-    violations.check(len(ids) > 0, field, "is empty")
-    outside = [token_id for token_id in ids if token_id >= worker.vocab_size]
-    if outside:
-        violations.check(False, field, f"{outside[0]} is not in the vocabulary of {worker.vocab_size}")
-        return np.empty(0, np.int32)
-    limit = worker.max_model_len
-    violations.check(len(ids) < limit, field, f"{len(ids)} tokens leave no room for output in the context of {limit}")
-    return np.array(ids, np.int32)
+        return NO_IDS
+    try:
+        if text is not None:
+            prompt = await encoder.encode("prompt.text", text, max_tokens=limit)
+            field = "prompt.text"
+        else:
+            assert token_ids is not None
+            field = "prompt.token_ids"
+            prompt = await check_token_ids(field, token_ids, limit, worker.vocab_size)
+    except InvalidRequest as error:
+        violations.add(*error.violations)
+        return NO_IDS
+    violations.check(len(prompt) > 0, field, "is empty")
+    violations.check(
+        len(prompt) < limit, field, f"{len(prompt)} tokens leave no room for output in the context of {limit}"
+    )
+    return prompt
 
 
 def _read_max_tokens(
-    stopping: inference_pb2.StoppingCriteria, num_prompt_tokens: int, worker: WorkerInfo, violations: _Violations
+    params: GenerationParams, num_prompt_tokens: int, worker: WorkerInfo, violations: _Violations
 ) -> int:
     room = worker.max_model_len - num_prompt_tokens
-    if not stopping.HasField("max_tokens"):
+    if params.max_tokens is None:
         return room
     field, limit = "stopping.max_tokens", worker.max_model_len
-    violations.check(stopping.max_tokens >= 1, field, "must be 1 or more")
+    violations.check(params.max_tokens >= 1, field, "must be 1 or more")
     violations.check(
-        stopping.max_tokens <= room or room <= 0,
+        params.max_tokens <= room or room <= 0,
         field,
-        f"{stopping.max_tokens} after {num_prompt_tokens} prompt tokens is beyond the context of {limit}",
+        f"{params.max_tokens} after {num_prompt_tokens} prompt tokens is beyond the context of {limit}",
     )
-    return stopping.max_tokens
+    return params.max_tokens
+
+
+def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
+    """Of a reply that the request's own max_tokens lets grow too large. Where the context alone bounds the output it
+    will most likely end earlier, so that is left to be seen.
+    """
+    limit = params.max_reply_bytes
+    if limit is None or params.max_tokens is None or not 1 <= params.max_tokens <= worker.max_model_len:
+        return
+    size = params.num_choices * params.max_tokens * max_reply_size(worker.vocab_size, params.num_logprobs)
+    violations.check(
+        size <= limit,
+        "stopping.max_tokens",
+        f"a reply of up to {size} bytes is more than the {limit} that the client takes: use GenerateStream, fewer "
+        "tokens, choices or log-probabilities, or a larger limit",
+    )

@@ -10,6 +10,8 @@ TandemError
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
 ├── Unauthenticated           UNAUTHENTICATED: the caller has not shown who it is
 ├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
+├── TextFailed                INTERNAL: the tokenizer failed on this one request
+├── OutputTooLarge            RESOURCE_EXHAUSTED: a reply, or what a slow reader left, is past its limit
 ├── WorkerFailed              INTERNAL: a step failed, and the worker ends
 ├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
@@ -80,6 +82,14 @@ class WorkerFailed(TandemError):
 
 class SequenceFailed(TandemError):
     """This sequence could not be computed; others were."""
+
+
+class TextFailed(TandemError):
+    """The tokenizer failed on this request's text or tokens; other requests go on."""
+
+
+class OutputTooLarge(TandemError):
+    """A reply is larger than its client takes, or too much output waits for its reader."""
 
 
 class SessionRefused(TandemError):

@@ -34,6 +34,8 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.WorkerFailed: grpc.StatusCode.INTERNAL,
     errors.SequenceFailed: grpc.StatusCode.INTERNAL,
+    errors.TextFailed: grpc.StatusCode.INTERNAL,
+    errors.OutputTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SessionTaken: grpc.StatusCode.ABORTED,
     errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,

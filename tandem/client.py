@@ -5,8 +5,9 @@ from typing import Any, TypeVar
 
 import grpc
 
+from shared.call_metadata import MAX_REPLY_BYTES_KEY
 from shared.errors import FieldViolation, InvalidRequest
-from shared.grpc_options import client_options
+from shared.grpc_options import MAX_MESSAGE_BYTES, client_options
 from shared.rich_status import error_of
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -15,6 +16,11 @@ Prompt = str | Sequence[int]
 """Text, or token ids."""
 
 T = TypeVar("T")
+
+Metadata = tuple[tuple[str, str], ...]
+
+REPLY_LIMIT: Metadata = ((MAX_REPLY_BYTES_KEY, str(MAX_MESSAGE_BYTES)),)
+"""What this client takes, so that a server need not refuse what is over gRPC's own limit."""
 
 
 class TandemClient:
@@ -53,7 +59,7 @@ class TandemClient:
     ) -> inference_pb2.GenerateResponse:
         """Runs a prompt to its end. timeout_s is the deadline, after which the server drops the request."""
         fields = _fields(prompt, params, request_id, priority, cache_salt)
-        return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s)
+        return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s, REPLY_LIMIT)
 
     def start_generate(self, prompt: Prompt, params: SamplingParams | None = None) -> "PendingReply":
         """generate() that does not wait."""
@@ -84,7 +90,8 @@ class TandemClient:
         return list(_call(self._inference.Tokenize, inference_pb2.TokenizeRequest(text=text)).token_ids)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        return _call(self._inference.Detokenize, inference_pb2.DetokenizeRequest(token_ids=token_ids)).text
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        return _call(self._inference.Detokenize, request, metadata=REPLY_LIMIT).text
 
     def server_info(self) -> control_pb2.GetServerInfoResponse:
         return _call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
@@ -159,8 +166,10 @@ def _fields(
     return fields
 
 
-def _call(method: Callable[..., T], request: object, timeout_s: float | None = None) -> T:
+def _call(
+    method: Callable[..., T], request: object, timeout_s: float | None = None, metadata: Metadata | None = None
+) -> T:
     try:
-        return method(request, timeout=timeout_s)
+        return method(request, timeout=timeout_s, metadata=metadata)
     except grpc.RpcError as error:
         raise error_of(error) from error

@@ -59,6 +59,9 @@ class Prompt(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """A text that must be more tokens than the context, by its length, is refused without being
+    tokenized; so is one with over 262144 characters in a row that have no space or punctuation mark.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     def __init__(
@@ -170,11 +173,15 @@ class StoppingCriteria(_message.Message):
     """Goes on past the model's end-of-sequence tokens. Default false."""
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The output ends before the first of these; the match itself is not part of the text."""
+        """The output ends before the first of these; the match itself is not part of the text. 64 at most,
+        of 1 to 1024 characters each, 8192 together.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The output ends with the first of these; its id is among token_ids, its text is not in the text."""
+        """The output ends with the first of these; its id is among token_ids, its text is not in the text.
+        128 at most.
+        """
 
     def __init__(
         self,
@@ -246,7 +253,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Unique among live requests; made by the server if left out."""
+    """Unique among live requests; made by the server if left out. Printable, 256 bytes at most."""
     model: _builtins.str
     """Must be the served model's name if given."""
     num_choices: _builtins.int
@@ -254,7 +261,7 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """Lower is served earlier and preempted later. Default 0."""
     cache_salt: _builtins.str
-    """Requests share cached prefixes only with those of the same salt. Default empty."""
+    """Requests share cached prefixes only with those of the same salt. 1024 bytes at most. Default empty."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property

@@ -61,6 +61,12 @@ class InferenceServiceServicer(object):
 
     def Generate(self, request, context):
         """Runs a request to its end and returns all of its output at once.
+
+        A reply that the client could not take is not made: by default that is one of more than 4 MiB,
+        gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
+        tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
+        not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
+        RESOURCE_EXHAUSTED. GenerateStream has no such limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,14 +74,17 @@ class InferenceServiceServicer(object):
 
     def GenerateStream(self, request, context):
         """Runs a request and streams its output as it is made. A message holds the news of one choice:
-        one token when the reader keeps up, several when it is behind.
+        one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
+        is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """As many tokens as the context has, or 131072 if that is more, are the most that Tokenize gives and
+        Detokenize takes. Detokenize's reply has the limit of Generate's.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -36,24 +36,46 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Runs a request to its end and returns all of its output at once."""
+    """Runs a request to its end and returns all of its output at once.
+
+    A reply that the client could not take is not made: by default that is one of more than 4 MiB,
+    gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
+    tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
+    not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
+    RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+    """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
     """Runs a request and streams its output as it is made. A message holds the news of one choice:
-    one token when the reader keeps up, several when it is behind.
+    one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
+    is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
+    """As many tokens as the context has, or 131072 if that is more, are the most that Tokenize gives and
+    Detokenize takes. Detokenize's reply has the limit of Generate's.
+    """
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Runs a request to its end and returns all of its output at once."""
+    """Runs a request to its end and returns all of its output at once.
+
+    A reply that the client could not take is not made: by default that is one of more than 4 MiB,
+    gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
+    tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
+    not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
+    RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+    """
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Runs a request and streams its output as it is made. A message holds the news of one choice:
-    one token when the reader keeps up, several when it is behind.
+    one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
+    is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """As many tokens as the context has, or 131072 if that is more, are the most that Tokenize gives and
+    Detokenize takes. Detokenize's reply has the limit of Generate's.
+    """
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -63,7 +85,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
-        """Runs a request to its end and returns all of its output at once."""
+        """Runs a request to its end and returns all of its output at once.
+
+        A reply that the client could not take is not made: by default that is one of more than 4 MiB,
+        gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
+        tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
+        not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
+        RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+        """
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -72,7 +101,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
         """Runs a request and streams its output as it is made. A message holds the news of one choice:
-        one token when the reader keeps up, several when it is behind.
+        one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
+        is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod
@@ -80,7 +110,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _inference_pb2.TokenizeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]: ...
+    ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
+        """As many tokens as the context has, or 131072 if that is more, are the most that Tokenize gives and
+        Detokenize takes. Detokenize's reply has the limit of Generate's.
+        """
 
     @_abc_1.abstractmethod
     def Detokenize(

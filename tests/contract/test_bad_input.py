@@ -116,7 +116,7 @@ async def test_all_violations_are_told_at_once(services: Services) -> None:
     [
         ("model", {"model": "x" * 200_000}),
         ("model", {"model": "\u4e16" * 20_000}),
-        ("stopping.stop_token_ids[0]", {"stop_token_ids": [VOCAB_SIZE] * 2000}),
+        ("stopping.stop_token_ids", {"stop_token_ids": [VOCAB_SIZE] * 2000}),
         ("stopping.stop_strings", {"stop_strings": [""] * 2000}),
     ],
     ids=["long name", "long name that is not ASCII", "stop ids", "stop strings"],

@@ -1,0 +1,101 @@
+"""A worker service whose steps take the same time whatever is in them: what is measured is the scheduler's alone.
+
+Usage: python -m benchmarks.steady_worker STEP_MS TOKENIZER_FOLDER [FLAGS OF tandem-worker]
+
+Tokens are picked by row and step from the whole vocabulary; of the flags only those that say where to listen count.
+"""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from shared.config import WorkerSettings, read_command_line
+from shared.log import configure_logging
+from shared.model_folder import tokenizer_digest
+from shared.step_codec import PROTOCOL_VERSION
+from shared.step_plan import RowLogprobs, StepPlan, StepResult, WorkerInfo
+from worker_service.process import serve
+from worker_service.servicer import WorkerServicer
+
+MAX_MODEL_LEN = 40_960
+"""Qwen3's own."""
+NUM_BLOCKS = 400_000
+STRIDE = 7919
+"""Between the ids of two steps; a prime, so that all ids come."""
+
+
+class SteadyStep:
+    def __init__(self, result: StepResult, due: float) -> None:
+        self._result = result
+        self._due = due
+
+    def wait(self) -> StepResult:
+        time.sleep(max(0.0, self._due - time.monotonic()))
+        return self._result
+
+
+class SteadyRunner:
+    """Knows of its rows only how much of their prompts is left, and how many log-probabilities they want."""
+
+    progress = 0
+
+    def __init__(self, step_s: float, tokenizer_folder: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+        self._step_s = step_s
+        self.info = WorkerInfo(
+            protocol_version=PROTOCOL_VERSION,
+            worker_instance_id="steady",
+            fingerprint="steady",
+            model="embedded",
+            dtype="none",
+            device="none",
+            vocab_size=tokenizer.get_vocab_size(),
+            max_model_len=MAX_MODEL_LEN,
+            num_blocks=NUM_BLOCKS,
+            block_size=16,
+            max_num_rows=256,
+            max_num_batched_tokens=8192,
+            tokenizer_digest=tokenizer_digest(tokenizer_folder),
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        self._left: dict[int, int] = {}
+        self._num_logprobs: dict[int, int | None] = {}
+        self._due = 0.0
+
+    def close(self) -> None:
+        pass
+
+    def execute(self, plan: StepPlan) -> SteadyStep:
+        for row in plan.removed_rows.tolist():
+            del self._left[row], self._num_logprobs[row]
+        for new in plan.added_rows:
+            self._left[new.row] = len(new.token_ids) - new.num_computed_tokens
+            self._num_logprobs[new.row] = new.sampling.num_logprobs
+        for row, count in zip(plan.chunk_rows.tolist(), plan.chunk_num_tokens.tolist(), strict=True):
+            self._left[row] -= count
+        rows = [row for row in sorted(self._left) if not self._left[row]]
+        token_ids = [(plan.step_id * STRIDE + row) % self.info.vocab_size for row in rows]
+        logprobs = tuple(
+            RowLogprobs(row, -1.0, tuple((token_id + i) % self.info.vocab_size for i in range(count)), (-1.5,) * count)
+            for row, token_id in zip(rows, token_ids, strict=True)
+            if (count := self._num_logprobs[row]) is not None
+        )
+        # Like a device that has its next step queued.
+        self._due = max(self._due, time.monotonic()) + self._step_s
+        return SteadyStep(StepResult(plan.step_id, [1] * len(rows), token_ids, (), logprobs), self._due)
+
+
+def main() -> None:
+    step_ms, folder, flags = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    settings = read_command_line(WorkerSettings, "steady_worker", "A worker without a model.", flags)
+    configure_logging(settings.log_level)
+    asyncio.run(serve(settings, WorkerServicer(SteadyRunner(step_ms / 1000, folder))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What a request asks for, as plain data, before anything of it is checked. Each door makes one; knows no wire."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationParams:
+    """The fields of a generate request. None stands for what was left out, where that differs from a zero.
+
+    A door copies no sequence and looks at no element of one: any of them may be as long as a message can be, and their
+    lengths are checked (validation.py) before their elements are.
+    """
+
+    prompt_text: str | None = None
+    prompt_token_ids: Sequence[int] | None = None
+    request_id: str = ""
+    model: str = ""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop_strings: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    num_logprobs: int | None = None
+    num_choices: int = 1
+    priority: int = 0
+    cache_salt: str = ""
+    max_reply_bytes: int | None = None
+    """What the reader takes in one reply; None where the output is streamed."""

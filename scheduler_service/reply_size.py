@@ -1,0 +1,25 @@
+"""How many bytes of a Generate reply an output token takes, but for its text, whose size nobody knows beforehand."""
+
+FLOAT_BYTES = 5
+"""A float with its tag."""
+
+
+def max_reply_size(vocab_size: int, num_logprobs: int | None) -> int:
+    """Of one output token, at most: its id, and its log-probabilities where they are asked for."""
+    id_bytes = _varint_size(vocab_size - 1)
+    if num_logprobs is None:
+        return id_bytes
+    top = 2 + (1 + id_bytes) + FLOAT_BYTES
+    report = (1 + id_bytes) + FLOAT_BYTES + num_logprobs * top
+    return id_bytes + 1 + _varint_size(report) + report
+
+
+def min_reply_size(num_logprobs: int | None) -> int:
+    """Of one output token, at least. Zeros are left out of a message, and of several tokens only one has the id 0, or
+    the log-probability 0.
+    """
+    return 1 if num_logprobs is None else 3 + max(0, num_logprobs - 1) * (4 + FLOAT_BYTES)
+
+
+def _varint_size(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))

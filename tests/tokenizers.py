@@ -1,0 +1,40 @@
+"""Tokenizers that tests make: of known vocabularies, with the parts that decide how text is cut and joined."""
+
+import json
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from scheduler_service.text_splitter import QWEN_PATTERN
+from shared.model_folder import TOKENIZER_FILES, resolve_model
+
+EMBEDDED = resolve_model("embedded", TOKENIZER_FILES) / "tokenizer.json"
+
+
+def embedded() -> Tokenizer:
+    return Tokenizer.from_file(str(EMBEDDED))
+
+
+def qwen3_like() -> Tokenizer:
+    """The embedded model's vocabulary behind Qwen3's own normaliser, words and some of its added tokens."""
+    parts = json.loads(EMBEDDED.read_text())
+    split = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    parts["normalizer"] = {"type": "NFC"}
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>", "<tool_call>")])
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """Like Llama 2's: words with a mark for the space, a token for each byte, and one for the end."""
+    words = ["</s>", "▁", "a", "b", "▁a", "▁b", "é", "ab", "�"]
+    vocabulary = {token: index for index, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("▁", "a"), ("▁", "b")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
