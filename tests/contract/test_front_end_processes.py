@@ -13,6 +13,7 @@ import pytest
 from google.rpc import status_pb2
 from tokenizers import Tokenizer
 
+from scheduler_service.live_request import MAX_TOKENS_PER_DELTA
 from scheduler_service.recorder import replay
 from scheduler_service.service import SchedulerService, default_num_front_ends
 from shared.config import SchedulerSettings
