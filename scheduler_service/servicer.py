@@ -11,7 +11,7 @@ from scheduler_service.reply_codec import stream_message, whole_reply
 from scheduler_service.request_codec import AnyGenerateRequest, params_of, reply_limit
 from scheduler_service.tokenizer_faults import text_failure
 from scheduler_service.validation import check_model, check_request, check_token_ids
-from scheduler_service.wire_limits import TooLargeToDecode, bounded
+from scheduler_service.wire_limits import TooLargeToDecode, bounded_generate, bounded_ids
 from shared.errors import WorkerUnavailable
 from shared.step_plan import WorkerInfo
 from tandem.v1 import inference_pb2
@@ -34,12 +34,14 @@ class InferenceServicer:
     def add_to(self, server: grpc.aio.Server) -> None:
         pb = inference_pb2
         unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        encoded, generate = pb.GenerateStreamResponse.SerializeToString, bounded(pb.GenerateRequest.FromString)
-        tokenize, detokenize = pb.TokenizeRequest.FromString, pb.DetokenizeRequest.FromString
+        generate = bounded_generate(pb.GenerateRequest.FromString, self._token_limit)
+        generate_stream = bounded_generate(pb.GenerateStreamRequest.FromString, self._token_limit)
+        detokenize = bounded_ids(pb.DetokenizeRequest.FromString, "token_ids", self._token_limit)
+        encoded = pb.GenerateStreamResponse.SerializeToString
         handlers: dict[str, Any] = {
             "Generate": unary(self.Generate, generate, bytes),
-            "GenerateStream": streaming(self.GenerateStream, bounded(pb.GenerateStreamRequest.FromString), encoded),
-            "Tokenize": unary(self.Tokenize, tokenize, pb.TokenizeResponse.SerializeToString),
+            "GenerateStream": streaming(self.GenerateStream, generate_stream, encoded),
+            "Tokenize": unary(self.Tokenize, pb.TokenizeRequest.FromString, pb.TokenizeResponse.SerializeToString),
             "Detokenize": unary(self.Detokenize, detokenize, pb.DetokenizeResponse.SerializeToString),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
@@ -75,8 +77,10 @@ class InferenceServicer:
         return inference_pb2.TokenizeResponse(token_ids=ids.tolist())
 
     async def Detokenize(
-        self, request: inference_pb2.DetokenizeRequest, context: Context
+        self, request: inference_pb2.DetokenizeRequest | TooLargeToDecode, context: Context
     ) -> inference_pb2.DetokenizeResponse:
+        if isinstance(request, TooLargeToDecode):
+            raise request.error
         check_model(request.model, self._served_model)
         decoder, limit = self._front_end.decoder, reply_limit(context.invocation_metadata())
         vocab_size = decoder.tokenizer.get_vocab_size()
@@ -95,7 +99,7 @@ class InferenceServicer:
 
     async def _open(self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None) -> LiveRequest:
         if isinstance(request, TooLargeToDecode):
-            raise request.error()
+            raise request.error
         self._front_end.refuse_if_draining()
         params = params_of(request, max_reply_bytes)
         checked = await check_request(params, self._front_end.encoder, self._worker(), self._served_model)

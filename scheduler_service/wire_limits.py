@@ -1,10 +1,12 @@
-"""Generate requests that would take long to decode are refused undecoded.
+"""Requests that would take long to decode are refused undecoded.
 
-Decoding a request holds the event loop. A prompt may be as large as a message, and that is limited, but two million
-empty stop strings are no larger, and take much longer.
+Decoding a request holds the event loop. A text may be as large as a message, as it is only copied. But four million ids
+or two million empty stop strings are no larger, and take much longer. So what is not text is measured first: by the
+lengths that stand before a message's fields, without a look into them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -12,52 +14,102 @@ from google.protobuf.message import DecodeError
 from shared.errors import FieldViolation, InvalidRequest
 from tandem.v1 import inference_pb2
 
-PROMPT = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER
-
 MAX_OTHER_BYTES = 256 * 1024
 """Of all fields but the prompt: the longest stop strings take 32 kB, all else a few."""
 
+MAX_ID_BYTES = 5
+"""Of one id, at most, in a row of them."""
+
 MAX_FIELDS = 256
-"""Of a request itself. It has nine; they may come in parts."""
+"""Of a request or a prompt itself. They have nine and two, which may come in parts."""
 
-LENGTH_DELIMITED = 2
+VARINT, LENGTH_DELIMITED = 0, 2
+FIXED_SIZES = {1: 8, 5: 4}
+"""Bytes of the fields of other types; groups have none of their own."""
 
-T = TypeVar("T", inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest)
+PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+
+T = TypeVar("T")
 
 
+@dataclass(frozen=True)
 class TooLargeToDecode:
     """Stands for a request that was not decoded: an error that is raised while decoding would end as INTERNAL."""
 
-    @staticmethod
-    def error() -> InvalidRequest:
-        return InvalidRequest(FieldViolation("", f"has more than {MAX_OTHER_BYTES} bytes beside the prompt"))
+    violation: FieldViolation
+
+    @property
+    def error(self) -> InvalidRequest:
+        return InvalidRequest(self.violation)
 
 
-def bounded(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooLargeToDecode]:
-    """A decoder that looks at the size of a request's fields first."""
+def bounded_generate(
+    decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
+) -> Callable[[bytes], T | TooLargeToDecode]:
+    """A decoder of either generate request that measures it first. max_num_ids: what a prompt may have now."""
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        return decode(data) if len(data) <= MAX_OTHER_BYTES or _is_mostly_prompt(data) else TooLargeToDecode()
+        # What is small as a whole needs no second look.
+        violation = _violation(data, max_num_ids()) if len(data) > MAX_OTHER_BYTES else None
+        return decode(data) if violation is None else TooLargeToDecode(violation)
 
     return decode_bounded
 
 
-def _is_mostly_prompt(data: bytes) -> bool:
-    position, num_other = 0, 0
+def bounded_ids(
+    decode: Callable[[bytes], T], field: str, max_num_ids: Callable[[], int]
+) -> Callable[[bytes], T | TooLargeToDecode]:
+    """The same for a request that is ids and little else."""
+
+    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
+        limit = max_num_ids()
+        return TooLargeToDecode(_too_many(field, limit)) if _has_too_many(len(data), limit) else decode(data)
+
+    return decode_bounded
+
+
+def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
+    num_other = num_id_bytes = 0
+    try:
+        for tag, start, end in _fields(data, 0, len(data)):
+            if tag == PROMPT_TAG:
+                num_id_bytes += sum(stop - at for part, at, stop in _fields(data, start, end) if part != TEXT_TAG)
+            else:
+                num_other += end - start
+    except _TooManyFields:
+        num_other = len(data)
+    if num_other > MAX_OTHER_BYTES:
+        return FieldViolation("", f"has more than {MAX_OTHER_BYTES} bytes beside the prompt")
+    return _too_many("prompt.token_ids", max_num_ids) if _has_too_many(num_id_bytes, max_num_ids) else None
+
+
+def _has_too_many(num_bytes: int, max_num_ids: int) -> bool:
+    return num_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
+
+
+def _too_many(field: str, max_num_ids: int) -> FieldViolation:
+    return FieldViolation(field, f"has more bytes than {max_num_ids} ids")
+
+
+class _TooManyFields(Exception):
+    pass
+
+
+def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Tag, start and end of the fields in a part of the data. Raises DecodeError where it is no message."""
     for _ in range(MAX_FIELDS):
-        if position >= len(data):
-            return num_other <= MAX_OTHER_BYTES
-        start = position
-        tag, position = _varint(data, position)
-        if tag & 7 != LENGTH_DELIMITED:
-            # The request's numbers are varints; of other types there are none.
-            _, position = _varint(data, position)
+        if position >= end:
+            return
+        tag, start = _varint(data, position)
+        kind = tag & 7
+        if kind in (VARINT, LENGTH_DELIMITED):
+            number, start = _varint(data, start)
+            position = start + number if kind == LENGTH_DELIMITED else start
         else:
-            length, position = _varint(data, position)
-            position += length
-        if tag >> 3 != PROMPT:
-            num_other += position - start
-    return False
+            position = start + FIXED_SIZES.get(kind, 0)
+        yield tag, start, position
+    raise _TooManyFields
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

@@ -170,13 +170,13 @@ async def test_a_reader_that_is_too_far_behind_is_ended_and_nobody_else(monkeypa
 async def test_of_all_that_is_unread_the_most_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_end, "MAX_UNREAD_BYTES", 180_000)
     monkeypatch.setattr(front_end, "COUNT_EVERY_BYTES", 10_000)
-    async with Services() as services, StalledStream(services, 1200) as more, StalledStream(services, 600) as less:
-        await services.wait_load(lambda load: load.num_used_blocks == 0 and load.num_output_tokens > 1200, "both ended")
+    async with Services() as services, StalledStream(services, 200) as less, StalledStream(services, 1400) as more:
+        await services.wait_load(lambda load: load.num_used_blocks == 0 and load.num_output_tokens > 800, "both ended")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_stream(more.call)
         output = await read_stream(less.call)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert output.token_ids == true_tokens(stream_request(max_tokens=600))
+    assert output.token_ids == true_tokens(stream_request(max_tokens=200))
 
 
 async def test_a_reader_that_is_far_behind_gets_messages_of_a_bounded_size() -> None:

@@ -5,11 +5,13 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_service.wire_limits import MAX_OTHER_BYTES, TooLargeToDecode, _is_mostly_prompt, bounded
+from scheduler_service.wire_limits import MAX_OTHER_BYTES, TooLargeToDecode, _violation, bounded_generate, bounded_ids
 from tandem.v1 import inference_pb2
 from tests.contract.services import stream_request
 
-decode = bounded(inference_pb2.GenerateStreamRequest.FromString)
+MAX_NUM_IDS = 500_000
+
+decode = bounded_generate(inference_pb2.GenerateStreamRequest.FromString, lambda: MAX_NUM_IDS)
 
 
 def test_a_long_prompt_is_decoded() -> None:
@@ -27,13 +29,25 @@ def test_what_is_long_beside_the_prompt_is_not_decoded(field: str) -> None:
     else:
         value = [""] * 200_000 if field == "stop_strings" else "x" * 300_000
         data = stream_request(**{field: value}).SerializeToString()
-    assert isinstance(decode(data), TooLargeToDecode)
+    refused = decode(data)
+    assert isinstance(refused, TooLargeToDecode) and "beside the prompt" in str(refused.error)
+
+
+def test_ids_that_must_be_too_many_are_not_decoded() -> None:
+    refused = decode(stream_request([2**32 - 1] * (MAX_NUM_IDS + MAX_OTHER_BYTES)).SerializeToString())
+    assert isinstance(refused, TooLargeToDecode) and refused.violation.field == "prompt.token_ids"
+    in_parts = stream_request([1] * 20_000).SerializeToString() * 200
+    assert isinstance(decode(in_parts), TooLargeToDecode)
+    decode_ids = bounded_ids(inference_pb2.DetokenizeRequest.FromString, "token_ids", lambda: 1000)
+    request = inference_pb2.DetokenizeRequest(token_ids=[2**32 - 1] * 1000, model="x" * 200)
+    assert decode_ids(request.SerializeToString()) == request
+    assert isinstance(decode_ids(request.SerializeToString() * 100), TooLargeToDecode)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_have_a_measure_or_are_no_message(data: bytes) -> None:
     try:
-        assert _is_mostly_prompt(data) in (True, False)
+        _violation(data, 0)
     except DecodeError:
         with pytest.raises(DecodeError):
             inference_pb2.GenerateStreamRequest.FromString(data)
