@@ -27,6 +27,7 @@ CLOSED_WITHIN_S = (grpc_options.KEEPALIVE_TIME_MS + grpc_options.KEEPALIVE_TIMEO
 """Well before unanswered pings would close it."""
 
 NUM_PINGS = 300_000
+NUM_RESETS = 50_000
 MIB = 2**20
 
 
@@ -192,3 +193,25 @@ async def test_a_flood_of_pings_takes_no_memory(services: Services, reads: bool)
     grown = process.memory_info().rss - before - writer.transport.get_write_buffer_size()
     writer.transport.abort()
     assert grown < 100 * MIB, f"{grown / MIB:.0f} MiB"
+
+
+async def test_calls_opened_and_reset_at_once_are_kept_in_bounds(services: Services) -> None:
+    """A connection that says it wants no answer any more opens as many calls as it likes; gRPC keeps 8,192 of them."""
+    names = {":method": "POST", ":scheme": "http", ":path": "/grpc.health.v1.Health/Check", ":authority": "x"}
+    headers = b"".join(
+        bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in (names | {"content-type": "application/grpc", "te": "trailers"}).items()
+    )
+    cancel = struct.pack(">I", 8)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    reader, writer = await asyncio.open_connection(HOST, int(services.address.rpartition(":")[2]))
+    reading = asyncio.create_task(_end_of(reader))
+    writer.write(PREFACE + SETTINGS)
+    for number in range(1, 2 * NUM_RESETS, 2):
+        writer.write(frame(1, headers, flags=4, stream=number) + frame(3, cancel, stream=number))
+        await writer.drain()
+    grown = process.memory_info().rss - before
+    writer.transport.abort()
+    await reading
+    assert grown < 250 * MIB, f"{grown / MIB:.0f} MiB"
