@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,6 +22,7 @@ from shared.rich_status import DETAILS_METADATA_KEY, code_of, status_of
 logger = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Metadata = tuple[tuple[str, bytes], ...]
 Parse = Callable[[bytes], Any]
 ReadRequest = Callable[[AsyncIterator[bytes]], Awaitable[Any]]
 
@@ -60,7 +61,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception as error:
-                await abort_with(context, error)
+                end = _end_of(error)
+            await context.abort(*end)
 
         return awaited
 
@@ -71,22 +73,27 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     async with aclosing(behavior(await read_request(requests), context)) as responses:
                         async for response in responses:
                             yield response
+                return
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
             except Exception as error:
-                await abort_with(context, error)
+                end = _end_of(error)
+            await context.abort(*end)
 
         return generator
 
 
-async def abort_with(context: Context, error: Exception) -> NoReturn:
-    """Ends the call with the error's status. Never returns."""
+def _end_of(error: Exception) -> tuple[grpc.StatusCode, str, Metadata]:
+    """What to abort a call with once the error is forgotten.
+
+    gRPC's state of a call and the exception of its abort refer to each other. An error in between, whose traceback has
+    the request, would stay until cycles are collected.
+    """
     if isinstance(error, TandemError):
         status = status_of(error)
-        await context.abort(code_of(error), status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),))
+        return code_of(error), status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),)
     logger.error("unexpected error", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log has more")
-    raise AssertionError("abort returned")
+    return grpc.StatusCode.INTERNAL, "internal error; the server's log has more", ()
 
 
 def _read_one(parse: Parse) -> ReadRequest:

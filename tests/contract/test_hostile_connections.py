@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import resource
 import struct
 import subprocess
@@ -13,11 +14,12 @@ import grpc
 import psutil
 import pytest
 import pytest_asyncio
+from google.protobuf.message import Message
 
 from shared import grpc_options
 from shared.server import RESERVED_DESCRIPTORS
 from tandem.v1 import inference_pb2
-from tests.contract.services import HOST, WAIT_S, Services, stream_request
+from tests.contract.services import HOST, WAIT_S, Services, stream_request, wait_until
 
 MAX_REQUEST_BYTES = 100_000
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -67,6 +69,37 @@ async def test_a_call_that_ends_before_its_request_is_refused(services: Services
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    "request_class", [inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest, inference_pb2.TokenizeRequest]
+)
+async def test_a_refused_request_is_freed_at_once(services: Services, request_class: type[Message]) -> None:
+    """Not only when cycles are collected, of which there may be none for long."""
+    method = request_class.__name__.removesuffix("Request")
+    call = services.channel.unary_stream(f"/tandem.v1.InferenceService/{method}", request_class.SerializeToString)
+
+    async def refused() -> None:
+        with pytest.raises(grpc.aio.AioRpcError, match="not served here"):
+            async for _ in call(request_class(model="another")):
+                pass
+
+    def num_alive() -> int:
+        return sum(isinstance(each, request_class) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = num_alive()
+        for _ in range(5):
+            await refused()
+
+        async def are_gone() -> bool:
+            return num_alive() <= before
+
+        await wait_until(are_gone, "the requests are gone")
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("preface", [b"", PREFACE[:10], PREFACE], ids=["nothing", "half a preface", "no settings"])
@@ -122,6 +155,8 @@ async def test_idle_sockets_leave_descriptors_to_the_worker_link(monkeypatch: py
     """More of them than the process may have descriptors; a worker that was restarted is found all the same."""
     limit = psutil.Process().num_fds() + 2 * RESERVED_DESCRIPTORS
     monkeypatch.setattr("shared.server.raise_descriptor_limit", lambda: limit)
+    # They stay.
+    monkeypatch.setattr(grpc_options, "HANDSHAKE_TIMEOUT_MS", 1000 * 2 * round(WAIT_S))
     async with Services() as services:
         command = [sys.executable, "-c", OPEN_SOCKETS, services.address.rpartition(":")[2], str(limit + 50)]
         with (
