@@ -29,6 +29,7 @@ from scheduler_service.reply_size import max_reply_size
 from scheduler_service.request_codec import MAX_REPLY_BYTES
 from scheduler_service.text_encoder import MAX_PIECE_CHARACTERS
 from shared.config import SchedulerSettings, WorkerSettings
+from shared.grpc_options import DEFAULT_MAX_REQUEST_BYTES
 from shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem.client import REPLY_LIMIT
 from tandem.processes import Services
@@ -47,8 +48,6 @@ OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 STREAM_TOKENS = 30_000
-REQUEST_BYTES = 4 * 1024 * 1024
-"""What a server takes at most, by default."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def text_of(tokenizer: Tokenizer, num_tokens: int) -> str:
 def shapes(tokenizer: Tokenizer) -> list[Shape]:
     """Those that the limits allow, then those past them."""
     full, vocab_size = MAX_MODEL_LEN - 1, tokenizer.get_vocab_size()
-    whole_message = REQUEST_BYTES - 200
+    whole_message = DEFAULT_MAX_REQUEST_BYTES - 200
     words = "many words, " * (whole_message // 12)
     # A little less than the limit, as there is text besides.
     logprob_tokens = MAX_REPLY_BYTES * 19 // (20 * 64 * max_reply_size(vocab_size, 20))
