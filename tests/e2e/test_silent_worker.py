@@ -3,7 +3,6 @@
 The time is a promise to users, not a measurement of speed, so here a test looks at the clock.
 """
 
-import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,8 +29,9 @@ def engine(start_engine: StartEngine, link: Link) -> Engine:
 
 
 def freeze(engine: Engine, link: Link) -> Callable[[], None]:
-    engine.worker.signal(signal.SIGSTOP)
-    return lambda: engine.worker.signal(signal.SIGCONT)
+    serving = engine.worker.serving()
+    serving.suspend()
+    return serving.resume
 
 
 def silence(engine: Engine, link: Link) -> Callable[[], None]:
