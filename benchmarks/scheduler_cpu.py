@@ -55,7 +55,7 @@ def make_scheduler(num_sequences: int, max_plans_in_flight: int) -> Scheduler:
         # Different lengths, so that not all rows need a new block in the same step.
         prompt = rng.integers(0, VOCAB_SIZE, PROMPT_LEN + index % BLOCK_SIZE).astype(np.int32)
         sampling = RowSampling(temperature=0.6, top_k=20, top_p=0.95, seed=index)
-        scheduler.add(SequenceRequest(f"request-{index}/0", prompt, max_tokens, sampling, frozenset({VOCAB_SIZE})))
+        scheduler.add(SequenceRequest(index, prompt, max_tokens, sampling, frozenset({VOCAB_SIZE})))
     return scheduler
 
 
