@@ -16,11 +16,15 @@ class ChunkPace:
         """max_tokens is a step's token budget; device is the worker's, "cpu" or a GPU's name."""
         self._max_tokens = max_tokens
         self.limit = min(max_tokens, FIRST_TOKENS_ON_CPU) if device == "cpu" else max_tokens
+        # Of the last step without prompts.
+        self._decode_s = 0.0
 
     def note(self, num_prompt_tokens: int, seconds: float) -> None:
-        """A step with so many prompt tokens took so long."""
+        """A step with so many prompt tokens took so long. What decoding alone takes is no prompt's doing."""
         if not num_prompt_tokens:
+            self._decode_s = seconds
             return
+        seconds = max(seconds - self._decode_s, 0.0)
         if seconds > TARGET_STEP_S:
             self.limit = max(MIN_TOKENS, int(num_prompt_tokens * TARGET_STEP_S / seconds))
         elif seconds < TARGET_STEP_S / 2 and 2 * num_prompt_tokens >= self.limit:

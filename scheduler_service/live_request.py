@@ -12,7 +12,7 @@ from scheduler_service.core.types import FinishReason
 from scheduler_service.detokenizer import RELEASED_IDS, Detokenizer, TextDecoder
 from scheduler_service.engine import SequenceEnd
 from scheduler_service.logprob_buffer import LogprobBuffer
-from scheduler_service.reply_size import min_reply_size
+from scheduler_service.reply_size import REPLY_ADVICE, min_reply_size
 from scheduler_service.stop_strings import StopStrings
 from scheduler_service.tokenizer_faults import text_failure
 from scheduler_service.validation import GenerationRequest
@@ -253,7 +253,4 @@ class LiveRequest:
 
 
 def reply_too_large(limit: int) -> OutputTooLarge:
-    return OutputTooLarge(
-        f"the reply is larger than the {limit} bytes that the client takes: use GenerateStream, fewer tokens, choices "
-        "or log-probabilities, or a larger limit"
-    )
+    return OutputTooLarge(f"the reply is larger than the {limit} bytes that may be sent at once: {REPLY_ADVICE}")

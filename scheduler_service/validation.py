@@ -18,7 +18,7 @@ import xxhash
 
 from scheduler_service.core.types import SequenceRequest
 from scheduler_service.generation_params import GenerationParams
-from scheduler_service.reply_size import max_reply_size
+from scheduler_service.reply_size import REPLY_ADVICE, max_reply_size
 from scheduler_service.text_encoder import TextEncoder
 from shared.errors import FieldViolation, InvalidRequest
 from shared.step_plan import Int32Array, RowSampling, WorkerInfo
@@ -291,6 +291,5 @@ def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: 
     violations.check(
         size <= limit,
         "stopping.max_tokens",
-        f"a reply of up to {size} bytes is more than the {limit} that the client takes: use GenerateStream, fewer "
-        "tokens, choices or log-probabilities, or a larger limit",
+        f"a reply of up to {size} bytes is more than the {limit} that may be sent at once: {REPLY_ADVICE}",
     )

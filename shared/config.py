@@ -14,6 +14,7 @@ from shared.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 from shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
 MAX_PORT = 65535
+STEP_TIMEOUT_S = 60.0
 MAX_ROWS = 65536
 _HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
 """Where the hub's cache has a commit of a repository, OWNER--NAME or NAME alone."""
@@ -36,7 +37,7 @@ class ServiceSettings:
         "file with the secret that a scheduler shows its worker, the same for both; made where there is none",
     )
     step_timeout_s: float = option(
-        60.0,
+        STEP_TIMEOUT_S,
         "a step that does not get on for so long has failed (the worker ends), or its worker is lost",
         unit="seconds",
         minimum=0.1,

@@ -1,6 +1,6 @@
 """gRPC channel and server options: message sizes, how soon a silent peer is noticed, and what a stranger may use up.
 
-gRPC reads a setting that it does not know as no setting, so each of them is held by a test of what it does.
+gRPC reads a setting that it does not know as no setting, so what each of them does is tested where a test can see it.
 """
 
 import ipaddress

@@ -64,7 +64,7 @@ class TandemClient:
     def start_generate(self, prompt: Prompt, params: SamplingParams | None = None) -> "PendingReply":
         """generate() that does not wait."""
         request = inference_pb2.GenerateRequest(**_fields(prompt, params, None, None, None))
-        return PendingReply(self._inference.Generate.future(request))
+        return PendingReply(self._inference.Generate.future(request, metadata=REPLY_LIMIT))
 
     def generate_stream(
         self,

@@ -1,1 +1,4 @@
-"""The worker service: computes the steps it is told to, in order. Queues nothing and decides nothing."""
+import os
+
+PARENT_PID = os.getppid()
+"""What this process began under: taken before anything slow is imported, as the parent may die meanwhile."""

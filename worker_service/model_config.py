@@ -1,6 +1,7 @@
 """What config.json says of a Qwen3 model, checked. Knows no torch.
 
-A key that is left out has the default of transformers' Qwen3Config or Qwen3MoeConfig; sizes must be given.
+A key that is left out has the default of transformers' Qwen3Config or Qwen3MoeConfig; sizes and rope_theta must be
+given.
 """
 
 import math

@@ -15,15 +15,15 @@ from shared.server import Server, StopSignals, server_credentials, write_port_fi
 from shared.session_secret import read_secret
 from shared.supervisor import tell_supervisor
 from tandem.v1 import worker_pb2_grpc
+from worker_service import PARENT_PID
 from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 
 logger = logging.getLogger(__name__)
 
-PARENT_PID = os.getppid()
 STOP_GRACE_S = 2.0
 """How long calls may go on once the service has been told to stop."""
 STEP_GRACE_S = 5.0
-"""How long steps may, after that."""
+"""How long steps may go on, after that."""
 EXIT_BROKEN = 70
 """Exit status of a worker in which a step has failed: start another."""
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")

@@ -49,7 +49,7 @@ HEARTBEAT_S = 1.0
 SILENCE_LIMIT_S = 10.0
 """A rank that says nothing for so long is lost: stopped, or cut off."""
 LAST_WORDS_S = 5.0
-"""That rank 0 has to tell the scheduler why it ends."""
+"""How long rank 0 takes, at most, to tell the scheduler why it ends."""
 LEAVE_LIMIT_S = 15.0
 """That ranks wait for each other at the end."""
 PLAN, RESET, STOP, ALIVE = (bytes([kind]) for kind in range(4))

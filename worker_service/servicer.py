@@ -5,6 +5,7 @@ first, then the session gets the reason as its last word, and the process that o
 """
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from shared.config import STEP_TIMEOUT_S
 from shared.errors import ProtocolError, SessionRefused, SessionTaken, TandemError, Unauthenticated, WorkerFailed
 from shared.rich_status import status_of
 from shared.session_secret import SECRET_METADATA_KEY
@@ -25,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "tandem.v1.WorkerService"
 TAKEOVER_LIMIT_S = 10.0
-"""That a new session waits for the old one's steps. Then it is refused, and the scheduler comes again."""
-STEP_TIMEOUT_S = 60.0
+"""How long a new session waits for the old one's steps. Then it is refused, and the scheduler comes again."""
 LAST_WORD_GRACE_S = 1.0
 """How long a session that has failed stays, for its scheduler to hear why."""
 
@@ -102,9 +103,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             self._has_failed.set()
 
     def fail_from_thread(self, reason: str) -> None:
-        """fail(), from a thread that is not the event loop's. Before there is a loop, nobody need be told."""
+        """fail(), from a thread that is not the event loop's. Where there is no loop, nobody need be told."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.fail, reason)
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.fail, reason)
 
     async def close(self, timeout_s: float) -> bool:
         """Ends the session, if there is one, and waits so long for steps that have begun. Whether they have ended."""

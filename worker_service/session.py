@@ -87,8 +87,9 @@ class Session:
         """Drops plans that have not started; those that have run to their end, unheard."""
         if self.is_live:
             self.is_live = False
+            if self._num_answered == self._num_received:
+                self._got_on_at = time.monotonic()
             self._plans.put(None)
-            self._watch.cancel()
             self._news.put_nowait(_End(error))
 
     def join(self, timeout_s: float) -> bool:
@@ -106,12 +107,14 @@ class Session:
             raise item.error
 
     async def _watch_steps(self) -> None:
-        """Tells the scheduler of steps that get on, and the process of one that does not."""
+        """Tells the scheduler of steps that get on, and the process of one that does not, be it after the session's end:
+        what hangs then keeps the next session away.
+        """
         interval_s = min(MAX_PROGRESS_INTERVAL_S, self._step_timeout_s / 10)
         progress = self._runner.progress
-        while True:
+        while self.is_live or any(thread.is_alive() for thread in self._threads):
             await asyncio.sleep(interval_s)
-            if self._num_answered == self._num_received:
+            if self.is_live and self._num_answered == self._num_received:
                 continue
             if progress != (progress := self._runner.progress):
                 self._got_on_at = time.monotonic()
@@ -155,16 +158,15 @@ class Session:
     def _tell_failure(self, step_id: int, error: BaseException) -> None:
         """Whether or not the session has ended: the process must."""
         logger.critical("step %d failed", step_id, exc_info=error)
-        with contextlib.suppress(RuntimeError):  # The loop is closed: the process is ending.
-            self._loop.call_soon_threadsafe(self._on_failure, f"step {step_id} failed: {error!r}")
+        self._tell(self._on_failure, f"step {step_id} failed: {error!r}")
 
     def _tell(self, callback: Callable[[Any], None], news: Any) -> None:
-        """From a thread to the loop. An ended session has nobody to tell, and its loop may be closed."""
-        if self.is_live:
+        """From a thread to the loop, which may be closed: then the process is ending."""
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, news)
 
     def _deliver(self, result: StepResult) -> None:
+        self._num_answered += 1
+        self._got_on_at = time.monotonic()
         if self.is_live:
-            self._num_answered += 1
-            self._got_on_at = time.monotonic()
             self._news.put_nowait(result)

@@ -173,8 +173,10 @@ def _load_model(
     try:
         with device:
             model = Qwen3(config, operations, num_positions, dtype, communicator)
-    # A CPU's allocator raises a plain RuntimeError.
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
+        # A CPU's allocator raises a plain one, known by its text alone.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
         raise ModelError(f"{folder / 'config.json'}: too little memory for a model of these sizes: {error}") from error
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else None
     return model, load_weights(folder, model.checkpoint_targets(), tied)

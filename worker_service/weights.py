@@ -44,7 +44,7 @@ class CheckpointTarget:
     shape: tuple[int, ...]
     """The whole tensor's in the checkpoint"""
     part: tuple[slice, ...]
-    """Of the whole, a slice a dimension"""
+    """Where it lies in the whole tensor: one slice for each dimension"""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ MAX_VANISHED_TRIALS = 4
 """Where it vanished without a word, as workers do that are killed from outside."""
 
 PROBE_ID = 2**63
-"""Of the probe, which no request has."""
+"""The probe's sequence id. Those of requests count from 0."""
 
 
 def create_probe() -> Sequence:

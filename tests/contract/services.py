@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from scheduler_service.core.types import SequenceRequest
 from scheduler_service.service import SchedulerService
-from shared.config import SchedulerSettings
+from shared.config import STEP_TIMEOUT_S, SchedulerSettings
 from shared.error_interceptor import DETAILS_METADATA_KEY
 from shared.grpc_options import CHANNEL_OPTIONS
 from shared.server import Server
@@ -28,7 +28,7 @@ from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner, expected_tokens
 from worker_service.runner import Runner
-from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, STEP_TIMEOUT_S, WorkerServicer
+from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 
 HOST = "127.0.0.1"
 INFERENCE = "tandem.v1.InferenceService"

@@ -345,6 +345,37 @@ async def test_a_step_that_hangs_ends_the_worker_and_names_the_setting() -> None
     await worker.stop()
 
 
+async def test_a_step_that_hangs_past_its_sessions_end_ends_the_worker_too() -> None:
+    """Its scheduler died, or gave it up first: the next session could never begin."""
+    worker = Worker(FakeRunner(worker_info(), gate=threading.Semaphore(0)), step_timeout_s=0.5)
+    await worker.start()
+    call = await worker.open()
+    await send(call, prompt_plan(1))
+    async with asyncio.timeout(WAIT_S):
+        while not worker.runner.num_steps:
+            await asyncio.sleep(0.01)
+    call.cancel()
+    assert "step 1 has not got on" in await asyncio.wait_for(worker.servicer.run_until_failure(), WAIT_S)
+    worker.runner.gate.release(10)  # type: ignore[union-attr]
+    await worker.stop()
+
+
+async def test_a_session_that_ends_after_idling_is_no_hang() -> None:
+    worker = Worker(FakeRunner(worker_info()), step_timeout_s=0.2)
+    await worker.start()
+    for epoch in (1, 2):
+        call = await worker.open(epoch=epoch)
+        await send(call, prompt_plan(1))
+        await read_result(call)
+        await asyncio.sleep(0.5)
+        call.cancel()
+    failing = asyncio.create_task(worker.servicer.run_until_failure())
+    await asyncio.sleep(0.5)
+    assert not failing.done()
+    failing.cancel()
+    await worker.stop()
+
+
 async def test_a_long_step_that_gets_on_is_no_failure_and_says_so() -> None:
     """Ten times the limit: the stream hears of it, and the result comes."""
     gate = threading.Semaphore(0)

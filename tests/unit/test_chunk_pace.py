@@ -37,6 +37,15 @@ def test_small_steps_and_decoding_alone_say_nothing() -> None:
     assert pace.limit == FIRST_TOKENS_ON_CPU
 
 
+def test_decoding_rows_time_is_not_the_prompts() -> None:
+    """On a CPU on which decoding alone takes longer than the target, prompts still come up to what they may take."""
+    pace = ChunkPace(8192, "cpu")
+    for _ in range(50):
+        pace.note(0, 1.5)
+        pace.note(pace.limit, 1.5 + pace.limit / 1000)
+    assert 500 <= pace.limit <= 1000
+
+
 def test_there_is_always_something_to_do() -> None:
     pace = ChunkPace(8192, "cpu")
     pace.note(200, 1e6)

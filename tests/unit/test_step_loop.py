@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from scheduler_service.chunk_pace import FIRST_TOKENS_ON_CPU
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, StepOutputs
 from scheduler_service.step_loop import StepLoop
 from shared.errors import WorkerUnavailable
@@ -19,6 +20,7 @@ class FlakySession:
     def __init__(self, num_sends: int | None) -> None:
         self.info = worker_info()
         self.heard_at = 0.0
+        self.chunks: list[int] = []
         self._runner = FakeRunner(self.info)
         self._num_sends = num_sends
         self._results: asyncio.Queue[StepResult] = asyncio.Queue()
@@ -27,6 +29,7 @@ class FlakySession:
         await asyncio.sleep(0)
         if self._num_sends is not None and plan.step_id > self._num_sends:
             raise WorkerUnavailable("broken pipe")
+        self.chunks.append(int(plan.chunk_num_tokens.sum()))
         self._results.put_nowait(self._runner.execute(plan).wait())
 
     async def results(self) -> AsyncIterator[StepResult]:
@@ -42,6 +45,7 @@ class FlakyClient:
 
     def __init__(self, sends: list[int]) -> None:
         self._sends: list[int | None] = [*sends, None]
+        self.sessions: list[FlakySession] = []
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:
         return worker_info()
@@ -49,7 +53,8 @@ class FlakyClient:
     async def open_session(
         self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
     ) -> FlakySession:
-        return FlakySession(self._sends.pop(0))
+        self.sessions.append(FlakySession(self._sends.pop(0)))
+        return self.sessions[-1]
 
     async def close(self) -> None:
         pass
@@ -103,3 +108,20 @@ async def test_tokens_survive_a_loss_while_the_next_plan_is_sent(max_plans_in_fl
     await asyncio.gather(running, return_exceptions=True)
     assert step_loop.scheduler is not None and step_loop.scheduler.load().num_worker_losses == len(sends)
     assert sink.tokens == {request.sequence_id: expected_tokens(request) for request in requests}
+
+
+async def test_a_cpu_gets_long_prompts_in_chunks_that_follow_its_speed() -> None:
+    client, sink = FlakyClient([]), Collector(1)
+    step_loop = StepLoop(client, SchedulerConfig(), sink, scheduler_id="test", worker_wait_s=10, step_timeout_s=10)
+    running = asyncio.create_task(step_loop.run())
+    await sink.ready.wait()
+    request = create_requests(1, prompt_len=2000, max_tokens=3)[0]
+    step_loop.submit([request])
+    await sink.all_ended.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    chunks = client.sessions[0].chunks
+    assert chunks[0] == FIRST_TOKENS_ON_CPU and sum(chunks) == 2000
+    # This one is fast, so they grow.
+    assert max(chunks) > FIRST_TOKENS_ON_CPU
+    assert sink.tokens == {request.sequence_id: expected_tokens(request)}

@@ -80,3 +80,12 @@ def test_chunks_and_decode_steps_match_transformers(chunk: int, dtype: str, tole
         for row, report in zip(expected, reports, strict=True):
             found = torch.tensor(list(report.values()))
             torch.testing.assert_close(found, row[list(report)], atol=tolerance, rtol=0)
+
+
+def test_each_layer_of_a_step_is_progress(tmp_path: Path) -> None:
+    """What a CPU's worker says of a long step, before its end."""
+    runner = make_runner(save_random_model(tmp_path, num_hidden_layers=3))
+    assert isinstance(runner, ModelRunner)
+    before = runner.progress
+    runner.execute(next(plans(chunk=8))).wait()
+    assert runner.progress == before + 3

@@ -1,5 +1,7 @@
 """Rank 0's side of a tensor-parallel group, where processes can't easily be made to fail so."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -112,3 +114,36 @@ def test_a_peer_that_stops_reading_and_speaking_is_lost(
     channel.start()
     wait_until(lambda: bool(problems), "the silence is noticed", 10)
     assert "rank 1 has been silent" in problems[0]
+
+
+@pytest.mark.parametrize("state", ["never told", "loop is closed", "told"])
+def test_a_lost_group_ends_its_process_whatever_became_of_the_server(state: str) -> None:
+    """In a process of its own: the real fail(), before there is an event loop, after it, and while it runs."""
+    program = f"""
+import asyncio, os, threading
+from tests.builders import worker_info
+from tests.fake_worker import FakeRunner
+from worker_service import rank_group
+from worker_service.servicer import WorkerServicer
+
+rank_group.LAST_WORDS_S = 0.2
+
+async def serve(servicer):
+    failing = asyncio.create_task(servicer.run_until_failure())
+    await asyncio.sleep(0)
+    if {state!r} == "told":
+        threading.Thread(target=rank_group.fail, args=["rank 1 is gone"], daemon=True).start()
+        print("reason:", await failing, flush=True)
+        await asyncio.sleep(60)
+    failing.cancel()
+
+if {state!r} != "never told":
+    servicer = WorkerServicer(FakeRunner(worker_info()))
+    rank_group.tell_failures(servicer.fail_from_thread)
+    asyncio.run(serve(servicer))
+rank_group.fail("rank 1 is gone")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 1, done.stderr
+    assert "the tensor-parallel group is lost: rank 1 is gone" in done.stderr
+    assert ("reason: the tensor-parallel group is lost: rank 1 is gone" in done.stdout) == (state == "told")
