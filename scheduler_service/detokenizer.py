@@ -10,15 +10,16 @@ Text is certain, and given out, once no later token can change it. What later to
   whose own text is then cut off. Where that does not begin the text, nothing less than all tokens gives the right text.
 """
 
-import asyncio
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import numpy as np
 from tokenizers import Tokenizer
 
+from scheduler_service.patient_threads import PatientThreads
 from scheduler_service.stop_strings import START, StopStrings
+from scheduler_service.text_splitter import token_lengths
 from shared.step_plan import Int32Array
 
 UNFINISHED = "\ufffd"
@@ -32,12 +33,18 @@ MAX_UNCERTAIN = 16
 RELEASED_IDS = 512
 """So many ids and more are decoded without the GIL, by a call that costs more for few."""
 
+DECODING_THREADS = 4
+
+T = TypeVar("T")
+
 
 class TextDecoder:
     """The decoding side of one tokenizer: what all sequences share."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, lengths: Int32Array | None = None) -> None:
+        """lengths: those that text_splitter.token_lengths() gives, where they have been read already."""
         self.tokenizer = tokenizer
+        self._threads = PatientThreads(DECODING_THREADS, "decoding")
         decoder = tokenizer.decoder
         state = json.loads(decoder.__getstate__()) if decoder is not None else {}
         self.is_byte_level = state.get("type") == "ByteLevel"
@@ -46,17 +53,18 @@ class TextDecoder:
         names = [f"<0x{byte:02X}>" for byte in range(256)] if has_bytes else []
         self._byte_ids = frozenset(i for i in map(tokenizer.token_to_id, names) if i is not None)
         added = tokenizer.get_added_tokens_decoder().items()
+        # Made here, because it takes too long for the event loop of a server that has calls.
         self._token_sizes: Int32Array | None = None
+        if self.is_byte_level:
+            self._token_sizes = _sizes_of_tokens(tokenizer, token_lengths(tokenizer) if lengths is None else lengths)
         self._special_ids = (
             frozenset(token_id for token_id, token in added if token.special) if has_bytes else frozenset()
         )
 
     def min_text_bytes(self, token_ids: Int32Array, *, skip_special_tokens: bool) -> int:
         """What the ids' text has at least, without decoding them; 0 where that is not known."""
-        if not self.is_byte_level:
-            return 0
         if self._token_sizes is None:
-            self._token_sizes = _sizes_of_tokens(self.tokenizer)
+            return 0
         sizes = self._token_sizes[token_ids]
         return int(sizes[sizes > 0].sum() if skip_special_tokens else abs(sizes).sum())
 
@@ -71,22 +79,26 @@ class TextDecoder:
         """The same in a thread, where it is long."""
         if len(token_ids) < RELEASED_IDS:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        return await asyncio.to_thread(self.decode, token_ids, skip_special_tokens=skip_special_tokens)
+        return await self.away(lambda: self.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    async def away(self, function: Callable[..., T], *args: Any) -> T:
+        """Calls what decodes much text in a thread. A call that is cancelled before its turn leaves nothing behind."""
+        return await self._threads.call(function, *args)
 
     def extends_a_run(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """Whether a run of byte tokens goes on with this token: it is one, or a special token that is left out."""
         return token_id in self._byte_ids or (skip_special_tokens and token_id in self._special_ids)
 
 
-def _sizes_of_tokens(tokenizer: Tokenizer) -> Int32Array:
+def _sizes_of_tokens(tokenizer: Tokenizer, lengths: Int32Array) -> Int32Array:
     """In bytes, of a byte-level vocabulary's tokens, where a character stands for a byte; those of special tokens are
     negative.
     """
-    sizes = [len(tokenizer.id_to_token(token_id) or "") for token_id in range(tokenizer.get_vocab_size())]
+    sizes = lengths.copy()
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         if token_id < len(sizes):
             sizes[token_id] = -len(token.content) if token.special else len(token.content)
-    return np.array(sizes, np.int32)
+    return sizes
 
 
 class Detokenizer:

@@ -14,6 +14,7 @@ from scheduler_service.detokenizer import TextDecoder
 from scheduler_service.engine import Engine, EngineState, OutputBatch, SequenceEnd, Submission
 from scheduler_service.live_request import TOKEN_BYTES, Choice, LiveRequest, logprob_bytes
 from scheduler_service.text_encoder import TextEncoder
+from scheduler_service.text_splitter import token_lengths
 from scheduler_service.tokenizer_faults import text_failure
 from scheduler_service.validation import MAX_LOGPROBS, GenerationRequest
 from shared.errors import Draining, TandemError
@@ -31,8 +32,9 @@ class FrontEnd:
     """All live requests of one front end. The engine's listener."""
 
     def __init__(self, tokenizer: Tokenizer, set_ready: Callable[[bool], Awaitable[None]]) -> None:
-        self.encoder = TextEncoder(tokenizer)
-        self.decoder = TextDecoder(tokenizer)
+        lengths = token_lengths(tokenizer)
+        self.encoder = TextEncoder(tokenizer, lengths)
+        self.decoder = TextDecoder(tokenizer, lengths)
         self._set_ready = set_ready
         self._choices: dict[int, Choice] = {}
         # Ended here, by a stop string; the engine's word is under way.

@@ -151,12 +151,19 @@ class FrontEndPool:
         """Says that this process is alive, and kills front ends that don't; their keepers start others."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            self._engine.say_alive()
-            for process_id, front_end in self._front_ends.items():
-                front_end.silent_s += HEARTBEAT_S
-                if front_end.is_lost and front_end.process.returncode is None:
-                    logger.error("front-end process %d is silent; killing it", process_id)
-                    front_end.process.kill()
+            try:
+                self._beat()
+            except Exception:
+                # Without a watch the front ends would take this process for dead.
+                logger.exception("a look at the front ends failed")
+
+    def _beat(self) -> None:
+        self._engine.say_alive()
+        for process_id, front_end in self._front_ends.items():
+            front_end.silent_s += HEARTBEAT_S
+            if front_end.is_lost and front_end.process.returncode is None:
+                logger.error("front-end process %d is silent; killing it", process_id)
+                front_end.process.kill()
 
     async def _keep(self, command: list[str]) -> None:
         """Runs one, and another whenever it ends."""
@@ -164,16 +171,25 @@ class FrontEndPool:
         backoff_s = MIN_BACKOFF_S
         while True:
             started = time.monotonic()
-            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, env=environment)
-            self._front_ends[process.pid] = _FrontEnd(process)
-            status = await process.wait()
-            del self._front_ends[process.pid]
+            end = await self._run_one(command, environment)
             if not self._has_started:
-                raise ConfigError(f"a front-end process ended with status {status} before it listened")
-            logger.warning("a front-end process ended with status %d; starting another", status)
+                raise ConfigError(f"a front-end process {end} before it listened")
+            logger.warning("a front-end process %s; starting another", end)
             lived_long = time.monotonic() - started > 2 * MAX_BACKOFF_S
             backoff_s = MIN_BACKOFF_S if lived_long else min(2 * backoff_s, MAX_BACKOFF_S)
             await asyncio.sleep(backoff_s)
+
+    async def _run_one(self, command: list[str], environment: dict[str, str]) -> str:
+        """Starts one and waits for its end. Returns how it ended, in words."""
+        try:
+            process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, env=environment)
+        except (OSError, RuntimeError) as error:
+            # There may be too little memory, or too many processes, threads or files, for the moment.
+            return f"could not be started ({error})"
+        self._front_ends[process.pid] = _FrontEnd(process)
+        status = await process.wait()
+        del self._front_ends[process.pid]
+        return f"ended with status {status}"
 
     def _command(self, port: int, socket_path: str) -> list[str]:
         values = {field.name: getattr(self._settings, field.name) for field in fields(SchedulerSettings)}

@@ -102,6 +102,7 @@ class Choice:
             self.request.num_unread_characters += len(text)
             self._num_decoded = position + 1
             if self._detokenizer.matched_stop is not None:
+                self.request.num_unread_tokens -= len(self.token_ids) - (position + 1)
                 del self.token_ids[position + 1 :]
                 if self._logprobs:
                     self._logprobs.cut(position + 1)
@@ -130,11 +131,13 @@ class Choice:
         is_all = len(self.token_ids) <= max_tokens
         token_ids = self.token_ids[:max_tokens]
         undecoded = token_ids[self._num_decoded :]
+        # Read once: drop() may come while this runs in a thread.
+        engine_end = self._end
         text, end = "".join(self._texts), None
-        if is_all and self._end is not None:
+        if is_all and engine_end is not None:
             # The text of a token that ended its sequence is not part of the output.
-            text += self._detokenizer.finish(undecoded[:-1] if self._end.stop_token_id is not None else undecoded)
-            end = self._choice_end(self._end)
+            text += self._detokenizer.finish(undecoded[:-1] if engine_end.stop_token_id is not None else undecoded)
+            end = self._choice_end(engine_end)
             self._end = None
         else:
             text += "".join(map(self._detokenizer.add, undecoded))
@@ -164,6 +167,7 @@ class LiveRequest:
     ) -> None:
         self.request = request
         self.first_handle = first_handle
+        self._decoder = decoder
         self.is_streaming = request.max_reply_bytes is None
         self._close = close
         self.has_news = asyncio.Event()
@@ -177,9 +181,11 @@ class LiveRequest:
         self.num_cached_tokens = 0
         num_logprobs = request.first.sampling.num_logprobs
         self._bytes_per_token = TOKEN_BYTES + (0 if num_logprobs is None else logprob_bytes(num_logprobs))
+        # These count what the choices hold, so both are zero when a request has ended and been read or closed.
         self.num_unread_tokens = 0
         # Of text that was made as it came.
         self.num_unread_characters = 0
+        self._is_dropped = False
         if request.max_reply_bytes is None:
             self.max_unread_characters = MAX_UNREAD_BYTES
             self.max_unread_tokens = MAX_UNREAD_BYTES // self._bytes_per_token
@@ -202,6 +208,8 @@ class LiveRequest:
         return OutputTooLarge(f"the stream's reader is {self.num_unread_tokens} tokens behind")
 
     def drop_unread(self) -> None:
+        """Forgets what was not taken. Nothing more is given out, so the caller ends the request."""
+        self._is_dropped = True
         for choice in self.choices:
             choice.drop()
         self.num_unread_tokens = self.num_unread_characters = 0
@@ -225,20 +233,25 @@ class LiveRequest:
                 self._raise_error()
 
     def close(self) -> None:
+        """Its reader is done with it, whether it has read all or not."""
         self._close(self)
+        self.drop_unread()
 
     async def _take(self, choice: Choice) -> ChoiceDelta:
         max_tokens = MAX_TOKENS_PER_DELTA if self.is_streaming else len(choice.token_ids)
-        num_before = len(choice.token_ids)
-        self.num_unread_characters -= choice.num_unread_characters
+        num_tokens, num_characters = len(choice.token_ids), choice.num_unread_characters
         try:
             if choice.num_undecoded(max_tokens) < RELEASED_IDS:
                 delta = choice.take(max_tokens)
             else:
-                delta = await asyncio.to_thread(choice.take, max_tokens)
+                delta = await self._decoder.away(choice.take, max_tokens)
         except BaseException as error:
             raise text_failure("the tokenizer failed on the output", error) from error
-        self.num_unread_tokens -= num_before - len(choice.token_ids)
+        if self._is_dropped:
+            # While a thread took it: the delta may lack what was dropped, and the books have been closed.
+            self._raise_error()
+        self.num_unread_tokens -= num_tokens - len(choice.token_ids)
+        self.num_unread_characters -= num_characters
         return delta
 
     def _raise_error(self) -> None:

@@ -7,12 +7,12 @@ that can't be split safely is tokenized whole.
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from scheduler_service.patient_threads import PatientThreads
 from scheduler_service.text_splitter import pieces, read_traits
 from scheduler_service.tokenizer_faults import text_failure
 from shared.errors import FieldViolation, InvalidRequest, QueueFull
@@ -35,10 +35,10 @@ T = TypeVar("T")
 
 
 class _Lane:
-    """One thread, and a bound on what waits for it."""
+    """One thread, and a bound on the text that it reads or that waits for it."""
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = PatientThreads(1, name)
         self._num_bytes = 0
 
     async def run(self, num_bytes: int, work: Callable[["_Lane"], Any]) -> Any:
@@ -49,18 +49,32 @@ class _Lane:
         try:
             return await work(self)
         finally:
-            self._num_bytes -= num_bytes
+            self._leave(num_bytes)
 
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+    async def call(self, function: Callable[..., T], text: str, *args: Any) -> T:
+        """Has the thread call function(text, *args). If this is cancelled meanwhile, the thread still reads the text to
+        its end, so the text counts until then, whatever becomes of the work that it was part of.
+        """
+        reading = await self._thread.start(function, text, *args)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            num_bytes = len(text.encode())
+            self._num_bytes += num_bytes
+            reading.add_done_callback(lambda _: self._leave(num_bytes))
+            raise
+
+    def _leave(self, num_bytes: int) -> None:
+        self._num_bytes -= num_bytes
 
 
 class TextEncoder:
     """The encoding side of one tokenizer, for all calls of a front end."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, token_lengths: Int32Array | None = None) -> None:
+        """token_lengths: those that text_splitter.token_lengths() gives, where they have been read already."""
         self._tokenizer = tokenizer
-        self._traits = read_traits(tokenizer)
+        self._traits = read_traits(tokenizer, token_lengths)
         self._short_texts = _Lane("short-texts")
         self._long_texts = _Lane("long-texts")
 

@@ -21,8 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+
+from shared.step_plan import Int32Array
 
 WORD = (
     "0-9A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0391-\u03a1\u03a3-\u03f5\u0410-\u044f"
@@ -55,8 +58,18 @@ class TokenizerTraits:
 UNKNOWN = TokenizerTraits(can_split=False, max_bytes_per_token=None)
 
 
-def read_traits(tokenizer: Tokenizer) -> TokenizerTraits:
-    """What is known of a tokenizer; UNKNOWN for any that is not wholly understood."""
+def token_lengths(tokenizer: Tokenizer) -> Int32Array:
+    """The characters of each token of the vocabulary, by id; 0 for an id that has none. Takes about a microsecond a
+    token.
+    """
+    size = tokenizer.get_vocab_size()
+    return np.fromiter((len(tokenizer.id_to_token(token_id) or "") for token_id in range(size)), np.int32, size)
+
+
+def read_traits(tokenizer: Tokenizer, lengths: Int32Array | None = None) -> TokenizerTraits:
+    """What is known of a tokenizer; UNKNOWN for any that is not wholly understood. lengths: token_lengths(), where they
+    have been read already.
+    """
     model, normalizer = tokenizer.model, _state(tokenizer.normalizer)
     if not isinstance(model, BPE) or not _is_byte_level_bpe(tokenizer, model):
         return UNKNOWN
@@ -67,8 +80,9 @@ def read_traits(tokenizer: Tokenizer) -> TokenizerTraits:
     if any(token.lstrip or token.rstrip or token.single_word or CUT.search(token.content) for token in added):
         return UNKNOWN
     # In a byte-level vocabulary a character stands for a byte.
-    tokens = (tokenizer.id_to_token(token_id) or "" for token_id in range(tokenizer.get_vocab_size()))
-    longest = max(max(map(len, tokens)), max((len(token.content.encode()) for token in added), default=0))
+    if lengths is None:
+        lengths = token_lengths(tokenizer)
+    longest = max(int(lengths.max()), max((len(token.content.encode()) for token in added), default=0))
     factor = 1 if normalizer is None else NFC_SHRINKS_BY
     return TokenizerTraits(tokenizer.num_special_tokens_to_add(False) == 0, longest * factor)
 

@@ -19,7 +19,7 @@ import xxhash
 from scheduler_service.core.types import SequenceRequest
 from scheduler_service.generation_params import GenerationParams
 from scheduler_service.reply_size import REPLY_ADVICE, max_reply_size
-from scheduler_service.text_encoder import TextEncoder
+from scheduler_service.text_encoder import INLINE_CHARACTERS, TextEncoder
 from shared.errors import FieldViolation, InvalidRequest
 from shared.step_plan import Int32Array, RowSampling, WorkerInfo
 
@@ -105,9 +105,13 @@ async def check_request(
     sampling = _read_sampling(params, worker, violations)
     _check_output(params, violations)
     _check_stopping(params, worker, violations)
+    _check_reply_size(params, worker, violations)
+    if _has_long_prompt(params):
+        # It costs too much to read for a request that is wrong already.
+        _read_max_tokens(params, 0, worker, violations)
+        violations.raise_any()
     prompt = await _read_prompt(params, encoder, worker, violations)
     max_tokens = _read_max_tokens(params, len(prompt), worker, violations)
-    _check_reply_size(params, worker, violations)
     violations.raise_any()
     request_id = params.request_id or uuid.uuid4().hex
     if params.seed is None:
@@ -225,7 +229,7 @@ def _check_stopping(params: GenerationParams, worker: WorkerInfo, violations: _V
             field = f"stopping.stop_strings[{index}]"
             is_length = 1 <= len(stop) <= MAX_STOP_STRING_LENGTH
             violations.check(is_length, field, f"must have 1 to {MAX_STOP_STRING_LENGTH} characters")
-        is_length = sum(map(len, stops)) <= max(MAX_STOP_STRINGS_LENGTH, MAX_STOP_STRING_LENGTH)
+        is_length = sum(map(len, stops)) <= MAX_STOP_STRINGS_LENGTH
         violations.check(
             is_length, "stopping.stop_strings", f"must have {MAX_STOP_STRINGS_LENGTH} characters at most, all together"
         )
@@ -235,6 +239,10 @@ def _check_stopping(params: GenerationParams, worker: WorkerInfo, violations: _V
         for index, token_id in enumerate(stop_ids):
             is_token = 0 <= token_id < worker.vocab_size
             violations.check(is_token, f"stopping.stop_token_ids[{index}]", f"{token_id} is not in the vocabulary")
+
+
+def _has_long_prompt(params: GenerationParams) -> bool:
+    return len(params.prompt_text or "") > INLINE_CHARACTERS or len(params.prompt_token_ids or ()) > IDS_AT_ONCE
 
 
 async def _read_prompt(

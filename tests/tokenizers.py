@@ -1,6 +1,7 @@
 """Tokenizers that tests make: of known vocabularies, with the parts that decide how text is cut and joined."""
 
 import json
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
@@ -38,3 +39,19 @@ def byte_fallback() -> Tokenizer:
     )
     tokenizer.add_special_tokens(["</s>"])
     return tokenizer
+
+
+class CountingTokenizer:
+    """A tokenizer that counts how many tokens of its vocabulary are read one by one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.num_reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        self.num_reads += 1
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return token

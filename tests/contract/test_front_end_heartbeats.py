@@ -1,13 +1,17 @@
 """Front-end processes that fall silent are replaced; ones that are slow, or not to blame, stay."""
 
 import asyncio
+import errno
 import signal
 import time
+from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from scheduler_service import front_end_pool
+from scheduler_service.engine_servicer import EngineServicer
 from scheduler_service.front_end_pool import FrontEndPool
 from shared.errors import ConfigError
 from tests.contract.front_ends import front_end_processes, two_front_ends
@@ -83,3 +87,65 @@ async def test_a_front_end_that_hangs_before_it_listens_is_an_error(monkeypatch:
     with pytest.raises(ConfigError, match="a front-end process ended with status -9 before it listened"):
         await services.start()
     await services.stop_worker()
+
+
+class FailsOnce:
+    """A function that raises when it is called first."""
+
+    def __init__(self, function: Any, error: Exception) -> None:
+        self._function = function
+        self._error = error
+        self.num_calls = 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.num_calls += 1
+        if self.num_calls == 1:
+            raise self._error
+        return self._function(*args, **options)
+
+
+async def wait_for_another(before: list[psutil.Process]) -> None:
+    async def is_replaced() -> bool:
+        return bool(front_end_processes()) and front_end_processes() != before
+
+    await wait_until(is_replaced, "another front end runs")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EAGAIN, "no process to be had"), RuntimeError("can't start new thread")], ids=repr
+)
+async def test_a_front_end_that_cannot_be_started_again_at_first_is_started_later(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Services(api_server_count=1) as services:
+        start = FailsOnce(asyncio.create_subprocess_exec, error)
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        [process] = before = front_end_processes()
+        process.kill()
+        await wait_for_another(before)
+        await services.wait_health("SERVING")
+        assert (await services.stream(stream_request())).token_ids == true_tokens(stream_request())
+    assert start.num_calls == 2
+    assert f"could not be started ({error})" in caplog.text
+
+
+async def test_a_front_end_that_cannot_be_started_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = FailsOnce(asyncio.create_subprocess_exec, OSError(errno.ENOMEM, "no memory"))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    services = Services(api_server_count=1)
+    with pytest.raises(ConfigError, match="no memory"):
+        await services.start()
+    await services.stop_worker()
+
+
+@pytest.mark.usefixtures("short_limit")
+async def test_the_watch_goes_on_after_a_fault_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beat = FailsOnce(EngineServicer.say_alive, ZeroDivisionError("a fault"))
+    monkeypatch.setattr(EngineServicer, "say_alive", lambda *args: beat(*args))
+    async with Services(api_server_count=1):
+        [process] = before = front_end_processes()
+        process.send_signal(signal.SIGSTOP)
+        await wait_for_another(before)
+    assert "ZeroDivisionError: a fault" in caplog.text

@@ -1,5 +1,8 @@
 """Incremental text against the tokenizer's own decode of the whole, and stop strings against a plain search."""
 
+import asyncio
+import sys
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from scheduler_service.detokenizer import UNFINISHED, Detokenizer, TextDecoder
+from scheduler_service.detokenizer import DECODING_THREADS, RELEASED_IDS, UNFINISHED, Detokenizer, TextDecoder
 from scheduler_service.stop_strings import START, StopStrings
-from tests.tokenizers import byte_fallback, embedded
+from tests.tokenizers import CountingTokenizer, byte_fallback, embedded
 
 TOKENIZER = embedded()
 DECODER = TextDecoder(TOKENIZER)
@@ -170,3 +173,38 @@ def test_a_texts_least_size_is_known_from_its_ids(ids: list[int], skip: bool) ->
     assert size <= len(text.encode())
     if UNFINISHED not in text:
         assert size == len(text.encode())
+
+
+def test_the_vocabulary_is_read_at_the_start_and_by_no_call() -> None:
+    """Qwen3's takes over 100 ms, which the calls of a server would wait for."""
+    tokenizer = CountingTokenizer(TOKENIZER)
+    decoder = TextDecoder(tokenizer)
+    num_reads = tokenizer.num_reads
+    assert num_reads == VOCAB_SIZE
+    assert decoder.min_text_bytes(np.array([40], np.int32), skip_special_tokens=True) == len(TOKENIZER.decode([40]))
+    assert tokenizer.num_reads == num_reads
+
+
+async def test_nothing_holds_ids_whose_call_was_cancelled_while_it_waited() -> None:
+    may_go_on = threading.Event()
+
+    class Waiting(TextDecoder):
+        def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+            may_go_on.wait(30)
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    decoder, ids = Waiting(TOKENIZER), [40] * RELEASED_IDS
+    running = [
+        asyncio.create_task(decoder.decode_away(list(ids), skip_special_tokens=True)) for _ in range(DECODING_THREADS)
+    ]
+    await asyncio.sleep(0.01)
+    num_references = sys.getrefcount(ids)
+    tasks = [asyncio.create_task(decoder.decode_away(ids, skip_special_tokens=True)) for _ in range(64)]
+    await asyncio.sleep(0.01)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    del tasks, task
+    assert sys.getrefcount(ids) == num_references
+    may_go_on.set()
+    assert await asyncio.gather(*running) == [TOKENIZER.decode(ids)] * DECODING_THREADS

@@ -1,14 +1,16 @@
 """A front end by itself: one batch of news for several requests, of which one fails."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 
 import pytest
 from tokenizers import Tokenizer
 
+from scheduler_service import front_end as front_end_module
 from scheduler_service import live_request
 from scheduler_service.core.types import FinishReason
-from scheduler_service.detokenizer import TextDecoder
+from scheduler_service.detokenizer import RELEASED_IDS, TextDecoder
 from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
 from scheduler_service.front_end import FrontEnd
 from scheduler_service.generation_params import GenerationParams
@@ -17,7 +19,7 @@ from scheduler_service.validation import check_request
 from shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
 from shared.step_plan import RowLogprobs
 from tests.builders import worker_info
-from tests.tokenizers import embedded
+from tests.tokenizers import CountingTokenizer, embedded
 from tests.unit.test_text_encoder import PanicException
 
 POISON = 500
@@ -150,3 +152,86 @@ async def test_text_that_gathers_counts_too(
         for _ in range(2):
             await anext(deltas)
     assert live.num_unread_characters == live.num_unread_tokens == 0
+
+
+def unread(live: LiveRequest) -> tuple[int, int]:
+    return live.num_unread_tokens, live.num_unread_characters
+
+
+@pytest.mark.parametrize("max_reply_bytes", [None, 10_000], ids=["streamed", "unary"])
+async def test_tokens_past_a_stop_string_are_not_unread(front_end: FrontEnd, max_reply_bytes: int | None) -> None:
+    """A front end that was behind gets several steps in one batch, whose last tokens are past the stop."""
+    ids = embedded().encode("a b c d e f").ids
+    live = await open_request(
+        front_end, num_choices=2, stop_strings=["b"], num_logprobs=0, max_reply_bytes=max_reply_bytes
+    )
+    reports = [(handle, RowLogprobs(token_id, -1.0, (), ())) for handle in (0, 1) for token_id in ids]
+    front_end.on_outputs(OutputBatch([0] * len(ids) + [1] * len(ids), ids * 2, reports))
+    held = [len(choice.token_ids) for choice in live.choices]
+    assert 0 < sum(held) < 2 * len(ids)
+    assert live.num_unread_tokens == sum(held)
+    front_end.on_outputs(OutputBatch([], [], [], [SequenceEnd(handle, FinishReason.ABORT, 0) for handle in (0, 1)]))
+    assert len(await read(live)) == sum(held)
+    assert unread(live) == (0, 0)
+
+
+@pytest.mark.parametrize("max_reply_bytes", [None, 10_000], ids=["streamed", "unary"])
+@pytest.mark.parametrize("ending", ["length", "engine's error", "no text", "cancelled", "unread"])
+async def test_nothing_is_unread_after_the_end(front_end: FrontEnd, ending: str, max_reply_bytes: int | None) -> None:
+    stops = [] if ending == "no text" else ["never"]
+    live = await open_request(front_end, num_choices=2, stop_strings=stops, max_reply_bytes=max_reply_bytes)
+    tokens = [POISON if ending == "no text" else 40] * 100
+    error = WorkerUnavailable("gone") if ending == "engine's error" else None
+    reason = FinishReason.ERROR if error else FinishReason.LENGTH
+    reader = asyncio.create_task(read(live))
+    front_end.on_outputs(OutputBatch([0] * 100, tokens))
+    if ending == "cancelled":
+        await asyncio.sleep(0.01)
+        reader.cancel()
+    if ending == "unread":
+        reader.cancel()
+        await asyncio.wait([reader])
+    front_end.on_outputs(OutputBatch([1] * 100, tokens))
+    assert live.num_unread_tokens >= 100
+    front_end.on_outputs(OutputBatch([], [], [], [SequenceEnd(n, reason, 0, error=error) for n in (0, 1)]))
+    await asyncio.wait([reader])
+    if ending == "length":
+        assert unread(live) == (0, 0)
+    live.close()
+    assert unread(live) == (0, 0)
+    assert not any(choice.token_ids for choice in live.choices)
+
+
+async def test_what_is_dropped_while_a_thread_takes_it_is_the_requests_error(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_taking, may_go_on = threading.Event(), threading.Event()
+
+    class Waiting(TextDecoder):
+        def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+            is_taking.set()
+            may_go_on.wait(30)
+            return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    front_end.decoder = Waiting(embedded())
+    live = await open_request(front_end, max_reply_bytes=100_000)
+    end = SequenceEnd(0, FinishReason.LENGTH, 0)
+    front_end.on_outputs(OutputBatch([0] * RELEASED_IDS, [40] * RELEASED_IDS, [], [end]))
+    reader = asyncio.create_task(read(live))
+    while not is_taking.is_set():
+        await asyncio.sleep(0.001)
+    other = await open_request(front_end)
+    # All together hold too much.
+    monkeypatch.setattr(front_end_module, "MAX_UNREAD_BYTES", RELEASED_IDS)
+    monkeypatch.setattr(front_end_module, "COUNT_EVERY_BYTES", 1)
+    front_end.on_outputs(OutputBatch([other.first_handle], [40]))
+    may_go_on.set()
+    with pytest.raises(OutputTooLarge):
+        await reader
+    assert unread(live) == (0, 0)
+
+
+def test_the_vocabulary_is_read_once_at_the_start() -> None:
+    tokenizer = CountingTokenizer(embedded())
+    FrontEnd(tokenizer, set_ready)
+    assert tokenizer.num_reads == embedded().get_vocab_size()

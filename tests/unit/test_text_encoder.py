@@ -1,6 +1,7 @@
 """Bounds on tokenizing: what is refused unread, what is read in pieces, who waits for whom, and what is raised."""
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,7 @@ async def test_a_long_text_with_no_place_to_cut_is_refused_unread() -> None:
 
 
 async def test_a_tokenizer_that_is_not_known_reads_a_text_whole() -> None:
-    tokenizer = embedded()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer = unknown_tokenizer()
     watched = WatchedTokenizer(tokenizer)
     ids = await TextEncoder(watched).encode("text", LONG, max_tokens=NO_LIMIT)
     assert watched.texts == [LONG] and ids.tolist() == tokenizer.encode(LONG).ids
@@ -125,6 +125,59 @@ async def test_too_much_text_at_once_is_refused_and_taken_afterwards(monkeypatch
     may_go_on.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert len(await encoder.encode("text", LONG, max_tokens=NO_LIMIT))
+
+
+def unknown_tokenizer() -> Tokenizer:
+    """One whose texts can't be split."""
+    tokenizer = embedded()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [embedded(), unknown_tokenizer()], ids=["split", "whole"])
+async def test_nothing_holds_a_text_whose_call_was_cancelled_while_it_waited(tokenizer: Tokenizer) -> None:
+    may_go_on = threading.Event()
+    watched = WatchedTokenizer(tokenizer, lambda text: may_go_on.wait(30) and None)
+    encoder = TextEncoder(watched)
+    running = [asyncio.create_task(encoder.encode("text", text, max_tokens=NO_LIMIT)) for text in (SHORT, LONG)]
+    while len(watched.texts) < 2:
+        await asyncio.sleep(0.001)
+    for waiting_text in ("a" + SHORT, "a" + LONG):
+        num_references = sys.getrefcount(waiting_text)
+        tasks = [asyncio.create_task(encoder.encode("text", waiting_text, max_tokens=NO_LIMIT)) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        assert sys.getrefcount(waiting_text) > num_references
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        del tasks, task
+        assert sys.getrefcount(waiting_text) == num_references
+    may_go_on.set()
+    for text, ids in zip((SHORT, LONG), await asyncio.gather(*running), strict=True):
+        assert ids.tolist() == tokenizer.encode(text).ids
+
+
+async def test_a_text_counts_until_it_is_read_though_its_call_was_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_encoder, "MAX_BYTES_AT_ONCE", 2 * len(LONG))
+    may_go_on = threading.Event()
+    tokenizer = unknown_tokenizer()
+    watched = WatchedTokenizer(tokenizer, lambda text: may_go_on.wait(30) and None)
+    encoder = TextEncoder(watched)
+    running = asyncio.create_task(encoder.encode("text", LONG, max_tokens=NO_LIMIT))
+    while not watched.texts:
+        await asyncio.sleep(0.001)
+    running.cancel()
+    await asyncio.wait([running])
+    waiting = asyncio.create_task(encoder.encode("text", LONG, max_tokens=NO_LIMIT))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await asyncio.wait_for(encoder.encode("text", LONG, max_tokens=NO_LIMIT), 5)
+    may_go_on.set()
+    expected = tokenizer.encode(LONG).ids
+    assert (await waiting).tolist() == expected
+    # Nothing counts any more, so as much as is allowed at once is taken.
+    for ids in await asyncio.gather(*(encoder.encode("text", LONG, max_tokens=NO_LIMIT) for _ in range(2))):
+        assert ids.tolist() == expected
 
 
 @pytest.mark.parametrize("text", ["words", SHORT, LONG], ids=len)

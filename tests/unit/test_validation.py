@@ -13,6 +13,7 @@ from scheduler_service.validation import MAX_VIOLATIONS, GenerationRequest, chec
 from shared.errors import InvalidRequest
 from tests.builders import worker_info
 from tests.tokenizers import embedded
+from tests.unit.test_text_encoder import WatchedTokenizer
 
 WORKER = worker_info(vocab_size=1024, max_model_len=512)
 ENCODER = TextEncoder(embedded())
@@ -96,6 +97,34 @@ async def test_a_bad_field_is_named(field: str, changes: dict[str, Any]) -> None
 )
 async def test_the_limits_themselves_are_fine(changes: dict[str, Any]) -> None:
     await check(replace(GOOD, **changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("model", {"model": "other"}),
+        ("request_id", {"request_id": "a\nb"}),
+        ("stopping.stop_strings[0]", {"stop_strings": [""]}),
+        ("stopping.max_tokens", {"max_tokens": 0}),
+        ("stopping.max_tokens", {"max_tokens": 513}),
+        ("stopping.max_tokens", {"max_tokens": 100, "max_reply_bytes": 10}),
+    ],
+    ids=str,
+)
+async def test_the_long_prompt_of_a_request_that_is_wrong_already_is_not_tokenized(
+    field: str, changes: dict[str, Any]
+) -> None:
+    watched = WatchedTokenizer(embedded())
+    long = replace(GOOD, prompt_token_ids=None, prompt_text="Good morrow, cousin. " * 50)
+    with pytest.raises(InvalidRequest) as caught:
+        await check_request(replace(long, **changes), TextEncoder(watched), WORKER, "served")
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert watched.texts == []
+
+
+async def test_a_short_prompts_faults_are_told_with_all_others() -> None:
+    found = await violations_of(prompt_token_ids=None, prompt_text="", model="other", request_id="a\nb")
+    assert list(found) == ["model", "request_id", "prompt.text"]
 
 
 async def test_ten_violations_are_told_and_the_others_counted() -> None:
