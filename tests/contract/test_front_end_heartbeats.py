@@ -15,7 +15,7 @@ from scheduler_service.engine_servicer import EngineServicer
 from scheduler_service.front_end_pool import FrontEndPool
 from shared.errors import ConfigError
 from tests.contract.front_ends import front_end_processes, two_front_ends
-from tests.contract.services import Services, stream_request, true_tokens, wait_until
+from tests.contract.services import Services, read_stream, stream_request, true_tokens, wait_until
 from tests.contract.test_front_end_processes import gated_services, reach_a_third
 from tests.contract.test_worker_loss import open_gate
 
@@ -123,8 +123,9 @@ async def test_a_front_end_that_cannot_be_started_again_at_first_is_started_late
         [process] = before = front_end_processes()
         process.kill()
         await wait_for_another(before)
-        await services.wait_health("SERVING")
-        assert (await services.stream(stream_request())).token_ids == true_tokens(stream_request())
+        # Nobody listens until it does, so the call waits for a connection.
+        call = services.inference.GenerateStream(stream_request(), wait_for_ready=True, timeout=30)
+        assert (await read_stream(call)).token_ids == true_tokens(stream_request())
     assert start.num_calls == 2
     assert f"could not be started ({error})" in caplog.text
 
