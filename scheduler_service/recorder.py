@@ -46,8 +46,8 @@ class RecordingScheduler(Scheduler):
     def close(self) -> None:
         self._file.close()
 
-    def add(self, request: SequenceRequest) -> None:
-        self._record("add", super().add, request)
+    def add(self, *requests: SequenceRequest) -> None:
+        self._record("add", super().add, *requests)
 
     def abort(self, sequence_id: int) -> FinishedSequence | None:
         return self._record("abort", super().abort, sequence_id)
@@ -142,7 +142,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
 def _call(scheduler: Scheduler, name: str, arguments: list[Any]) -> dict[str, Any]:
     if name not in _ARGUMENTS:
         raise RecordingError(f"{name!r} is no call to a scheduler")
-    decoded = [decode(argument) for decode, argument in zip(_ARGUMENTS[name], arguments, strict=True)]
+    decoders = _ARGUMENTS[name] * len(arguments) if name == "add" else _ARGUMENTS[name]
+    decoded = [decode(argument) for decode, argument in zip(decoders, arguments, strict=True)]
     try:
         answer = getattr(scheduler, name)(*decoded)
     except (TandemError, ValueError) as error:

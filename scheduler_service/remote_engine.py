@@ -2,7 +2,7 @@
 
 Both ends say every HEARTBEAT_S that they are alive. A front end that is silent is killed by the other end. A scheduler
 process that is silent stands still, as when it is stopped by a signal, and may go on: the front end says that it is not
-ready until then, and its calls wait, as they do where the front end is in the scheduler process.
+ready until then and refuses new calls; those that run wait.
 
 Knows the wire and plain data; nothing of text or calls.
 """
@@ -48,6 +48,7 @@ class RemoteEngine:
         self._submitting: dict[int, asyncio.Future[None]] = {}
         # Counted in turns of this process's loop, which may have stood still itself.
         self._silent_s = 0.0
+        self._has_ended = False
         # Typed by hand: the stubs have it that read() gives an object.
         self._call: Any = None
 
@@ -75,6 +76,7 @@ class RemoteEngine:
             raise WorkerUnavailable(f"the scheduler process is gone: {error.details()}") from error
         finally:
             beating.cancel()
+            self._has_ended = True
             for submitting in self._submitting.values():
                 if not submitting.done():
                     submitting.set_exception(WorkerUnavailable("the server is stopping"))
@@ -86,6 +88,10 @@ class RemoteEngine:
     # Engine
 
     async def submit(self, submission: Submission) -> None:
+        if self._has_ended:
+            raise WorkerUnavailable("the server is stopping")
+        if self._is_silent:
+            raise WorkerUnavailable("the scheduler process stands still")
         submitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._submitting[submission.first_handle] = submitted
         self._send(submit=encode_submit(submission))

@@ -1,8 +1,8 @@
 """How many bytes of a Generate reply an output token takes, but for its text, whose size nobody knows beforehand."""
 
 REPLY_ADVICE = (
-    "use GenerateStream, fewer tokens, choices or log-probabilities, or tell in the metadata tandem-max-reply-bytes that "
-    "more is taken, up to 8 MiB"
+    "use GenerateStream, fewer tokens, choices or log-probabilities, or say in the metadata tandem-max-reply-bytes "
+    "that more is taken, up to 8 MiB"
 )
 
 FLOAT_BYTES = 5

@@ -17,11 +17,12 @@ from scheduler_service.chunk_pace import ChunkPace
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from scheduler_service.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
-from shared.errors import InvalidPlan, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
+from shared.errors import InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
 from shared.step_plan import WorkerInfo
 
 logger = logging.getLogger(__name__)
 
+LAST_WORD_WAIT_S = 0.5
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
 
@@ -97,15 +98,7 @@ class StepLoop:
             raise WorkerUnavailable("no worker has been seen yet")
         if self._has_given_up:
             raise WorkerUnavailable("the worker is gone")
-        added = []
-        try:
-            for request in requests:
-                self.scheduler.add(request)
-                added.append(request)
-        except TandemError:
-            for request in added:
-                self.scheduler.abort(request.sequence_id)
-            raise
+        self.scheduler.add(*requests)
         self._has_news.set()
 
     def abort(self, sequence_id: int) -> FinishedSequence | None:
@@ -212,10 +205,13 @@ class StepLoop:
             self._send_on_news(session),
             self._watch(session),
         ]
-        tasks = [asyncio.create_task(part) for part in parts]
+        receiving, *_ = tasks = [asyncio.create_task(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
+            # Another part may have failed because the session was ending, and why it was comes with the results.
+            await asyncio.wait([receiving], timeout=LAST_WORD_WAIT_S)
+            first = receiving if receiving.done() else done.pop()
+            first.result()
         finally:
             for task in tasks:
                 task.cancel()

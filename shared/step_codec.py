@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from shared.errors import InvalidPlan
+from shared.errors import InvalidPlan, ProtocolError
 from shared.step_plan import (
     Int32Array,
     NewRow,
@@ -29,9 +29,9 @@ def pack_ids(ids: Int32Array | Sequence[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> Int32Array:
-    """Raises InvalidPlan where the bytes are no whole number of ids."""
+    """Raises ProtocolError where the bytes are no whole number of ids."""
     if len(data) % IDS.itemsize:
-        raise InvalidPlan(f"{len(data)} bytes are no whole number of ids")
+        raise ProtocolError(f"{len(data)} bytes are no whole number of ids")
     return np.frombuffer(data, IDS).astype(np.int32)
 
 
@@ -52,7 +52,7 @@ def decode_plan(message: worker_pb2.StepPlan) -> StepPlan:
     return StepPlan(
         step_id=message.step_id,
         removed_rows=_ints(message.removed_rows),
-        added_rows=tuple(_decode_row(row) for row in message.added_rows),
+        added_rows=tuple(map(_decode_row, message.added_rows)),
         appended_block_rows=_ints(message.appended_block_rows),
         appended_block_ids=_ints(message.appended_block_ids),
         chunk_rows=_ints(message.chunk_rows),
@@ -190,16 +190,19 @@ def _encode_row(row: NewRow) -> worker_pb2.NewRow:
 
 
 def _decode_row(message: worker_pb2.NewRow) -> NewRow:
-    return NewRow(
-        row=message.row,
-        sequence_id=message.sequence_id,
-        token_ids=unpack_ids(message.token_ids),
-        num_prompt_tokens=message.num_prompt_tokens,
-        num_computed_tokens=message.num_computed_tokens,
-        num_cached_tokens=message.num_cached_tokens,
-        block_ids=unpack_ids(message.block_ids),
-        sampling=decode_sampling(message.sampling),
-    )
+    try:
+        return NewRow(
+            row=message.row,
+            sequence_id=message.sequence_id,
+            token_ids=unpack_ids(message.token_ids),
+            num_prompt_tokens=message.num_prompt_tokens,
+            num_computed_tokens=message.num_computed_tokens,
+            num_cached_tokens=message.num_cached_tokens,
+            block_ids=unpack_ids(message.block_ids),
+            sampling=decode_sampling(message.sampling),
+        )
+    except ProtocolError as error:
+        raise InvalidPlan(f"added row {message.row}: {error}") from error
 
 
 def _ints(values: Iterable[int]) -> Int32Array:

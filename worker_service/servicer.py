@@ -26,8 +26,9 @@ from worker_service.session import Session
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "tandem.v1.WorkerService"
-TAKEOVER_LIMIT_S = 10.0
-"""How long a new session waits for the old one's steps. Then it is refused, and the scheduler comes again."""
+TAKEOVER_LIMIT_S = 3.0
+"""How long a new session waits for the old one's steps. Then it is refused, and the scheduler comes
+again; that one waits longer for an answer."""
 LAST_WORD_GRACE_S = 1.0
 """How long a session that has failed stays, for its scheduler to hear why."""
 

@@ -107,8 +107,8 @@ class Session:
             raise item.error
 
     async def _watch_steps(self) -> None:
-        """Tells the scheduler of steps that get on, and the process of one that does not, be it after the session's end:
-        what hangs then keeps the next session away.
+        """Tells the scheduler of steps that get on, and the process of one that does not. Goes on after the session's
+        end, as what hangs then keeps the next session away.
         """
         interval_s = min(MAX_PROGRESS_INTERVAL_S, self._step_timeout_s / 10)
         progress = self._runner.progress

@@ -5,7 +5,6 @@ each step shares one token budget, decoding rows first. schedule() may run again
 has scheduled tokens (in plans) and confirmed ones (in results). Knows nothing of text, clients, time or the wire.
 """
 
-import heapq
 from array import array
 from collections import deque
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from scheduler_service.core.types import (
     SequenceRequest,
     StepOutputs,
 )
-from shared.errors import FieldViolation, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
+from scheduler_service.core.waiting_queue import WaitingQueue
+from shared.errors import FieldViolation, InvalidRequest, ProtocolError, RequestIdInUse
 from shared.step_plan import Int32Array, StepPlan, StepResult, WorkerInfo
 
 
@@ -44,10 +44,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
         self.config = config
         self._live: dict[int, Sequence] = {}
-        self._queue: list[tuple[tuple[int, int], Sequence]] = []
-        # Sequences that were never admitted, and their tokens.
-        self._num_new = 0
-        self._num_new_tokens = 0
+        self._queue = WaitingQueue(config.max_num_waiting, config.max_num_waiting_tokens)
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_preemptions = 0
@@ -62,28 +59,17 @@ class Scheduler:
 
     # Events
 
-    def add(self, request: SequenceRequest) -> None:
-        """Queues a sequence. Raises RequestIdInUse, InvalidRequest (it can never fit) or QueueFull."""
-        if request.sequence_id in self._live:
-            raise RequestIdInUse(f"sequence {request.sequence_id} is live")
-        if len(request.prompt_token_ids) == 0:
-            raise InvalidRequest(FieldViolation("prompt", "must hold at least one token"))
-        if request.max_tokens < 1:
-            raise InvalidRequest(FieldViolation("stopping.max_tokens", "must be at least 1"))
-        sequence = Sequence(request, self._num_arrivals)
-        if problem := self._residency.why_never_fits(sequence):
-            raise InvalidRequest(FieldViolation("prompt", problem))
-        if self._num_new >= self.config.max_num_waiting:
-            raise QueueFull(f"{self._num_new} sequences are waiting")
-        num_new_tokens = self._num_new_tokens + sequence.num_prompt_tokens
-        if self._num_new and num_new_tokens > self.config.max_num_waiting_tokens:
-            raise QueueFull(f"{self._num_new_tokens} prompt tokens are waiting")
-        self._num_arrivals += 1
-        self._num_new += 1
-        self._num_new_tokens = num_new_tokens
-        self._num_prompt_tokens += sequence.num_prompt_tokens
-        self._live[request.sequence_id] = sequence
-        self._enqueue(sequence)
+    def add(self, *requests: SequenceRequest) -> None:
+        """Queues the sequences of a request, all or none. Raises RequestIdInUse, InvalidRequest (it can never fit) or
+        QueueFull.
+        """
+        sequences = [self._checked(request, number) for number, request in enumerate(requests, self._num_arrivals)]
+        self._queue.refuse_if_full(sequences)
+        for sequence in sequences:
+            self._num_arrivals += 1
+            self._num_prompt_tokens += sequence.num_prompt_tokens
+            self._live[sequence.sequence_id] = sequence
+            self._queue.push_new(sequence)
 
     def abort(self, sequence_id: int) -> FinishedSequence | None:
         """Ends a sequence; its blocks are free at once. None if it is not live."""
@@ -117,9 +103,8 @@ class Scheduler:
         """
         self._is_attached = False
         self._num_losses += 1
-        held = set(self._residency.rows.running())
-        held.update(sequence for step in self._in_flight for sequence in step.sequences)
-        present = [s for s in sorted(held, key=lambda s: s.arrival) if s.state is not SequenceState.FINISHED]
+        held = sorted(self._held(), key=lambda sequence: sequence.arrival)
+        present = [sequence for sequence in held if sequence.state is not SequenceState.FINISHED]
         tried = self._suspects.judge_loss(present)
         self._start_session(self._residency.worker)
         for sequence in present:
@@ -129,7 +114,7 @@ class Scheduler:
                 if sequence is tried:
                     sequence.arrival = self._num_arrivals
                     self._num_arrivals += 1
-                self._enqueue(sequence)
+                self._queue.push_again(sequence, len(self._live))
         error = self._suspects.verdict(tried, failure) if tried is not None else None
         return [self._finish(tried, FinishReason.ERROR, error=error)] if tried is not None and error else []
 
@@ -238,11 +223,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books don't balance."""
-        queue = [sequence for _, sequence in self._queue]
         steps = [step.sequences for step in self._in_flight]
-        check_integrity(self._live.values(), queue, self._residency, steps)
+        check_integrity(self._live.values(), self._queue.entries, self._residency, steps)
         new = [sequence.num_prompt_tokens for sequence in self._live.values() if sequence.num_cached_tokens is None]
-        assert (self._num_new, self._num_new_tokens) == (len(new), sum(new)), "new sequences are miscounted"
+        assert (self._queue.num_new, self._queue.num_new_tokens) == (len(new), sum(new)), "new sequences are miscounted"
 
     # The parts of a step
 
@@ -260,21 +244,17 @@ class Scheduler:
 
     def _admit(self, plan: PlanBuilder) -> None:
         """Admits waiting sequences, strictly in order: one that must wait is not overtaken."""
-        while self._queue and plan.budget > 0:
-            sequence = self._queue[0][1]
-            if sequence.state is not SequenceState.WAITING:
-                heapq.heappop(self._queue)
-                continue
+        while plan.budget > 0 and (sequence := self._queue.first()) is not None:
             if self._suspects.needs_probe(sequence):
                 self._probe(plan)
-            if sequence.num_outstanding or not self._suspects.may_enter(sequence, self._residency.rows.running()):
+            if sequence.num_outstanding or not self._suspects.may_enter(sequence, self._held):
                 return
             new_row = self._residency.try_enter(sequence, self.config.admission_watermark)
             if new_row is None:
                 return
-            heapq.heappop(self._queue)
+            self._queue.pop()
             if sequence.num_cached_tokens is None:
-                self._forget_new(sequence)
+                self._queue.note_no_longer_new(sequence)
                 sequence.num_cached_tokens = new_row.num_cached_tokens
                 self._num_cached_prompt_tokens += new_row.num_cached_tokens
             self._suspects.note_admitted(sequence)
@@ -352,20 +332,30 @@ class Scheduler:
                 outputs.finished.append(self._finish(sequence, FinishReason.LENGTH))
         self._num_output_tokens += len(outputs.token_ids)
 
+    def _checked(self, request: SequenceRequest, arrival: int) -> Sequence:
+        if request.sequence_id in self._live:
+            raise RequestIdInUse(f"sequence {request.sequence_id} is live")
+        if len(request.prompt_token_ids) == 0:
+            raise InvalidRequest(FieldViolation("prompt", "must hold at least one token"))
+        if request.max_tokens < 1:
+            raise InvalidRequest(FieldViolation("stopping.max_tokens", "must be at least 1"))
+        sequence = Sequence(request, arrival)
+        if problem := self._residency.why_never_fits(sequence):
+            raise InvalidRequest(FieldViolation("prompt", problem))
+        return sequence
+
+    def _held(self) -> set[Sequence]:
+        """By the worker: running, or ended and still in a step that is in flight."""
+        in_flight = {sequence for step in self._in_flight for sequence in step.sequences}
+        return in_flight.union(self._residency.rows.running())
+
     def _preempt(self, sequence: Sequence) -> None:
         """Sends a sequence back to wait with all its tokens; it will be computed again."""
         self._num_preemptions += 1
         sequence.num_outstanding = sum(sequence in step.sequences for step in self._in_flight)
         sequence.move_to(SequenceState.WAITING)
         self._residency.vacate(sequence)
-        self._enqueue(sequence)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        if len(self._queue) > 2 * len(self._live):
-            # Most of the queue has ended while waiting.
-            self._queue = [entry for entry in self._queue if entry[1].state is SequenceState.WAITING]
-            heapq.heapify(self._queue)
-        heapq.heappush(self._queue, (sequence.order, sequence))
+        self._queue.push_again(sequence, len(self._live))
 
     def _finish(
         self,
@@ -377,7 +367,7 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._residency.vacate(sequence)
         if sequence.num_cached_tokens is None:
-            self._forget_new(sequence)
+            self._queue.note_no_longer_new(sequence)
         sequence.move_to(SequenceState.FINISHED)
         del self._live[sequence.sequence_id]
         return FinishedSequence(
@@ -388,10 +378,6 @@ class Scheduler:
             stop_token_id=stop_token_id,
             error=error,
         )
-
-    def _forget_new(self, sequence: Sequence) -> None:
-        self._num_new -= 1
-        self._num_new_tokens -= sequence.num_prompt_tokens
 
     def _start_session(self, worker: WorkerInfo) -> None:
         """An empty worker: its limits, all its rows and blocks free, step ids from 1."""

@@ -2,14 +2,16 @@
 
 A loss alone says little, since whoever kills workers hits whatever runs. So a sequence that was present at two losses,
 with no proof in between that it can be computed, is only a suspect. Suspects are tried apart: once a session has
-brought its first result, one suspect at a time is admitted beside sequences that are proven, and nothing is admitted
-beside it until it is proven itself. Only a loss during its own trial counts against a sequence, and after one it goes
-to the back of the queue, so that losses at regular moments hit a different sequence each time.
+brought its first result, one suspect at a time is admitted while the worker holds none but proven sequences, and
+nothing is admitted beside it until it is proven itself. Only a loss during its own trial counts against a sequence, and
+after one it goes to the back of the queue, so that losses at regular moments hit a different sequence each time.
 docs/decisions/0002-suspects.md says how sure the verdict is.
 
 A sequence is proven once it has more tokens than were known when it was admitted and may be in flight at once: then a
 step that had it in it from its start has come back.
 """
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,9 +20,9 @@ from scheduler_service.core.types import SequenceRequest
 from shared.step_plan import RowSampling
 
 MAX_FAILED_TRIALS = 2
-"""Trials that end a sequence where the worker said at the last that a step had failed."""
+"""Lost trials that end a sequence, if the worker said after the last one that a step had failed."""
 MAX_VANISHED_TRIALS = 4
-"""Where it vanished without a word, as workers do that are killed from outside."""
+"""Lost trials that end a sequence, if the worker vanished without a word, as those do that are killed from outside."""
 
 PROBE_ID = 2**63
 """The probe's sequence id. Those of requests count from 0."""
@@ -50,10 +52,11 @@ class Suspects:
         if sequence.is_suspect:
             self._on_trial = sequence
 
-    def may_enter(self, sequence: Sequence, running: list[Sequence]) -> bool:
+    def may_enter(self, sequence: Sequence, get_held: Callable[[], Iterable[Sequence]]) -> bool:
+        """get_held gives all sequences that the worker holds, those too that only steps in flight still have."""
         if self._is_trial_on:
             return False
-        return not sequence.is_suspect or (self.has_result and all(other.is_proven for other in running))
+        return not sequence.is_suspect or (self.has_result and all(other.is_proven for other in get_held()))
 
     def needs_probe(self, sequence: Sequence) -> bool:
         """Whether a suspect waits for a first result that nothing else may bring."""
@@ -83,5 +86,6 @@ class Suspects:
     @property
     def _is_trial_on(self) -> bool:
         tried = self._on_trial
-        is_there = tried is not None and tried.state in (SequenceState.RUNNING, SequenceState.DRAINING)
-        return is_there and tried is not None and not tried.is_proven
+        if tried is None or tried.state not in (SequenceState.RUNNING, SequenceState.DRAINING):
+            return False
+        return not tried.is_proven

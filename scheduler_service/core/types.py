@@ -22,7 +22,7 @@ class SchedulerConfig:
     max_num_waiting: int = 4096
     """Sequences that were never admitted, at most; past it QueueFull. Preempted ones don't count."""
     max_num_waiting_tokens: int = 2**22
-    """Their prompt tokens, at most, beyond those of one sequence."""
+    """Their prompt tokens, at most, unless they are one request's."""
     enable_prefix_caching: bool = True
     admission_watermark: float = 0.01
     """Share of the blocks that an admission leaves free, so that running sequences can grow."""

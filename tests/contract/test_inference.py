@@ -18,6 +18,7 @@ from tests.contract.services import (
     retry_delay_s,
     stream_request,
     true_tokens,
+    violations,
 )
 from tests.fake_worker import FakeRunner
 
@@ -227,16 +228,20 @@ async def test_a_full_queue_refuses_with_advice_and_keeps_no_choice() -> None:
         running = StreamedOutput()
         task = asyncio.create_task(read_stream(services.inference.GenerateStream(stream_request()), running))
         await services.wait_load(lambda load: load.num_running_sequences == 1, "one runs")
+        # More than may ever wait: to come again would not help.
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.stream(stream_request(num_choices=5))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "num_choices" in violations(caught.value)
+        waiting = asyncio.create_task(services.stream(stream_request(num_choices=3)))
+        await services.wait_load(lambda load: load.num_waiting_sequences == 3, "three wait")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await services.stream(stream_request(num_choices=2))
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert retry_delay_s(caught.value) > 0
-        assert (await services.load()).num_waiting_sequences == 0
-        waiting = asyncio.create_task(services.stream(stream_request(num_choices=4)))
-        await services.wait_load(lambda load: load.num_waiting_sequences == 4, "four wait")
+        assert (await services.load()).num_waiting_sequences == 3
         gate.release(1000)
         await task
-        assert len((await waiting).choices) == 4
+        assert len((await waiting).choices) == 3
     assert running.token_ids == true_tokens(stream_request())
 
 

@@ -36,10 +36,10 @@ ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 class Service:
     """One service process. Started again, it listens on the port that it had."""
 
-    def __init__(self, module: str, flags: Sequence[str], folder: Path) -> None:
-        """folder: for its port file and its log."""
+    def __init__(self, module: str, flags: Sequence[str], folder: Path, before: Sequence[str] = ()) -> None:
+        """folder: for its port file and its log. before: arguments that come before the flags."""
         self._module = module
-        self._flags = tuple(flags)
+        self._flags = (*before, *flags)
         self._port_file = folder / f"{module}.port"
         self.log_file = folder / f"{module}.log"
         self.port = 0

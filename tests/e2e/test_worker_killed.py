@@ -5,12 +5,24 @@ The truth is the same eight requests on the same engine, undisturbed.
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
+import grpc
 import pytest
 
-from tandem.v1 import inference_pb2
+from shared.grpc_options import CHANNEL_OPTIONS
+from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tests.e2e.conftest import VOCAB_SIZE, StartEngine
-from tests.e2e.services import INFERENCE, Engine, HealthWatch, Stream, generate_request, random_prompt
+from tests.e2e.services import (
+    INFERENCE,
+    Engine,
+    HealthWatch,
+    Service,
+    Stream,
+    generate_request,
+    random_prompt,
+    wait_ready,
+)
 from tests.e2e.waiting import wait_until
 
 NUM_STREAMS = 8
@@ -189,3 +201,32 @@ def test_the_worker_serves_the_next_scheduler_after_one_was_killed(engine: Engin
     engine.connect()
     assert [stream.result() for stream in [engine.stream(request) for request in make_requests()]] == truth
     assert engine.worker.serving() == worker
+
+
+def test_a_step_that_fails_ends_the_worker_which_says_why_and_is_started_again(
+    model_folder: Path, tmp_path: Path, truth: list[list[int]]
+) -> None:
+    """The whole way: last word, last line of the log, exit status 70, supervisor, and streams that go on."""
+    flags = ["--model", str(model_folder), "--device", "cpu", "--dtype", "float64", "--num-threads", "1"]
+    worker = Service("tests.e2e.failing_worker", flags, tmp_path, before=[str(tmp_path / "marker")])
+    scheduler = None
+    try:
+        worker.wait_listening()
+        address = ["--worker-address", worker.address]
+        scheduler = Service("scheduler_service", [*flags[:2], "--tokenizer", "embedded", *address], tmp_path)
+        scheduler.wait_listening()
+        with grpc.insecure_channel(scheduler.address, CHANNEL_OPTIONS) as channel:
+            wait_ready(channel)
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            streams = [Stream(stub.GenerateStream(request)) for request in make_requests()]
+            assert [stream.result() for stream in streams] == truth
+        reason = "step 30 failed: RuntimeError('this step was to fail')"
+        assert f"worker lost: it said: {reason}" in scheduler.log_file.read_text()
+        before, after = worker.log_file.read_text().split("the worker ended with status 70; starting it again", 1)
+        # The supervisor's own line follows the worker's last one.
+        assert before.splitlines()[-2].endswith(f"the worker ends: {reason}")
+        assert "step 30 failed" not in after
+    finally:
+        worker.kill()
+        if scheduler is not None:
+            scheduler.kill()

@@ -542,3 +542,46 @@ def test_prompt_tokens_are_limited_from_outside_and_decoding_rows_are_not() -> N
     assert counts[:15] == [7] * 14 + [2]
     engine.drain()
     assert engine.outputs[LONG] == expected_tokens(create_request(LONG, range(100), 5))
+
+
+def test_a_request_of_many_choices_is_taken_whole_or_not_at_all() -> None:
+    """64 choices of a prompt that together pass the limit on tokens: taken where nothing waits, else told to wait."""
+    engine = make_engine(max_num_seqs=1, max_num_waiting_tokens=1000)
+    choices = [create_request(index, range(70)) for index in range(64)]
+    engine.scheduler.add(*choices)
+    assert engine.scheduler.load().num_waiting_sequences == 64
+    with pytest.raises(QueueFull):
+        engine.scheduler.add(create_request(A), create_request(B))
+    for choice in choices:
+        assert engine.scheduler.abort(choice.sequence_id)
+    engine.scheduler.add(create_request(A), create_request(B))
+    engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("ending", ["by length", "aborted"])
+def test_a_suspect_is_not_tried_beside_a_step_of_another_that_is_still_in_flight(ending: str) -> None:
+    """A poisonous sequence that drains, or is cancelled, after its only plan: the suspect is not to blame for that."""
+    engine = make_engine()
+    suspect = create_request(A, range(20), 30)
+    engine.add(suspect)
+    for _ in range(2):
+        engine.launch()
+        engine.lose_worker()
+        engine.attach_worker(FakeRunner())
+    launch(engine)
+    engine.deliver()
+    for number in range(MAX_FAILED_TRIALS + 1):
+        poison = create_request(LATE + number, range(50, 60), 1 if ending == "by length" else 9, priority=-1)
+        engine.add(poison)
+        assert added_ids(launch(engine)) == [poison.sequence_id]
+        if ending == "aborted":
+            assert engine.scheduler.abort(poison.sequence_id)
+        assert engine.launch() is None, "the suspect enters beside it"
+        engine.lose_worker("the poison works")
+        engine.attach_worker(FakeRunner())
+        engine.scheduler.abort(poison.sequence_id)
+        launch(engine)
+        engine.deliver()
+    assert A not in engine.finished
+    engine.drain()
+    assert engine.outputs[A] == expected_tokens(suspect)
