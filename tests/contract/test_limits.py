@@ -86,7 +86,7 @@ async def test_a_reply_that_a_stock_client_would_lose_is_refused_at_once() -> No
             await services.generate(stream_request(**LARGE_OUTPUT))
         assert (await services.load()).num_steps == 0
     assert list(violations(caught.value)) == ["stopping.max_tokens"]
-    assert "GenerateStream" in str(caught.value.details()) and "larger limit" in str(caught.value.details())
+    assert "GenerateStream" in str(caught.value.details()) and "tandem-max-reply-bytes" in str(caught.value.details())
 
 
 async def test_a_client_that_takes_more_gets_a_reply_past_grpcs_own_limit() -> None:

@@ -194,7 +194,7 @@ async def test_nothing_is_unread_after_the_end(front_end: FrontEnd, ending: str,
     front_end.on_outputs(OutputBatch([1] * 100, tokens))
     assert live.num_unread_tokens >= 100
     front_end.on_outputs(OutputBatch([], [], [], [SequenceEnd(n, reason, 0, error=error) for n in (0, 1)]))
-    await asyncio.wait([reader])
+    await asyncio.gather(reader, return_exceptions=True)
     if ending == "length":
         assert unread(live) == (0, 0)
     live.close()
