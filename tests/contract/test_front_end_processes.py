@@ -185,7 +185,8 @@ BAD_CALLS: dict[str, BadCall] = {
     "too long": lambda c: c.stream(stream_request([1] * 4096)),
     "more than all blocks": lambda c: c.stream(stream_request([1] * 300, 10)),
     "another model": lambda c: c.stream(stream_request(model="x" * 3000)),
-    "full queue": lambda c: c.generate(stream_request(num_choices=9, request_id="nine")),
+    "full queue": lambda c: c.generate(stream_request(num_choices=8, request_id="eight")),
+    "more than the queue": lambda c: c.generate(stream_request(num_choices=9, request_id="nine")),
     "id in use": lambda c: c.stream(stream_request(request_id="ü" * 120)),
     "nothing to abort": lambda c: c.control.Abort(control_pb2.AbortRequest(request_id="ü" * 120 + "?")),
     "token past the vocabulary": lambda c: c.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=[5000])),
@@ -193,12 +194,14 @@ BAD_CALLS: dict[str, BadCall] = {
 
 
 async def statuses(services: Services, connection: Any) -> dict[str, tuple[grpc.StatusCode, str, status_pb2.Status]]:
-    """How bad calls end while a request holds its id and a queue of 8 is not full yet."""
+    """How bad calls end while a request holds its id, another waits, and a queue of 8 is not full yet."""
     holding = asyncio.create_task(services.stream(stream_request(request_id="ü" * 120)))
     await services.wait_load(lambda load: load.num_running_sequences == 1, "one runs")
+    waiting = asyncio.create_task(services.stream(stream_request()))
+    await services.wait_load(lambda load: load.num_waiting_sequences == 1, "one waits")
     errors = {name: await error_of(call(connection)) for name, call in BAD_CALLS.items()}
     open_gate(services.runner)
-    await holding
+    await asyncio.gather(holding, waiting)
     return {name: (error.code(), str(error.details()), details(error)) for name, error in errors.items()}
 
 
