@@ -1,8 +1,9 @@
 """How many requests are read at once, and for how long one may take to arrive.
 
-Before gRPC is asked for a call's message, the client can send no more of it than a stream's initial window, 64 KiB.
-Once asked, gRPC lets the whole message in, and holds what has come of it. So the number of requests being read bounds
-the memory that half-sent requests hold. A message within the initial window is there already and is read at once.
+Before gRPC is asked for a call's message, the client can send no more of it than a stream's initial window, 64 KiB as
+server_options() has it. Once asked, gRPC lets the whole message in, and holds what has come of it. So the number of
+requests being read bounds the memory that half-sent requests hold. A message within the initial window is there already
+and is read at once.
 
 A request that does not arrive ends its call: after READ_TIMEOUT_S, waiting for its turn included, and after
 HURRIED_READ_S where others need its turn or its place. So clients that stall hold others up for seconds at most.
