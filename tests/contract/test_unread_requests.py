@@ -209,3 +209,20 @@ async def test_whoever_watches_health_too_often_leaves_it_to_others(services: Se
         assert await services.health_of("") == "SERVING"
         for call in calls:
             call.cancel()
+
+
+async def test_one_connection_has_calls_for_the_whole_batch_however_few_may_wait() -> None:
+    num_rows = 100
+    async with Services(max_num_seqs=num_rows, max_num_waiting=1) as services:
+        calls = [services.channel.stream_unary(TOKENIZE)(never()) for _ in range(num_rows + 20)]
+
+        async def are_refused() -> bool:
+            return sum(call.done() for call in calls) >= 20
+
+        await wait_until(are_refused, "calls past the share are refused")
+        await asyncio.sleep(0.2)
+        refused = [call for call in calls if call.done()]
+        assert len(refused) == 20
+        assert {await call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for call in calls:
+            call.cancel()
