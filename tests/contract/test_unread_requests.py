@@ -93,8 +93,9 @@ async def raw_connection(address: str, stack: AsyncExitStack) -> RawConnection:
 async def end_of(call: Any, num_responses: int = 0) -> grpc.aio.AioRpcError:
     responses = []
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for response in call:
-            responses.append(response)
+        async with asyncio.timeout(WAIT_S):
+            async for response in call:
+                responses.append(response)
     assert len(responses) == num_responses
     return caught.value
 
@@ -109,18 +110,24 @@ async def test_a_call_that_sends_no_request_is_ended(
     services: Services, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(read_gate, "READ_TIMEOUT_S", 0.05)
-    error = await asyncio.wait_for(end_of(services.channel.stream_stream(method)(never())), WAIT_S)
+    error = await end_of(services.channel.stream_stream(method)(never()))
     assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "did not arrive within 0.05 s" in (error.details() or "")
 
 
-async def test_calls_that_send_no_request_lock_nobody_out(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_connections", "num_calls"), [(10, 100), (30, 5)], ids=["that wait", "being read"])
+async def test_calls_that_send_no_request_lock_nobody_out(
+    monkeypatch: pytest.MonkeyPatch, num_connections: int, num_calls: int
+) -> None:
+    """Be they more than are read at once, which hurry each other, or all of them being read."""
     monkeypatch.setattr(read_gate, "READ_TIMEOUT_S", LONG_S)
     monkeypatch.setattr(read_gate, "HURRIED_READ_S", 0.2)
     async with AsyncExitStack() as stack:
-        for _ in range(10):
+        small_requests = Services(max_num_seqs=4, max_num_waiting=4, max_request_bytes=2**20)
+        services = await stack.enter_async_context(small_requests)
+        for _ in range(num_connections):
             connection = await raw_connection(services.address, stack)
-            for _ in range(100):
+            for _ in range(num_calls):
                 await connection.call(TOKENIZE)
         own_connection = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(services.address, own_connection))
