@@ -87,7 +87,7 @@ def _wrap_awaited(
     async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
         try:
             with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
-                return await behavior(await read_request(aiter(requests), context.peer()), context)
+                return await behavior(await read_request(requests, context.peer()), context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -101,9 +101,7 @@ def _wrap_generator(behavior: Callable[..., Any], read_request: ReadRequest, lim
     async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
             with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
-                async with aclosing(
-                    behavior(await read_request(aiter(requests), context.peer()), context)
-                ) as responses:
+                async with aclosing(behavior(await read_request(requests, context.peer()), context)) as responses:
                     async for response in responses:
                         yield response
             return
