@@ -45,11 +45,14 @@ class PublicServer:
                 INFERENCE_SERVICE: inference.add_to,
                 CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
             },
+            small_services=[CONTROL_SERVICE],
             interceptors=interceptors,
             credentials=server_credentials(settings),
             shares_port=shares_port,
             max_request_bytes=settings.max_request_bytes,
             max_open_calls=settings.max_num_seqs + settings.max_num_waiting + NUM_OTHER_CALLS,
+            # One connection fills the batch, however few may wait: many clients have just one.
+            num_unshared_calls=settings.max_num_seqs,
         )
         self.front_end.connect(attach(self.front_end))
 

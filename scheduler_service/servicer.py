@@ -11,7 +11,7 @@ from scheduler_service.reply_codec import stream_message, whole_reply
 from scheduler_service.request_codec import AnyGenerateRequest, params_of, reply_limit
 from scheduler_service.tokenizer_faults import text_failure
 from scheduler_service.validation import check_model, check_request, check_token_ids
-from scheduler_service.wire_limits import TooLargeToDecode, bounded_generate, bounded_ids
+from scheduler_service.wire_limits import TooLargeToDecode, bounded_detokenize, bounded_generate, bounded_tokenize
 from shared.errors import WorkerUnavailable
 from shared.step_plan import WorkerInfo
 from tandem.v1 import inference_pb2
@@ -36,12 +36,13 @@ class InferenceServicer:
         unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         generate = bounded_generate(pb.GenerateRequest.FromString, self._token_limit)
         generate_stream = bounded_generate(pb.GenerateStreamRequest.FromString, self._token_limit)
-        detokenize = bounded_ids(pb.DetokenizeRequest.FromString, "token_ids", self._token_limit)
+        detokenize = bounded_detokenize(pb.DetokenizeRequest.FromString, self._token_limit)
+        tokenize = bounded_tokenize(pb.TokenizeRequest.FromString)
         encoded = pb.GenerateStreamResponse.SerializeToString
         handlers: dict[str, Any] = {
             "Generate": unary(self.Generate, generate, bytes),
             "GenerateStream": streaming(self.GenerateStream, generate_stream, encoded),
-            "Tokenize": unary(self.Tokenize, pb.TokenizeRequest.FromString, pb.TokenizeResponse.SerializeToString),
+            "Tokenize": unary(self.Tokenize, tokenize, pb.TokenizeResponse.SerializeToString),
             "Detokenize": unary(self.Detokenize, detokenize, pb.DetokenizeResponse.SerializeToString),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
@@ -67,8 +68,10 @@ class InferenceServicer:
             live.close()
 
     async def Tokenize(
-        self, request: inference_pb2.TokenizeRequest, context: Context
+        self, request: inference_pb2.TokenizeRequest | TooLargeToDecode, context: Context
     ) -> inference_pb2.TokenizeResponse:
+        if isinstance(request, TooLargeToDecode):
+            raise request.error
         check_model(request.model, self._served_model)
         add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else True
         ids = await self._front_end.encoder.encode(

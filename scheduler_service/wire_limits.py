@@ -29,6 +29,8 @@ FIXED_SIZES = {1: 8, 5: 4}
 
 PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+TOKENIZE_TEXT_TAG = inference_pb2.TokenizeRequest.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+DETOKENIZE_IDS_TAG = inference_pb2.DetokenizeRequest.TOKEN_IDS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 
 T = TypeVar("T")
 
@@ -57,14 +59,27 @@ def bounded_generate(
     return decode_bounded
 
 
-def bounded_ids(
-    decode: Callable[[bytes], T], field: str, max_num_ids: Callable[[], int]
+def bounded_detokenize(
+    decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
 ) -> Callable[[bytes], T | TooLargeToDecode]:
-    """The same for a request that is ids and little else."""
+    """A decoder of a request that is ids and little else. They come packed, as clients of protobuf send them."""
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
         limit = max_num_ids()
-        return TooLargeToDecode(_too_many(field, limit)) if _has_too_many(len(data), limit) else decode(data)
+        if _has_too_many(len(data), limit):
+            return TooLargeToDecode(_too_many("token_ids", limit))
+        violation = _violation_beside(data, DETOKENIZE_IDS_TAG, "ids")
+        return decode(data) if violation is None else TooLargeToDecode(violation)
+
+    return decode_bounded
+
+
+def bounded_tokenize(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooLargeToDecode]:
+    """A decoder of a request that is a text and little else."""
+
+    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
+        violation = _violation_beside(data, TOKENIZE_TEXT_TAG, "text")
+        return decode(data) if violation is None else TooLargeToDecode(violation)
 
     return decode_bounded
 
@@ -80,8 +95,23 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
     except _TooManyFields:
         num_other = len(data)
     if num_other > MAX_OTHER_BYTES:
-        return FieldViolation("", f"has more than {MAX_OTHER_BYTES} bytes beside the prompt")
+        return _beside("prompt")
     return _too_many("prompt.token_ids", max_num_ids) if _has_too_many(num_id_bytes, max_num_ids) else None
+
+
+def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None:
+    """Of a request that should be long for one field alone, which has the tag."""
+    if len(data) <= MAX_OTHER_BYTES:
+        return None
+    try:
+        num_other = sum(end - start for each, start, end in _fields(data, 0, len(data)) if each != tag)
+    except _TooManyFields:
+        num_other = len(data)
+    return _beside(name) if num_other > MAX_OTHER_BYTES else None
+
+
+def _beside(name: str) -> FieldViolation:
+    return FieldViolation("", f"has more than {MAX_OTHER_BYTES} bytes beside the {name}")
 
 
 def _has_too_many(num_bytes: int, max_num_ids: int) -> bool:

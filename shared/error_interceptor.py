@@ -3,13 +3,18 @@
 Errors leave here and nowhere else, as gRPC statuses with google.rpc details. gRPC is told that each method takes a
 stream of bytes. So a call that is refused a place was neither read nor parsed, and bytes that are no message are an
 error like any other; in gRPC's own deserialiser they would end INTERNAL.
+
+Services of small requests, such as health, have limits of their own: whoever fills the server with other calls leaves
+these alone, and their messages are decoded only where they are small.
 """
 
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import grpc
@@ -17,6 +22,7 @@ from google.protobuf.message import DecodeError
 
 from shared.call_gate import CallGate
 from shared.errors import FieldViolation, InvalidRequest, TandemError
+from shared.read_gate import ReadGate
 from shared.rich_status import DETAILS_METADATA_KEY, code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -24,14 +30,33 @@ logger = logging.getLogger(__name__)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Metadata = tuple[tuple[str, bytes], ...]
 Parse = Callable[[bytes], Any]
-ReadRequest = Callable[[AsyncIterator[bytes]], Awaitable[Any]]
+ReadRequest = Callable[[AsyncIterator[bytes], str], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """What the calls of some services share."""
+
+    calls: CallGate = field(default_factory=CallGate)
+    reads: ReadGate = field(default_factory=ReadGate)
+    max_request_bytes: int = sys.maxsize
+    # Else only the first, as a stream that is trusted may be silent for long.
+    bounds_each_message: bool = False
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps TandemError to its status, bytes that are no message to INVALID_ARGUMENT, and our bugs to INTERNAL."""
 
-    def __init__(self, gate: CallGate | None = None) -> None:
-        self._gate = gate or CallGate()
+    def __init__(
+        self,
+        limits: CallLimits | None = None,
+        small_limits: CallLimits | None = None,
+        small_services: Collection[str] = (),
+    ) -> None:
+        """small_services: the full names of those that small_limits are for."""
+        self._limits = limits or CallLimits()
+        self._small_limits = small_limits or self._limits
+        self._small_services = frozenset(small_services)
 
     async def intercept_service(
         self,
@@ -42,45 +67,51 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         read = _read_stream if handler.request_streaming else _read_one
-        read_request = read(handler.request_deserializer or bytes)
+        service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
+        limits = self._small_limits if service in self._small_services else self._limits
+        read_request = read(handler.request_deserializer or bytes, limits)
         behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if not handler.response_streaming:
-            make, wrapped = grpc.stream_unary_rpc_method_handler, self._wrap_awaited(behavior, read_request)
+            make, wrapped = grpc.stream_unary_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
         elif inspect.isasyncgenfunction(behavior):
-            make, wrapped = grpc.stream_stream_rpc_method_handler, self._wrap_generator(behavior, read_request)
+            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_generator(behavior, read_request, limits)
         else:
             # It writes its responses to the context, as the standard health service's Watch does.
-            make, wrapped = grpc.stream_stream_rpc_method_handler, self._wrap_awaited(behavior, read_request)
+            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
         return make(wrapped, None, handler.response_serializer)
 
-    def _wrap_awaited(self, behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest) -> Callable[..., Any]:
-        async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
-            try:
-                with self._gate.pass_through(context.peer()):
-                    return await behavior(await read_request(requests), context)
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                end = _end_of(error)
-            await context.abort(*end)
 
-        return awaited
+def _wrap_awaited(
+    behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest, limits: CallLimits
+) -> Callable[..., Any]:
+    async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
+        try:
+            with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
+                return await behavior(await read_request(requests, context.peer()), context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            end = _end_of(error)
+        await context.abort(*end)
 
-    def _wrap_generator(self, behavior: Callable[..., Any], read_request: ReadRequest) -> Callable[..., Any]:
-        async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-            try:
-                with self._gate.pass_through(context.peer()):
-                    async with aclosing(behavior(await read_request(requests), context)) as responses:
-                        async for response in responses:
-                            yield response
-                return
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception as error:
-                end = _end_of(error)
-            await context.abort(*end)
+    return awaited
 
-        return generator
+
+def _wrap_generator(behavior: Callable[..., Any], read_request: ReadRequest, limits: CallLimits) -> Callable[..., Any]:
+    async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        try:
+            with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
+                async with aclosing(behavior(await read_request(requests, context.peer()), context)) as responses:
+                    async for response in responses:
+                        yield response
+            return
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            end = _end_of(error)
+        await context.abort(*end)
+
+    return generator
 
 
 def _end_of(error: Exception) -> tuple[grpc.StatusCode, str, Metadata]:
@@ -96,27 +127,32 @@ def _end_of(error: Exception) -> tuple[grpc.StatusCode, str, Metadata]:
     return grpc.StatusCode.INTERNAL, "internal error; the server's log has more", ()
 
 
-def _read_one(parse: Parse) -> ReadRequest:
-    async def read_one(requests: AsyncIterator[bytes]) -> Any:
-        async for data in requests:
-            return _parsed(parse, data)
-        raise InvalidRequest(FieldViolation("", "the call ended before its request"))
+def _read_one(parse: Parse, limits: CallLimits) -> ReadRequest:
+    async def read_one(requests: AsyncIterator[bytes], peer: str) -> Any:
+        data = await limits.reads.read(peer, requests)
+        if data is None:
+            raise InvalidRequest(FieldViolation("", "the call ended before its request"))
+        return _parsed(parse, data, limits)
 
     return read_one
 
 
-def _read_stream(parse: Parse) -> ReadRequest:
-    async def parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for data in requests:
-            yield _parsed(parse, data)
+def _read_stream(parse: Parse, limits: CallLimits) -> ReadRequest:
+    async def parsed(requests: AsyncIterator[bytes], peer: str) -> AsyncIterator[Any]:
+        data = await limits.reads.read(peer, requests)
+        while data is not None:
+            yield _parsed(parse, data, limits)
+            data = await (limits.reads.read(peer, requests) if limits.bounds_each_message else anext(requests, None))
 
-    async def read_stream(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        return parsed(requests)
+    async def read_stream(requests: AsyncIterator[bytes], peer: str) -> AsyncIterator[Any]:
+        return parsed(requests, peer)
 
     return read_stream
 
 
-def _parsed(parse: Parse, data: bytes) -> Any:
+def _parsed(parse: Parse, data: bytes, limits: CallLimits) -> Any:
+    if len(data) > limits.max_request_bytes:
+        raise InvalidRequest(FieldViolation("", f"has more than {limits.max_request_bytes} bytes"))
     try:
         return parse(data)
     except DecodeError:

@@ -8,6 +8,7 @@ TandemError
 │   ├── QueueFull             RESOURCE_EXHAUSTED, RetryInfo
 │   ├── Draining              UNAVAILABLE, RetryInfo
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
+├── RequestTooSlow            DEADLINE_EXCEEDED: the request did not arrive in time
 ├── Unauthenticated           UNAUTHENTICATED: the caller has not shown who it is
 ├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
 ├── TextFailed                INTERNAL: the tokenizer failed on this one request
@@ -70,6 +71,10 @@ class Draining(RetryLater):
 
 class WorkerUnavailable(RetryLater):
     """No worker with the right model came back in the stated time."""
+
+
+class RequestTooSlow(TandemError):
+    """The client opened a call and did not send its request in time."""
 
 
 class Unauthenticated(TandemError):

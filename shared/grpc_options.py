@@ -108,6 +108,9 @@ def server_options(
         # Pings are never too many: gRPC queues a GOAWAY for each one past a limit, and a flood of them is gigabytes.
         # Without a limit it stops reading while its answers are not read, and keeps nothing.
         ("grpc.http2.max_ping_strikes", 0),
+        # A call's window stays at 64 KiB until its message is asked for, and is then as large as the message. With
+        # these probes, gRPC would open all windows to 4 MiB, and hold as much for each call that is not read.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.max_connection_idle_ms", IDLE_TIMEOUT_MS),
         ("grpc.max_allowed_incoming_connections", max_connections),

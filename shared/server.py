@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import grpc
@@ -19,10 +19,11 @@ from grpc_reflection.v1alpha import reflection
 
 from shared.call_gate import CallGate
 from shared.config import ServiceSettings
-from shared.error_interceptor import ErrorInterceptor
+from shared.error_interceptor import CallLimits, ErrorInterceptor
 from shared.errors import ConfigError
 from shared.grpc_options import MAX_MESSAGE_BYTES, server_options
 from shared.process import raise_descriptor_limit
+from shared.read_gate import ReadGate
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,19 @@ RESERVED_DESCRIPTORS = 128
 """File descriptors that connections leave to the process: its own channels, files, libraries."""
 
 DEFAULT_MAX_OPEN_CALLS = 1024
+
+READ_BYTES = 256 * 2**20
+"""What requests that are being read may hold together; of one connection, an eighth."""
+
+MIN_READING, MIN_READING_PER_CONNECTION = 8, 2
+"""Requests that are read at once however large they may be."""
+
+SMALL_REQUEST_BYTES = 4096
+"""The longest request of a health, reflection, channelz or control service has a name or two."""
+
+MAX_SMALL_CALLS, MAX_SMALL_CALLS_PER_CONNECTION = 512, 64
+MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION = 16, 4
+"""Calls to those services: open at once, and being read. A probe ends at once; who watches health keeps a call open."""
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 Register = Callable[[grpc.aio.Server], None]
@@ -42,16 +56,20 @@ class Server:
         self,
         services: dict[str, Register],
         *,
+        small_services: Collection[str] = (),
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
         shares_port: bool = False,
         max_request_bytes: int = MAX_MESSAGE_BYTES,
         max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
+        num_unshared_calls: int = 0,
     ) -> None:
-        """services: full name -> what adds its servicer to a server. Interceptors run inside the error mapping.
+        """services: full name -> what adds its servicer to a server. small_services: those of them whose requests are
+        all small; like health, they have limits apart from the others. Interceptors run inside the error mapping.
         shares_port: other servers listen where this one does, and the system deals out the connections.
         max_request_bytes: gRPC refuses a larger message with RESOURCE_EXHAUSTED. max_open_calls: past it, and of one
-        connection past its share, calls are refused with QueueFull.
+        connection past its share, calls are refused with QueueFull. num_unshared_calls: one connection alone may have
+        as many, be it more than its share.
         """
         self._services = tuple(services)
         self._credentials = credentials
@@ -62,20 +80,23 @@ class Server:
             max_connections=max(num_descriptors - RESERVED_DESCRIPTORS, num_descriptors // 2),
             shares_port=shares_port,
         )
-        first = ErrorInterceptor(CallGate(max_open_calls))
+        own_names = [
+            health.SERVICE_NAME,
+            channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
+            reflection.SERVICE_NAME,
+        ]
+        first = ErrorInterceptor(
+            _limits(CallGate(max_open_calls, num_unshared=num_unshared_calls), max_request_bytes),
+            _small_limits(),
+            [*small_services, *own_names],
+        )
         self._server = grpc.aio.server(interceptors=[first, *interceptors], options=options)
         for register in services.values():
             register(self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         channelz.add_channelz_servicer(self._server)
-        names = [
-            *services,
-            health.SERVICE_NAME,
-            channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
-            reflection.SERVICE_NAME,
-        ]
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable_server_reflection([*services, *own_names], self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Listens; gives the port. ConfigError where the address can't be had."""
@@ -103,6 +124,21 @@ class Server:
         """Takes no new calls; those that run have grace_s to end."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+
+
+def _limits(calls: CallGate, max_request_bytes: int) -> CallLimits:
+    max_reading = max(MIN_READING, READ_BYTES // max_request_bytes)
+    per_connection = max(MIN_READING_PER_CONNECTION, max_reading // 8)
+    return CallLimits(calls, ReadGate(max_reading, per_connection))
+
+
+def _small_limits() -> CallLimits:
+    return CallLimits(
+        CallGate(MAX_SMALL_CALLS, max_per_connection=MAX_SMALL_CALLS_PER_CONNECTION),
+        ReadGate(MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION),
+        SMALL_REQUEST_BYTES,
+        bounds_each_message=True,
+    )
 
 
 def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials | None:

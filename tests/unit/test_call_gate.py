@@ -1,4 +1,4 @@
-"""A connection may have as many calls open as places are left."""
+"""Past the first places, a connection may have as many calls open as places are left."""
 
 from contextlib import ExitStack
 
@@ -10,7 +10,7 @@ from shared.errors import QueueFull
 
 def fill(gate: CallGate, peer: str, stack: ExitStack) -> int:
     """Opens calls until one is refused; how many were opened."""
-    for count in range(1000):
+    for count in range(5000):
         try:
             stack.enter_context(gate.pass_through(peer))
         except QueueFull:
@@ -18,13 +18,40 @@ def fill(gate: CallGate, peer: str, stack: ExitStack) -> int:
     raise AssertionError("nothing is refused")
 
 
-def test_greedy_connections_share_alike_and_leave_as_much_to_the_next() -> None:
-    gate = CallGate(120)
+def test_connections_that_end_no_call_leave_none_and_whoever_comes_then_has_it_told() -> None:
+    """Shares alone keep no place for a late client: something must end, and the gate says so."""
+    gate, told = CallGate(120), []
     with ExitStack() as calls:
-        assert fill(gate, "first", calls) == 60
-        # The later ones get as much as is left, until the first ones give something back.
-        assert [fill(gate, name, calls) for name in ("second", "third", "fourth")] == [30, 15, 8]
-        assert fill(gate, "polite", calls) == 4
+        for name in "abcdef":
+            fill(gate, name, calls)
+        assert fill(gate, "greedy", calls) == 1
+        with pytest.raises(QueueFull), gate.pass_through("late", lambda: told.append("full")):
+            pass
+    assert told == ["full"]
+
+
+def test_a_refusal_while_places_are_left_is_the_connections_own_affair() -> None:
+    gate, told = CallGate(10), []
+    with ExitStack() as calls:
+        fill(gate, "greedy", calls)
+        with pytest.raises(QueueFull), gate.pass_through("greedy", lambda: told.append("full")):
+            pass
+    assert told == []
+
+
+@pytest.mark.parametrize("num_waiting", [1, 100, 256, 4096])
+def test_one_connection_alone_fills_the_batch(num_waiting: int) -> None:
+    num_rows = 256
+    gate = CallGate(num_rows + num_waiting + 64, num_unshared=num_rows)
+    with ExitStack() as calls:
+        assert fill(gate, "gateway", calls) >= num_rows
+        assert fill(gate, "polite", calls) >= 32
+
+
+def test_a_connection_has_its_most_whatever_is_left() -> None:
+    gate = CallGate(100, max_per_connection=10)
+    with ExitStack() as calls:
+        assert [fill(gate, name, calls) for name in "abc"] == [10, 10, 10]
 
 
 @pytest.mark.parametrize("num_greedy", [1, 2, 8])

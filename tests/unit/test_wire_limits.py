@@ -5,7 +5,14 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_service.wire_limits import MAX_OTHER_BYTES, TooLargeToDecode, _violation, bounded_generate, bounded_ids
+from scheduler_service.wire_limits import (
+    MAX_OTHER_BYTES,
+    TooLargeToDecode,
+    _violation,
+    bounded_detokenize,
+    bounded_generate,
+    bounded_tokenize,
+)
 from tandem.v1 import inference_pb2
 from tests.contract.services import stream_request
 
@@ -38,10 +45,27 @@ def test_ids_that_must_be_too_many_are_not_decoded() -> None:
     assert isinstance(refused, TooLargeToDecode) and refused.violation.field == "prompt.token_ids"
     in_parts = stream_request([1] * 20_000).SerializeToString() * 200
     assert isinstance(decode(in_parts), TooLargeToDecode)
-    decode_ids = bounded_ids(inference_pb2.DetokenizeRequest.FromString, "token_ids", lambda: 1000)
+    decode_ids = bounded_detokenize(inference_pb2.DetokenizeRequest.FromString, lambda: 1000)
     request = inference_pb2.DetokenizeRequest(token_ids=[2**32 - 1] * 1000, model="x" * 200)
     assert decode_ids(request.SerializeToString()) == request
     assert isinstance(decode_ids(request.SerializeToString() * 100), TooLargeToDecode)
+
+
+@pytest.mark.parametrize("data", [b"\x7a\0", b"\x0a\0", b"\x12\0"], ids=["unknown", "text or ids", "model"])
+def test_a_request_to_tokenize_or_detokenize_in_many_parts_is_not_decoded(data: bytes) -> None:
+    """Empty fields, two bytes each: nothing of them is kept, and each takes time."""
+    tokenize = bounded_tokenize(inference_pb2.TokenizeRequest.FromString)
+    assert isinstance(tokenize(data * 2_000_000), TooLargeToDecode)
+    detokenize = bounded_detokenize(inference_pb2.DetokenizeRequest.FromString, lambda: MAX_NUM_IDS)
+    assert isinstance(detokenize(data * 1_000_000), TooLargeToDecode)
+
+
+def test_a_long_text_to_tokenize_is_decoded_and_a_long_model_is_not() -> None:
+    tokenize = bounded_tokenize(inference_pb2.TokenizeRequest.FromString)
+    request = inference_pb2.TokenizeRequest(text="x" * 3_000_000, model="x" * 255, add_special_tokens=False)
+    assert tokenize(request.SerializeToString()) == request
+    refused = tokenize(inference_pb2.TokenizeRequest(text="x", model="x" * 300_000).SerializeToString())
+    assert isinstance(refused, TooLargeToDecode) and "beside the text" in str(refused.error)
 
 
 @given(st.binary(max_size=200))
