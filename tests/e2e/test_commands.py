@@ -131,6 +131,7 @@ def test_llm_generates_from_text_and_token_ids_and_leaves_nothing_behind() -> No
     assert not set(me.children()) & started
 
 
+@pytest.mark.slow
 def test_llm_goes_on_when_its_worker_is_killed() -> None:
     params = SamplingParams(seed=1, max_tokens=300, ignore_eos=True)
     prompts = ["ROMEO:\n", "JULIET:\n"]

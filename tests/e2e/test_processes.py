@@ -56,6 +56,7 @@ def test_two_engines_share_a_host(engine: Engine, start_engine: StartEngine) -> 
     other.close()
 
 
+@pytest.mark.slow
 def test_a_prompt_of_40000_tokens_is_served(start_engine: StartEngine, long_context_folder: Path) -> None:
     engine = start_engine(
         long_context_folder, dtype="float32", worker_flags=["--num-blocks", "2600", "--max-num-batched-tokens", "1024"]
@@ -111,7 +112,9 @@ def test_sigterm_finishes_what_runs_and_ends_with_status_0(engine: Engine) -> No
     assert engine.worker.process.wait(WAIT_S) == 0
 
 
-@pytest.mark.parametrize(("front_ends", "number"), [("0", signal.SIGINT), ("2", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("front_ends", "number"), [("0", signal.SIGINT), pytest.param("2", signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_ends_the_drain_and_every_stream(
     start_engine: StartEngine, front_ends: str, number: signal.Signals
 ) -> None:

@@ -41,8 +41,15 @@ def silence(engine: Engine, link: Link) -> Callable[[], None]:
     return link.recover
 
 
-@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
-@pytest.mark.parametrize("disturb", [freeze, silence])
+@pytest.mark.parametrize(
+    ("disturb", "is_busy"),
+    [
+        pytest.param(freeze, False, id="frozen-idle"),
+        pytest.param(freeze, True, id="frozen-busy", marks=pytest.mark.slow),
+        pytest.param(silence, False, id="silent-idle", marks=pytest.mark.slow),
+        pytest.param(silence, True, id="silent-busy"),
+    ],
+)
 def test_a_silent_worker_is_lost_within_6_seconds(
     engine: Engine, link: Link, disturb: Callable[[Engine, Link], Callable[[], None]], is_busy: bool
 ) -> None:

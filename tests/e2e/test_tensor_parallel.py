@@ -49,7 +49,10 @@ def run(engine: Engine) -> list[list[int]]:
     return [stream.result() for stream in [engine.stream(request) for request in make_requests()]]
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(CONFIGS["dense"], id="dense"), pytest.param(CONFIGS["moe"], id="moe", marks=pytest.mark.slow)],
+)
 def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **config)
     outputs, num_preemptions = {}, 0
@@ -142,6 +145,7 @@ def test_a_killed_rank_ends_the_group_and_streams_go_on(engine: Engine) -> None:
     assert f"rank 1 (process {ranks[1].pid})" in engine.worker.log_file.read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_0_leaves_nothing_behind(engine: Engine) -> None:
     lose(engine, 0, signal.SIGKILL, 10)
 
@@ -154,7 +158,9 @@ def test_a_frozen_rank_ends_the_group(engine: Engine) -> None:
     wait_all_gone(ranks, 10)
 
 
-@pytest.mark.parametrize("receivers", [1, 2], ids=["rank_0", "all_ranks"])
+@pytest.mark.parametrize(
+    "receivers", [pytest.param(1, id="rank_0"), pytest.param(2, id="all_ranks", marks=pytest.mark.slow)]
+)
 def test_sigterm_ends_all_ranks_well(receivers: int, engine: Engine) -> None:
     """In the middle of streams; a supervisor may tell all of its processes."""
     streams = [engine.stream(generate_request(prompt, 900)) for prompt in PROMPTS[:2]]

@@ -128,10 +128,10 @@ Disturbance = Callable[[Engine, list[Stream]], None]
     ("disturb", "num_losses"),
     [
         pytest.param(kill_and_replace, 1, id="killed"),
-        pytest.param(kill_twice, 2, id="killed-twice"),
+        pytest.param(kill_twice, 2, id="killed-twice", marks=pytest.mark.slow),
         pytest.param(kill_and_wait, 1, id="killed-under-its-supervisor"),
         pytest.param(freeze_and_thaw, 1, id="frozen"),
-        pytest.param(freeze_and_replace, 1, id="frozen-then-killed"),
+        pytest.param(freeze_and_replace, 1, id="frozen-then-killed", marks=pytest.mark.slow),
         pytest.param(freeze_for_good, 1, id="frozen-under-its-supervisor", marks=pytest.mark.slow),
     ],
 )
