@@ -353,7 +353,7 @@ def test_ten_thousand_moves(seen: Counter[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_two_hundred_thousand_moves(seen: Counter[str]) -> None:
     """In parts, because hypothesis keeps in memory what a run has tried."""
     while seen["moves"] < 200_000:
