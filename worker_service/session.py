@@ -84,7 +84,7 @@ class Session:
         self._plans.put((plan, received_ns))
 
     def end(self, error: Exception | None) -> None:
-        """Drops plans that have not started; those that have run to their end, unheard."""
+        """Drops plans that have not started. Steps that have begun run to their end, and nobody hears their results."""
         if self.is_live:
             self.is_live = False
             if self._num_answered == self._num_received:
@@ -156,7 +156,7 @@ class Session:
             self._tell_failure(step_id, error)
 
     def _tell_failure(self, step_id: int, error: BaseException) -> None:
-        """Whether or not the session has ended: the process must."""
+        """The process must end, even if the session has ended by now."""
         logger.critical("step %d failed", step_id, exc_info=error)
         self._tell(self._on_failure, f"step {step_id} failed: {error!r}")
 
