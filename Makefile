@@ -16,7 +16,7 @@ SCALING_MODELS ?= build/models/8b build/models/32b
 TP_SIZES ?= 1 2 4 8
 GPU := $(shell command -v nvidia-smi)
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-costly bench-plot compose-test clean
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -101,6 +101,13 @@ bench-plot: $(STAMP)  ## Draws docs/images from benchmarks/results
 
 build/models/%/config.json: | $(STAMP)
 	$(BIN)/python -m benchmarks.checkpoint $* $(@D) $(TOKENIZER)
+
+# What `make chaos` runs; all parts by default. CHAOS_FLAGS=--afresh begins again.
+PARTS ?=
+CHAOS_FLAGS ?=
+
+chaos: $(STAMP)  ## Tries for two hours to lose something, in parts; writes benchmarks/results/chaos, docs/reliability.md
+	$(BIN)/python -m tests.chaos $(PARTS) $(CHAOS_FLAGS)
 
 compose-test: $(STAMP)  ## docker-compose.yml brought up for real, its worker killed under a stream
 	$(BIN)/python -m tests.e2e.compose_test

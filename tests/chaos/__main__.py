@@ -1,0 +1,45 @@
+"""`python -m tests.chaos`: runs parts of the harness, keeps what they found, fills the table in docs/reliability.md.
+
+A run that was interrupted goes on where it was. The exit status is 1 where a promise is not met.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tests.chaos.part import Form
+from tests.chaos.parts import PARTS
+from tests.chaos.results import FOLDER, ChaosError, run_part
+from tests.chaos.table import DOCUMENT, fill, table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    names = [part.name for part in PARTS]
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)}; all by default")
+    parser.add_argument("--form", type=Form, choices=list(Form), default=Form.FULL)
+    parser.add_argument("--afresh", action="store_true", help="begin again, whatever results there are")
+    parser.add_argument("--results", type=Path, default=FOLDER, metavar="FOLDER")
+    parser.add_argument("--commit", help="of what is tried; asked of git if not given")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.parts) - set(names):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    is_met = True
+    for part in PARTS:
+        if given.parts and part.name not in given.parts:
+            continue
+        try:
+            rows = run_part(part, given.form, given.results, afresh=given.afresh, commit=given.commit)
+        except ChaosError as error:
+            print(f"chaos: {error}", file=sys.stderr)
+            return 2
+        for row in rows:
+            is_met &= row.is_met
+            print(f"{'met' if row.is_met else 'NOT MET'}: {row.promise}: {row.tried}: {row.found}", flush=True)
+    if given.results == FOLDER:
+        DOCUMENT.write_text(fill(DOCUMENT.read_text(), table(PARTS, FOLDER)))
+    return 0 if is_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Engines of real processes for the harness: a small random model in float64, whose tokens are the same however it is
+batched.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import VOCAB_SIZE
+from tests.e2e.services import Engine
+from tests.model_factory import save_random_model
+
+
+@contextlib.contextmanager
+def running_engine(**settings: Any) -> Iterator[Engine]:
+    """settings: Engine's."""
+    with tempfile.TemporaryDirectory(prefix="tandem-chaos-") as folder:
+        model = save_random_model(
+            Path(folder),
+            dtype="float64",
+            seed=5,
+            initializer_range=0.3,
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=1024,
+        )
+        with contextlib.closing(Engine(model, **settings)) as engine:
+            yield engine

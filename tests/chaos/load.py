@@ -1,0 +1,225 @@
+"""Clients that send the same requests again and again, each answer held against the truth, token by token.
+
+The truth is what the engine gave for the same request when nothing disturbed it.
+"""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from shared.grpc_options import CHANNEL_OPTIONS
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tests.e2e.conftest import VOCAB_SIZE
+from tests.e2e.services import generate_request, random_prompt
+
+KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
+LOGPROB_TOLERANCE = 1e-5
+"""float32 on the wire, of sums whose order follows the batch."""
+PAUSE_S = 0.1
+"""Before a request that was refused is sent again."""
+MAX_FAULTS = 20
+
+
+class WrongStream(Exception):
+    """A stream that is not its request's true one."""
+
+
+@dataclass
+class Answer:
+    """What a request's messages add up to, by choice."""
+
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)
+    finishes: dict[int, int] = field(default_factory=dict)
+    num_output_tokens: int | None = None
+
+    def add(self, message: inference_pb2.GenerateStreamResponse) -> None:
+        choice = message.choice_index
+        if choice in self.finishes:
+            raise WrongStream(f"news of choice {choice} after its end")
+        self.token_ids.setdefault(choice, []).extend(message.token_ids)
+        self.logprobs.setdefault(choice, []).extend(each.logprob for each in message.logprobs)
+        if message.HasField("finish"):
+            self.finishes[choice] = message.finish.reason
+        if message.HasField("usage"):
+            self.num_output_tokens = message.usage.num_output_tokens
+
+    def check(self, truth: "Answer", *, is_ended: bool) -> None:
+        """Raises WrongStream where this is no beginning of the truth or, once ended, not all of it."""
+        for choice, tokens in self.token_ids.items():
+            expected = truth.token_ids.get(choice, [])
+            if tokens != expected[: len(tokens)]:
+                at = next(
+                    i for i, (got, right) in enumerate(zip(tokens, [*expected, None], strict=False)) if got != right
+                )
+                raise WrongStream(
+                    f"choice {choice}: from token {at} on {tokens[at : at + 8]}, not {expected[at : at + 8]}"
+                )
+            for at, (got, right) in enumerate(zip(self.logprobs[choice], truth.logprobs[choice], strict=False)):
+                if abs(got - right) > LOGPROB_TOLERANCE:
+                    raise WrongStream(f"choice {choice}: log-probability {got} of token {at}, not {right}")
+        if is_ended and (self.token_ids, self.finishes) != (truth.token_ids, truth.finishes):
+            raise WrongStream(f"ended with {self._lengths()} tokens, not {truth._lengths()}")
+        if is_ended and {c: len(p) for c, p in self.logprobs.items()} != {c: len(p) for c, p in truth.logprobs.items()}:
+            raise WrongStream("log-probabilities are missing, or there are too many")
+        if is_ended and self.num_output_tokens != truth.num_output_tokens:
+            raise WrongStream(f"usage says {self.num_output_tokens} tokens, not {truth.num_output_tokens}")
+
+    def _lengths(self) -> dict[int, int]:
+        return {choice: len(tokens) for choice, tokens in self.token_ids.items()}
+
+
+def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
+    """The request of one client: of unequal lengths, each kind in turn."""
+    kind = KINDS[number % len(KINDS)]
+    request = generate_request(
+        random_prompt(5 + 7 * (number % 40), VOCAB_SIZE, seed=number),
+        num_tokens + 5 * (number % 40),
+        temperature=0.8 if kind in ("seeded", "two choices") else 0.0,
+        seed=number,
+    )
+    if kind == "two choices":
+        request.num_choices = 2
+    if kind == "log-probabilities":
+        request.output.num_logprobs = 3
+    return request
+
+
+class Load:
+    """Streams in an event loop of its own, in a thread of its own. A context manager; learns the truth at the start."""
+
+    def __init__(
+        self,
+        address: str,
+        num_streams: int,
+        *,
+        num_tokens: int,
+        may_end: Collection[grpc.StatusCode] = (),
+        timeout_s: float = 600.0,
+    ) -> None:
+        """may_end: codes that a stream may end with; its request is sent again, with its id, until it has its answer.
+        timeout_s: the deadline of each call.
+        """
+        self.counts: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
+        """By code, those that are in may_end too."""
+        self.faults: list[str] = []
+        """What was wrong, the first MAX_FAULTS of it."""
+        self.arrivals: list[float] = []
+        """When (time.monotonic) each message with tokens came, of any stream."""
+        self._address = address
+        self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
+        self._truth: list[Answer] = []
+        self._may_end = set(may_end)
+        self._timeout_s = timeout_s
+        self._is_last = False
+        self._serial = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._streams: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        self._run(self._open())
+        self._truth = self._run(self._learn())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_last = True
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def start(self) -> None:
+        async def start() -> None:
+            self._streams = [asyncio.create_task(self._go_on(number)) for number in range(len(self._requests))]
+
+        self._run(start())
+
+    def finish(self, timeout_s: float = 600.0) -> None:
+        """Lets each client get the answer that it waits for, then no more are sent."""
+        self._is_last = True
+
+        async def wait() -> None:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*self._streams)
+
+        self._run(wait())
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """As a results file has it."""
+        return {
+            "streams": len(self._requests),
+            "answers": self.counts["answers"],
+            "tokens": self.counts["tokens"],
+            "ended": dict(self.ends),
+            "wrong": self.counts["wrong"],
+            "faults": self.faults,
+        }
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _open(self) -> None:
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.aio.insecure_channel(self._address, options)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    async def _learn(self) -> list[Answer]:
+        return await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+
+    async def _close(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.gather(*self._streams, return_exceptions=True)
+        await self._channel.close()
+
+    async def _ask(self, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
+        answer = Answer()
+        async for message in self._stub.GenerateStream(request, timeout=self._timeout_s):
+            answer.add(message)
+            if truth is not None:
+                if message.token_ids:
+                    self.arrivals.append(time.monotonic())
+                    self.counts["tokens"] += len(message.token_ids)
+                answer.check(truth, is_ended=False)
+        if truth is not None:
+            answer.check(truth, is_ended=True)
+        return answer
+
+    async def _go_on(self, number: int) -> None:
+        while not self._is_last:
+            request = inference_pb2.GenerateStreamRequest()
+            request.CopyFrom(self._requests[number])
+            request.request_id = f"load-{number}-{next(self._serial)}"
+            while not await self._try_once(request, self._truth[number]):
+                await asyncio.sleep(PAUSE_S)
+
+    async def _try_once(self, request: inference_pb2.GenerateStreamRequest, truth: Answer) -> bool:
+        """Whether there is nothing more to try."""
+        try:
+            await self._ask(request, truth)
+        except grpc.aio.AioRpcError as error:
+            self.ends[error.code().name] += 1
+            if error.code() in self._may_end:
+                return False
+            self._note(f"{request.request_id} ended {error.code().name}: {error.details()}")
+        except WrongStream as error:
+            self.counts["wrong"] += 1
+            self._note(f"{request.request_id}: {error}")
+        else:
+            self.counts["answers"] += 1
+        return True
+
+    def _note(self, fault: str) -> None:
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(fault)

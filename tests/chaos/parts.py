@@ -1,0 +1,5 @@
+"""The parts of the harness, in the order of the table."""
+
+from tests.chaos.part import Part
+
+PARTS: tuple[Part, ...] = ()
