@@ -188,7 +188,9 @@ class EngineHub:
         """Those of them that are live end with an error."""
         for sequence_id in sequence_ids:
             if (sequence := self._sequences.get(sequence_id)) is not None:
-                self.step_loop.abort(sequence_id)
+                # A stop that a front end finds in what it has is still to count.
+                if (ended := self.step_loop.abort(sequence_id)) is not None:
+                    sequence.num_output_tokens = ended.num_output_tokens
                 self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
         self._flush()
 

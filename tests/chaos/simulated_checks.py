@@ -45,7 +45,9 @@ class WatchedSink:
         """That the core confirmed of each sequence."""
         self._world = world
         self._hub = hub
-        self._lost_at = 0.0
+        self.ready_at = self._lost_at = 0.0
+        """When a worker came, and when one was lost."""
+        self._fingerprint = ""
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         self.num_tokens.update(outputs.sequence_ids)
@@ -80,7 +82,14 @@ class WatchedSink:
         check_books(self._world)
 
     async def on_readiness(self, is_ready: bool) -> None:
-        if not is_ready:
+        step_loop = self._world.step_loop
+        assert step_loop.worker is not None and step_loop.scheduler is not None
+        if is_ready:
+            self.ready_at = now()
+            if step_loop.worker.fingerprint != self._fingerprint and step_loop.scheduler.num_unfinished:
+                self._world.fail("what was live goes on with another model")
+            self._fingerprint = step_loop.worker.fingerprint
+        else:
             self._lost_at = now()
         await self._hub.on_readiness(is_ready)
 
@@ -140,7 +149,7 @@ def _explanation(world: "World", call: Call, error: Exception) -> str:
         case Draining():
             return "draining" if world.hub.is_draining else ""
         case QueueFull():
-            return "queue full"
+            return "queue full" if _is_full(world, call) else ""
         case RequestIdInUse():
             return "id in use" if call.may_share_id else ""
         case InvalidRequest():
@@ -172,7 +181,8 @@ def _explain_unavailable(world: "World", call: Call, text: str) -> str:
     if "no worker came back" in text:
         return "worker away" if gone_at >= call.started_at else ""
     if "the worker is gone" in text:
-        return "refused without a worker" if gone_at >= 0 else ""
+        is_back = world.step_loop.is_connected and now() - world.sink.ready_at > LAG_S
+        return "refused without a worker" if gone_at >= 0 and not is_back else ""
     if "no worker has been seen yet" in text:
         return "refused before the first worker" if call.started_at < LAG_S else ""
     if "came to have another model" in text:
@@ -184,6 +194,19 @@ def _explain_unavailable(world: "World", call: Call, text: str) -> str:
         is_late = world.hub.is_draining and not call.is_admitted
         return "stopped" if call.front_end.is_gone or world.is_cut_short or is_late else ""
     return ""
+
+
+def _is_full(world: "World", call: Call) -> bool:
+    """Beside the step loop the error is there at once; elsewhere the queue may have moved on."""
+    scheduler, num_choices = world.step_loop.scheduler, len(call.asked.truths)
+    assert scheduler is not None
+    queue, config = scheduler._queue, world.config
+    num_tokens = num_choices * len(call.asked.message.prompt.token_ids.ids)
+    return (
+        call.front_end.attachment is None
+        or queue.num_new + num_choices > config.max_num_waiting
+        or (queue.num_new > 0 and queue.num_new_tokens + num_tokens > config.max_num_waiting_tokens)
+    )
 
 
 def _may_not_fit(world: "World", asked: Asked) -> bool:
