@@ -36,7 +36,7 @@ class WatchedSink:
     """The hub, as the step loop has it; raises when the world says so, before or after the hub has its news."""
 
     def __init__(self, world: "World", hub: EngineHub) -> None:
-        self.is_to_raise = self.has_raised = False
+        self.is_to_raise = self.is_to_raise_at_ends = self.has_raised = False
         self.gone_at: list[float] = []
         """When the step loop gave up the wait for a worker."""
         self.idle_at = 0.0
@@ -54,6 +54,7 @@ class WatchedSink:
         self._world.note_step()
         if self.is_to_raise and outputs.sequence_ids:
             self.is_to_raise = False
+            self.has_raised = True
             self._world.count("sink raises")
             if self._world.rng.random() < 0.5:
                 self._hub.on_outputs(outputs)
@@ -62,8 +63,9 @@ class WatchedSink:
         check_books(self._world)
 
     def on_finished(self, finished: list[FinishedSequence]) -> None:
-        if self.is_to_raise and finished:
-            self.is_to_raise = False
+        if self.is_to_raise_at_ends and finished:
+            self.is_to_raise_at_ends = False
+            self.has_raised = True
             self._world.count("sink raises at ends")
             raise InjectedFault
         self._hub.on_finished(finished)

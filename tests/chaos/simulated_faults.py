@@ -88,12 +88,18 @@ async def stall_a_stream(world: "World") -> bool:
 
 async def raise_in_a_listener(world: "World") -> bool:
     front_end = world.rng.choice(world.front_ends)
-    front_end.is_to_raise = front_end.has_raised = True
+    front_end.is_to_raise = True
     return False
 
 
 async def raise_in_the_sink(world: "World") -> bool:
-    world.sink.is_to_raise = world.sink.has_raised = True
+    world.sink.is_to_raise = True
+    return False
+
+
+async def raise_in_the_sink_at_ends(world: "World") -> bool:
+    """Of those that end when a worker is lost, or comes."""
+    world.sink.is_to_raise_at_ends = True
     return False
 
 
@@ -146,6 +152,7 @@ FAULTS: dict[str, tuple[float, Callable[["World"], Awaitable[bool]]]] = {
     "stream to a front end stalls": (0.5, stall_a_stream),
     "listener raises": (0.7, raise_in_a_listener),
     "sink raises": (0.5, raise_in_the_sink),
+    "sink raises at ends": (1.0, raise_in_the_sink_at_ends),
     "calls cancelled": (3.0, cancel_calls),
     "request aborted": (3.0, abort_a_request),
     "prefix cache reset": (1.0, reset_the_prefix_cache),

@@ -75,6 +75,7 @@ class SimulatedFrontEnd(FrontEnd):
     def on_outputs(self, batch: OutputBatch) -> None:
         if self.is_to_raise and batch.token_ids:
             self.is_to_raise = False
+            self.has_raised = True
             self._events["listener raises"] += 1
             if self._rng.random() < 0.5:
                 super().on_outputs(batch)

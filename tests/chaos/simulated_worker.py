@@ -113,8 +113,11 @@ class SimulatedWorker:
 
 @dataclasses.dataclass
 class _Step:
+    """flaw: it takes the worker down. faulty: sequences whose row faults the result reports."""
+
     result: StepResult
-    flaw: str
+    flaw: str = ""
+    faulty: tuple[int, ...] = ()
 
 
 class SimulatedSession:
@@ -133,6 +136,8 @@ class SimulatedSession:
         self._runner = FakeRunner(info, salt_of=lambda sequence_id: self._salts[sequence_id])
         self._salts: dict[int, str] = {}
         self._flaws: dict[int, Flaw] = {}
+        # Their faults are known to the scheduler.
+        self._faulty: set[int] = set()
         self._steps: deque[_Step] = deque()
         self._error: TandemError | None = None
         self._may_finish_steps = False
@@ -166,13 +171,15 @@ class SimulatedSession:
                 raise self._error or WorkerUnavailable("closed")
             if self.loss == MISFIT:
                 self._world.fail("a result that does not fit its plan was taken")
-            result = self._steps.popleft().result
+            step = self._steps.popleft()
+            result = step.result
             if self.is_misfit_due and not self.loss:
                 self.loss = MISFIT
                 self._world.count(MISFIT)
                 result = self._world.rng.choice(MISFITS)(result)
             else:
                 self._worker.num_sampled += len(result.token_ids)
+                self._faulty.update(step.faulty)
             self.heard_at = now()
             yield result
 
@@ -242,7 +249,7 @@ class SimulatedSession:
         timer.cancel()
 
     def _execute(self, plan: StepPlan) -> _Step:
-        """Gives the result and the flaw, if one that takes the worker down shows in this step."""
+        self._spoil_what_is_removed(plan)
         for new in plan.added_rows:
             if new.sequence_id == PROBE_ID:
                 self._salts[PROBE_ID] = ""
@@ -251,20 +258,31 @@ class SimulatedSession:
             if flaw is not None:
                 self._flaws[new.sequence_id] = flaw
         if not self._flaws:
-            return _Step(self._runner.execute(plan).wait(), "")
+            return _Step(self._runner.execute(plan).wait())
         lengths = {row.sequence_id: len(row.chain) for row in self._runner.rows.values()}
         lengths |= {new.sequence_id: len(new.token_ids) for new in plan.added_rows}
         showing = {key for key, flaw in self._flaws.items() if lengths.get(key, 0) >= flaw.length}
         self._runner.faulty = {key for key in showing if self._flaws[key].kind == ROW_FAULT}
         result = self._runner.execute(plan).wait()
-        for _ in result.faults:
+        faulty = tuple(self._runner.rows[fault.row].sequence_id for fault in result.faults)
+        for _ in faulty:
             self._world.count(ROW_FAULT)
         chunk_rows = set(plan.chunk_rows.tolist())
         computed = [
             state.sequence_id for row, state in self._runner.rows.items() if state.is_decoding or row in chunk_rows
         ]
         deadly = [self._flaws[key].kind for key in computed if key in showing and self._flaws[key].kind != ROW_FAULT]
-        return _Step(result, deadly[0] if deadly else "")
+        return _Step(result, deadly[0] if deadly else "", faulty)
+
+    def _spoil_what_is_removed(self, plan: StepPlan) -> None:
+        """What a faulty row wrote may be wrong, so nobody may read it who did not before its fault was known."""
+        removed = {row: self._runner.rows[row] for row in plan.removed_rows.tolist() if row in self._runner.rows}
+        spoilt = {block for state in removed.values() if state.sequence_id in self._faulty for block in state.block_ids}
+        for state in self._runner.rows.values() if spoilt else ():
+            if state.sequence_id not in self._faulty:
+                spoilt.difference_update(state.block_ids)
+        for block in spoilt:
+            self._runner.forget_block(block)
 
 
 def now() -> float:
@@ -278,7 +296,7 @@ def random_size(rng: Random) -> dict[str, Any]:
     return {
         "max_model_len": rng.choice([50, 90, 90]),
         "block_size": block_size,
-        "num_blocks": rng.choice([96, 96, 160, 512]) // block_size + 1,
+        "num_blocks": rng.choice([64, 96, 160, 512]) // block_size + 1,
         "max_num_rows": rng.randint(2, 8),
         "max_num_batched_tokens": rng.choice([8, 16, 64]),
     }

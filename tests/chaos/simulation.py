@@ -24,7 +24,6 @@ EVENTS = (
     *FLAWS,
     "results lost",
     "plans refused, then results",
-    "sink raises at ends",
     "stop string found after the end",
     "preemptions",
     "prefix hits",
