@@ -2,10 +2,12 @@
 what comes with a later step give False, and are counted when that comes.
 """
 
+import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from scheduler_service.core.suspects import Suspects
 from shared.errors import InvalidPlan, RequestNotFound, TandemError, WorkerFailed, WorkerUnavailable
 from tests.chaos.simulated_calls import Call
 from tests.chaos.simulated_front_end import RemoteFrontEnd
@@ -25,6 +27,18 @@ async def vanish(world: "World") -> bool:
 async def fail_with_last_word(world: "World") -> bool:
     word = world.rng.choice([WorkerFailed("a step failed"), InvalidPlan("the batch can't follow the plan")])
     return _lose(world, word, world.rng.choice([0.05, 1.0]))
+
+
+async def lose_again_and_again(world: "World") -> bool:
+    """Each time soon after the worker is back, so that those that do no harm are suspects, and are hit in trials."""
+    for _ in range(world.rng.randint(3, 8)):
+        for _ in range(500):
+            if world.worker.sound_session is not None:
+                break
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(world.rng.uniform(0.0, 0.1))
+        await world.rng.choice([vanish, fail_with_last_word])(world)
+    return True
 
 
 async def hang(world: "World") -> bool:
@@ -47,7 +61,9 @@ async def compute_for_long(world: "World") -> bool:
     session = world.worker.sound_session
     if session is None:
         return False
-    session.next_step_s = 4 * world.step_timeout_s
+    session.next_step_s = 2 * world.step_timeout_s
+    # Nothing else breaks meanwhile.
+    await asyncio.sleep(3 * world.step_timeout_s)
     return False
 
 
@@ -141,6 +157,7 @@ async def send_a_burst(world: "World") -> bool:
 FAULTS: dict[str, tuple[float, Callable[["World"], Awaitable[bool]]]] = {
     "worker vanishes": (2.0, vanish),
     "worker fails with a last word": (1.0, fail_with_last_word),
+    "worker is lost again and again": (0.5, lose_again_and_again),
     "worker hangs": (0.3, hang),
     "result that does not fit": (0.5, answer_what_does_not_fit),
     "long step that gets on": (0.3, compute_for_long),
@@ -165,6 +182,8 @@ def _lose(world: "World", error: TandemError, away_s: float, **changes: object) 
     session = world.worker.sound_session
     if session is None or _accuses_an_innocent(world):
         return False
+    if _is_innocent_on_trial(world):
+        world.count("loss in the trial of an innocent")
     session.lose("injected", error, may_finish_steps=world.rng.random() < 0.3)
     if away_s:
         world.worker.go_away(away_s, **changes)
@@ -176,13 +195,21 @@ def _accuses_an_innocent(world: "World") -> bool:
     """Whether a loss now would be the second in trials of one that does no harm. That is a verdict with a last word:
     who is hit in each of its trials is taken for a culprit, as docs/decisions/0002-suspects.md says.
     """
-    assert world.step_loop.scheduler is not None
-    suspects = world.step_loop.scheduler._suspects
-    tried = suspects._on_trial
-    if tried is None or not suspects._is_trial_on or not tried.num_trial_losses:
+    tried = _suspects(world)._on_trial
+    return _is_innocent_on_trial(world) and tried is not None and tried.num_trial_losses > 0
+
+
+def _is_innocent_on_trial(world: "World") -> bool:
+    tried = _suspects(world)._on_trial
+    if tried is None or not _suspects(world)._is_trial_on:
         return False
     flaw = world.calls[tried.request.sampling.seed - 1].asked.flaw
     return flaw is None or flaw.kind == ROW_FAULT
+
+
+def _suspects(world: "World") -> Suspects:
+    assert world.step_loop.scheduler is not None
+    return world.step_loop.scheduler._suspects
 
 
 def _running(world: "World") -> list[Call]:

@@ -22,6 +22,7 @@ MAX_FAULTS = 20
 EVENTS = (
     *FAULTS,
     *FLAWS,
+    "loss in the trial of an innocent",
     "results lost",
     "plans refused, then results",
     "stop string found after the end",
