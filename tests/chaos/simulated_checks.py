@@ -77,8 +77,8 @@ class WatchedSink:
         self._hub.on_finished(finished)
         check_books(self._world)
 
-    def on_news_lost(self, sequence_ids: list[int]) -> None:
-        self._hub.on_news_lost(sequence_ids)
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        self._hub.on_news_lost(sequence_ids, finished)
         check_books(self._world)
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
@@ -287,13 +287,16 @@ async def check_end(world: "World") -> None:
 
 
 def _check_output_count(world: "World", num_counted: int) -> None:
-    """Tokens past a stop string are not output. Where a call did not get so far as to see its stop, they may be."""
+    """Tokens past a stop string are not output. Where a call did not get so far as to see its stop, or the stream broke
+    that was to tell of it, they may be.
+    """
     least = most = 0
     for sequence_id, count in world.sink.num_tokens.items():
         call, choice = world.sequences[sequence_id]
         stop_at = call.asked.truths[choice].num_counted
         in_truth = count if stop_at is None else min(count, stop_at)
         least += in_truth
-        most += in_truth if call.is_answered else count
+        is_told = call.is_answered and not (call.front_end.is_gone or world.is_cut_short)
+        most += in_truth if is_told else count
     if not least <= num_counted <= most:
         world.fail(f"{num_counted} output tokens are counted, not {least} to {most}")

@@ -32,10 +32,10 @@ async def fail_with_last_word(world: "World") -> bool:
 async def lose_again_and_again(world: "World") -> bool:
     """Each time soon after the worker is back, so that those that do no harm are suspects, and are hit in trials."""
     for _ in range(world.rng.randint(3, 8)):
-        for _ in range(500):
+        for _ in range(100):
             if world.worker.sound_session is not None:
                 break
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
         await asyncio.sleep(world.rng.uniform(0.0, 0.1))
         await world.rng.choice([vanish, fail_with_last_word])(world)
     return True
