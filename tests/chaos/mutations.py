@@ -1,0 +1,94 @@
+"""Does the harness notice a broken build? Each mutation is a fault of one place, put into a copy of the tree, in which
+the short form of the part that should notice it must fail.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import REPOSITORY
+from tests.chaos.part import Form, Found, Part, Row
+
+TIMEOUT_S = 600.0
+"""A build that hangs is noticed by the tests' own timeouts, long before this."""
+NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which stands once in the file, becomes `new`. part: whose short form notices it."""
+
+    file: str
+    old: str
+    new: str
+    part: str
+
+
+MUTATIONS: tuple[Mutation, ...] = ()
+
+
+def mutate(root: Path, mutation: Mutation) -> None:
+    """Changes the tree. Raises ValueError where the mutation does not fit it."""
+    path = root / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.file} has {text.count(mutation.old)} times {mutation.old!r}")
+    path.write_text(text.replace(mutation.old, mutation.new))
+
+
+def run(first: int, count: int) -> Found:
+    """Tries the mutations from the given one on."""
+    tried = []
+    for mutation in MUTATIONS[first : first + count]:
+        with tempfile.TemporaryDirectory(prefix="tandem-mutation-") as folder:
+            root = Path(folder, "tree")
+            shutil.copytree(REPOSITORY, root, ignore=NOT_COPIED)
+            mutate(root, mutation)
+            tried.append({**vars(mutation), "noticed": how_it_fails(root, mutation.part)})
+        print(f"  {mutation.file}: {mutation.new.strip()!r}: {tried[-1]['noticed'] or 'NOT NOTICED'}", flush=True)
+    return {"mutations": tried}
+
+
+def how_it_fails(root: Path, part: str) -> str:
+    """What the short form of a part says of this tree; empty where all is well."""
+    test = f"tests/chaos/test_forms.py::test_short_form[{part}]"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--tb=line", test]
+    try:
+        ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return f"no end in {TIMEOUT_S:g} s"
+    if ended.returncode == 0:
+        return ""
+    told = [line for line in ended.stdout.splitlines() if line.startswith(("E ", "FAILED", "ERROR"))]
+    return (told or ended.stdout.splitlines() or ["failed without a word"])[-1].replace(str(root), "")[:300]
+
+
+def rows(pieces: Sequence[Found]) -> list[Row]:
+    tried = [mutation for piece in pieces for mutation in piece["mutations"]]
+    missed = [mutation for mutation in tried if not mutation["noticed"]]
+    files = {mutation["file"] for mutation in tried}
+    return [
+        Row(
+            "the harness notices a build that is broken",
+            f"{len(tried)} faults of one place, put into {len(files)} files one at a time",
+            f"{len(tried) - len(missed)} noticed by the short form",
+            len(tried) >= 30 and not missed,
+        )
+    ]
+
+
+BATCH = 5
+PART = Part(
+    "mutations",
+    run,
+    rows,
+    {
+        Form.SHORT: (),
+        Form.LONG: (),
+        Form.FULL: [{"first": first, "count": BATCH} for first in range(0, len(MUTATIONS), BATCH)],
+    },
+)
