@@ -1,7 +1,6 @@
 """The results files of `make chaos`: one a part, written after each piece."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ class ChaosError(Exception):
 
 def run_part(part: Part, form: Form, folder: Path, *, afresh: bool, commit: str | None = None) -> list[Row]:
     """Runs the pieces that the part's file lacks. afresh: all of them, whatever is there."""
-    if missing := [name for name in part.needs if not shutil.which(name)]:
-        raise ChaosError(f"{part.name} needs {', '.join(missing)}")
+    if reason := part.why_not():
+        raise ChaosError(f"{part.name}: {reason}")
     path = folder / f"{part.name}.json"
     commit = commit or git("rev-parse", "HEAD")
     report = None if afresh else _load(path, form, commit)
