@@ -6,7 +6,7 @@ from tests.chaos.part import Form, Part
 from tests.chaos.silence import rows, run
 from tests.e2e.hosts import why_no_hosts
 
-BOTH, ONE = "packets dropped", "packets dropped one way"
+ALL, ONE_WAY, ONE_CONNECTION = "packets dropped", "packets dropped one way", "connection forgotten"
 PART = Part(
     "drops",
     run,
@@ -14,7 +14,8 @@ PART = Part(
     {
         Form.SHORT: [
             {
-                "kinds": [BOTH],
+                "kinds": [ONE_CONNECTION],
+                "idle_kinds": [ALL],
                 "trials": 1,
                 "seed": 1,
                 "has_host": True,
@@ -23,10 +24,10 @@ PART = Part(
                 "calm_s": 0.3,
             }
         ],
-        Form.LONG: [{"kinds": [BOTH, ONE], "trials": 1, "seed": 1, "has_host": True}],
+        Form.LONG: [{"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 1, "seed": 1, "has_host": True}],
         Form.FULL: [
-            {"kinds": [BOTH, ONE], "trials": 10, "seed": 11, "has_host": True},
-            {"kinds": [BOTH, ONE], "trials": 10, "seed": 12, "has_host": True, "is_busy": False},
+            {"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 10, "seed": 11, "has_host": True},
+            {"kinds": [], "idle_kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 10, "seed": 12, "has_host": True},
         ],
     },
     obstacle=why_no_hosts,

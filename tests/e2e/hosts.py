@@ -64,10 +64,12 @@ class Host:
         ):
             self._run("ip", *command)
 
-    def drop(self, directions: Sequence[str] = DIRECTIONS) -> None:
-        """Drops all packets that come in or go out, from now on."""
+    def drop(self, directions: Sequence[str] = DIRECTIONS, *, peer_ports: Sequence[int] = ()) -> None:
+        """Drops all packets that come in or go out, from now on; or only those of connections from these ports."""
         for chain in directions:
-            self._run("iptables", "--wait", "--append", chain, "--jump", "DROP")
+            side = "--sport" if chain == "INPUT" else "--dport"
+            for which in [["--protocol", "tcp", side, str(port)] for port in peer_ports] or [[]]:
+                self._run("iptables", "--wait", "--append", chain, *which, "--jump", "DROP")
 
     def recover(self) -> None:
         for chain in self.DIRECTIONS:

@@ -66,7 +66,12 @@ class Link:
             while True:
                 here, _ = listener.accept()
                 self._is_open.wait()
-                there = socket.create_connection(("127.0.0.1", port))
+                try:
+                    there = socket.create_connection(("127.0.0.1", port))
+                except OSError:
+                    # Nobody listens: whoever came learns it.
+                    here.close()
+                    continue
                 self._connections += [here, there]
                 for source, target in ((here, there), (there, here)):
                     threading.Thread(target=self._forward, args=(source, target), daemon=True).start()
