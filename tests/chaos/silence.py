@@ -145,9 +145,9 @@ def forget_connection(scene: Scene) -> Found:
     host = scene.host
     assert host is not None
     sockets = psutil.Process(scene.engine.scheduler.process.pid).net_connections("tcp")
-    ports = [each.laddr.port for each in sockets if each.raddr and each.raddr.ip == host.address]
+    ports = [each.laddr.port for each in sockets if each.raddr and each.raddr.ip.endswith(host.address)]
     try:
-        return lose_worker(scene, lambda: host.drop(peer_ports=ports), lambda: None)
+        return lose_worker(scene, lambda: host.drop_connections(ports), lambda: None)
     finally:
         host.recover()
 
@@ -158,7 +158,7 @@ def stall_link(scene: Scene) -> Found:
     before = len(scene.load.arrivals)
     scene.link.stall(STALL_S)
     resumed_s = scene.wait_going_on()
-    gap_s = max(after - arrival for arrival, after in itertools.pairwise(scene.load.arrivals[before:]))
+    gap_s = max(after - arrival for arrival, after in itertools.pairwise(scene.load.arrivals[before - 1 :]))
     assert gap_s > 0.8 * STALL_S, f"streams went on in a stall: the longest gap is {gap_s:.3f} s"
     return {"resumed_s": round(resumed_s, 3), "is_met": scene.engine.load().num_worker_losses == losses}
 
@@ -308,8 +308,8 @@ KINDS = {
     ),
     "connection forgotten": Kind(
         forget_connection,
-        f"a network that drops the packets of the connection to the worker, and of no other, {NOTICED}, and all streams "
-        "go on over another, token for token",
+        f"a network that drops the packets of the connection to the worker, and of no other, {NOTICED}, and all "
+        "streams go on over another, token for token",
         "connections forgotten by iptables",
     ),
     "front end frozen": Kind(
@@ -358,8 +358,9 @@ def run(
     num_tokens: int = 150,
     calm_s: float = 2.0,
 ) -> Found:
-    """So many trials of each kind, in turn; first those with an idle worker, then those under streams. has_host: the worker runs on a host of its own, else the scheduler reaches
-    it over a link. calm_s: between trials, and how long a disturbance goes on after it was noticed; at most.
+    """So many trials of each kind, in turn; first those with an idle worker, then those under streams. has_host: the
+    worker runs on a host of its own, else the scheduler reaches it over a link. calm_s: between trials, and how long a
+    disturbance goes on after it was noticed; at most.
     """
     with contextlib.ExitStack() as stack:
         link = stack.enter_context(contextlib.closing(Link()))

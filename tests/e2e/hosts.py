@@ -64,16 +64,23 @@ class Host:
         ):
             self._run("ip", *command)
 
-    def drop(self, directions: Sequence[str] = DIRECTIONS, *, peer_ports: Sequence[int] = ()) -> None:
-        """Drops all packets that come in or go out, from now on; or only those of connections from these ports."""
+    def drop(self, directions: Sequence[str] = DIRECTIONS) -> None:
+        """Drops all packets that come in or go out, from now on."""
         for chain in directions:
-            side = "--sport" if chain == "INPUT" else "--dport"
-            for which in [["--protocol", "tcp", side, str(port)] for port in peer_ports] or [[]]:
-                self._run("iptables", "--wait", "--append", chain, *which, "--jump", "DROP")
+            self._drop(chain)
+
+    def drop_connections(self, peer_ports: Sequence[int]) -> None:
+        """Drops all packets of the connections from these ports, from now on."""
+        for port in peer_ports:
+            self._drop("INPUT", "--protocol", "tcp", "--sport", str(port))
+            self._drop("OUTPUT", "--protocol", "tcp", "--dport", str(port))
 
     def recover(self) -> None:
         for chain in self.DIRECTIONS:
             self._run("iptables", "--wait", "--flush", chain)
+
+    def _drop(self, chain: str, *which: str) -> None:
+        self._run("iptables", "--wait", "--append", chain, *which, "--jump", "DROP")
 
     def _run(self, *command: str) -> None:
         subprocess.run([*self.enter, *command], check=True, capture_output=True, text=True)
