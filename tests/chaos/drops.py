@@ -14,8 +14,8 @@ PART = Part(
     {
         Form.SHORT: [
             {
-                "kinds": [ONE_CONNECTION],
-                "idle_kinds": [ALL],
+                "kinds": [ALL],
+                "idle_kinds": [ONE_CONNECTION],
                 "trials": 1,
                 "seed": 1,
                 "has_host": True,

@@ -42,6 +42,8 @@ UNDER_WAY_S = 1.0
 """What a process has sent before it froze is read by then."""
 START_S = 15.0
 """A worker of the small model starts in less, on a busy machine too."""
+IDLE_S = 2.0
+"""Then gRPC has ended its measurements of the network, whose pings would find a silence too."""
 NUM_CONNECTIONS = 8
 NUM_FRONT_ENDS = 3
 """One is frozen, and what is dealt anew when it ends still goes to two."""
@@ -391,6 +393,8 @@ def run(
 def try_out(scene: Scene, kind: str) -> Found:
     scene.wait_going_on()
     scene.pause(0, scene.calm_s)
+    if not scene.is_busy:
+        time.sleep(IDLE_S)
     ends = list(scene.load.num_ends)
     found = KINDS[kind].do(scene)
     num_ended = sum(now > before for now, before in zip(scene.load.num_ends, ends, strict=True))
