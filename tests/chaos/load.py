@@ -16,7 +16,7 @@ import grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2, inference_pb2_grpc
-from tests.e2e.conftest import VOCAB_SIZE
+from tests.chaos.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 
 KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
@@ -77,10 +77,10 @@ class Answer:
 
 
 def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
-    """The request of one client: of unequal lengths, each kind in turn."""
+    """The request of one client: of unequal lengths, each kind in turn, with no token that is poison in its prompt."""
     kind = KINDS[number % len(KINDS)]
     request = generate_request(
-        random_prompt(5 + 7 * (number % 40), VOCAB_SIZE, seed=number),
+        random_prompt(5 + 7 * (number % 40), min(POISONS), seed=number),
         num_tokens + 5 * (number % 40),
         temperature=0.8 if kind in ("seeded", "two choices") else 0.0,
         seed=number,

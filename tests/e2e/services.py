@@ -27,8 +27,10 @@ from tests.e2e.waiting import WAIT_S, wait_until
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFERENCE = "tandem.v1.InferenceService"
 WORKER = "tandem.v1.WorkerService"
-WORKER_MODULE = "worker_service.process"
-"""Runs in the worker's own process, not in its supervisor."""
+SERVING = ("worker_service.process", "--serve")
+"""Words of a command line that is a worker's own process, not its supervisor: the real one's module, or a flag of the
+tests' own workers.
+"""
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -90,7 +92,7 @@ def serving_process(pid: int) -> psutil.Process:
     for child in process.children(recursive=True):
         # One that has just ended is not it.
         with contextlib.suppress(psutil.NoSuchProcess):
-            if WORKER_MODULE in child.cmdline():
+            if any(word in SERVING for word in child.cmdline()):
                 return child
     return process
 
@@ -117,15 +119,17 @@ class Engine:
         scheduler_flags: Sequence[str] = (),
         dtype: str = "float64",
         link: Link | None = None,
+        worker: Sequence[str] = ("worker_service",),
     ) -> None:
-        """link: what the scheduler reaches the worker over."""
+        """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags."""
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
         # A random model has no tokenizer; any will do where prompts are token ids.
         tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
-        self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder)
+        module, *before = worker
+        self.worker = Service(module, [*common, *fixed, *worker_flags], folder, before)
         try:
             self.worker.wait_listening()
             worker_address = link.listen(self.worker.port) if link else self.worker.address
