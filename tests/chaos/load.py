@@ -5,6 +5,7 @@ The truth is what the engine gave for the same request when nothing disturbed it
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -114,6 +115,8 @@ class Load:
         """What was wrong, the first MAX_FAULTS of it."""
         self.arrivals: list[float] = []
         """When (time.monotonic) each message with tokens came, of any stream."""
+        self.longest_gap_s = 0.0
+        """Between two messages with tokens of one stream."""
         self._address = address
         self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
         self._truth: list[Answer] = []
@@ -161,6 +164,7 @@ class Load:
             "streams": len(self._requests),
             "answers": self.counts["answers"],
             "tokens": self.counts["tokens"],
+            "longest_gap_s": round(self.longest_gap_s, 3),
             "ended": dict(self.ends),
             "wrong": self.counts["wrong"],
             "faults": self.faults,
@@ -184,12 +188,14 @@ class Load:
         await self._channel.close()
 
     async def _ask(self, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
-        answer = Answer()
+        answer, before = Answer(), math.inf
         async for message in self._stub.GenerateStream(request, timeout=self._timeout_s):
             answer.add(message)
             if truth is not None:
                 if message.token_ids:
-                    self.arrivals.append(time.monotonic())
+                    self.arrivals.append(now := time.monotonic())
+                    self.longest_gap_s = max(self.longest_gap_s, now - before)
+                    before = now
                     self.counts["tokens"] += len(message.token_ids)
                 answer.check(truth, is_ended=False)
         if truth is not None:

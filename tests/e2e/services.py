@@ -61,9 +61,14 @@ class Service:
             )
 
     def wait_listening(self) -> None:
-        wait_until(lambda: self._port_file.exists() or self.process.poll() is not None, f"{self._module} listens")
+        wait_until(lambda: self.has_served or self.process.poll() is not None, f"{self._module} listens")
         assert self.process.poll() is None, f"{self._module} ended:\n{self.log_file.read_text()[-4000:]}"
         self.port = int(self._port_file.read_text())
+
+    @property
+    def has_served(self) -> bool:
+        """Since it was started last."""
+        return self._port_file.exists()
 
     @property
     def address(self) -> str:
@@ -81,7 +86,8 @@ class Service:
         serving = [serving_process(self.process.pid)] if self.process.poll() is None else []
         self.process.kill()
         self.process.wait(WAIT_S)
-        psutil.wait_procs(serving, WAIT_S)
+        _, left = psutil.wait_procs(serving, WAIT_S)
+        assert not left, f"{left} outlived the process that started it"
 
 
 def serving_process(pid: int) -> psutil.Process:
