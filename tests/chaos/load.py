@@ -67,13 +67,14 @@ class Answer:
                 if abs(got - right) > LOGPROB_TOLERANCE:
                     raise WrongStream(f"choice {choice}: log-probability {got} of token {at}, not {right}")
         if is_ended and (self.token_ids, self.finishes) != (truth.token_ids, truth.finishes):
-            raise WrongStream(f"ended with {self._lengths()} tokens, not {truth._lengths()}")
+            raise WrongStream(f"ended with {self.lengths} tokens, not {truth.lengths}")
         if is_ended and {c: len(p) for c, p in self.logprobs.items()} != {c: len(p) for c, p in truth.logprobs.items()}:
             raise WrongStream("log-probabilities are missing, or there are too many")
         if is_ended and self.num_output_tokens != truth.num_output_tokens:
             raise WrongStream(f"usage says {self.num_output_tokens} tokens, not {truth.num_output_tokens}")
 
-    def _lengths(self) -> dict[int, int]:
+    @property
+    def lengths(self) -> dict[int, int]:
         return {choice: len(tokens) for choice, tokens in self.token_ids.items()}
 
 
@@ -179,7 +180,11 @@ class Load:
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def _learn(self) -> list[Answer]:
-        return await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+        truth = await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+        for request, answer in zip(self._requests, truth, strict=True):
+            lengths = dict.fromkeys(range(request.num_choices or 1), request.stopping.max_tokens)
+            assert answer.lengths == lengths, f"undisturbed, a request had {answer.lengths} tokens, not {lengths}"
+        return truth
 
     async def _close(self) -> None:
         for stream in self._streams:
