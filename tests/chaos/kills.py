@@ -28,7 +28,7 @@ from tests.e2e.waiting import POLL_INTERVAL_S, WAIT_S
 
 MAX_LOSSES = {FAILS: 4, VANISHES: 6}
 """Workers that a poisonous request takes down at most: docs/decisions/0002-suspects.md."""
-MAX_STARTS, MARGIN_S = 2.0, 2.0
+MAX_STARTS, MARGIN_S = 2.0, 3.0
 """The median time from a kill to the next token is so many times that in which a worker starts with nothing beside it,
 and so much longer, at most.
 """

@@ -28,12 +28,15 @@ def run_part(
     """Runs the pieces that the part's file lacks. afresh: all of them, whatever is there. only: those by index."""
     if missing := [name for name in part.needs if not shutil.which(name)]:
         raise ChaosError(f"{part.name} needs {', '.join(missing)}")
+    asked_for = _asked(part, form)
+    if unknown := set(only or ()) - set(range(len(asked_for))):
+        raise ChaosError(f"{part.name} has {len(asked_for)} pieces, so none with the index {max(unknown)}")
     path = folder / f"{part.name}.json"
     commit = commit or git("rev-parse", "HEAD")
     report = None if afresh else _load(path, form, commit)
     report = report or {**header(f"chaos: {part.name}", commit), "form": form.value, "pieces": []}
     done = [piece["asked"] for piece in report["pieces"]]
-    for index, asked in enumerate(_asked(part, form)):
+    for index, asked in enumerate(asked_for):
         if only is not None and index not in only:
             continue
         if asked in done:

@@ -74,7 +74,7 @@ def test_good_findings_meet_the_promises() -> None:
         ({"lost_sessions": 4}, (False, True, True)),
         ({"overtaken": 0}, (True, False, True)),
         ({"wait_s": [], "overtaken": 3}, (True, False, True)),
-        ({"wait_s": [7.0, 7.0]}, (True, False, True)),
+        ({"wait_s": [7.5, 7.5]}, (True, False, True)),
         ({"poisons": [{**POISON, "losses": 5}]}, (True, True, False)),
         ({"poisons": [{**POISON, "code": "OK"}]}, (True, True, False)),
         ({"poisons": [{**POISON, "details": "something else"}]}, (True, True, False)),

@@ -56,6 +56,11 @@ def test_a_part_that_needs_what_is_not_there_is_refused(tmp_path: Path) -> None:
         run_part(part, Form.FULL, tmp_path, afresh=False, commit=COMMIT)
 
 
+def test_a_piece_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ChaosError, match="quake has 3 pieces, so none with the index 3"):
+        run(tmp_path, only={0, 3})
+
+
 def test_pieces_of_several_folders_are_joined_in_their_order(tmp_path: Path) -> None:
     run(tmp_path / "a", only={2})
     run(tmp_path / "b", only={0, 1})
