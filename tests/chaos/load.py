@@ -5,6 +5,7 @@ The truth is what the engine gave for the same request when nothing disturbed it
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ import grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2, inference_pb2_grpc
-from tests.e2e.conftest import VOCAB_SIZE
+from tests.chaos.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 
 KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
@@ -66,21 +67,22 @@ class Answer:
                 if abs(got - right) > LOGPROB_TOLERANCE:
                     raise WrongStream(f"choice {choice}: log-probability {got} of token {at}, not {right}")
         if is_ended and (self.token_ids, self.finishes) != (truth.token_ids, truth.finishes):
-            raise WrongStream(f"ended with {self._lengths()} tokens, not {truth._lengths()}")
+            raise WrongStream(f"ended with {self.lengths} tokens, not {truth.lengths}")
         if is_ended and {c: len(p) for c, p in self.logprobs.items()} != {c: len(p) for c, p in truth.logprobs.items()}:
             raise WrongStream("log-probabilities are missing, or there are too many")
         if is_ended and self.num_output_tokens != truth.num_output_tokens:
             raise WrongStream(f"usage says {self.num_output_tokens} tokens, not {truth.num_output_tokens}")
 
-    def _lengths(self) -> dict[int, int]:
+    @property
+    def lengths(self) -> dict[int, int]:
         return {choice: len(tokens) for choice, tokens in self.token_ids.items()}
 
 
 def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
-    """The request of one client: of unequal lengths, each kind in turn."""
+    """The request of one client: of unequal lengths, each kind in turn, with no token that is poison in its prompt."""
     kind = KINDS[number % len(KINDS)]
     request = generate_request(
-        random_prompt(5 + 7 * (number % 40), VOCAB_SIZE, seed=number),
+        random_prompt(5 + 7 * (number % 40), min(POISONS), seed=number),
         num_tokens + 5 * (number % 40),
         temperature=0.8 if kind in ("seeded", "two choices") else 0.0,
         seed=number,
@@ -114,6 +116,8 @@ class Load:
         """What was wrong, the first MAX_FAULTS of it."""
         self.arrivals: list[float] = []
         """When (time.monotonic) each message with tokens came, of any stream."""
+        self.longest_gap_s = 0.0
+        """Between two messages with tokens of one stream."""
         self._address = address
         self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
         self._truth: list[Answer] = []
@@ -161,6 +165,7 @@ class Load:
             "streams": len(self._requests),
             "answers": self.counts["answers"],
             "tokens": self.counts["tokens"],
+            "longest_gap_s": round(self.longest_gap_s, 3),
             "ended": dict(self.ends),
             "wrong": self.counts["wrong"],
             "faults": self.faults,
@@ -175,7 +180,11 @@ class Load:
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def _learn(self) -> list[Answer]:
-        return await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+        truth = await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+        for request, answer in zip(self._requests, truth, strict=True):
+            lengths = dict.fromkeys(range(request.num_choices or 1), request.stopping.max_tokens)
+            assert answer.lengths == lengths, f"undisturbed, a request had {answer.lengths} tokens, not {lengths}"
+        return truth
 
     async def _close(self) -> None:
         for stream in self._streams:
@@ -184,12 +193,14 @@ class Load:
         await self._channel.close()
 
     async def _ask(self, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
-        answer = Answer()
+        answer, before = Answer(), math.inf
         async for message in self._stub.GenerateStream(request, timeout=self._timeout_s):
             answer.add(message)
             if truth is not None:
                 if message.token_ids:
-                    self.arrivals.append(time.monotonic())
+                    self.arrivals.append(now := time.monotonic())
+                    self.longest_gap_s = max(self.longest_gap_s, now - before)
+                    before = now
                     self.counts["tokens"] += len(message.token_ids)
                 answer.check(truth, is_ended=False)
         if truth is not None:
