@@ -103,11 +103,12 @@ class Load:
         num_streams: int,
         *,
         num_tokens: int,
+        num_connections: int = 1,
         may_end: Collection[grpc.StatusCode] = (),
         timeout_s: float = 600.0,
     ) -> None:
-        """may_end: codes that a stream may end with; its request is sent again, with its id, until it has its answer.
-        timeout_s: the deadline of each call.
+        """num_connections: the streams take turns on them. may_end: codes that a stream may end with; its request is
+        sent again, with its id, until it has its answer. timeout_s: the deadline of each call.
         """
         self.counts: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
@@ -118,7 +119,11 @@ class Load:
         """When (time.monotonic) each message with tokens came, of any stream."""
         self.longest_gap_s = 0.0
         """Between two messages with tokens of one stream."""
+        self.heard_at = [0.0] * num_streams
+        self.num_ends = [0] * num_streams
+        """Of each stream: when the last of its messages with tokens came, and how often it ended with an error."""
         self._address = address
+        self._num_connections = num_connections
         self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
         self._truth: list[Answer] = []
         self._may_end = set(may_end)
@@ -176,11 +181,13 @@ class Load:
 
     async def _open(self) -> None:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.aio.insecure_channel(self._address, options)
-        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._channels = [grpc.aio.insecure_channel(self._address, options) for _ in range(self._num_connections)]
+        self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
 
     async def _learn(self) -> list[Answer]:
-        truth = await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+        truth = await asyncio.gather(
+            *(self._ask(number, request, None) for number, request in enumerate(self._requests))
+        )
         for request, answer in zip(self._requests, truth, strict=True):
             lengths = dict.fromkeys(range(request.num_choices or 1), request.stopping.max_tokens)
             assert answer.lengths == lengths, f"undisturbed, a request had {answer.lengths} tokens, not {lengths}"
@@ -190,15 +197,18 @@ class Load:
         for stream in self._streams:
             stream.cancel()
         await asyncio.gather(*self._streams, return_exceptions=True)
-        await self._channel.close()
+        await asyncio.gather(*(channel.close() for channel in self._channels))
 
-    async def _ask(self, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
+    async def _ask(self, number: int, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
         answer, before = Answer(), math.inf
-        async for message in self._stub.GenerateStream(request, timeout=self._timeout_s):
+        async for message in self._stubs[number % self._num_connections].GenerateStream(
+            request, timeout=self._timeout_s
+        ):
             answer.add(message)
             if truth is not None:
                 if message.token_ids:
-                    self.arrivals.append(now := time.monotonic())
+                    now = self.heard_at[number] = time.monotonic()
+                    self.arrivals.append(now)
                     self.longest_gap_s = max(self.longest_gap_s, now - before)
                     before = now
                     self.counts["tokens"] += len(message.token_ids)
@@ -212,15 +222,16 @@ class Load:
             request = inference_pb2.GenerateStreamRequest()
             request.CopyFrom(self._requests[number])
             request.request_id = f"load-{number}-{next(self._serial)}"
-            while not await self._try_once(request, self._truth[number]):
+            while not await self._try_once(number, request):
                 await asyncio.sleep(PAUSE_S)
 
-    async def _try_once(self, request: inference_pb2.GenerateStreamRequest, truth: Answer) -> bool:
+    async def _try_once(self, number: int, request: inference_pb2.GenerateStreamRequest) -> bool:
         """Whether there is nothing more to try."""
         try:
-            await self._ask(request, truth)
+            await self._ask(number, request, self._truth[number])
         except grpc.aio.AioRpcError as error:
             self.ends[error.code().name] += 1
+            self.num_ends[number] += 1
             if error.code() in self._may_end:
                 return False
             self._note(f"{request.request_id} ended {error.code().name}: {error.details()}")

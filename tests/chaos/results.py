@@ -1,7 +1,6 @@
 """The results files of `make chaos`: one a part, written after each piece."""
 
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ def run_part(
     only: Collection[int] | None = None,
 ) -> list[Row]:
     """Runs the pieces that the part's file lacks. afresh: all of them, whatever is there. only: those by index."""
-    if missing := [name for name in part.needs if not shutil.which(name)]:
-        raise ChaosError(f"{part.name} needs {', '.join(missing)}")
+    if reason := part.why_not():
+        raise ChaosError(f"{part.name}: {reason}")
     asked_for = _asked(part, form)
     if unknown := set(only or ()) - set(range(len(asked_for))):
         raise ChaosError(f"{part.name} has {len(asked_for)} pieces, so none with the index {max(unknown)}")

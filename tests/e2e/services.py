@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.e2e.hosts import Host
 from tests.e2e.link import Link
 from tests.e2e.waiting import WAIT_S, wait_until
 
@@ -38,10 +39,16 @@ ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 class Service:
     """One service process. Started again, it listens on the port that it had."""
 
-    def __init__(self, module: str, flags: Sequence[str], folder: Path, before: Sequence[str] = ()) -> None:
-        """folder: for its port file and its log. before: arguments that come before the flags."""
+    def __init__(
+        self, module: str, flags: Sequence[str], folder: Path, before: Sequence[str] = (), host: Host | None = None
+    ) -> None:
+        """folder: for its port file and its log. before: arguments that come before the flags. host: where it runs and
+        listens, if not on this one.
+        """
         self._module = module
-        self._flags = (*before, *flags)
+        self._flags = (*before, *flags, *(["--host", host.address] if host else []))
+        self._enter = host.enter if host else []
+        self._address = host.address if host else "127.0.0.1"
         self._port_file = folder / f"{module}.port"
         self.log_file = folder / f"{module}.log"
         self.port = 0
@@ -52,7 +59,7 @@ class Service:
         flags = [*self._flags, "--port", str(self.port), "--port-file", str(self._port_file)]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self._module, *flags],
+                [*self._enter, sys.executable, "-m", self._module, *flags],
                 cwd=REPOSITORY,
                 env={name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")},
                 stdin=subprocess.DEVNULL,
@@ -72,7 +79,7 @@ class Service:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self._address}:{self.port}"
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -126,16 +133,22 @@ class Engine:
         dtype: str = "float64",
         link: Link | None = None,
         worker: Sequence[str] = ("worker_service",),
+        worker_host: Host | None = None,
     ) -> None:
-        """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags."""
+        """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags.
+        worker_host: where the worker runs, if not on this one.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
+        if worker_host:
+            # Only who shows it may use a port that others reach.
+            common += ["--session-secret-file", str(folder / "session-secret")]
         # A random model has no tokenizer; any will do where prompts are token ids.
         tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
         module, *before = worker
-        self.worker = Service(module, [*common, *fixed, *worker_flags], folder, before)
+        self.worker = Service(module, [*common, *fixed, *worker_flags], folder, before, worker_host)
         try:
             self.worker.wait_listening()
             worker_address = link.listen(self.worker.port) if link else self.worker.address
