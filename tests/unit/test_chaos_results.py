@@ -52,7 +52,7 @@ def test_results_of_another_commit_are_not_gone_on_with(tmp_path: Path) -> None:
 
 def test_a_part_that_needs_what_is_not_there_is_refused(tmp_path: Path) -> None:
     part = Part("quake", Pieces().part.run, Pieces().part.rows, {Form.FULL: []}, needs=["no-such-program"])
-    with pytest.raises(ChaosError, match="quake needs no-such-program"):
+    with pytest.raises(ChaosError, match="quake: needs no-such-program"):
         run_part(part, Form.FULL, tmp_path, afresh=False, commit=COMMIT)
 
 
