@@ -34,6 +34,8 @@ from tests.e2e.waiting import WAIT_S, wait_until
 
 NOTICE_LIMIT_S = 5.0
 """Within it the clients of a killed process hear of it, and what belonged to it is gone."""
+EXIT_LIMIT_S = 4.0
+"""Within it a scheduler that nobody waits for ends; front ends that did not leave would be killed after 5 s."""
 SLACK_S = 1.0
 """Between what happens and what a busy client sees of it."""
 SCHEDULER, WORKER = "scheduler_service", "worker_service"
@@ -170,15 +172,14 @@ def drain(site: Site, engine: Engine) -> None:
     site.expect(time.monotonic() - site.load.arrivals[-1] > SLACK_S / 4, "tokens came after Drain had returned")
     site.expect_refusals(asked_at)
     engine.scheduler.signal(signal.SIGTERM)
-    site.expect_status_0(engine.scheduler.process)
+    expect_scheduler_ends(site, engine)
     start_scheduler(site, engine)
 
 
 def terminate_scheduler(site: Site, engine: Engine) -> None:
     asked_at = site.let_run()
     signal_scheduler(site, engine)
-    site.expect_status_0(engine.scheduler.process)
-    site.expect_gone(SCHEDULER)
+    expect_scheduler_ends(site, engine)
     site.expect_refusals(asked_at)
     start_scheduler(site, engine)
 
@@ -187,8 +188,7 @@ def terminate_past_grace(site: Site, engine: Engine) -> None:
     """With a grace too short for what runs: the rest is told so."""
     site.let_run()
     signal_scheduler(site, engine)
-    site.expect_status_0(engine.scheduler.process)
-    site.expect_gone(SCHEDULER)
+    expect_scheduler_ends(site, engine)
     for ending in site.take_endings():
         site.counts["cut" if ending.num_tokens else "refused"] += 1
         is_told = ending.details == "the server is stopping" and bool(ending.retry_after_s)
@@ -202,6 +202,15 @@ def signal_scheduler(site: Site, engine: Engine) -> None:
         for process in site.processes(FRONT_END):
             process.terminate()
     engine.scheduler.signal(signal.SIGTERM)
+
+
+def expect_scheduler_ends(site: Site, engine: Engine) -> None:
+    """In order, with all of its processes, and soon after the last stream."""
+    site.expect_status_0(engine.scheduler.process)
+    late_s = time.monotonic() - site.load.arrivals[-1]
+    site.times["ended"].append(late_s)
+    site.expect(late_s < EXIT_LIMIT_S, f"the scheduler ended {late_s:.1f} s after the last token")
+    site.expect_gone(SCHEDULER)
 
 
 def start_scheduler(site: Site, engine: Engine) -> None:
@@ -411,7 +420,8 @@ WORDS = {
     "whole": "streams ended whole during it",
     "refused": "calls refused",
     "cut": "streams cut off",
-    "late": "after the last token it returned",
+    "late": "from the last token to its reply",
+    "ended": "from the last token to the end",
     "noticed": "until all clients knew",
     "longest gap": "longest gap between tokens",
 }
@@ -430,7 +440,7 @@ def _row(kind: str, trials: Sequence[Found]) -> Row:
     faults = [fault for trial in trials for fault in (*trial["faults"], *trial["piece"]["load"]["faults"])]
     sums = {name: sum(trial.get(name, 0) for trial in trials) for name in ("whole", "refused", "cut")}
     seen = [f"{number} {WORDS[name]}" for name, number in sums.items() if number]
-    for what in ("late", "noticed", "longest gap"):
+    for what in ("late", "ended", "noticed", "longest gap"):
         times = [each for trial in trials for each in trial["seconds"].get(what, [])]
         if times:
             seen.append(f"{WORDS[what]}: {max(times):.2f} s at most")
@@ -452,7 +462,7 @@ PART = Part(
     {
         Form.SHORT: [
             {
-                "trials": {"drain": 1, "worker restarted": 1, "scheduler killed": 1},
+                "trials": {"drain": 1, "scheduler terminated": 1, "worker restarted": 1, "scheduler killed": 1},
                 "seed": 1,
                 "streams": 12,
                 "tokens": 100,
