@@ -57,12 +57,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._limits = limits or CallLimits()
         self._small_limits = small_limits or self._limits
         self._small_services = frozenset(small_services)
+        self.calls: set[asyncio.Task[Any]] = set()
+        """Those that run; each ends once its status is sent."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        call = asyncio.current_task()
+        assert call is not None, "gRPC runs each call in a task of its own"
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None

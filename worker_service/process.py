@@ -11,6 +11,7 @@ from typing import NoReturn
 from shared.config import WorkerSettings, read_command_line
 from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
+from shared.process import leave
 from shared.server import Server, StopSignals, server_credentials, write_port_file
 from shared.session_secret import read_secret
 from shared.supervisor import tell_supervisor
@@ -60,8 +61,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
 def _exit(reason: str, status: int) -> NoReturn:
     """At once: whatever a thread is waiting for, nothing can be ended in order."""
     logger.critical("%s", reason)
-    logging.shutdown()
-    os._exit(status)
+    leave(status)
 
 
 def check_exposure(settings: WorkerSettings) -> None:

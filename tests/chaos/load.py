@@ -15,7 +15,9 @@ from typing import Any
 
 import grpc
 
+from shared.errors import RetryLater
 from shared.grpc_options import CHANNEL_OPTIONS
+from shared.rich_status import error_of
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tests.chaos.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
@@ -94,6 +96,21 @@ def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRe
     return request
 
 
+@dataclass(frozen=True)
+class Ending:
+    """A call that ended otherwise than with its answer, and whose request is sent again."""
+
+    number: int
+    """Of the client."""
+    connection: int
+    code: str
+    details: str
+    began_at: float
+    num_tokens: int
+    retry_after_s: float | None
+    """What the server advised."""
+
+
 class Load:
     """Streams in an event loop of its own, in a thread of its own. A context manager; learns the truth at the start."""
 
@@ -122,8 +139,14 @@ class Load:
         self.heard_at = [0.0] * num_streams
         self.num_ends = [0] * num_streams
         """Of each stream: when the last of its messages with tokens came, and how often it ended with an error."""
+        self.endings: list[Ending] = []
+        """Those whose codes are in may_end, since whoever reads them cleared it."""
+        self.open_since: dict[int, float] = {}
+        """When (time.monotonic) the call that each client waits for began."""
+        self.answers_of: Counter[int] = Counter()
+        """By client."""
         self._address = address
-        self._num_connections = num_connections
+        self.num_connections = num_connections
         self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
         self._truth: list[Answer] = []
         self._may_end = set(may_end)
@@ -181,12 +204,13 @@ class Load:
 
     async def _open(self) -> None:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.aio.insecure_channel(self._address, options) for _ in range(self._num_connections)]
+        self._channels = [grpc.aio.insecure_channel(self._address, options) for _ in range(self.num_connections)]
         self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
 
     async def _learn(self) -> list[Answer]:
-        truth = await asyncio.gather(
-            *(self._ask(number, request, None) for number, request in enumerate(self._requests))
+        truth = [Answer() for _ in self._requests]
+        await asyncio.gather(
+            *(self._ask(number, request, truth[number], None) for number, request in enumerate(self._requests))
         )
         for request, answer in zip(self._requests, truth, strict=True):
             lengths = dict.fromkeys(range(request.num_choices or 1), request.stopping.max_tokens)
@@ -199,11 +223,13 @@ class Load:
         await asyncio.gather(*self._streams, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
-    async def _ask(self, number: int, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
-        answer, before = Answer(), math.inf
-        async for message in self._stubs[number % self._num_connections].GenerateStream(
-            request, timeout=self._timeout_s
-        ):
+    async def _ask(
+        self, number: int, request: inference_pb2.GenerateStreamRequest, answer: Answer, truth: Answer | None
+    ) -> None:
+        """Fills the answer, which is held against the truth if there is one."""
+        before = math.inf
+        stub = self._stubs[number % self.num_connections]
+        async for message in stub.GenerateStream(request, timeout=self._timeout_s):
             answer.add(message)
             if truth is not None:
                 if message.token_ids:
@@ -215,7 +241,6 @@ class Load:
                 answer.check(truth, is_ended=False)
         if truth is not None:
             answer.check(truth, is_ended=True)
-        return answer
 
     async def _go_on(self, number: int) -> None:
         while not self._is_last:
@@ -227,12 +252,15 @@ class Load:
 
     async def _try_once(self, number: int, request: inference_pb2.GenerateStreamRequest) -> bool:
         """Whether there is nothing more to try."""
+        answer = Answer()
+        began_at = self.open_since[number] = time.monotonic()
         try:
-            await self._ask(number, request, self._truth[number])
+            await self._ask(number, request, answer, self._truth[number])
         except grpc.aio.AioRpcError as error:
             self.ends[error.code().name] += 1
             self.num_ends[number] += 1
             if error.code() in self._may_end:
+                self.endings.append(self._ending(number, error, began_at, answer))
                 return False
             self._note(f"{request.request_id} ended {error.code().name}: {error.details()}")
         except WrongStream as error:
@@ -240,7 +268,22 @@ class Load:
             self._note(f"{request.request_id}: {error}")
         else:
             self.counts["answers"] += 1
+            self.answers_of[number] += 1
+        finally:
+            del self.open_since[number]
         return True
+
+    def _ending(self, number: int, error: grpc.aio.AioRpcError, began_at: float, answer: Answer) -> Ending:
+        told = error_of(error)
+        return Ending(
+            number,
+            number % self.num_connections,
+            error.code().name,
+            error.details() or "",
+            began_at,
+            sum(map(len, answer.token_ids.values())),
+            told.retry_after_s if isinstance(told, RetryLater) else None,
+        )
 
     def _note(self, fault: str) -> None:
         if len(self.faults) < MAX_FAULTS:
