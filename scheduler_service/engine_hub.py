@@ -98,10 +98,7 @@ class EngineHub:
 
     def end_all(self, error: TandemError) -> None:
         """Every live request ends with an error."""
-        for sequence in list(self._sequences.values()):
-            self.step_loop.abort(sequence.sequence_id)
-            self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
-        self._flush()
+        self._fail(list(self._sequences), error)
 
     # The step loop's sink
 
@@ -127,6 +124,9 @@ class EngineHub:
                 sequence, SequenceEnd(sequence.handle, end.reason, end.num_cached_tokens, end.stop_token_id, error)
             )
         self._flush()
+
+    def on_news_lost(self, sequence_ids: list[int]) -> None:
+        self._fail(sequence_ids, SequenceFailed("its outputs could not be handed on"))
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
         self.end_all(error)
@@ -183,6 +183,16 @@ class EngineHub:
         self._num_open -= 1
         if not self._num_open:
             self._is_idle.set()
+
+    def _fail(self, sequence_ids: list[int], error: TandemError) -> None:
+        """Those of them that are live end with an error."""
+        for sequence_id in sequence_ids:
+            if (sequence := self._sequences.get(sequence_id)) is not None:
+                # A stop that a front end finds in what it has is still to count.
+                if (ended := self.step_loop.abort(sequence_id)) is not None:
+                    sequence.num_output_tokens = ended.num_output_tokens
+                self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
+        self._flush()
 
     def _end(self, sequence: _Sequence, end: SequenceEnd) -> None:
         self._forget(sequence)

@@ -95,7 +95,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         """on_alive hears the process id of a front end whenever it says that it takes calls."""
         self._hub = hub
         self._on_alive = on_alive
-        self._outboxes: set[_Outbox] = set()
+        self._outboxes: list[_Outbox] = []
         self._is_closed = False
 
     def say_alive(self) -> None:
@@ -116,7 +116,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             return
         outbox = _Outbox(self._hub.state)
         engine = self._hub.attach(outbox)
-        self._outboxes.add(outbox)
+        self._outboxes.append(outbox)
         reading = asyncio.create_task(self._read(request_iterator, engine, outbox))
         reading.add_done_callback(lambda _: outbox.close())
         try:

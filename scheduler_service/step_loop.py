@@ -48,6 +48,11 @@ class Sink(Protocol):
     def on_finished(self, finished: list[FinishedSequence]) -> None:
         """Sequences that ended outside a step."""
 
+    def on_news_lost(self, sequence_ids: list[int]) -> None:
+        """One of the two above raised, so that the streams of these sequences may lack what it was told: all of them
+        that are live end with an error.
+        """
+
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
         """No worker came back in time: every live sequence has ended."""
 
@@ -134,7 +139,7 @@ class StepLoop:
                 await session.close()
             await self._sink.on_readiness(False)
             assert self.scheduler is not None
-            self._sink.on_finished(self.scheduler.lose_worker(failure))
+            self._tell_finished(self.scheduler.lose_worker(failure))
             # A worker that fails whatever it is given must not be tried in a tight loop.
             self._backoff_s = 0.0 if self._result_at else min(max(2 * self._backoff_s, MIN_BACKOFF_S), MAX_BACKOFF_S)
             await asyncio.sleep(self._backoff_s)
@@ -174,7 +179,7 @@ class StepLoop:
         if self.scheduler is None:
             self.scheduler = self._create_scheduler(self._config, info)
         else:
-            self._sink.on_finished(self.scheduler.attach_worker(info))
+            self._tell_finished(self.scheduler.attach_worker(info))
         return session
 
     def _why_not_needed(self, info: WorkerInfo) -> str:
@@ -224,8 +229,23 @@ class StepLoop:
             self._note_result(self._sent.popleft())
             # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
             # worker has other plans, and a stop that a front end finds here is in the next one.
-            self._sink.on_outputs(outputs)
+            self._tell_outputs(outputs)
             await self._send_plans(session)
+
+    def _tell_outputs(self, outputs: StepOutputs) -> None:
+        """A sink that raises is no fault of the worker, and the core has confirmed what it was told."""
+        try:
+            self._sink.on_outputs(outputs)
+        except Exception:
+            logger.exception("outputs that could not be handed on")
+            self._sink.on_news_lost([*outputs.sequence_ids, *(end.sequence_id for end in outputs.finished)])
+
+    def _tell_finished(self, finished: list[FinishedSequence]) -> None:
+        try:
+            self._sink.on_finished(finished)
+        except Exception:
+            logger.exception("ends that could not be handed on")
+            self._sink.on_news_lost([end.sequence_id for end in finished])
 
     async def _send_on_news(self, session: WorkerSession) -> None:
         while True:

@@ -1,6 +1,6 @@
 """The parts of the harness, in the order of the table."""
 
-from tests.chaos import drops, kills, mutations, restarts, silence
+from tests.chaos import drops, kills, mutations, restarts, silence, simulation
 from tests.chaos.part import Part
 
-PARTS: tuple[Part, ...] = (kills.PART, silence.PART, drops.PART, restarts.PART, mutations.PART)
+PARTS: tuple[Part, ...] = (simulation.PART, kills.PART, silence.PART, drops.PART, restarts.PART, mutations.PART)

@@ -87,3 +87,17 @@ async def test_a_request_checked_against_another_model_is_refused() -> None:
         engine = services.service._hub.attach(Listener())
         with pytest.raises(WorkerUnavailable, match="another model"):
             await engine.submit(submission("r", 0, fingerprint="the model before"))
+
+
+async def test_a_stop_that_is_found_after_an_error_still_counts() -> None:
+    async with Services(FakeRunner(model_info(), delay_s=0.002)) as services:
+        hub, listener = services.service._hub, Listener()
+        engine = hub.attach(listener)
+        await engine.submit(submission("r", 0, max_tokens=1000))
+        async with asyncio.timeout(WAIT_S):
+            while len(listener.tokens.get(0, [])) < 5:
+                await asyncio.sleep(0.001)
+        hub.end_all(WorkerUnavailable("gone"))
+        await listener.wait_end(0)
+        engine.stop(0, 2)
+        assert (await services.load()).num_output_tokens == 2

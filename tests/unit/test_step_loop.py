@@ -125,3 +125,38 @@ async def test_a_cpu_gets_long_prompts_in_chunks_that_follow_its_speed() -> None
     # This one is fast, so they grow.
     assert max(chunks) > FIRST_TOKENS_ON_CPU
     assert sink.tokens == {request.sequence_id: expected_tokens(request)}
+
+
+class RaisingSink(Collector):
+    """Can't take its third step, and notes whose news that were."""
+
+    def __init__(self, num_sequences: int) -> None:
+        super().__init__(num_sequences)
+        self.num_steps = 0
+        self.lost: list[int] = []
+
+    def on_outputs(self, outputs: StepOutputs) -> None:
+        self.num_steps += 1
+        if self.num_steps == 3:
+            raise RuntimeError("the sink is broken")
+        super().on_outputs(outputs)
+
+    def on_news_lost(self, sequence_ids: list[int]) -> None:
+        self.lost += sequence_ids
+        self.all_ended.set()
+
+
+async def test_a_sink_that_raises_costs_its_sequences_and_not_the_worker() -> None:
+    sink = RaisingSink(2)
+    client = FlakyClient([])
+    step_loop = StepLoop(client, SchedulerConfig(), sink, scheduler_id="test", worker_wait_s=10, step_timeout_s=10)
+    running = asyncio.create_task(step_loop.run())
+    await sink.ready.wait()
+    requests = create_requests(2, max_tokens=25)
+    step_loop.submit(requests)
+    await sink.all_ended.wait()
+    assert sorted(sink.lost) == [request.sequence_id for request in requests]
+    assert step_loop.scheduler is not None and step_loop.scheduler.load().num_worker_losses == 0
+    assert len(client.sessions) == 1
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
