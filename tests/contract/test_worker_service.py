@@ -138,7 +138,7 @@ async def test_a_session_that_does_not_fit_is_refused(worker: Worker, changes: d
 async def test_a_plan_without_a_session_is_refused(worker: Worker) -> None:
     call: Any = worker.stub.ExecuteSteps()
     await send(call, prompt_plan(1))
-    assert await status_of(call) == grpc.StatusCode.INTERNAL
+    assert await status_of(call) == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_another_scheduler_is_refused_while_the_session_lives(worker: Worker) -> None:
