@@ -28,9 +28,10 @@ from shared.errors import (
 from shared.rich_status import status_of
 from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_info, encode_result
-from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.v1 import worker_pb2
 from worker_service.runner import Runner
 from worker_service.session import Session
+from worker_service.wire_limits import bounded_plan
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ async def _tell_nobody() -> None:
     """For a servicer without a server round it."""
 
 
-class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """Runs one session at a time on a runner."""
+class WorkerServicer:
+    """Runs one session at a time on a runner. Registers itself with add_to(): what arrives is measured first."""
 
     def __init__(self, runner: Runner, *, secret: bytes = b"", step_timeout_s: float = STEP_TIMEOUT_S) -> None:
         """Callers must show the secret, if there is one. A step that does not get on for step_timeout_s has failed."""
@@ -62,6 +63,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._failure = ""
         self._has_failed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        pb = worker_pb2
+        decode = bounded_plan(pb.ExecuteStepsRequest.FromString, self._runner.info)
+        handlers: dict[str, Any] = {
+            "GetWorkerInfo": grpc.unary_unary_rpc_method_handler(
+                self.GetWorkerInfo, pb.GetWorkerInfoRequest.FromString, pb.GetWorkerInfoResponse.SerializeToString
+            ),
+            "ExecuteSteps": grpc.stream_stream_rpc_method_handler(
+                self.ExecuteSteps, decode, pb.ExecuteStepsResponse.SerializeToString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
     async def GetWorkerInfo(
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context

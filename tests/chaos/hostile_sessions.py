@@ -37,6 +37,7 @@ TAKEN_FROM_SCRIPT = 12
 MAX_PLANS_AHEAD = 16
 """As the worker has it: one plan more without waiting for results is refused."""
 MAX_LOGPROBS = 20
+MAX_DECODED_BYTES = 100_000
 CONTENT_PROBLEMS = (
     "written twice", "which [", "unwritten", "foreign", "has a block twice", "reads blocks of", "outgrows", "cached=",
 )  # fmt: skip
@@ -91,6 +92,9 @@ class Script:
         """Whether a message that comes after so many plans is INVALID_ARGUMENT; None where the worker may obey it,
         though no good comes of it.
         """
+        if len(payload) > MAX_DECODED_BYTES:
+            # Refused for its size or not: the bounds are the worker's, and decoding it would take long here too.
+            return None
         try:
             request = worker_pb2.ExecuteStepsRequest.FromString(payload)
             if request.WhichOneof("kind") != "plan":
