@@ -34,8 +34,8 @@ from tests.fake_worker import BrokenPlan, FakeRunner
 RPC = "/tandem.v1.WorkerService/ExecuteSteps"
 WAIT_S = 30.0
 TAKEN_FROM_SCRIPT = 12
-MAX_PLANS_AHEAD = 16
-"""As the worker has it: one plan more without waiting for results is refused."""
+NUM_REPEATED = 32
+"""How often one plan is sent: past what the worker lets wait for results."""
 MAX_LOGPROBS = 20
 MAX_DECODED_BYTES = 100_000
 CONTENT_PROBLEMS = (
@@ -148,7 +148,7 @@ def hostile_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.Sear
     first = st.builds(
         HostileSession, st.just("opened wrongly"), st.just(0), openings | hostile(again).map(lambda d: d[1])
     )
-    flood = st.builds(HostileSession, st.just("plans ahead"), num_plans, st.just(b""))
+    flood = st.builds(HostileSession, st.just("repeated"), num_plans, st.just(b""))
     return st.sampled_from([plans] * 16 + [others, others, first, flood]).flatmap(lambda strategy: strategy)
 
 
@@ -184,8 +184,8 @@ class Sessions:
             num_right += 1
         if hostile.kind == "rival":
             return self._try_rival(stream, hostile, num_right)
-        if hostile.kind == "plans ahead":
-            for _ in range(2 * MAX_PLANS_AHEAD):
+        if hostile.kind == "repeated":
+            for _ in range(NUM_REPEATED):
                 stream.send(self._plans[hostile.num_plans])
             while stream.read() is not None:
                 pass

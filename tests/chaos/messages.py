@@ -38,6 +38,9 @@ from tests.chaos.hostile_sessions import RPC as EXECUTE_STEPS
 from tests.chaos.hostile_sessions import Script, Sessions, hostile_sessions, opening_of
 from tests.chaos.load import Load
 from tests.chaos.part import Form, Found, Part, Row
+from tests.chaos.raw_calls import PATH as RAW_PATH
+from tests.chaos.raw_calls import call as raw_call
+from tests.chaos.raw_calls import raw_calls
 from tests.chaos.statuses import ATTACH, SERVICES, TABLE, allowed, request_class
 from tests.e2e.services import Engine, generate_request
 from tests.e2e.waiting import WAIT_S, wait_until
@@ -58,6 +61,8 @@ MAX_PROBE_S = 5.0
 MAX_FAULTS = 20
 HEX_BYTES = 400
 NUM_DRAINS_SHARE = 100
+NUM_RAW_SHARE = 30
+"""Of so many calls one is a Drain, and one is made by hand."""
 DRAIN = "/tandem.v1.ControlService/Drain"
 MIB = 2**20
 ANSWER, SESSION, OTHERS, PROCESS = "answer", "session", "others", "process"
@@ -343,7 +348,9 @@ def _try_calls(
         model = engine.control.GetModelInfo(control_pb2.GetModelInfoRequest(), timeout=WAIT_S)
         makers = right_messages(opening, model.fingerprint)
         num_drains = max(5, count // NUM_DRAINS_SHARE)
-        cases = draw_cases([rpc for rpc in addresses if rpc != DRAIN], makers, count - num_drains, seed)
+        raws = draw(raw_calls, max(5, count // NUM_RAW_SHARE), seed)
+        num_cases = count - num_drains - len(raws)
+        cases = draw_cases([rpc for rpc in addresses if rpc != DRAIN], makers, num_cases, seed)
         drains = draw(cases_of(DRAIN, makers), num_drains, seed)
 
         def attempt(case: Case) -> None:
@@ -357,12 +364,21 @@ def _try_calls(
             if code not in allowed(case.rpc, case.kind, case.payloads[0] if case.payloads else None, model):
                 found.note(ANSWER, _describe(case, seed, code, details))
 
+        def attempt_raw(drawn: tuple[Any, bytes]) -> None:
+            status = raw_call(engine.scheduler.address, *drawn)
+            found.counts[f"no gRPC call {status}"] += 1
+            found.kinds["no gRPC call"] += 1
+            has_right_headers = not drawn[0]
+            if status == "SILENCE" or (has_right_headers and status not in {code.name for code in TABLE[RAW_PATH]}):
+                found.note(ANSWER, f"{RAW_PATH} by hand answered {status} to {drawn}, seed {seed}")
+
         with Load(engine.scheduler.address, 4, num_tokens=20) as polite, ThreadPoolExecutor(NUM_CALLERS) as pool:
             polite.start()
             num_warm = int(len(cases) * WARM_UP_SHARE)
             list(pool.map(attempt, cases[:num_warm]))
             before = [watch.memory() for watch in watches]
             list(pool.map(attempt, cases[num_warm:]))
+            list(pool.map(attempt_raw, raws))
             polite.finish(WAIT_S)
             for watch, memory in zip(watches, before, strict=True):
                 watch.note_growth(memory)

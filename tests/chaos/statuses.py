@@ -77,7 +77,7 @@ def request_class(rpc: str) -> Any:
 def allowed(rpc: str, kind: str, payload: bytes | None, model: inference_pb2.Usage | Any) -> set[StatusCode]:
     """Of a call with that kind of fault, whose first message has those bytes. model: GetModelInfo's response."""
     if kind in OF_KIND and not (kind == "compressed" and rpc == ATTACH):
-        return OF_KIND[kind]
+        return OF_KIND[kind] | (TABLE.get(rpc, set()) & DEADLINE)
     if payload is None or kind == "metadata":
         return TABLE[rpc]
     try:
