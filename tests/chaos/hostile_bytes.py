@@ -293,9 +293,9 @@ def hostile(make: Callable[[], Message]) -> st.SearchStrategy[tuple[str, bytes]]
     kinds: dict[str, tuple[int, st.SearchStrategy[bytes]]] = {
         "right": (4, st.builds(make).map(_serialized)),
         "changed": (40, right),
-        "well-formed": (20, well_formed(descriptor)),
+        "well-formed": (12, well_formed(descriptor)),
         "spoilt": (20, st.builds(make).map(_serialized).flatmap(spoilt) | right.flatmap(spoilt)),
-        "any fields": (8, st.lists(any_field, max_size=6).map(b"".join)),
+        "any fields": (4, st.lists(any_field, max_size=6).map(b"".join)),
         "raw": (6, st.binary(max_size=200)),
         "empty": (1, st.just(b"")),
         "huge": (1, huge(descriptor)),

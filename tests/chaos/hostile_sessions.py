@@ -140,16 +140,27 @@ def hostile_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.Sear
     def again() -> worker_pb2.ExecuteStepsRequest:
         return worker_pb2.ExecuteStepsRequest(open=opening)
 
-    by_num_plans = [hostile(lambda request=request: copy.deepcopy(request)) for request in script.requests()]
-    num_plans = st.integers(0, len(by_num_plans) - 1)
-    plans = num_plans.flatmap(lambda n: by_num_plans[n].map(lambda drawn: HostileSession(drawn[0], n, drawn[1])))
+    requests = script.requests()
+    anything = [hostile(lambda request=request: copy.deepcopy(request)) for request in requests]
+    # Most that is hostile at first sight is refused at first sight.
+    changed = [
+        mutated(lambda request=request: copy.deepcopy(request)).map(lambda plan: ("changed", plan.SerializeToString()))
+        for request in requests
+    ]
+    num_plans = st.integers(0, len(requests) - 1)
+    plans, changed_plans = (
+        num_plans.flatmap(lambda n, each=each: each[n].map(lambda drawn: HostileSession(drawn[0], n, drawn[1])))
+        for each in (anything, changed)
+    )
     openings = mutated(again).map(worker_pb2.ExecuteStepsRequest.SerializeToString)
     others = st.builds(HostileSession, st.sampled_from(["opened again", "rival"]), num_plans, openings)
     first = st.builds(
         HostileSession, st.just("opened wrongly"), st.just(0), openings | hostile(again).map(lambda d: d[1])
     )
     flood = st.builds(HostileSession, st.just("repeated"), num_plans, st.just(b""))
-    return st.sampled_from([plans] * 16 + [others, others, first, flood]).flatmap(lambda strategy: strategy)
+    return st.sampled_from([plans] * 6 + [changed_plans] * 10 + [others, others, first, flood]).flatmap(
+        lambda strategy: strategy
+    )
 
 
 class Sessions:
