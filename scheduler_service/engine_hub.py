@@ -19,7 +19,15 @@ from scheduler_service.engine import (
     tell_state,
 )
 from scheduler_service.step_loop import StepLoop
-from shared.errors import Draining, RequestIdInUse, RequestNotFound, SequenceFailed, TandemError, WorkerUnavailable
+from shared.errors import (
+    Draining,
+    ProtocolError,
+    RequestIdInUse,
+    RequestNotFound,
+    SequenceFailed,
+    TandemError,
+    WorkerUnavailable,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +149,9 @@ class EngineHub:
         request_id, first = submission.request_id, submission.first
         if self.is_draining:
             raise Draining("the server is draining")
+        handles = range(submission.first_handle, submission.first_handle + submission.num_choices)
+        if not attachment.sequences.keys().isdisjoint(handles):
+            raise ProtocolError("a front end gave a sequence's handle to another one")
         if request_id in self._requests:
             raise RequestIdInUse(f"request {request_id!r} is live")
         worker = self.step_loop.worker
@@ -152,7 +163,7 @@ class EngineHub:
         ]
         self.step_loop.submit(choices)
         request = _Request(request_id, num_live=len(choices))
-        for handle, choice in enumerate(choices, start=submission.first_handle):
+        for handle, choice in zip(handles, choices, strict=True):
             sequence = _Sequence(choice.sequence_id, handle, request, attachment)
             request.sequences.append(sequence)
             attachment.sequences[handle] = self._sequences[choice.sequence_id] = sequence
@@ -165,7 +176,9 @@ class EngineHub:
         if finished is not None:
             self.on_finished([finished])
         elif sequence.num_output_tokens is not None:
-            self.step_loop.discount(sequence.num_output_tokens - num_output_tokens)
+            num_left = min(num_output_tokens, sequence.num_output_tokens)
+            self.step_loop.discount(sequence.num_output_tokens - num_left)
+            sequence.num_output_tokens = num_left
 
     def abort_sequence(self, sequence: _Sequence | None) -> None:
         """A front end could not take its outputs."""

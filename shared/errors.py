@@ -17,7 +17,8 @@ TandemError
 ├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
 ├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
-├── ProtocolError             INTERNAL: the peer broke the step protocol
+├── UnexpectedMessage         INVALID_ARGUMENT: a stream's message that may not come there
+├── ProtocolError             INTERNAL: what answers us broke the protocol
 ├── ModelError                the model folder cannot be served; names file and key
 └── ConfigError               a setting is wrong; names it
 """
@@ -117,5 +118,9 @@ class ConfigError(TandemError):
     """A setting is missing, unknown or out of range."""
 
 
+class UnexpectedMessage(TandemError):
+    """A caller's stream has a message that may not come there; the stream can't go on."""
+
+
 class ProtocolError(TandemError):
-    """The peer broke the step protocol; the session can't go on."""
+    """What answers us broke the protocol; the session can't go on."""

@@ -40,6 +40,7 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SessionTaken: grpc.StatusCode.ABORTED,
     errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnexpectedMessage: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ProtocolError: grpc.StatusCode.INTERNAL,
 }
 
