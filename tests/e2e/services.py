@@ -117,15 +117,19 @@ class Engine:
         scheduler_flags: Sequence[str] = (),
         dtype: str = "float64",
         link: Link | None = None,
+        worker_module: str = "worker_service",
+        worker_arguments: Sequence[str] = (),
     ) -> None:
-        """link: what the scheduler reaches the worker over."""
+        """link: what the scheduler reaches the worker over. worker_module: the program that serves as the worker, which
+        takes worker_arguments before a worker's flags.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
         # A random model has no tokenizer; any will do where prompts are token ids.
         tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
-        self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder)
+        self.worker = Service(worker_module, [*common, *fixed, *worker_flags], folder, worker_arguments)
         try:
             self.worker.wait_listening()
             worker_address = link.listen(self.worker.port) if link else self.worker.address
