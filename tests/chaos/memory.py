@@ -71,7 +71,10 @@ def processes_of(engine: Engine) -> dict[str, psutil.Process]:
                 front_ends.append(child)
     front_ends.sort(key=lambda process: process.pid)
     named = {f"front end {number}": process for number, process in enumerate(front_ends)}
-    return {"scheduler": scheduler, "worker": engine.worker.serving(), **named}
+    worker = engine.worker.serving()
+    if worker.pid != engine.worker.process.pid:
+        named["worker's supervisor"] = psutil.Process(engine.worker.process.pid)
+    return {"scheduler": scheduler, "worker": worker, **named}
 
 
 def faults_in_books(engine: Engine) -> list[str]:

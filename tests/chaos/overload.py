@@ -39,7 +39,7 @@ MAX_UNREAD_MIB = MAX_UNREAD_BYTES / MIB
 BEHIND = "RESOURCE_EXHAUSTED OutputTooLarge"
 SLACK_MIB = 32.0
 """What a process may hold beside what stalled readers leave unread."""
-FAR_BEHIND = {"num_streams": 64, "num_tokens": 1650, "num_stalled": 4, "num_choices": 64, "num_logprobs": 20}
+FAR_BEHIND = {"num_streams": 64, "num_tokens": 1980, "num_stalled": 4, "num_choices": 64, "num_logprobs": 20}
 """As much as a request may have in a step, so that its reader is soon far behind."""
 
 
@@ -271,7 +271,6 @@ PART = Part(
         Form.LONG: (
             {"trial": "flood", "front_ends": 0, "seconds": 5.0},
             _streams(front_ends=2, step_ms=400, num_streams=1000, num_tokens=20, num_stalled=40),
-            _streams(front_ends=2, step_ms=40, **FAR_BEHIND | {"num_streams": 32, "num_stalled": 2}),
         ),
         Form.FULL: tuple(
             piece
@@ -279,7 +278,7 @@ PART = Part(
             for piece in (
                 {"trial": "flood", "front_ends": front_ends, "seconds": 120.0},
                 _streams(front_ends=front_ends, step_ms=500, num_streams=1000, num_tokens=240, num_stalled=40),
-                _streams(front_ends=front_ends, step_ms=60, **FAR_BEHIND),
+                _streams(front_ends=front_ends, step_ms=100, **FAR_BEHIND),
             )
         ),
     },
