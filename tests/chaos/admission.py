@@ -6,7 +6,9 @@ which is the same, when a plan came and when the call's time was up: there WIRE_
 """
 
 import json
+import math
 import signal
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ MAX_NUM_WAITING = 64
 DEADLINES_S = (0.2, 0.5, 0.9, 1.3, 1.7, 2.1, 2.5, 2.9)
 WIRE_S = 0.1
 """gRPC rounds the time that a call has left up, by 10 ms at most; calls and plans take their way on a busy machine."""
+MAX_LEAVING_S = 10.0
+"""From SIGTERM to its end, of a scheduler whose calls have all ended."""
 
 
 @dataclass
@@ -58,11 +62,17 @@ def run(front_ends: int, seconds: float) -> Found:
             faults = faults_in_books(fake.engine)
             # The recording is whole once the scheduler has left in order.
             fake.engine.scheduler.signal(signal.SIGTERM)
+            told_at = time.monotonic()
             fake.engine.scheduler.process.wait(WAIT_S)
+            left_s = time.monotonic() - told_at
             deadlines = {call.number: call.deadline for call in calls}
             lateness = [at - deadlines[number] for number, at in fake.starts()]
         recorded = read_recording(recording.read_text().splitlines())
         difference = replay(recording).difference
+    if difference:
+        faults.append(f"the recording replays differently: {difference}")
+    if left_s > MAX_LEAVING_S:
+        faults.append(f"the scheduler waited {left_s:.0f} s for calls that had ended")
     return {
         "front_ends": front_ends,
         "calls": len(calls),
@@ -71,7 +81,7 @@ def run(front_ends: int, seconds: float) -> Found:
         "starts_seen_by_worker": len(lateness),
         "latest_start_s": round(max(lateness), 4),
         "recorded": vars(recorded),
-        "faults": faults + ([f"the recording replays differently: {difference}"] if difference else []),
+        "faults": faults,
     }
 
 
@@ -87,13 +97,15 @@ def read_recording(lines: Iterable[str]) -> Recorded:
                         recorded.num_without_deadline += 1
                     else:
                         deadlines[request["sequence_id"]] = request["deadline"]
-            case {"call": "expire", "arguments": [time], "answer": ended}:
-                now = time
+            case {"call": "expire", "arguments": [at], "answer": ended}:
+                now = at
                 recorded.num_expired += len(ended)
                 continue
             case {"call": "schedule", "answer": {"added_rows": rows}}:
                 recorded.num_started += len(rows)
-                recorded.num_started_late += sum(now is None or deadlines[row["sequence_id"]] <= now for row in rows)
+                recorded.num_started_late += sum(
+                    now is None or deadlines.get(row["sequence_id"], math.inf) <= now for row in rows
+                )
         now = None
     return recorded
 

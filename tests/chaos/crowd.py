@@ -32,6 +32,9 @@ VOCAB_SIZE = 1024
 RADIX = 1000
 """A call's number is the first two tokens of its prompt, so that the worker's side can tell whose rows it has."""
 NO_DEADLINE_S = 600.0
+STALLED_OPTIONS = [("grpc.http2.lookahead_bytes", 64), ("grpc.http2.bdp_probe", 0)]
+"""Of the stalled calls' connection: next to nothing is on its way that was not asked for, so that it waits in the
+server."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ def true_tokens(number: int, length: int, num_tokens: int) -> list[int]:
 class Clients:
     def __init__(self, crowd: Crowd) -> None:
         self._crowd = crowd
+        # By the call's number: the tokens of its first choice, and how many there were of all, as its usage says.
         self._tokens: dict[int, list[int]] = {}
+        self._usages: dict[int, int] = {}
         self._others_ended = asyncio.Event()
 
     async def run(self) -> list[Call]:
@@ -123,17 +128,19 @@ class Clients:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         async with contextlib.AsyncExitStack() as stack:
             stubs = []
-            for _ in range(crowd.num_connections):
-                channel = grpc.aio.insecure_channel(crowd.address, options)
+            for more in [*[[]] * crowd.num_connections, STALLED_OPTIONS]:
+                channel = grpc.aio.insecure_channel(crowd.address, [*options, *more])
                 stack.push_async_callback(channel.close)
                 await channel.channel_ready()
                 stubs.append(inference_pb2_grpc.InferenceServiceStub(channel))
+            of_stalled = stubs.pop()
             print("begins", flush=True)
             tasks = []
             due = time.monotonic()
             rng = random.Random(crowd.seed)
             for index in range(crowd.num_calls):
-                tasks.append(asyncio.create_task(self._call(stubs[index % len(stubs)], index)))
+                stub = of_stalled if index < crowd.num_stalled else stubs[index % len(stubs)]
+                tasks.append(asyncio.create_task(self._call(stub, index)))
                 if crowd.rate_per_s:
                     due += rng.expovariate(crowd.rate_per_s)
                     await asyncio.sleep(max(0.0, due - time.monotonic()))
@@ -163,6 +170,8 @@ class Clients:
                     call.num_tokens += len(message.token_ids)
                     if message.choice_index == 0:
                         tokens += message.token_ids
+                if message.HasField("usage"):
+                    self._usages[number] = message.usage.num_output_tokens
                 if is_stalled and not self._others_ended.is_set():
                     await self._others_ended.wait()
             call.code = "OK"
@@ -176,8 +185,8 @@ class Clients:
         """A call that ended well has its answer, another a beginning of it."""
         tokens = self._tokens[call.number]
         truth = true_tokens(call.number, self._crowd.prompt_length, len(tokens)) if tokens else []
-        is_whole = call.code != "OK" or len(tokens) == self._crowd.num_tokens
-        call.is_right = tokens == truth and is_whole
+        is_whole = len(tokens) == self._crowd.num_tokens and self._usages.get(call.number) == call.num_tokens
+        call.is_right = tokens == truth and (is_whole or call.code != "OK")
 
 
 def ends_of(calls: list[Call]) -> dict[str, int]:
