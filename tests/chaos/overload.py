@@ -39,7 +39,7 @@ MAX_UNREAD_MIB = MAX_UNREAD_BYTES / MIB
 BEHIND = "RESOURCE_EXHAUSTED OutputTooLarge"
 SLACK_MIB = 32.0
 """What a process may hold beside what stalled readers leave unread."""
-FAR_BEHIND = {"num_streams": 64, "num_tokens": 1980, "num_stalled": 4, "num_choices": 64, "num_logprobs": 20}
+FAR_BEHIND = {"num_streams": 32, "num_tokens": 1980, "num_stalled": 2, "num_choices": 64, "num_logprobs": 20}
 """As much as a request may have in a step, so that its reader is soon far behind."""
 
 
