@@ -20,6 +20,7 @@ from scheduler_service.engine import (
 )
 from scheduler_service.step_loop import StepLoop
 from shared.errors import (
+    DeadlinePassed,
     Draining,
     ProtocolError,
     RequestIdInUse,
@@ -126,11 +127,9 @@ class EngineHub:
         for end in finished:
             sequence = self._sequences[end.sequence_id]
             sequence.num_output_tokens = end.num_output_tokens
-            has_failed = end.reason is FinishReason.ERROR
-            error = SequenceFailed(end.error or "the sequence failed") if has_failed else None
-            self._end(
-                sequence, SequenceEnd(sequence.handle, end.reason, end.num_cached_tokens, end.stop_token_id, error)
-            )
+            error = _error_of(end)
+            reason = end.reason if error is None else FinishReason.ERROR
+            self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
         self._flush()
 
     def on_news_lost(self, sequence_ids: list[int]) -> None:
@@ -224,6 +223,16 @@ class EngineHub:
     async def _tell_state(self) -> None:
         for attachment in list(self._attachments):
             await tell_state(attachment.listener, self.state)
+
+
+def _error_of(end: FinishedSequence) -> TandemError | None:
+    match end.reason:
+        case FinishReason.ERROR:
+            return SequenceFailed(end.error or "the sequence failed")
+        case FinishReason.EXPIRED:
+            return DeadlinePassed("the call's deadline passed while it waited")
+        case _:
+            return None
 
 
 class Attachment:

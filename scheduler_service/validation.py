@@ -126,6 +126,7 @@ async def check_request(
         stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
         priority=params.priority,
         cache_salt=_hashed(params.cache_salt),
+        deadline=params.deadline,
     )
     return GenerationRequest(
         request_id=request_id,

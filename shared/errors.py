@@ -9,6 +9,7 @@ TandemError
 │   ├── Draining              UNAVAILABLE, RetryInfo
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
 ├── RequestTooSlow            DEADLINE_EXCEEDED: the request did not arrive in time
+├── DeadlinePassed            DEADLINE_EXCEEDED: the call's deadline passed before its turn came
 ├── Unauthenticated           UNAUTHENTICATED: the caller has not shown who it is
 ├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
 ├── TextFailed                INTERNAL: the tokenizer failed on this one request
@@ -76,6 +77,10 @@ class WorkerUnavailable(RetryLater):
 
 class RequestTooSlow(TandemError):
     """The client opened a call and did not send its request in time."""
+
+
+class DeadlinePassed(TandemError):
+    """The call's deadline passed before its turn came."""
 
 
 class Unauthenticated(TandemError):

@@ -1,6 +1,6 @@
 """The parts of the harness, in the order of the table."""
 
-from tests.chaos import drops, kills, messages, mutations, restarts, silence, simulation
+from tests.chaos import admission, drops, kills, messages, mutations, overload, restarts, silence, simulation, soak
 from tests.chaos.part import Part
 
 PARTS: tuple[Part, ...] = (
@@ -10,5 +10,8 @@ PARTS: tuple[Part, ...] = (
     drops.PART,
     restarts.PART,
     messages.PART,
+    overload.PART,
+    admission.PART,
+    soak.PART,
     mutations.PART,
 )
