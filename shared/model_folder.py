@@ -19,8 +19,8 @@ EMBEDDED_MODEL = "embedded"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = [TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "config.json"]
 MAX_JSON_BYTES = 64 << 20
-"""Of any JSON file of a model; the largest real ones are vocabularies, of some ten MiB. What is read of a hostile one may
-take many times its size."""
+"""Of any JSON file of a model. The largest real ones are vocabularies, of some ten MiB; to read a hostile one may take
+many times its size."""
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 

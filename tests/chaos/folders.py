@@ -512,7 +512,7 @@ PART = Part(
     rows,
     {
         Form.SHORT: [{"fixed": True}],
-        Form.LONG: [{"fixed": True, "commands": 3, "mutations": 300, "seed": 1}],
+        Form.LONG: [{"fixed": True, "commands": 2, "mutations": 300, "seed": 1}],
         Form.FULL: [
             {"fixed": True, "commands": 20, "seed": 2},
             *({"fixed": False, "mutations": 500, "seed": seed} for seed in (3, 4, 5, 6)),
