@@ -1,6 +1,18 @@
 """The parts of the harness, in the order of the table."""
 
-from tests.chaos import admission, drops, kills, messages, mutations, overload, restarts, silence, simulation, soak
+from tests.chaos import (
+    admission,
+    drops,
+    folders,
+    kills,
+    messages,
+    mutations,
+    overload,
+    restarts,
+    silence,
+    simulation,
+    soak,
+)
 from tests.chaos.part import Part
 
 PARTS: tuple[Part, ...] = (
@@ -13,5 +25,6 @@ PARTS: tuple[Part, ...] = (
     overload.PART,
     admission.PART,
     soak.PART,
+    folders.PART,
     mutations.PART,
 )

@@ -103,7 +103,8 @@ class Site:
 
     def longest_gap_s(self) -> float:
         """Between tokens of any stream, since let_run()."""
-        return max(after - before for before, after in itertools.pairwise(self.load.arrivals[self._num_arrivals :]))
+        arrivals = self.load.arrivals[self._num_arrivals - 1 :]
+        return max(after - before for before, after in itertools.pairwise(arrivals))
 
     def take_endings(self) -> list[Ending]:
         self.counts["whole"] += self.load.counts["answers"] - self._num_answers
@@ -197,10 +198,9 @@ def terminate_past_grace(site: Site, engine: Engine) -> None:
 
 
 def signal_scheduler(site: Site, engine: Engine) -> None:
-    """Sometimes all of its processes get the signal, as from a supervisor that knows them all."""
-    if site.rng.random() < 0.5:
-        for process in site.processes(FRONT_END):
-            process.terminate()
+    """All of its processes get the signal, as from a supervisor that knows them all."""
+    for process in site.processes(FRONT_END):
+        process.terminate()
     engine.scheduler.signal(signal.SIGTERM)
 
 
