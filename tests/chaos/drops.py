@@ -14,8 +14,8 @@ PART = Part(
     {
         Form.SHORT: [
             {
-                "kinds": [ONE_CONNECTION],
-                "idle_kinds": [ALL],
+                "kinds": [ALL],
+                "idle_kinds": [ONE_CONNECTION],
                 "trials": 1,
                 "seed": 1,
                 "has_host": True,
@@ -27,7 +27,7 @@ PART = Part(
         Form.LONG: [{"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 1, "seed": 1, "has_host": True}],
         Form.FULL: [
             {"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 10, "seed": 11, "has_host": True},
-            {"kinds": [], "idle_kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 10, "seed": 12, "has_host": True},
+            {"kinds": [], "idle_kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 7, "seed": 12, "has_host": True},
         ],
     },
     obstacle=why_no_hosts,

@@ -42,7 +42,9 @@ UNDER_WAY_S = 1.0
 """What a process has sent before it froze is read by then."""
 START_S = 15.0
 """A worker of the small model starts in less, on a busy machine too."""
-NUM_CONNECTIONS = 8
+IDLE_S = 2.0
+"""Then gRPC has ended its measurements of the network, whose pings would find a silence too."""
+NUM_CONNECTIONS = 16
 NUM_FRONT_ENDS = 3
 """One is frozen, and what is dealt anew when it ends still goes to two."""
 
@@ -166,6 +168,7 @@ def stall_link(scene: Scene) -> Found:
 def freeze_front_end(scene: Scene) -> Found:
     """Thawed before anybody takes it for lost: its clients wait."""
     victim = choose_front_end(scene)
+    assert victim is not None, "all clients are of one front end"
     began = time.monotonic()
     victim.suspend()
     scene.pause(2 * UNDER_WAY_S, PATIENCE_S - 1)
@@ -178,15 +181,16 @@ def freeze_front_end(scene: Scene) -> Found:
 
 def freeze_front_end_for_good(scene: Scene) -> Found:
     """The pool ends it. The clients of it are those that hear nothing while all others do."""
-    before, ends = front_ends(scene.engine), list(scene.load.num_ends)
-    victim = choose_front_end(scene)
+    while (victim := choose_front_end(scene)) is None:
+        deal_anew(scene)
+    ends = list(scene.load.num_ends)
     began = time.monotonic()
     victim.suspend()
     time.sleep(FRONT_END_LIMIT_S / 2)
     is_its = scene.are_silent(began)
     wait_until(lambda: not victim.is_running(), "the frozen front end is killed")
     noticed_s = time.monotonic() - began
-    wait_until(lambda: len(front_ends(scene.engine)) == len(before), "another front end")
+    wait_until(lambda: len(front_ends(scene.engine)) == NUM_FRONT_ENDS, "another front end")
     scene.wait_going_on()
     has_ended = [now > old for now, old in zip(scene.load.num_ends, ends, strict=True)]
     return {
@@ -207,8 +211,8 @@ def front_ends(engine: Engine) -> list[psutil.Process]:
     return found
 
 
-def choose_front_end(scene: Scene) -> psutil.Process:
-    """One that has clients of the load, while others have some too."""
+def choose_front_end(scene: Scene) -> psutil.Process | None:
+    """One that has clients of the load, while others have some too. None where all are one's."""
     port = scene.engine.scheduler.port
 
     def num_clients(process: psutil.Process) -> int:
@@ -217,7 +221,15 @@ def choose_front_end(scene: Scene) -> psutil.Process:
 
     # One connection is the engine's own.
     able = [process for process in front_ends(scene.engine) if 2 <= num_clients(process) <= NUM_CONNECTIONS - 1]
-    return scene.random.choice(able)
+    return scene.random.choice(able) if able else None
+
+
+def deal_anew(scene: Scene) -> None:
+    """Kills the front ends, one after another: the clients of each move to others."""
+    for process in front_ends(scene.engine):
+        process.kill()
+        wait_until(lambda: len(front_ends(scene.engine)) == NUM_FRONT_ENDS, "another front end")
+        scene.wait_going_on()
 
 
 def freeze_scheduler(scene: Scene) -> Found:
@@ -391,6 +403,8 @@ def run(
 def try_out(scene: Scene, kind: str) -> Found:
     scene.wait_going_on()
     scene.pause(0, scene.calm_s)
+    if not scene.is_busy:
+        time.sleep(IDLE_S)
     ends = list(scene.load.num_ends)
     found = KINDS[kind].do(scene)
     num_ended = sum(now > before for now, before in zip(scene.load.num_ends, ends, strict=True))

@@ -1,4 +1,4 @@
-"""A client that goes silent while its connection stays open is given up. tests/chaos has services that go silent."""
+"""A client that goes silent while its connection stays open is given up. Services that go silent: tests/chaos."""
 
 import grpc
 import pytest
