@@ -23,7 +23,9 @@ MAX_TURNS = 4
 HUGE_BYTES = (300_000, 1_000_000, 5_000_000)
 """Past what is looked at before decoding, well within gRPC's limit of 4 MiB, and past that."""
 
-INTEGERS = [0, 1, 2, 15, 16, 63, 64, 65, 127, 128, 255, 256, 1023, 1024, 2**15, 2**16]
+LIMITS = [0, 1, 20, 21, 64, 65, 1023, 1024, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
+"""Where a rule of some RPC has its limit, and where types end."""
+INTEGERS = [*LIMITS, 2, 15, 16, 63, 127, 128, 255, 256, 1023, 1024, 2**15, 2**16]
 INTEGERS += [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1]
 FLOATS = [
     0.0,
@@ -183,6 +185,35 @@ def mutated(make: Callable[[], Message]) -> st.SearchStrategy[Message]:
         return message
 
     return mutate()
+
+
+def swept(make: Callable[[], Message]) -> list[bytes]:
+    """Right messages in each of which one field has one value of those at some limit."""
+    found: dict[bytes, None] = {}
+    for number, (holder, field) in enumerate(_places(make())):
+        for value in _at_limits(holder, field):
+            message = make()
+            place, _ = list(_places(message))[number]
+            if field.is_repeated:
+                getattr(place, field.name).append(value)
+            else:
+                setattr(place, field.name, value)
+            found[_serialized(message)] = None
+    return list(found)
+
+
+def _at_limits(holder: Message, field: FieldDescriptor) -> list[Any]:
+    value = getattr(holder, field.name)
+    if field.message_type is not None:
+        return []
+    if field.type in UNSIGNED | SIGNED:
+        near = [*value[:1]] if field.is_repeated else [value - 1, value + 1]
+        return list(dict.fromkeys(_within(field, each) for each in [*LIMITS, *near]))
+    if field.type == T.TYPE_BYTES:
+        return [b"", value[:-1], value[:-4], value + value[:4], value[4:] + b"\xff" * 4, value[4:] + b"\0\4\0\0"]
+    if field.type == T.TYPE_STRING:
+        return TEXTS
+    return [False, True] if field.type == T.TYPE_BOOL else FLOATS if field.type in FIXED else list(range(8))
 
 
 def _places(message: Message) -> Any:

@@ -9,6 +9,7 @@ check.
 
 import copy
 import queue
+import random
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_plan, unpack
 from shared.step_plan import PADDING_BLOCK, NewRow, RowSampling, StepPlan, WorkerInfo
 from tandem.v1 import worker_pb2, worker_pb2_grpc
 from tests.builders import create_request
-from tests.chaos.hostile_bytes import hostile, mutated
+from tests.chaos.hostile_bytes import draw, hostile, mutated, swept
 from tests.chaos.statuses import TABLE
 from tests.engine import Engine
 from tests.fake_worker import BrokenPlan, FakeRunner
@@ -134,9 +135,7 @@ class Script:
         )
 
 
-def hostile_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.SearchStrategy[HostileSession]:
-    """opening: one that the worker takes."""
-
+def _drawn_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.SearchStrategy[HostileSession]:
     def again() -> worker_pb2.ExecuteStepsRequest:
         return worker_pb2.ExecuteStepsRequest(open=opening)
 
@@ -158,9 +157,21 @@ def hostile_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.Sear
         HostileSession, st.just("opened wrongly"), st.just(0), openings | hostile(again).map(lambda d: d[1])
     )
     flood = st.builds(HostileSession, st.just("repeated"), num_plans, st.just(b""))
-    return st.sampled_from([plans] * 6 + [changed_plans] * 10 + [others, others, first, flood]).flatmap(
-        lambda strategy: strategy
-    )
+    strategies = [plans] * 4 + [changed_plans] * 8 + [others, others, first, flood]
+    return st.sampled_from(strategies).flatmap(lambda strategy: strategy)
+
+
+def draw_sessions(script: Script, opening: worker_pb2.OpenSession, count: int, seed: int) -> list[HostileSession]:
+    """opening: one that the worker takes. In half of them one field of a plan has a value at some limit."""
+    at_limits = [
+        HostileSession("at a limit", number, payload)
+        for number, request in enumerate(script.requests())
+        for payload in swept(lambda request=request: copy.deepcopy(request))
+    ]
+    chosen = random.Random(seed).sample(at_limits, min(count // 2, len(at_limits)))
+    sessions = chosen + draw(_drawn_sessions(script, opening), count - len(chosen), seed)
+    random.Random(seed).shuffle(sessions)
+    return sessions
 
 
 class Sessions:
@@ -256,7 +267,7 @@ class Stream:
 
     def __init__(self, method: Any) -> None:
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._call = method(iter(self._messages.get, None), timeout=WAIT_S)
+        self._call = method(iter(self._messages.get, None), timeout=WAIT_S, wait_for_ready=True)
 
     def send(self, payload: bytes) -> None:
         self._messages.put(payload)

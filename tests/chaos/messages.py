@@ -33,9 +33,9 @@ from shared.grpc_options import CHANNEL_OPTIONS
 from shared.step_codec import decode_info
 from tandem.v1 import control_pb2, engine_pb2, inference_pb2, worker_pb2, worker_pb2_grpc
 from tests.chaos.engines import running_engine
-from tests.chaos.hostile_bytes import draw, hostile
+from tests.chaos.hostile_bytes import draw, hostile, swept
 from tests.chaos.hostile_sessions import RPC as EXECUTE_STEPS
-from tests.chaos.hostile_sessions import Script, Sessions, hostile_sessions, opening_of
+from tests.chaos.hostile_sessions import Script, Sessions, draw_sessions, opening_of
 from tests.chaos.load import Load
 from tests.chaos.part import Form, Found, Part, Row
 from tests.chaos.raw_calls import PATH as RAW_PATH
@@ -63,6 +63,7 @@ HEX_BYTES = 400
 NUM_DRAINS_SHARE = 100
 NUM_RAW_SHARE = 30
 """Of so many calls one is a Drain, and one is made by hand."""
+STREAM = "/tandem.v1.InferenceService/GenerateStream"
 DRAIN = "/tandem.v1.ControlService/Drain"
 MIB = 2**20
 ANSWER, SESSION, OTHERS, PROCESS = "answer", "session", "others", "process"
@@ -179,7 +180,16 @@ def cases_of(rpc: str, makers: Makers) -> st.SearchStrategy[Case]:
 
 
 def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> list[Case]:
-    """As many of each RPC, in any order; of those of inference and ExecuteSteps five times as many."""
+    """As many of each RPC, in any order; of those of inference and ExecuteSteps five times as many, and those first in
+    which a field of a generate request is at some limit.
+    """
+    at_limits = [
+        Case(rpc, "at a limit", (payload,))
+        for rpc, request in ((STREAM, inference_pb2.GenerateStreamRequest), (ATTACH, engine_pb2.AttachRequest))
+        for payload in swept(makers[request][0])
+        if rpc in rpcs
+    ]
+    count -= len(at_limits)
     weights = {rpc: 5 if "Inference" in rpc or rpc in (ATTACH, EXECUTE_STEPS) else 1 for rpc in rpcs}
     unit = count / sum(weights.values())
     cases = [
@@ -188,7 +198,9 @@ def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> li
         for case in draw(cases_of(rpc, makers), max(1, math.ceil(unit * weights[rpc])), 1000 * seed + index)
     ]
     random.Random(seed).shuffle(cases)
-    return cases[:count]
+    cases = cases[:count] + at_limits
+    random.Random(seed).shuffle(cases)
+    return cases
 
 
 # Sending it
@@ -210,6 +222,7 @@ class Callers:
             timeout=DEADLINE_S if may_take_long else WAIT_S,
             metadata=case.metadata,
             compression=compression,
+            wait_for_ready=True,
         )
         try:
             for _ in itertools.islice(call, MAX_REPLIES):
@@ -247,11 +260,13 @@ class Watch:
         while not self._is_over.wait(PROBE_INTERVAL_S):
             began = time.monotonic()
             try:
-                status = health.Check(health_pb2.HealthCheckRequest(), timeout=MAX_PROBE_S).status
+                status = health.Check(health_pb2.HealthCheckRequest(), timeout=MAX_PROBE_S, wait_for_ready=True).status
                 if status != health_pb2.HealthCheckResponse.SERVING:
                     self._found.note(OTHERS, f"a liveness probe was told {status}")
             except grpc.RpcError as error:
-                self._found.note(OTHERS, f"a liveness probe ended {error.code().name}")
+                took_s = time.monotonic() - began
+                what = f"{error.code().name} after {took_s:.1f} s: {error.details()}"
+                self._found.note(OTHERS, f"a liveness probe of {_name_of(self._processes[0])} ended {what}")
             self._found.num_probes += 1
             self._found.slowest_probe_s = max(self._found.slowest_probe_s, time.monotonic() - began)
 
@@ -422,7 +437,7 @@ def _try_sessions(
     """Gives how many right plans had their true tokens."""
     sessions = Sessions(channel, script, opening)
     num_right, before = 0, watch.memory()
-    for number, each in enumerate(draw(hostile_sessions(script, opening), count, seed)):
+    for number, each in enumerate(draw_sessions(script, opening, count, seed)):
         if number == int(count * WARM_UP_SHARE):
             before = watch.memory()
         outcome = sessions.attempt(each)
