@@ -49,7 +49,11 @@ class Serve:
         self._flags = [str(model), "--tokenizer", "embedded", "--dtype", "float64", "--num-threads", "1", *flags]
         self._log_file = log_file
         self._port = 0
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         with self._log_file.open("wb") as log:
