@@ -443,11 +443,14 @@ def row_of(kind: Kind, pieces: Sequence[Found], trials: Sequence[Found]) -> Row:
         told.append(f"{unmet} trials not as promised")
     if leaked := sum(piece["used_blocks"] for piece in pieces):
         told.append(f"{leaked} blocks leaked")
+    faults = [fault for load in loads for fault in load["faults"]]
+    if faults:
+        told.append(f"{len(faults)} faults, such as: {faults[0]}")
     is_met = (
         not unmet
         and not wrong
         and not leaked
-        and not any(load["faults"] for load in loads)
+        and not faults
         and all(load["answers"] >= load["streams"] for load in loads)
         and codes <= ({grpc.StatusCode.UNAVAILABLE.name} if kind.may_end else set())
     )
