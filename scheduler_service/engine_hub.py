@@ -132,8 +132,12 @@ class EngineHub:
             self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
         self._flush()
 
-    def on_news_lost(self, sequence_ids: list[int]) -> None:
-        self._fail(sequence_ids, SequenceFailed("its outputs could not be handed on"))
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        for end in finished:
+            if (sequence := self._sequences.get(end.sequence_id)) is not None:
+                sequence.num_output_tokens = end.num_output_tokens
+        lost = [*sequence_ids, *(end.sequence_id for end in finished)]
+        self._fail(lost, SequenceFailed("its outputs could not be handed on"))
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
         self.end_all(error)

@@ -48,9 +48,9 @@ class Sink(Protocol):
     def on_finished(self, finished: list[FinishedSequence]) -> None:
         """Sequences that ended outside a step."""
 
-    def on_news_lost(self, sequence_ids: list[int]) -> None:
-        """One of the two above raised, so that the streams of these sequences may lack what it was told: all of them
-        that are live end with an error.
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        """One of the two above raised, so that the streams of these sequences, and of those that ended, may lack what
+        it was told: all of them that are live here end with an error.
         """
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
@@ -241,14 +241,14 @@ class StepLoop:
             self._sink.on_outputs(outputs)
         except Exception:
             logger.exception("outputs that could not be handed on")
-            self._sink.on_news_lost([*outputs.sequence_ids, *(end.sequence_id for end in outputs.finished)])
+            self._sink.on_news_lost(outputs.sequence_ids, outputs.finished)
 
     def _tell_finished(self, finished: list[FinishedSequence]) -> None:
         try:
             self._sink.on_finished(finished)
         except Exception:
             logger.exception("ends that could not be handed on")
-            self._sink.on_news_lost([end.sequence_id for end in finished])
+            self._sink.on_news_lost([], finished)
 
     async def _send_on_news(self, session: WorkerSession) -> None:
         while True:

@@ -224,6 +224,12 @@ class Call:
         }
         return Counter(f"answered: {feature}" for feature, is_there in has.items() if is_there)
 
+    @property
+    def is_told_its_stop(self) -> bool:
+        """All came up to its one choice's stop string, so that only the engine's word of the end is missing."""
+        [truth, *others] = self.asked.truths
+        return not others and truth.num_counted is not None and self._choices[0].tokens == truth.tokens
+
     def check_beginning(self) -> None:
         """What came before it was broken off is the beginning of the truth."""
         for choice, truth in zip(self._choices, self.asked.truths, strict=True):

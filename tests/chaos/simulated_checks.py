@@ -52,7 +52,7 @@ class WatchedSink:
     def on_outputs(self, outputs: StepOutputs) -> None:
         self.num_tokens.update(outputs.sequence_ids)
         self._world.note_step()
-        if self.is_to_raise and outputs.sequence_ids:
+        if self._must_raise(outputs):
             self.is_to_raise = False
             self.has_raised = True
             self._world.count("sink raises")
@@ -61,6 +61,12 @@ class WatchedSink:
             raise InjectedFault
         self._hub.on_outputs(outputs)
         check_books(self._world)
+
+    def _must_raise(self, outputs: StepOutputs) -> bool:
+        """At an end that no token brings, too."""
+        has_failed = any(end.error for end in outputs.finished)
+        is_asked = self.is_to_raise and bool(outputs.sequence_ids)
+        return is_asked or (has_failed and self._world.rng.random() < 0.2)
 
     def on_finished(self, finished: list[FinishedSequence]) -> None:
         if self.is_to_raise_at_ends and finished:
@@ -71,8 +77,8 @@ class WatchedSink:
         self._hub.on_finished(finished)
         check_books(self._world)
 
-    def on_news_lost(self, sequence_ids: list[int]) -> None:
-        self._hub.on_news_lost(sequence_ids)
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        self._hub.on_news_lost(sequence_ids, finished)
         check_books(self._world)
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
@@ -88,8 +94,12 @@ class WatchedSink:
         assert step_loop.worker is not None and step_loop.scheduler is not None
         if is_ready:
             self.ready_at = now()
-            if step_loop.worker.fingerprint != self._fingerprint and step_loop.scheduler.num_unfinished:
-                self._world.fail("what was live goes on with another model")
+            if self._fingerprint not in ("", step_loop.worker.fingerprint):
+                if step_loop.scheduler.num_unfinished:
+                    self._world.fail("what was live goes on with another model")
+                # A front end that has not heard of it yet checks these against the model before.
+                for _ in range(3):
+                    self._world.start_call()
             self._fingerprint = step_loop.worker.fingerprint
         else:
             self._lost_at = now()
@@ -140,7 +150,7 @@ def _check_books(world: "World") -> None:
 def check_error(world: "World", call: Call, error: Exception) -> None:
     """Raises WrongAnswer where no fault explains the error with which a call ended."""
     explanation = _explanation(world, call, error)
-    if not explanation:
+    if not explanation or (call.is_told_its_stop and explanation != "stopped"):
         raise WrongAnswer(f"ended with {type(error).__name__}: {error}")
     world.count(f"ended: {explanation}")
 
@@ -277,13 +287,16 @@ async def check_end(world: "World") -> None:
 
 
 def _check_output_count(world: "World", num_counted: int) -> None:
-    """Tokens past a stop string are not output. Where a call did not get so far as to see its stop, they may be."""
+    """Tokens past a stop string are not output. Where a call did not get so far as to see its stop, or the stream broke
+    that was to tell of it, they may be.
+    """
     least = most = 0
     for sequence_id, count in world.sink.num_tokens.items():
         call, choice = world.sequences[sequence_id]
         stop_at = call.asked.truths[choice].num_counted
         in_truth = count if stop_at is None else min(count, stop_at)
         least += in_truth
-        most += in_truth if call.is_answered else count
+        is_told = call.is_answered and not (call.front_end.is_gone or world.is_cut_short)
+        most += in_truth if is_told else count
     if not least <= num_counted <= most:
         world.fail(f"{num_counted} output tokens are counted, not {least} to {most}")

@@ -32,10 +32,10 @@ async def fail_with_last_word(world: "World") -> bool:
 async def lose_again_and_again(world: "World") -> bool:
     """Each time soon after the worker is back, so that those that do no harm are suspects, and are hit in trials."""
     for _ in range(world.rng.randint(3, 8)):
-        for _ in range(500):
+        for _ in range(100):
             if world.worker.sound_session is not None:
                 break
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
         await asyncio.sleep(world.rng.uniform(0.0, 0.1))
         await world.rng.choice([vanish, fail_with_last_word])(world)
     return True
@@ -76,7 +76,9 @@ async def come_with_another_size(world: "World") -> bool:
 
 
 async def come_with_another_model(world: "World") -> bool:
-    return _lose(world, GONE, 0.5, fingerprint=world.rng.choice(OTHER_MODELS))
+    """In time, so that what is live waits for its model, or when that has ended."""
+    away_s = world.rng.choice([0.5, world.worker_wait_s + 2.0])
+    return _lose(world, GONE, away_s, fingerprint=world.rng.choice(OTHER_MODELS))
 
 
 async def refuse_the_session(world: "World") -> bool:
@@ -137,6 +139,8 @@ async def abort_a_request(world: "World") -> bool:
         world.hub.abort(request_id)
     except RequestNotFound:
         return False
+    if request_id in world.hub._requests:
+        world.fail("an aborted request is live")
     for each in calls:
         # Where several have the id, one of them was live.
         each.is_aborted |= each.asked.message.request_id == request_id
@@ -163,7 +167,7 @@ FAULTS: dict[str, tuple[float, Callable[["World"], Awaitable[bool]]]] = {
     "long step that gets on": (0.3, compute_for_long),
     "worker stays away for long": (0.4, stay_away),
     "worker comes back with another size": (1.5, come_with_another_size),
-    "worker comes back with another model": (0.3, come_with_another_model),
+    "worker comes back with another model": (0.6, come_with_another_model),
     "session refused": (0.3, refuse_the_session),
     "front end lost": (1.0, lose_a_front_end),
     "stream to a front end stalls": (0.5, stall_a_stream),

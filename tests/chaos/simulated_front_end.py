@@ -73,7 +73,7 @@ class SimulatedFrontEnd(FrontEnd):
         return live
 
     def on_outputs(self, batch: OutputBatch) -> None:
-        if self.is_to_raise and batch.token_ids:
+        if self.is_to_raise:
             self.is_to_raise = False
             self.has_raised = True
             self._events["listener raises"] += 1

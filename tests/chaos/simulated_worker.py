@@ -94,12 +94,14 @@ class SimulatedWorker:
     async def open_session(
         self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
     ) -> "SimulatedSession":
-        await asyncio.sleep(self._world.rng.choice([0.0, 0.0, 0.01]))
+        await asyncio.sleep(self._world.rng.choice([0.0, 0.0, 0.01, 0.3]))
         if not self.is_up or info != self.info:
             raise WorkerUnavailable("the worker is another one now")
         if epoch <= self._last_epoch:
             self._world.fail(f"epoch {epoch} comes after {self._last_epoch}")
         self._last_epoch = epoch
+        if self.session is not None:
+            self._world.fail("a session is opened while the last one is open")
         if self.refusals:
             self.refusals -= 1
             self._world.count("session refused")
@@ -192,6 +194,8 @@ class SimulatedSession:
             self._world.count("worker hangs")
         self._is_closed = True
         self._waking.set()
+        for _ in range(self._runner.num_full_hits):
+            self._world.count("full hits")
         if self._worker.session is self:
             self._worker.session = None
 
@@ -232,7 +236,10 @@ class SimulatedSession:
                 self.heard_at = now()
         if step_s > self._world.step_timeout_s and not self._must_end:
             self._world.count("long step that gets on")
-        if flaw and not self.loss:
+        if flaw and self.loss:
+            # It was lost already, and ends now.
+            self._may_finish_steps = False
+        elif flaw:
             self._world.count(flaw)
             if flaw == HANGS:
                 self.hang(flaw)

@@ -5,7 +5,9 @@ time. What happens in it is a function of the seed alone.
 import asyncio
 from collections import Counter
 from random import Random
+from unittest.mock import patch
 
+from scheduler_service import live_request
 from scheduler_service.core.types import SchedulerConfig
 from scheduler_service.engine import HEARTBEAT_S
 from scheduler_service.engine_hub import EngineHub
@@ -22,6 +24,9 @@ from tests.chaos.simulated_worker import Flaw, SimulatedWorker, now, random_size
 from tests.tokenizers import embedded
 
 TOKENIZER = embedded()
+
+MAX_TOKENS_PER_DELTA = 6
+"""So few that slow readers, whose outputs are short here, take them in several."""
 
 STUCK_S = 10.0
 """Without a result of a sound worker, though sequences are live."""
@@ -56,7 +61,7 @@ class World:
     async def run(self) -> "World":
         self._loop = asyncio.get_running_loop()
         try:
-            with watched_log(self):
+            with watched_log(self), patch.object(live_request, "MAX_TOKENS_PER_DELTA", MAX_TOKENS_PER_DELTA):
                 await self._live()
         except Exception as error:
             self.fail(f"{type(error).__name__}: {error}")
@@ -131,6 +136,7 @@ class World:
             load = scheduler.load()
             self.events["preemptions"] += load.num_preemptions
             self.events["prefix hits"] += load.num_cached_prompt_tokens
+            self.events["overshoots"] += load.num_overshoot_tokens
 
     async def _end(self) -> None:
         """What the service does when it stops."""

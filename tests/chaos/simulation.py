@@ -28,6 +28,8 @@ EVENTS = (
     "stop string found after the end",
     "preemptions",
     "prefix hits",
+    "full hits",
+    "overshoots",
     *(
         f"answered: {feature}"
         for feature in (
