@@ -20,7 +20,16 @@ from scheduler_service.engine import (
     tell_state,
 )
 from scheduler_service.step_loop import StepLoop
-from shared.errors import Draining, RequestIdInUse, RequestNotFound, SequenceFailed, TandemError, WorkerUnavailable
+from shared.errors import (
+    DeadlinePassed,
+    Draining,
+    ProtocolError,
+    RequestIdInUse,
+    RequestNotFound,
+    SequenceFailed,
+    TandemError,
+    WorkerUnavailable,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -99,10 +108,7 @@ class EngineHub:
 
     def end_all(self, error: TandemError) -> None:
         """Every live request ends with an error."""
-        for sequence in list(self._sequences.values()):
-            self.step_loop.abort(sequence.sequence_id)
-            self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
-        self._flush()
+        self._fail(list(self._sequences), error)
 
     # The step loop's sink
 
@@ -122,12 +128,17 @@ class EngineHub:
         for end in finished:
             sequence = self._sequences[end.sequence_id]
             sequence.num_output_tokens = end.num_output_tokens
-            has_failed = end.reason is FinishReason.ERROR
-            error = SequenceFailed(end.error or "the sequence failed") if has_failed else None
-            self._end(
-                sequence, SequenceEnd(sequence.handle, end.reason, end.num_cached_tokens, end.stop_token_id, error)
-            )
+            error = _error_of(end)
+            reason = end.reason if error is None else FinishReason.ERROR
+            self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
         self._flush()
+
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        for end in finished:
+            if (sequence := self._sequences.get(end.sequence_id)) is not None:
+                sequence.num_output_tokens = end.num_output_tokens
+        lost = [*sequence_ids, *(end.sequence_id for end in finished)]
+        self._fail(lost, SequenceFailed("its outputs could not be handed on"))
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
         self.end_all(error)
@@ -142,6 +153,9 @@ class EngineHub:
         request_id, first = submission.request_id, submission.first
         if self.is_draining:
             raise Draining("the server is draining")
+        handles = range(submission.first_handle, submission.first_handle + submission.num_choices)
+        if not attachment.sequences.keys().isdisjoint(handles):
+            raise ProtocolError("a front end gave a sequence's handle to another one")
         if (holder := self._requests.get(request_id)) is not None:
             first_sequence = holder.sequences[0]
             if not first_sequence.attachment.is_gone():
@@ -157,7 +171,7 @@ class EngineHub:
         ]
         self.step_loop.submit(choices)
         request = _Request(request_id, num_live=len(choices))
-        for handle, choice in enumerate(choices, start=submission.first_handle):
+        for handle, choice in zip(handles, choices, strict=True):
             sequence = _Sequence(choice.sequence_id, handle, request, attachment)
             request.sequences.append(sequence)
             attachment.sequences[handle] = self._sequences[choice.sequence_id] = sequence
@@ -170,7 +184,9 @@ class EngineHub:
         if finished is not None:
             self.on_finished([finished])
         elif sequence.num_output_tokens is not None:
-            self.step_loop.discount(sequence.num_output_tokens - num_output_tokens)
+            num_left = min(num_output_tokens, sequence.num_output_tokens)
+            self.step_loop.discount(sequence.num_output_tokens - num_left)
+            sequence.num_output_tokens = num_left
 
     def abort_sequence(self, sequence: _Sequence | None) -> None:
         """A front end could not take its outputs."""
@@ -189,6 +205,16 @@ class EngineHub:
         if not self._num_open:
             self._is_idle.set()
 
+    def _fail(self, sequence_ids: list[int], error: TandemError) -> None:
+        """Those of them that are live end with an error."""
+        for sequence_id in sequence_ids:
+            if (sequence := self._sequences.get(sequence_id)) is not None:
+                # A stop that a front end finds in what it has is still to count.
+                if (ended := self.step_loop.abort(sequence_id)) is not None:
+                    sequence.num_output_tokens = ended.num_output_tokens
+                self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
+        self._flush()
+
     def _end(self, sequence: _Sequence, end: SequenceEnd) -> None:
         self._forget(sequence)
         sequence.attachment.pending.ends.append(end)
@@ -206,6 +232,16 @@ class EngineHub:
     async def _tell_state(self) -> None:
         for attachment in list(self._attachments):
             await tell_state(attachment.listener, self.state)
+
+
+def _error_of(end: FinishedSequence) -> TandemError | None:
+    match end.reason:
+        case FinishReason.ERROR:
+            return SequenceFailed(end.error or "the sequence failed")
+        case FinishReason.EXPIRED:
+            return DeadlinePassed("the call's deadline passed while it waited")
+        case _:
+            return None
 
 
 class Attachment:

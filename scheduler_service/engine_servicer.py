@@ -13,7 +13,8 @@ import grpc
 from scheduler_service.engine import EngineState, OutputBatch, failed_outputs
 from scheduler_service.engine_codec import decode_submit, encode_error, encode_outputs, encode_state
 from scheduler_service.engine_hub import Attachment, EngineHub
-from shared.errors import ProtocolError, SequenceFailed, TandemError
+from scheduler_service.validation import check_submission
+from shared.errors import SequenceFailed, TandemError, UnexpectedMessage
 from tandem.v1 import engine_pb2, engine_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -102,7 +103,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._hub = hub
         self._on_alive = on_alive
         self._has_ended = has_ended
-        self._outboxes: set[_Outbox] = set()
+        self._outboxes: list[_Outbox] = []
         self._is_closed = False
 
     def say_alive(self) -> None:
@@ -123,7 +124,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             return
         outbox = _Outbox(self._hub.state)
         engine = self._hub.attach(outbox, lambda: outbox.process_id is not None and self._has_ended(outbox.process_id))
-        self._outboxes.add(outbox)
+        self._outboxes.append(outbox)
         reading = asyncio.create_task(self._read(request_iterator, engine, outbox))
         reading.add_done_callback(lambda _: outbox.close())
         try:
@@ -149,14 +150,16 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             elif kind in ("stop", "close"):
                 _end(engine, request)
             else:
-                raise ProtocolError(f"a front end sent {kind}")
+                raise UnexpectedMessage(f"a front end sent {kind}")
 
 
 async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engine_pb2.SubmitReply:
     """Whatever is wrong with it ends this request alone."""
     reply = engine_pb2.SubmitReply(first_handle=message.first_handle)
     try:
-        await engine.submit(decode_submit(message))
+        submission = decode_submit(message)
+        check_submission(submission, engine.state.worker)
+        await engine.submit(submission)
     except TandemError as error:
         reply.error = encode_error(error)
     except Exception:

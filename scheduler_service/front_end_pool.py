@@ -90,8 +90,8 @@ class FrontEndPool:
             await self.stop()
             raise
 
-    async def stop(self) -> None:
-        """They end the calls that are left, and leave."""
+    async def stop(self, *, ends_process: bool = False) -> None:
+        """They end the calls that are left, and leave. They have all connections, whatever becomes of this process."""
         tasks = [*self._keepers, *([self._watching] if self._watching else [])]
         for task in tasks:
             task.cancel()

@@ -140,7 +140,9 @@ class Choice:
             end = self._choice_end(engine_end)
             self._end = None
         else:
-            text += "".join(map(self._detokenizer.add, undecoded))
+            # The end of a token that ends its sequence is missing where another choice failed in the same step.
+            is_stopped = bool(undecoded) and undecoded[-1] in self.request.request.first.stop_token_ids
+            text += "".join(map(self._detokenizer.add, undecoded[:-1] if is_stopped else undecoded))
         del self.token_ids[:max_tokens]
         self._num_decoded = max(0, self._num_decoded - len(token_ids))
         self._num_taken += len(token_ids)

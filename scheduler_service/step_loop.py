@@ -17,8 +17,8 @@ from scheduler_service.chunk_pace import ChunkPace
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from scheduler_service.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
-from shared.errors import InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
-from shared.step_plan import WorkerInfo
+from shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
+from shared.step_plan import StepPlan, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ class Sink(Protocol):
 
     def on_finished(self, finished: list[FinishedSequence]) -> None:
         """Sequences that ended outside a step."""
+
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        """One of the two above raised, so that the streams of these sequences, and of those that ended, may lack what
+        it was told: all of them that are live here end with an error.
+        """
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
         """No worker came back in time: every live sequence has ended."""
@@ -93,11 +98,14 @@ class StepLoop:
         self._last_reason = ""
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
-        """Queues sequences, all or none. Raises what Scheduler.add raises, and WorkerUnavailable."""
+        """Queues sequences, all or none. Raises what Scheduler.add raises, DeadlinePassed and WorkerUnavailable."""
         if self.scheduler is None:
             raise WorkerUnavailable("no worker has been seen yet")
         if self._has_given_up:
             raise WorkerUnavailable("the worker is gone")
+        now = time.monotonic()
+        if any(request.deadline is not None and request.deadline <= now for request in requests):
+            raise DeadlinePassed("the call's deadline has passed")
         self.scheduler.add(*requests)
         self._has_news.set()
 
@@ -134,7 +142,7 @@ class StepLoop:
                 await session.close()
             await self._sink.on_readiness(False)
             assert self.scheduler is not None
-            self._sink.on_finished(self.scheduler.lose_worker(failure))
+            self._tell_finished(self.scheduler.lose_worker(failure))
             # A worker that fails whatever it is given must not be tried in a tight loop.
             self._backoff_s = 0.0 if self._result_at else min(max(2 * self._backoff_s, MIN_BACKOFF_S), MAX_BACKOFF_S)
             await asyncio.sleep(self._backoff_s)
@@ -174,7 +182,7 @@ class StepLoop:
         if self.scheduler is None:
             self.scheduler = self._create_scheduler(self._config, info)
         else:
-            self._sink.on_finished(self.scheduler.attach_worker(info))
+            self._tell_finished(self.scheduler.attach_worker(info))
         return session
 
     def _why_not_needed(self, info: WorkerInfo) -> str:
@@ -224,8 +232,23 @@ class StepLoop:
             self._note_result(self._sent.popleft())
             # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
             # worker has other plans, and a stop that a front end finds here is in the next one.
-            self._sink.on_outputs(outputs)
+            self._tell_outputs(outputs)
             await self._send_plans(session)
+
+    def _tell_outputs(self, outputs: StepOutputs) -> None:
+        """A sink that raises is no fault of the worker, and the core has confirmed what it was told."""
+        try:
+            self._sink.on_outputs(outputs)
+        except Exception:
+            logger.exception("outputs that could not be handed on")
+            self._sink.on_news_lost(outputs.sequence_ids, outputs.finished)
+
+    def _tell_finished(self, finished: list[FinishedSequence]) -> None:
+        try:
+            self._sink.on_finished(finished)
+        except Exception:
+            logger.exception("ends that could not be handed on")
+            self._sink.on_news_lost([], finished)
 
     async def _send_on_news(self, session: WorkerSession) -> None:
         while True:
@@ -234,11 +257,17 @@ class StepLoop:
             await self._send_plans(session)
 
     async def _send_plans(self, session: WorkerSession) -> None:
-        assert self.scheduler is not None and self._pace is not None
         async with self._sending:
-            while (plan := self.scheduler.schedule(self._pace.limit)) is not None:
+            while (plan := self._next_plan()) is not None:
                 self._sent.append(_Sent(plan.step_id, int(plan.chunk_num_tokens.sum()), time.monotonic()))
                 await session.send(plan)
+
+    def _next_plan(self) -> StepPlan | None:
+        """In which nothing starts after its deadline."""
+        assert self.scheduler is not None and self._pace is not None
+        if expired := self.scheduler.expire(time.monotonic()):
+            self._sink.on_finished(expired)
+        return self.scheduler.schedule(self._pace.limit)
 
     def _note_result(self, sent: _Sent) -> None:
         assert self._pace is not None

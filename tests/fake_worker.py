@@ -133,6 +133,11 @@ class FakeRunner:
         self.rows: dict[int, FakeRow] = {}
         self._last_step_id = 0
 
+    def forget_block(self, block_id: int) -> None:
+        """Its slots are unwritten again."""
+        size = self._info.block_size
+        self._slots[block_id * size : (block_id + 1) * size] = 0
+
     def execute(self, plan: StepPlan) -> FakePendingStep:
         check(plan.step_id == self._last_step_id + 1, f"step {plan.step_id} follows {self._last_step_id}")
         self._last_step_id = plan.step_id

@@ -28,7 +28,137 @@ class Mutation:
     part: str
 
 
-MUTATIONS: tuple[Mutation, ...] = ()
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation(
+        "scheduler_service/step_loop.py",
+        "            self._sink.on_outputs(outputs)\n",
+        "            outputs.step_id % 50 == 7 or self._sink.on_outputs(outputs)\n",
+        "kills",
+    ),
+    Mutation(
+        "scheduler_service/step_loop.py",
+        "self._tell_finished(self.scheduler.lose_worker(failure))",
+        "self.scheduler.lose_worker(failure)",
+        "kills",
+    ),
+    Mutation("scheduler_service/step_loop.py", "failure = str(error)", 'failure = ""', "kills"),
+    Mutation(
+        "scheduler_service/core/scheduler.py",
+        "self._in_flight: deque[_StepInFlight] = deque()",
+        "self._in_flight: deque[_StepInFlight] = getattr(self, '_in_flight', deque())",
+        "kills",
+    ),
+    Mutation("scheduler_service/core/suspects.py", "if count < (MAX_FAILED", "if count <= (MAX_FAILED", "kills"),
+    Mutation(
+        "worker_service/session.py",
+        "            self._news.put_nowait(result)",
+        "            self._num_answered % 40 == 7 or self._news.put_nowait(result)",
+        "kills",
+    ),
+    Mutation(
+        "worker_service/batch.py",
+        "self.is_present[plan.removed_rows] = False\n        for new",
+        "self.is_present[plan.removed_rows[1:]] = False\n        for new",
+        "kills",
+    ),
+    Mutation(
+        "shared/supervisor.py", "if self._is_stopping or status == 0:", "if self._is_stopping or status <= 0:", "kills"
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "if self.num_new + len(lengths) > most:",
+        "if self.num_new + len(lengths) > most + 8:",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "self.num_new_tokens + sum(lengths) > self._max_num_new_tokens",
+        "self.num_new_tokens > self._max_num_new_tokens",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "        self.num_new -= 1\n",
+        "        self.num_new -= 0\n",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py", "if deadline <= now:", "if deadline <= now - 0.1:", "admission"
+    ),
+    Mutation(
+        "scheduler_service/step_loop.py",
+        "if expired := self.scheduler.expire(time.monotonic()):",
+        "if expired := []:",
+        "admission",
+    ),
+    Mutation(
+        "scheduler_service/servicer.py",
+        "return None if left_s is None else time.monotonic() + left_s",
+        "return None",
+        "admission",
+    ),
+    Mutation(
+        "scheduler_service/engine_hub.py",
+        "pending.token_ids.append(token_id)",
+        "pending.token_ids.append(token_id ^ 1)",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/engine_hub.py", "        self._num_open -= 1\n", "        self._num_open -= 0\n", "admission"
+    ),
+    Mutation(
+        "scheduler_service/live_request.py", "self._num_taken += len(token_ids)", "self._num_taken += 1", "overload"
+    ),
+    Mutation(
+        "scheduler_service/front_end.py",
+        "if live.is_streaming:\n                live.has_news.set()",
+        "if False:\n                live.has_news.set()",
+        "overload",
+    ),
+    Mutation("scheduler_service/front_end.py", "self.engine.close_request(live.first_handle)", "pass", "admission"),
+    Mutation(
+        "shared/call_gate.py", "            self._num_open -= 1\n", "            self._num_open -= 0\n", "overload"
+    ),
+    Mutation("scheduler_service/service.py", "timeout=grace_s", "timeout=0.0", "restarts"),
+    Mutation(
+        "scheduler_service/engine_hub.py",
+        "        await self._is_idle.wait()",
+        "        await asyncio.sleep(0)",
+        "restarts",
+    ),
+    Mutation(
+        "scheduler_service/engine_hub.py", "        if not self._num_open:", "        if self._num_open:", "restarts"
+    ),
+    Mutation(
+        "scheduler_service/engine_servicer.py",
+        "        for outbox in self._outboxes:\n            outbox.close()",
+        "        pass",
+        "restarts",
+    ),
+    Mutation(
+        "shared/supervisor.py", "signal.SIGKILL if self._is_stopping else signal.SIGTERM", "signal.SIGKILL", "restarts"
+    ),
+    Mutation(
+        "shared/server.py",
+        "(self.second if self.first.is_set() else self.first).set()",
+        "self.second.set()",
+        "restarts",
+    ),
+    Mutation(
+        "worker_service/weights.py",
+        "        if not is_name or len(name) > MAX_NAME_CHARACTERS:",
+        "        if not isinstance(name, str):",
+        "folders",
+    ),
+    Mutation(
+        "worker_service/weights.py",
+        "        if tuple(shape) != target.shape:\n            raise",
+        "        if False:\n            raise",
+        "folders",
+    ),
+    Mutation("worker_service/config_file.py", "    except RecursionError:", "    except ZeroDivisionError:", "folders"),
+    Mutation("shared/model_folder.py", "    if len(contents) > MAX_JSON_BYTES:", "    if not contents:", "folders"),
+)
 
 
 def mutate(root: Path, mutation: Mutation) -> None:

@@ -1,12 +1,13 @@
 """The hub between the step loop and several front ends: whose news is whose, and a front end that fails."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from scheduler_service.core.types import FinishReason
 from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
-from shared.errors import RequestIdInUse, SequenceFailed, WorkerUnavailable
+from shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
 from tests.builders import create_request
 from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
 from tests.fake_worker import FakeRunner, expected_tokens
@@ -103,3 +104,41 @@ async def test_a_request_checked_against_another_model_is_refused() -> None:
         engine = services.service._hub.attach(Listener())
         with pytest.raises(WorkerUnavailable, match="another model"):
             await engine.submit(submission("r", 0, fingerprint="the model before"))
+
+
+async def test_a_stop_that_is_found_after_an_error_still_counts() -> None:
+    async with Services(FakeRunner(model_info(), delay_s=0.002)) as services:
+        hub, listener = services.service._hub, Listener()
+        engine = hub.attach(listener)
+        await engine.submit(submission("r", 0, max_tokens=1000))
+        async with asyncio.timeout(WAIT_S):
+            while len(listener.tokens.get(0, [])) < 5:
+                await asyncio.sleep(0.001)
+        hub.end_all(WorkerUnavailable("gone"))
+        await listener.wait_end(0)
+        engine.stop(0, 2)
+        assert (await services.load()).num_output_tokens == 2
+
+
+async def test_a_stop_told_late_and_wrongly_leaves_the_books_right() -> None:
+    async with Services(FakeRunner(model_info())) as services:
+        listener = Listener()
+        engine = services.service._hub.attach(listener)
+        await engine.submit(submission("stopped", 0, max_tokens=8))
+        await listener.wait_end(0)
+        for num_output_tokens in (2**32 - 1, 5, 5, 7):
+            engine.stop(0, num_output_tokens)
+        load = await services.load()
+    assert (load.num_output_tokens, load.num_overshoot_tokens) == (5, 3)
+
+
+async def test_a_handle_that_is_given_twice_is_refused() -> None:
+    async with Services(FakeRunner(model_info())) as services:
+        listener = Listener()
+        engine = services.service._hub.attach(listener)
+        await engine.submit(submission("first", 4, max_tokens=8))
+        with pytest.raises(ProtocolError):
+            await engine.submit(replace(submission("second", 3), num_choices=2))
+        assert (await listener.wait_end(4)).reason is FinishReason.LENGTH
+        engine.close_request(4)
+        await services.service._hub.drain()

@@ -28,8 +28,10 @@ from tests.e2e.waiting import WAIT_S, wait_until
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFERENCE = "tandem.v1.InferenceService"
 WORKER = "tandem.v1.WorkerService"
-WORKER_MODULE = "worker_service.process"
-"""Runs in the worker's own process, not in its supervisor."""
+SERVING = ("worker_service.process", "--serve")
+"""Words of a command line that is a worker's own process, not its supervisor: the real one's module, or a flag of the
+tests' own workers.
+"""
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -66,9 +68,14 @@ class Service:
             )
 
     def wait_listening(self) -> None:
-        wait_until(lambda: self._port_file.exists() or self.process.poll() is not None, f"{self._module} listens")
+        wait_until(lambda: self.has_served or self.process.poll() is not None, f"{self._module} listens")
         assert self.process.poll() is None, f"{self._module} ended:\n{self.log_file.read_text()[-4000:]}"
         self.port = int(self._port_file.read_text())
+
+    @property
+    def has_served(self) -> bool:
+        """Since it was started last."""
+        return self._port_file.exists()
 
     @property
     def address(self) -> str:
@@ -86,7 +93,8 @@ class Service:
         serving = [serving_process(self.process.pid)] if self.process.poll() is None else []
         self.process.kill()
         self.process.wait(WAIT_S)
-        psutil.wait_procs(serving, WAIT_S)
+        _, left = psutil.wait_procs(serving, WAIT_S)
+        assert not left, f"{left} outlived the process that started it"
 
 
 def serving_process(pid: int) -> psutil.Process:
@@ -97,7 +105,7 @@ def serving_process(pid: int) -> psutil.Process:
     for child in process.children(recursive=True):
         # One that has just ended is not it.
         with contextlib.suppress(psutil.NoSuchProcess):
-            if WORKER_MODULE in child.cmdline():
+            if any(word in SERVING for word in child.cmdline()):
                 return child
     return process
 
@@ -124,9 +132,12 @@ class Engine:
         scheduler_flags: Sequence[str] = (),
         dtype: str = "float64",
         link: Link | None = None,
+        worker: Sequence[str] = ("worker_service",),
         worker_host: Host | None = None,
     ) -> None:
-        """link: what the scheduler reaches the worker over. worker_host: where the worker runs, if not on this one."""
+        """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags.
+        worker_host: where the worker runs, if not on this one.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
@@ -136,7 +147,8 @@ class Engine:
         # A random model has no tokenizer; any will do where prompts are token ids.
         tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
-        self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder, host=worker_host)
+        module, *before = worker
+        self.worker = Service(module, [*common, *fixed, *worker_flags], folder, before, worker_host)
         try:
             self.worker.wait_listening()
             worker_address = link.listen(self.worker.port) if link else self.worker.address

@@ -118,6 +118,22 @@ async def test_an_error_of_the_engine_comes_after_what_came_before_it(front_end:
         await anext(deltas)
 
 
+async def test_a_stop_token_has_no_text_where_another_choice_fails_in_its_step(front_end: FrontEnd) -> None:
+    first, second = embedded().encode("Good morrow").ids[:2]
+    live = await open_request(front_end, num_choices=2, stop_token_ids=[second])
+    front_end.on_outputs(OutputBatch([0, 1], [first, first]))
+    ends = [
+        SequenceEnd(0, FinishReason.ERROR, 0, error=WorkerUnavailable("gone")),
+        SequenceEnd(1, FinishReason.STOP, 0, stop_token_id=second),
+    ]
+    front_end.on_outputs(OutputBatch([1], [second], [], ends))
+    texts = ["", ""]
+    with pytest.raises(WorkerUnavailable):
+        async for delta in live.deltas():
+            texts[delta.choice_index] += delta.text
+    assert texts == [embedded().decode([first])] * 2
+
+
 async def test_much_that_is_unread_leaves_in_bounded_deltas_with_the_end_in_the_last(front_end: FrontEnd) -> None:
     tokenizer = embedded()
     ids = tokenizer.encode("Good morrow, cousin. " * 100).ids

@@ -1,0 +1,309 @@
+"""A worker in virtual time, with faults: its plans are executed by the fake worker, which fails loudly where one is
+wrong. Knows the step loop's interface to a worker, and what the world says of each sequence.
+"""
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from random import Random
+from typing import Any, Protocol
+
+from scheduler_service.core.suspects import PROBE_ID
+from shared.errors import SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
+from shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
+from tests.fake_worker import BrokenPlan, FakeRunner
+
+MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (
+    lambda result: dataclasses.replace(result, step_id=result.step_id + 1),
+    lambda result: dataclasses.replace(result, num_token_ids=[*result.num_token_ids, 1]),
+    lambda result: dataclasses.replace(result, token_ids=[*result.token_ids, 0]),
+    lambda result: dataclasses.replace(result, num_token_ids=[2], token_ids=[0, 0]),
+    lambda result: dataclasses.replace(result, logprobs=(RowLogprobs(10_000, -1.0),)),
+)
+"""Make results that fit no plan."""
+
+ROW_FAULT, LAST_WORD, VANISHES, HANGS = "row fault", "poisonous, last word", "poisonous, vanishes", "poisonous, hangs"
+MISFIT = "result that does not fit"
+FLAWS = (ROW_FAULT, LAST_WORD, VANISHES, HANGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flaw:
+    """What is wrong with a sequence: one of FLAWS, which shows whenever the sequence is computed once it has length
+    tokens.
+    """
+
+    kind: str
+    length: int
+
+
+class World(Protocol):
+    """What the worker asks and tells."""
+
+    rng: Random
+    step_timeout_s: float
+    is_stopping: bool
+    """The step loop is told to end."""
+
+    def fail(self, what: str) -> None:
+        """A promise is broken."""
+
+    def count(self, event: str) -> None: ...
+
+    def admit(self, sequence_id: int, sampling: RowSampling) -> tuple[str, Flaw | None]:
+        """The cache salt of a sequence that enters the batch, and what is wrong with it."""
+
+
+class SimulatedWorker:
+    """A WorkerClient. The world says when its worker goes and comes."""
+
+    def __init__(self, world: World, info: WorkerInfo) -> None:
+        self.info = info
+        self.is_up = True
+        self.up_since = 0.0
+        self.session: SimulatedSession | None = None
+        self.refusals = 0
+        """Sessions that are refused from now on, as if another scheduler had the worker."""
+        self.num_sampled = 0
+        """Tokens in results that the step loop took."""
+        self._world = world
+        self._last_epoch = 0
+
+    @property
+    def sound_session(self) -> "SimulatedSession | None":
+        return self.session if self.session is not None and not self.session.loss else None
+
+    def go_away(self, seconds: float, **changes: object) -> None:
+        """Comes back with `changes` of its info."""
+        self.is_up = False
+
+        def come_back() -> None:
+            self.is_up = True
+            self.up_since = now()
+            self.info = dataclasses.replace(self.info, worker_instance_id=f"worker at {now()}", **changes)  # type: ignore[arg-type]
+
+        asyncio.get_running_loop().call_later(seconds, come_back)
+
+    async def get_info(self, timeout_s: float) -> WorkerInfo:
+        if not self.is_up:
+            await asyncio.sleep(self._world.rng.choice([0.001, timeout_s]))
+            raise WorkerUnavailable("nobody answers")
+        return self.info
+
+    async def open_session(
+        self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
+    ) -> "SimulatedSession":
+        await asyncio.sleep(self._world.rng.choice([0.0, 0.0, 0.01, 0.3]))
+        if not self.is_up or info != self.info:
+            raise WorkerUnavailable("the worker is another one now")
+        if epoch <= self._last_epoch:
+            self._world.fail(f"epoch {epoch} comes after {self._last_epoch}")
+        self._last_epoch = epoch
+        if self.session is not None:
+            self._world.fail("a session is opened while the last one is open")
+        if self.refusals:
+            self.refusals -= 1
+            self._world.count("session refused")
+            raise SessionTaken("another scheduler has the worker")
+        self.session = SimulatedSession(self._world, self, info)
+        return self.session
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclasses.dataclass
+class _Step:
+    """flaw: it takes the worker down. faulty: sequences whose row faults the result reports."""
+
+    result: StepResult
+    flaw: str = ""
+    faulty: tuple[int, ...] = ()
+
+
+class SimulatedSession:
+    """Steps run one after the other, until a fault ends the session or the step loop closes it."""
+
+    def __init__(self, world: World, worker: SimulatedWorker, info: WorkerInfo) -> None:
+        self.info = info
+        self.heard_at = now()
+        self.loss = ""
+        """The fault that ends it; empty while it is sound."""
+        self.is_misfit_due = False
+        self.next_step_s = 0.0
+        """That the next step takes, if it is not to be a short one."""
+        self._world = world
+        self._worker = worker
+        self._runner = FakeRunner(info, salt_of=lambda sequence_id: self._salts[sequence_id])
+        self._salts: dict[int, str] = {}
+        self._flaws: dict[int, Flaw] = {}
+        # Their faults are known to the scheduler.
+        self._faulty: set[int] = set()
+        self._steps: deque[_Step] = deque()
+        self._error: TandemError | None = None
+        self._may_finish_steps = False
+        self._hung_at: float | None = None
+        self._is_used = self._is_hanging = self._is_closed = False
+        self._waking = asyncio.Event()
+
+    # The step loop's
+
+    async def send(self, plan: StepPlan) -> None:
+        if self._world.rng.random() < 0.2:
+            await asyncio.sleep(self._world.rng.choice([0.0, 0.001, 0.03]))
+        if self._error is not None or self._is_closed:
+            raise WorkerUnavailable("broken pipe")
+        try:
+            self._steps.append(self._execute(plan))
+        except BrokenPlan as error:
+            self._world.fail(f"a plan that breaks the rules: {error}")
+            raise
+        self._waking.set()
+
+    async def results(self) -> AsyncIterator[StepResult]:
+        self._is_used = True
+        while True:
+            while not self._steps and not self._must_end:
+                self._waking.clear()
+                await self._waking.wait()
+            if not self._must_end:
+                await self._compute(self._steps[0].flaw)
+            if self._must_end:
+                raise self._error or WorkerUnavailable("closed")
+            if self.loss == MISFIT:
+                self._world.fail("a result that does not fit its plan was taken")
+            step = self._steps.popleft()
+            result = step.result
+            if self.is_misfit_due and not self.loss:
+                self.loss = MISFIT
+                self._world.count(MISFIT)
+                result = self._world.rng.choice(MISFITS)(result)
+            else:
+                self._worker.num_sampled += len(result.token_ids)
+                self._faulty.update(step.faulty)
+            self.heard_at = now()
+            yield result
+
+    async def close(self) -> None:
+        if self._is_used and not self.loss and not self._world.is_stopping:
+            self._world.fail("the step loop gave up a sound worker")
+        if self._hung_at is not None and now() - self._hung_at > 1.1 * self._world.step_timeout_s + 1:
+            self._world.fail(f"a worker that hung was kept for {now() - self._hung_at:.1f} s")
+        if self._is_hanging:
+            self._world.count("worker hangs")
+        self._is_closed = True
+        self._waking.set()
+        for _ in range(self._runner.num_full_hits):
+            self._world.count("full hits")
+        if self._worker.session is self:
+            self._worker.session = None
+
+    # Faults
+
+    def lose(self, loss: str, error: TandemError, *, may_finish_steps: bool = False) -> None:
+        """The session ends with this error. may_finish_steps: no more plans are taken, but results still come of those
+        that were.
+        """
+        self.loss, self._error, self._may_finish_steps = loss, error, may_finish_steps
+        if self._steps:
+            self._world.count("plans refused, then results" if may_finish_steps else "results lost")
+        self._waking.set()
+
+    def hang(self, loss: str = "hangs") -> None:
+        """No result comes any more, and no word."""
+        self.loss, self._is_hanging = loss, True
+        self._hung_at = now() if self._steps else None
+
+    @property
+    def _must_end(self) -> bool:
+        if self._error is not None:
+            return not (self._may_finish_steps and self._steps)
+        return self._is_closed
+
+    async def _compute(self, flaw: str) -> None:
+        """Takes the time of a step; a flaw ends the session."""
+        step_s, self.next_step_s = self.next_step_s or self._world.rng.choice([0.003, 0.01, 0.01, 0.03]), 0.0
+        end = now() + step_s
+        while not self._must_end and (now() < end or self._is_hanging):
+            if self._is_hanging:
+                self._hung_at = self._hung_at or now()
+                self._waking.clear()
+                await self._waking.wait()
+            else:
+                await self._wait(min(end - now(), 1.0))
+                # A step that gets on says so.
+                self.heard_at = now()
+        if step_s > self._world.step_timeout_s and not self._must_end:
+            self._world.count("long step that gets on")
+        if flaw and self.loss:
+            # It was lost already, and ends now.
+            self._may_finish_steps = False
+        elif flaw:
+            self._world.count(flaw)
+            if flaw == HANGS:
+                self.hang(flaw)
+                await self._compute("")
+            else:
+                self.lose(flaw, WorkerFailed("a step failed") if flaw == LAST_WORD else WorkerUnavailable("reset"))
+                self._worker.go_away(self._world.rng.choice([0.05, 0.5]))
+
+    async def _wait(self, seconds: float) -> None:
+        """Or until the session ends."""
+        self._waking.clear()
+        timer = asyncio.get_running_loop().call_later(seconds, self._waking.set)
+        await self._waking.wait()
+        timer.cancel()
+
+    def _execute(self, plan: StepPlan) -> _Step:
+        self._spoil_what_is_removed(plan)
+        for new in plan.added_rows:
+            if new.sequence_id == PROBE_ID:
+                self._salts[PROBE_ID] = ""
+                continue
+            self._salts[new.sequence_id], flaw = self._world.admit(new.sequence_id, new.sampling)
+            if flaw is not None:
+                self._flaws[new.sequence_id] = flaw
+        if not self._flaws:
+            return _Step(self._runner.execute(plan).wait())
+        lengths = {row.sequence_id: len(row.chain) for row in self._runner.rows.values()}
+        lengths |= {new.sequence_id: len(new.token_ids) for new in plan.added_rows}
+        showing = {key for key, flaw in self._flaws.items() if lengths.get(key, 0) >= flaw.length}
+        self._runner.faulty = {key for key in showing if self._flaws[key].kind == ROW_FAULT}
+        result = self._runner.execute(plan).wait()
+        faulty = tuple(self._runner.rows[fault.row].sequence_id for fault in result.faults)
+        for _ in faulty:
+            self._world.count(ROW_FAULT)
+        chunk_rows = set(plan.chunk_rows.tolist())
+        computed = [
+            state.sequence_id for row, state in self._runner.rows.items() if state.is_decoding or row in chunk_rows
+        ]
+        deadly = [self._flaws[key].kind for key in computed if key in showing and self._flaws[key].kind != ROW_FAULT]
+        return _Step(result, deadly[0] if deadly else "", faulty)
+
+    def _spoil_what_is_removed(self, plan: StepPlan) -> None:
+        """What a faulty row wrote may be wrong, so nobody may read it who did not before its fault was known."""
+        removed = {row: self._runner.rows[row] for row in plan.removed_rows.tolist() if row in self._runner.rows}
+        spoilt = {block for state in removed.values() if state.sequence_id in self._faulty for block in state.block_ids}
+        for state in self._runner.rows.values() if spoilt else ():
+            if state.sequence_id not in self._faulty:
+                spoilt.difference_update(state.block_ids)
+        for block in spoilt:
+            self._runner.forget_block(block)
+
+
+def now() -> float:
+    """Virtual seconds."""
+    return asyncio.get_running_loop().time()
+
+
+def random_size(rng: Random) -> dict[str, Any]:
+    """Of WorkerInfo's fields: from pools that hold one sequence to pools that hold all."""
+    block_size = rng.choice([1, 4, 16])
+    return {
+        "max_model_len": rng.choice([50, 90, 90]),
+        "block_size": block_size,
+        "num_blocks": rng.choice([48, 64, 96, 160, 512]) // block_size + 1,
+        "max_num_rows": rng.randint(2, 8),
+        "max_num_batched_tokens": rng.choice([8, 16, 64]),
+    }

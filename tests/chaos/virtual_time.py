@@ -1,0 +1,68 @@
+"""An event loop whose clock jumps to the next timer, so that hours pass in seconds and nothing depends on the machine.
+
+Nothing in it may wait for a file, a socket or a thread: the loop never looks.
+"""
+
+import asyncio
+import contextlib
+import selectors
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+from scheduler_service import step_loop
+
+T = TypeVar("T")
+
+
+class NothingCanHappen(Exception):
+    """Every task waits, and no timer runs."""
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """time() starts at 0 and moves only while every task waits."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_Jump(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def jump(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class _Jump(selectors.SelectSelector):
+    """What the loop calls to wait for files, or for its next timer."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise NothingCanHappen
+        self._loop.jump(max(timeout, 0.0))
+        return []
+
+
+class _Clock:
+    """Stands for the time module in modules that tell time by it."""
+
+    @staticmethod
+    def monotonic() -> float:
+        return asyncio.get_running_loop().time()
+
+
+@contextlib.contextmanager
+def _virtual_modules() -> Iterator[None]:
+    """The step loop is the only one of the modules under simulation that asks for the time itself."""
+    with patch.object(step_loop, "time", _Clock):
+        yield
+
+
+def run_virtually(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run() in virtual time."""
+    with _virtual_modules(), asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
