@@ -266,7 +266,7 @@ class StepLoop:
         """In which nothing starts after its deadline."""
         assert self.scheduler is not None and self._pace is not None
         if expired := self.scheduler.expire(time.monotonic()):
-            self._sink.on_finished(expired)
+            self._tell_finished(expired)
         return self.scheduler.schedule(self._pace.limit)
 
     def _note_result(self, sent: _Sent) -> None:
