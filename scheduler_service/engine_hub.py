@@ -6,6 +6,7 @@ calls or processes.
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from scheduler_service.core.types import FinishedSequence, FinishReason, StepOutputs
@@ -77,9 +78,9 @@ class EngineHub:
     def state(self) -> EngineState:
         return EngineState(self.step_loop.worker, self._is_ready, self.is_draining)
 
-    def attach(self, listener: EngineListener) -> "Attachment":
-        """The engine for one more front end."""
-        attachment = Attachment(self, listener)
+    def attach(self, listener: EngineListener, is_gone: Callable[[], bool] = lambda: False) -> "Attachment":
+        """The engine for one more front end. is_gone: whether that has ended, though it is not detached yet."""
+        attachment = Attachment(self, listener, is_gone)
         self._attachments.append(attachment)
         return attachment
 
@@ -155,8 +156,12 @@ class EngineHub:
         handles = range(submission.first_handle, submission.first_handle + submission.num_choices)
         if not attachment.sequences.keys().isdisjoint(handles):
             raise ProtocolError("a front end gave a sequence's handle to another one")
-        if request_id in self._requests:
-            raise RequestIdInUse(f"request {request_id!r} is live")
+        if (holder := self._requests.get(request_id)) is not None:
+            first_sequence = holder.sequences[0]
+            if not first_sequence.attachment.is_gone():
+                raise RequestIdInUse(f"request {request_id!r} is live")
+            # Its client has seen the end of its front end before the engine did, and tries again.
+            first_sequence.attachment.close_request(first_sequence.handle)
         worker = self.step_loop.worker
         if worker is not None and worker.fingerprint != submission.fingerprint:
             raise WorkerUnavailable("the worker came to have another model while the request was checked")
@@ -242,9 +247,10 @@ def _error_of(end: FinishedSequence) -> TandemError | None:
 class Attachment:
     """One front end's Engine, in the engine's own process."""
 
-    def __init__(self, hub: EngineHub, listener: EngineListener) -> None:
+    def __init__(self, hub: EngineHub, listener: EngineListener, is_gone: Callable[[], bool]) -> None:
         self._hub = hub
         self.listener = listener
+        self.is_gone = is_gone
         self.pending = OutputBatch()
         # Open ones, by first handle and by handle.
         self.requests: dict[int, _Request] = {}

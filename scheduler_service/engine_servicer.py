@@ -33,6 +33,8 @@ class _Outbox:
         self._has_news.set()
         self._is_closed = False
         self._is_beat_due = False
+        self.process_id: int | None = None
+        """The front end's, once it has said it"""
 
     def on_outputs(self, batch: OutputBatch) -> None:
         if self._batch:
@@ -92,10 +94,15 @@ def _encode(batch: OutputBatch) -> engine_pb2.AttachResponse:
 
 
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
-    def __init__(self, hub: EngineHub, on_alive: Callable[[int], None]) -> None:
-        """on_alive hears the process id of a front end whenever it says that it takes calls."""
+    def __init__(
+        self, hub: EngineHub, on_alive: Callable[[int], None], has_ended: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        """on_alive hears the process id of a front end whenever it says that it takes calls. has_ended: whether the
+        process of that id has.
+        """
         self._hub = hub
         self._on_alive = on_alive
+        self._has_ended = has_ended
         self._outboxes: list[_Outbox] = []
         self._is_closed = False
 
@@ -116,7 +123,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         if self._is_closed:
             return
         outbox = _Outbox(self._hub.state)
-        engine = self._hub.attach(outbox)
+        engine = self._hub.attach(outbox, lambda: outbox.process_id is not None and self._has_ended(outbox.process_id))
         self._outboxes.append(outbox)
         reading = asyncio.create_task(self._read(request_iterator, engine, outbox))
         reading.add_done_callback(lambda _: outbox.close())
@@ -138,6 +145,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             if kind == "submit":
                 outbox.reply(await _submit(engine, request.submit))
             elif kind == "alive":
+                outbox.process_id = request.alive.process_id
                 self._on_alive(request.alive.process_id)
             elif kind in ("stop", "close"):
                 _end(engine, request)

@@ -7,7 +7,7 @@ import pytest
 
 from scheduler_service.core.types import FinishReason
 from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
-from shared.errors import ProtocolError, SequenceFailed, WorkerUnavailable
+from shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
 from tests.builders import create_request
 from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
 from tests.fake_worker import FakeRunner, expected_tokens
@@ -62,6 +62,22 @@ async def test_late_news_of_an_ended_request_does_not_touch_a_new_one_of_its_id(
     assert end.reason is FinishReason.LENGTH
     truth = create_request(max_tokens=60)
     assert second.tokens[7] == expected_tokens(truth, vocab_size=VOCAB_SIZE)
+
+
+async def test_a_client_tries_again_before_the_end_of_its_front_end_is_noticed() -> None:
+    """While the scheduler's process is held up, both wait for it, and the second try may be the first to be read."""
+    async with Services(FakeRunner(model_info(), delay_s=0.005)) as services:
+        hub, second, has_ended = services.service._hub, Listener(), False
+        engine_a, engine_b = hub.attach(Listener(), lambda: has_ended), hub.attach(second)
+        await engine_a.submit(submission("same", 0, max_tokens=500))
+        with pytest.raises(RequestIdInUse):
+            await engine_b.submit(submission("same", 7))
+        has_ended = True
+        await engine_b.submit(submission("same", 7))
+        hub.detach(engine_a)
+        assert (await second.wait_end(7)).reason is FinishReason.LENGTH
+        assert second.tokens[7] == expected_tokens(create_request(max_tokens=8), vocab_size=VOCAB_SIZE)
+        assert (await services.load()).num_used_blocks == 0
 
 
 async def test_a_front_end_that_raises_ends_its_own_requests_and_loses_no_worker() -> None:
