@@ -158,6 +158,35 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("worker_service/config_file.py", "    except RecursionError:", "    except ZeroDivisionError:", "folders"),
     Mutation("shared/model_folder.py", "    if len(contents) > MAX_JSON_BYTES:", "    if not contents:", "folders"),
+    Mutation(
+        "shared/grpc_options.py",
+        '("grpc.http2.ping_timeout_ms", timeout_ms)',
+        '("grpc.http2.ping_timeout_ms", 10 * timeout_ms)',
+        "silence",
+    ),
+    Mutation(
+        "shared/grpc_options.py", "WORKER_KEEPALIVE_TIME_MS = 2_000", "WORKER_KEEPALIVE_TIME_MS = 20_000", "drops"
+    ),
+    Mutation(
+        "scheduler_service/step_loop.py",
+        "await self._sink.on_readiness(False)",
+        "await self._sink.on_readiness(True)",
+        "silence",
+    ),
+    Mutation(
+        "scheduler_service/step_loop.py",
+        "        self._result_at = 0.0\n        self._has_news.set()",
+        "        self._result_at = 0.0",
+        "silence",
+    ),
+    Mutation("worker_service/servicer.py", "self._runner.reset()", "pass", "silence"),
+    Mutation(
+        "worker_service/servicer.py",
+        "if request.session_epoch <= old.epoch:",
+        "if request.session_epoch >= old.epoch:",
+        "drops",
+    ),
+    Mutation("worker_service/session.py", "            self._plans.put(None)\n", "            pass\n", "silence"),
 )
 
 
