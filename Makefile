@@ -106,7 +106,7 @@ build/models/%/config.json: | $(STAMP)
 PARTS ?=
 CHAOS_FLAGS ?=
 
-chaos: $(STAMP)  ## Tries for two hours to lose something, in parts; writes benchmarks/results/chaos, docs/reliability.md
+chaos: $(STAMP)  ## Tries for hours to lose something, in parts; writes benchmarks/results/chaos, docs/reliability.md
 	$(BIN)/python -m tests.chaos $(PARTS) $(CHAOS_FLAGS)
 
 compose-test: $(STAMP)  ## docker-compose.yml brought up for real, its worker killed under a stream

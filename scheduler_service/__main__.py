@@ -8,6 +8,7 @@ from scheduler_service.service import SchedulerService
 from shared.config import SchedulerSettings, read_command_line
 from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
+from shared.process import leave
 from shared.server import StopSignals, write_port_file
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ async def serve(settings: SchedulerSettings) -> None:
     failed = asyncio.create_task(service.wait())
     await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
     logger.info("stopping")
-    await service.stop(settings.drain_grace_s, signals.second)
-    stopped.cancel()
-    if failed.done() and not failed.cancelled():
-        failed.result()
-    failed.cancel()
+    await service.stop(settings.drain_grace_s, signals.second, ends_process=True)
+    has_failed = failed.done() and not failed.cancelled()
+    if has_failed:
+        logger.critical("the step loop failed", exc_info=failed.exception())
+    leave(int(has_failed))
 
 
 def main() -> None:

@@ -87,8 +87,8 @@ class Engine(Protocol):
     async def submit(self, submission: "Submission") -> None:
         """Queues a request's sequences, all or none.
 
-        Raises Draining, RequestIdInUse, InvalidRequest, QueueFull and WorkerUnavailable. Outputs may come before it
-        returns.
+        Raises Draining, RequestIdInUse, InvalidRequest, QueueFull, DeadlinePassed and WorkerUnavailable. Outputs may
+        come before it returns.
         """
 
     def stop(self, handle: int, num_output_tokens: int) -> None:

@@ -34,6 +34,7 @@ def encode_submit(submission: Submission) -> engine_pb2.SubmitRequest:
         stop_token_ids=first.stop_token_ids,
         priority=first.priority,
         cache_salt=first.cache_salt,
+        deadline=first.deadline,
     )
 
 
@@ -46,6 +47,7 @@ def decode_submit(message: engine_pb2.SubmitRequest) -> Submission:
         stop_token_ids=frozenset(message.stop_token_ids),
         priority=message.priority,
         cache_salt=message.cache_salt,
+        deadline=message.deadline if message.HasField("deadline") else None,
     )
     return Submission(
         request_id=message.request_id,

@@ -6,6 +6,7 @@ calls or processes.
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from scheduler_service.core.types import FinishedSequence, FinishReason, StepOutputs
@@ -19,7 +20,16 @@ from scheduler_service.engine import (
     tell_state,
 )
 from scheduler_service.step_loop import StepLoop
-from shared.errors import Draining, RequestIdInUse, RequestNotFound, SequenceFailed, TandemError, WorkerUnavailable
+from shared.errors import (
+    DeadlinePassed,
+    Draining,
+    ProtocolError,
+    RequestIdInUse,
+    RequestNotFound,
+    SequenceFailed,
+    TandemError,
+    WorkerUnavailable,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,9 +78,9 @@ class EngineHub:
     def state(self) -> EngineState:
         return EngineState(self.step_loop.worker, self._is_ready, self.is_draining)
 
-    def attach(self, listener: EngineListener) -> "Attachment":
-        """The engine for one more front end."""
-        attachment = Attachment(self, listener)
+    def attach(self, listener: EngineListener, is_gone: Callable[[], bool] = lambda: False) -> "Attachment":
+        """The engine for one more front end. is_gone: whether that has ended, though it is not detached yet."""
+        attachment = Attachment(self, listener, is_gone)
         self._attachments.append(attachment)
         return attachment
 
@@ -118,11 +128,9 @@ class EngineHub:
         for end in finished:
             sequence = self._sequences[end.sequence_id]
             sequence.num_output_tokens = end.num_output_tokens
-            has_failed = end.reason is FinishReason.ERROR
-            error = SequenceFailed(end.error or "the sequence failed") if has_failed else None
-            self._end(
-                sequence, SequenceEnd(sequence.handle, end.reason, end.num_cached_tokens, end.stop_token_id, error)
-            )
+            error = _error_of(end)
+            reason = end.reason if error is None else FinishReason.ERROR
+            self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
         self._flush()
 
     def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
@@ -145,8 +153,15 @@ class EngineHub:
         request_id, first = submission.request_id, submission.first
         if self.is_draining:
             raise Draining("the server is draining")
-        if request_id in self._requests:
-            raise RequestIdInUse(f"request {request_id!r} is live")
+        handles = range(submission.first_handle, submission.first_handle + submission.num_choices)
+        if not attachment.sequences.keys().isdisjoint(handles):
+            raise ProtocolError("a front end gave a sequence's handle to another one")
+        if (holder := self._requests.get(request_id)) is not None:
+            first_sequence = holder.sequences[0]
+            if not first_sequence.attachment.is_gone():
+                raise RequestIdInUse(f"request {request_id!r} is live")
+            # Its client has seen the end of its front end before the engine did, and tries again.
+            first_sequence.attachment.close_request(first_sequence.handle)
         worker = self.step_loop.worker
         if worker is not None and worker.fingerprint != submission.fingerprint:
             raise WorkerUnavailable("the worker came to have another model while the request was checked")
@@ -156,7 +171,7 @@ class EngineHub:
         ]
         self.step_loop.submit(choices)
         request = _Request(request_id, num_live=len(choices))
-        for handle, choice in enumerate(choices, start=submission.first_handle):
+        for handle, choice in zip(handles, choices, strict=True):
             sequence = _Sequence(choice.sequence_id, handle, request, attachment)
             request.sequences.append(sequence)
             attachment.sequences[handle] = self._sequences[choice.sequence_id] = sequence
@@ -169,7 +184,9 @@ class EngineHub:
         if finished is not None:
             self.on_finished([finished])
         elif sequence.num_output_tokens is not None:
-            self.step_loop.discount(sequence.num_output_tokens - num_output_tokens)
+            num_left = min(num_output_tokens, sequence.num_output_tokens)
+            self.step_loop.discount(sequence.num_output_tokens - num_left)
+            sequence.num_output_tokens = num_left
 
     def abort_sequence(self, sequence: _Sequence | None) -> None:
         """A front end could not take its outputs."""
@@ -217,12 +234,23 @@ class EngineHub:
             await tell_state(attachment.listener, self.state)
 
 
+def _error_of(end: FinishedSequence) -> TandemError | None:
+    match end.reason:
+        case FinishReason.ERROR:
+            return SequenceFailed(end.error or "the sequence failed")
+        case FinishReason.EXPIRED:
+            return DeadlinePassed("the call's deadline passed while it waited")
+        case _:
+            return None
+
+
 class Attachment:
     """One front end's Engine, in the engine's own process."""
 
-    def __init__(self, hub: EngineHub, listener: EngineListener) -> None:
+    def __init__(self, hub: EngineHub, listener: EngineListener, is_gone: Callable[[], bool]) -> None:
         self._hub = hub
         self.listener = listener
+        self.is_gone = is_gone
         self.pending = OutputBatch()
         # Open ones, by first handle and by handle.
         self.requests: dict[int, _Request] = {}

@@ -13,7 +13,8 @@ import grpc
 from scheduler_service.engine import EngineState, OutputBatch, failed_outputs
 from scheduler_service.engine_codec import decode_submit, encode_error, encode_outputs, encode_state
 from scheduler_service.engine_hub import Attachment, EngineHub
-from shared.errors import ProtocolError, SequenceFailed, TandemError
+from scheduler_service.validation import check_submission
+from shared.errors import SequenceFailed, TandemError, UnexpectedMessage
 from tandem.v1 import engine_pb2, engine_pb2_grpc
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -32,6 +33,8 @@ class _Outbox:
         self._has_news.set()
         self._is_closed = False
         self._is_beat_due = False
+        self.process_id: int | None = None
+        """The front end's, once it has said it"""
 
     def on_outputs(self, batch: OutputBatch) -> None:
         if self._batch:
@@ -91,10 +94,15 @@ def _encode(batch: OutputBatch) -> engine_pb2.AttachResponse:
 
 
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
-    def __init__(self, hub: EngineHub, on_alive: Callable[[int], None]) -> None:
-        """on_alive hears the process id of a front end whenever it says that it takes calls."""
+    def __init__(
+        self, hub: EngineHub, on_alive: Callable[[int], None], has_ended: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        """on_alive hears the process id of a front end whenever it says that it takes calls. has_ended: whether the
+        process of that id has.
+        """
         self._hub = hub
         self._on_alive = on_alive
+        self._has_ended = has_ended
         self._outboxes: list[_Outbox] = []
         self._is_closed = False
 
@@ -115,7 +123,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         if self._is_closed:
             return
         outbox = _Outbox(self._hub.state)
-        engine = self._hub.attach(outbox)
+        engine = self._hub.attach(outbox, lambda: outbox.process_id is not None and self._has_ended(outbox.process_id))
         self._outboxes.append(outbox)
         reading = asyncio.create_task(self._read(request_iterator, engine, outbox))
         reading.add_done_callback(lambda _: outbox.close())
@@ -137,18 +145,21 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             if kind == "submit":
                 outbox.reply(await _submit(engine, request.submit))
             elif kind == "alive":
+                outbox.process_id = request.alive.process_id
                 self._on_alive(request.alive.process_id)
             elif kind in ("stop", "close"):
                 _end(engine, request)
             else:
-                raise ProtocolError(f"a front end sent {kind}")
+                raise UnexpectedMessage(f"a front end sent {kind}")
 
 
 async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engine_pb2.SubmitReply:
     """Whatever is wrong with it ends this request alone."""
     reply = engine_pb2.SubmitReply(first_handle=message.first_handle)
     try:
-        await engine.submit(decode_submit(message))
+        submission = decode_submit(message)
+        check_submission(submission, engine.state.worker)
+        await engine.submit(submission)
     except TandemError as error:
         reply.error = encode_error(error)
     except Exception:

@@ -71,7 +71,7 @@ class FrontEndPool:
         self._tokenizer_folder = tokenizer_folder
         self._count = count
         self._listening = asyncio.Semaphore(0)
-        self._engine = EngineServicer(hub, self._on_alive)
+        self._engine = EngineServicer(hub, self._on_alive, has_ended)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=LOCAL_OPTIONS)
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self._engine, self._server)
         control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
@@ -90,8 +90,8 @@ class FrontEndPool:
             await self.stop()
             raise
 
-    async def stop(self) -> None:
-        """They end the calls that are left, and leave."""
+    async def stop(self, *, ends_process: bool = False) -> None:
+        """They end the calls that are left, and leave. They have all connections, whatever becomes of this process."""
         tasks = [*self._keepers, *([self._watching] if self._watching else [])]
         for task in tasks:
             task.cancel()
@@ -196,3 +196,11 @@ class FrontEndPool:
         values |= {"port": port, "port_file": "", "record": "", "tokenizer": str(self._tokenizer_folder)}
         settings = FrontEndSettings(**values, engine_socket=socket_path, parent_pid=os.getpid())
         return [sys.executable, "-m", MODULE, *to_arguments(settings)]
+
+
+def has_ended(process_id: int) -> bool:
+    """Whether a child has, though its end may not have been collected yet."""
+    try:
+        return os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True

@@ -17,7 +17,7 @@ from scheduler_service.remote_engine import RemoteEngine
 from shared.config import SchedulerSettings, read_command_line
 from shared.errors import ConfigError, ModelError, WorkerUnavailable
 from shared.log import configure_logging
-from shared.process import end_with_parent
+from shared.process import end_with_parent, leave
 from shared.settings import option
 
 CONNECT_TIMEOUT_S = 30.0
@@ -44,12 +44,15 @@ async def serve(settings: FrontEndSettings) -> None:
         shares_port=True,
     )
     await server.start()
+    status = 0
     try:
         await engine.run(server.front_end)
-    finally:
-        server.front_end.end_all(WorkerUnavailable("the server is stopping"))
-        await server.stop()
-        await engine.close()
+    except Exception:
+        logger.exception("the stream to the scheduler process broke")
+        status = 1
+    server.front_end.end_all(WorkerUnavailable("the server is stopping"))
+    await server.stop(ends_process=True)
+    leave(status)
 
 
 def main() -> None:

@@ -32,3 +32,5 @@ class GenerationParams:
     cache_salt: str = ""
     max_reply_bytes: int | None = None
     """What the reader takes in one reply; None where the output is streamed."""
+    deadline: float | None = None
+    """Of the call, on time.monotonic()."""

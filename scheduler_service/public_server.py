@@ -62,8 +62,8 @@ class PublicServer:
         await self._server.set_ready([CONTROL_SERVICE], True)
         return port
 
-    async def stop(self) -> None:
-        await self._server.stop(STOP_GRACE_S)
+    async def stop(self, *, ends_process: bool = False) -> None:
+        await (self._server.finish(STOP_GRACE_S) if ends_process else self._server.stop(STOP_GRACE_S))
 
     async def _set_ready(self, is_ready: bool) -> None:
         await self._server.set_ready([INFERENCE_SERVICE], is_ready)

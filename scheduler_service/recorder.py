@@ -25,7 +25,7 @@ from shared.errors import TandemError
 from shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
 
 FORMAT = "tandem-schedule"
-VERSION = 2
+VERSION = 3
 _BUFFER_BYTES = 1 << 20
 
 T = TypeVar("T")
@@ -54,6 +54,9 @@ class RecordingScheduler(Scheduler):
 
     def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
         return self._record("stop", super().stop, sequence_id, num_output_tokens)
+
+    def expire(self, now: float) -> list[FinishedSequence]:
+        return self._record("expire", super().expire, now)
 
     def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
         return self._record("schedule", super().schedule, max_prompt_tokens)
@@ -163,6 +166,7 @@ def _to_json(value: Any) -> Any:
                 "stop_token_ids": sorted(value.stop_token_ids),
                 "priority": value.priority,
                 "cache_salt": value.cache_salt,
+                "deadline": value.deadline,
             }
         case StepResult():
             return {
@@ -242,6 +246,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "add": (_request_from_json,),
     "abort": (_itself,),
     "stop": (_itself, _itself),
+    "expire": (_itself,),
     "schedule": (_itself,),
     "update": (_result_from_json,),
     "lose_worker": (_itself,),

@@ -18,8 +18,10 @@ MAX_LIMIT_DIGITS = 12
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 
 
-def params_of(request: AnyGenerateRequest, max_reply_bytes: int | None) -> GenerationParams:
-    """max_reply_bytes: None where the output is streamed."""
+def params_of(
+    request: AnyGenerateRequest, max_reply_bytes: int | None, deadline: float | None = None
+) -> GenerationParams:
+    """max_reply_bytes: None where the output is streamed. deadline: of the call, on time.monotonic()."""
     prompt, sampling, stopping, output = request.prompt, request.sampling, request.stopping, request.output
     return GenerationParams(
         prompt_text=prompt.text if prompt.HasField("text") else None,
@@ -41,6 +43,7 @@ def params_of(request: AnyGenerateRequest, max_reply_bytes: int | None) -> Gener
         priority=request.priority,
         cache_salt=request.cache_salt,
         max_reply_bytes=max_reply_bytes,
+        deadline=deadline,
     )
 
 

@@ -39,7 +39,8 @@ class FrontEnds(Protocol):
     async def start(self) -> int:
         """Listens; gives the port."""
 
-    async def stop(self) -> None: ...
+    async def stop(self, *, ends_process: bool = False) -> None:
+        """Where it ends the process, connections are left to that."""
 
 
 class SchedulerService:
@@ -89,9 +90,9 @@ class SchedulerService:
         assert self._running is not None, "start() comes first"
         await asyncio.shield(self._running)
 
-    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None, *, ends_process: bool = False) -> None:
         """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
-        UNAVAILABLE.
+        UNAVAILABLE. ends_process: nothing is left but to leave it, which closes the connections.
         """
         drained = asyncio.create_task(self._hub.drain())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
@@ -102,7 +103,7 @@ class SchedulerService:
         else:
             drained.cancel()
             self._hub.end_all(WorkerUnavailable("the server is stopping"))
-        await self._front_ends.stop()
+        await self._front_ends.stop(ends_process=ends_process)
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)

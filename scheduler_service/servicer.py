@@ -1,5 +1,6 @@
 """The public inference RPCs: validate, submit, stream. A cancelled call aborts its request."""
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -49,7 +50,7 @@ class InferenceServicer:
 
     async def Generate(self, request: inference_pb2.GenerateRequest | TooLargeToDecode, context: Context) -> bytes:
         limit = reply_limit(context.invocation_metadata())
-        live = await self._open(request, limit)
+        live = await self._open(request, limit, context)
         try:
             return await whole_reply(live, self._served_model, limit)
         finally:
@@ -58,7 +59,7 @@ class InferenceServicer:
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest | TooLargeToDecode, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
-        live = await self._open(request, None)
+        live = await self._open(request, None, context)
         try:
             num_open = len(live.choices)
             async for delta in live.deltas():
@@ -100,11 +101,13 @@ class InferenceServicer:
             raise reply_too_large(limit)
         return reply
 
-    async def _open(self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None) -> LiveRequest:
+    async def _open(
+        self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None, context: Context
+    ) -> LiveRequest:
         if isinstance(request, TooLargeToDecode):
             raise request.error
         self._front_end.refuse_if_draining()
-        params = params_of(request, max_reply_bytes)
+        params = params_of(request, max_reply_bytes, _deadline_of(context))
         checked = await check_request(params, self._front_end.encoder, self._worker(), self._served_model)
         return await self._front_end.open(checked)
 
@@ -117,3 +120,9 @@ class InferenceServicer:
     def _token_limit(self) -> int:
         worker = self._front_end.engine.state.worker
         return max(MIN_TOKEN_LIMIT, worker.max_model_len if worker is not None else 0)
+
+
+def _deadline_of(context: Context) -> float | None:
+    """On time.monotonic()."""
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s

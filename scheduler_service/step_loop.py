@@ -17,8 +17,8 @@ from scheduler_service.chunk_pace import ChunkPace
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from scheduler_service.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
-from shared.errors import InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
-from shared.step_plan import WorkerInfo
+from shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
+from shared.step_plan import StepPlan, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,14 @@ class StepLoop:
         self._last_reason = ""
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
-        """Queues sequences, all or none. Raises what Scheduler.add raises, and WorkerUnavailable."""
+        """Queues sequences, all or none. Raises what Scheduler.add raises, DeadlinePassed and WorkerUnavailable."""
         if self.scheduler is None:
             raise WorkerUnavailable("no worker has been seen yet")
         if self._has_given_up:
             raise WorkerUnavailable("the worker is gone")
+        now = time.monotonic()
+        if any(request.deadline is not None and request.deadline <= now for request in requests):
+            raise DeadlinePassed("the call's deadline has passed")
         self.scheduler.add(*requests)
         self._has_news.set()
 
@@ -254,11 +257,17 @@ class StepLoop:
             await self._send_plans(session)
 
     async def _send_plans(self, session: WorkerSession) -> None:
-        assert self.scheduler is not None and self._pace is not None
         async with self._sending:
-            while (plan := self.scheduler.schedule(self._pace.limit)) is not None:
+            while (plan := self._next_plan()) is not None:
                 self._sent.append(_Sent(plan.step_id, int(plan.chunk_num_tokens.sum()), time.monotonic()))
                 await session.send(plan)
+
+    def _next_plan(self) -> StepPlan | None:
+        """In which nothing starts after its deadline."""
+        assert self.scheduler is not None and self._pace is not None
+        if expired := self.scheduler.expire(time.monotonic()):
+            self._tell_finished(expired)
+        return self.scheduler.schedule(self._pace.limit)
 
     def _note_result(self, sent: _Sent) -> None:
         assert self._pace is not None

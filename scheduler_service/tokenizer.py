@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from shared.errors import ModelError
-from shared.model_folder import TOKENIZER_FILE, open_regular
+from shared.model_folder import TOKENIZER_FILE, read_json_bytes
 from shared.rust_panic import is_rust_panic
 
 
@@ -14,8 +14,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     read of a prompt is all of it, and nothing else. ModelError, naming the file, where it can't be read.
     """
     path = folder / TOKENIZER_FILE
-    with open_regular(path) as file:
-        contents = file.read()
+    contents = read_json_bytes(path)
     try:
         tokenizer = Tokenizer.from_buffer(contents)
     except BaseException as error:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from scheduler_service.core.types import SequenceRequest
+from scheduler_service.engine import Submission
 from scheduler_service.generation_params import GenerationParams
 from scheduler_service.reply_size import REPLY_ADVICE, max_reply_size
 from scheduler_service.text_encoder import INLINE_CHARACTERS, TextEncoder
@@ -125,6 +126,7 @@ async def check_request(
         stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
         priority=params.priority,
         cache_salt=_hashed(params.cache_salt),
+        deadline=params.deadline,
     )
     return GenerationRequest(
         request_id=request_id,
@@ -136,6 +138,19 @@ async def check_request(
         skip_special_tokens=params.skip_special_tokens,
         max_reply_bytes=params.max_reply_bytes,
     )
+
+
+def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
+    """What would harm the requests of others, were the front end wrong that checked it. Raises InvalidRequest."""
+    violations, first, num_choices = _Violations(), submission.first, submission.num_choices
+    violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
+    is_handle = submission.first_handle + num_choices <= 2**64
+    violations.check(is_handle, "first_handle", "leaves too few handles for the choices")
+    _check_sampling(first.sampling, violations)
+    ids = first.prompt_token_ids
+    is_known = worker is None or not len(ids) or (ids.min() >= 0 and ids.max() < worker.vocab_size)
+    violations.check(is_known, "prompt.token_ids", "has an id that is not in the vocabulary")
+    violations.raise_any()
 
 
 async def check_token_ids(field: str, token_ids: Sequence[int], max_count: int, vocab_size: int) -> Int32Array:
@@ -198,22 +213,26 @@ def _read_sampling(params: GenerationParams, worker: WorkerInfo, violations: _Vi
         of_request = getattr(params, name)
         default = of_api if of_model is None else of_model
         sampling[name] = default if of_request is None else of_request
-    temperature, top_p, min_p = sampling["temperature"], sampling["top_p"], sampling["min_p"]
+    _check_sampling(RowSampling(**sampling, num_logprobs=params.num_logprobs), violations)
+    return sampling
+
+
+def _check_sampling(sampling: RowSampling, violations: _Violations) -> None:
+    temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
     # Written so that NaN fails too.
     is_temperature = 0 <= temperature < math.inf
     violations.check(is_temperature, "sampling.temperature", f"must be 0 or more and finite, is {temperature}")
-    violations.check(0 <= sampling["top_k"] < 2**32, "sampling.top_k", "must be 0 to 2^32 - 1")
+    violations.check(0 <= sampling.top_k < 2**32, "sampling.top_k", "must be 0 to 2^32 - 1")
     violations.check(0 < top_p <= 1, "sampling.top_p", f"must be in (0, 1], is {top_p}")
     violations.check(0 <= min_p <= 1, "sampling.min_p", f"must be in [0, 1], is {min_p}")
-    violations.check(0 <= sampling["seed"] < 2**64, "sampling.seed", "must be 0 to 2^64 - 1")
-    return sampling
+    violations.check(0 <= sampling.seed < 2**64, "sampling.seed", "must be 0 to 2^64 - 1")
+    is_count = 0 <= (sampling.num_logprobs or 0) <= MAX_LOGPROBS
+    violations.check(is_count, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
 
 
 def _check_output(params: GenerationParams, violations: _Violations) -> None:
     is_count = 1 <= params.num_choices <= MAX_CHOICES
     violations.check(is_count, "num_choices", f"must be 1 to {MAX_CHOICES}, is {params.num_choices}")
-    is_count = 0 <= (params.num_logprobs or 0) <= MAX_LOGPROBS
-    violations.check(is_count, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
     violations.check(-(2**31) <= params.priority < 2**31, "priority", "must be a number of 32 bits")
     violations.check(
         _is_short(params.cache_salt, MAX_CACHE_SALT_BYTES),

@@ -5,13 +5,12 @@ or two million empty stop strings are no larger, and take much longer. So what i
 lengths that stand before a message's fields, without a look into them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError
-
 from shared.errors import FieldViolation, InvalidRequest
+from shared.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
 from tandem.v1 import inference_pb2
 
 MAX_OTHER_BYTES = 256 * 1024
@@ -22,10 +21,6 @@ MAX_ID_BYTES = 5
 
 MAX_FIELDS = 256
 """Of a request or a prompt itself. They have nine and two, which may come in parts."""
-
-VARINT, LENGTH_DELIMITED = 0, 2
-FIXED_SIZES = {1: 8, 5: 4}
-"""Bytes of the fields of other types; groups have none of their own."""
 
 PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
@@ -87,12 +82,14 @@ def bounded_tokenize(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooL
 def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
     num_other = num_id_bytes = 0
     try:
-        for tag, start, end in _fields(data, 0, len(data)):
+        for tag, start, end in fields(data, 0, len(data), MAX_FIELDS):
             if tag == PROMPT_TAG:
-                num_id_bytes += sum(stop - at for part, at, stop in _fields(data, start, end) if part != TEXT_TAG)
+                num_id_bytes += sum(
+                    stop - at for part, at, stop in fields(data, start, end, MAX_FIELDS) if part != TEXT_TAG
+                )
             else:
                 num_other += end - start
-    except _TooManyFields:
+    except TooManyFields:
         num_other = len(data)
     if num_other > MAX_OTHER_BYTES:
         return _beside("prompt")
@@ -104,8 +101,8 @@ def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None
     if len(data) <= MAX_OTHER_BYTES:
         return None
     try:
-        num_other = sum(end - start for each, start, end in _fields(data, 0, len(data)) if each != tag)
-    except _TooManyFields:
+        num_other = sum(end - start for each, start, end in fields(data, 0, len(data), MAX_FIELDS) if each != tag)
+    except TooManyFields:
         num_other = len(data)
     return _beside(name) if num_other > MAX_OTHER_BYTES else None
 
@@ -120,37 +117,3 @@ def _has_too_many(num_bytes: int, max_num_ids: int) -> bool:
 
 def _too_many(field: str, max_num_ids: int) -> FieldViolation:
     return FieldViolation(field, f"has more bytes than {max_num_ids} ids")
-
-
-class _TooManyFields(Exception):
-    pass
-
-
-def _fields(data: bytes, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Tag, start and end of the fields in a part of the data. Raises DecodeError where it is no message."""
-    for _ in range(MAX_FIELDS):
-        if position >= end:
-            return
-        tag, start = _varint(data, position)
-        kind = tag & 7
-        if kind in (VARINT, LENGTH_DELIMITED):
-            number, start = _varint(data, start)
-            position = start + number if kind == LENGTH_DELIMITED else start
-        else:
-            position = start + FIXED_SIZES.get(kind, 0)
-        yield tag, start, position
-    raise _TooManyFields
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number and where it ends."""
-    number = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            break
-        byte = data[position]
-        position += 1
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, position
-    raise DecodeError("a number does not end")

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Metadata = tuple[tuple[str, bytes], ...]
+End = tuple[grpc.StatusCode, str, Metadata]
 Parse = Callable[[bytes], Any]
 ReadRequest = Callable[[AsyncIterator[bytes], str], Awaitable[Any]]
 
@@ -57,12 +58,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._limits = limits or CallLimits()
         self._small_limits = small_limits or self._limits
         self._small_services = frozenset(small_services)
+        self.calls: set[asyncio.Task[Any]] = set()
+        """Those that run; each ends once its status is sent."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        call = asyncio.current_task()
+        assert call is not None, "gRPC runs each call in a task of its own"
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -92,7 +99,7 @@ def _wrap_awaited(
             raise
         except Exception as error:
             end = _end_of(error)
-        await context.abort(*end)
+        await _abort(context, end)
 
     return awaited
 
@@ -109,12 +116,22 @@ def _wrap_generator(behavior: Callable[..., Any], read_request: ReadRequest, lim
             raise
         except Exception as error:
             end = _end_of(error)
-        await context.abort(*end)
+        await _abort(context, end)
 
     return generator
 
 
-def _end_of(error: Exception) -> tuple[grpc.StatusCode, str, Metadata]:
+async def _abort(context: Context, end: End) -> None:
+    """Raises what ends the call. Where it is gone, and gRPC has yet to say so, that is what a cancelled one raises: a
+    call's deadline passes for gRPC at the moment at which it passes for the scheduler.
+    """
+    try:
+        await context.abort(*end)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
+
+
+def _end_of(error: Exception) -> End:
     """What to abort a call with once the error is forgotten.
 
     gRPC's state of a call and the exception of its abort refer to each other. An error in between, whose traceback has

@@ -9,6 +9,7 @@ TandemError
 │   ├── Draining              UNAVAILABLE, RetryInfo
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
 ├── RequestTooSlow            DEADLINE_EXCEEDED: the request did not arrive in time
+├── DeadlinePassed            DEADLINE_EXCEEDED: the call's deadline passed before its turn came
 ├── Unauthenticated           UNAUTHENTICATED: the caller has not shown who it is
 ├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
 ├── TextFailed                INTERNAL: the tokenizer failed on this one request
@@ -17,7 +18,8 @@ TandemError
 ├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
 ├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
-├── ProtocolError             INTERNAL: the peer broke the step protocol
+├── UnexpectedMessage         INVALID_ARGUMENT: a stream's message that may not come there
+├── ProtocolError             INTERNAL: what answers us broke the protocol
 ├── ModelError                the model folder cannot be served; names file and key
 └── ConfigError               a setting is wrong; names it
 """
@@ -77,6 +79,10 @@ class RequestTooSlow(TandemError):
     """The client opened a call and did not send its request in time."""
 
 
+class DeadlinePassed(TandemError):
+    """The call's deadline passed before its turn came."""
+
+
 class Unauthenticated(TandemError):
     """The caller has not shown who it is."""
 
@@ -117,5 +123,9 @@ class ConfigError(TandemError):
     """A setting is missing, unknown or out of range."""
 
 
+class UnexpectedMessage(TandemError):
+    """A caller's stream has a message that may not come there; the stream can't go on."""
+
+
 class ProtocolError(TandemError):
-    """The peer broke the step protocol; the session can't go on."""
+    """What answers us broke the protocol; the session can't go on."""

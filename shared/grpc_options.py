@@ -23,6 +23,12 @@ WORKER_KEEPALIVE_TIME_MS = 2_000
 WORKER_KEEPALIVE_TIMEOUT_MS = 3_000
 """The scheduler notices a worker that went silent within these two together; all streams wait for it."""
 
+CONNECT_TIMEOUT_MS = 10_000
+WORKER_CONNECT_TIMEOUT_MS = 2_000
+"""For the handshakes of TCP, TLS and HTTP/2. The worker is near, and an attempt that was begun while the network was
+silent must not hold up the next.
+"""
+
 HANDSHAKE_TIMEOUT_MS = 10_000
 """A connection whose client has not spoken TLS and HTTP/2 by then is closed."""
 
@@ -52,26 +58,27 @@ def _keepalive(time_ms: int, timeout_ms: int) -> Options:
     ]
 
 
-def _channel_options(keepalive: Options) -> Options:
+def _channel_options(keepalive: Options, connect_timeout_ms: int) -> Options:
     return [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         *keepalive,
         # A restarted peer is found again within this time.
         ("grpc.initial_reconnect_backoff_ms", 50),
-        ("grpc.min_reconnect_backoff_ms", 50),
         ("grpc.max_reconnect_backoff_ms", 1_000),
+        # Despite its name: how long one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
     ]
 
 
-REMOTE_CHANNEL_OPTIONS = _channel_options(_keepalive(KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS))
+REMOTE_CHANNEL_OPTIONS = _channel_options(_keepalive(KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS), CONNECT_TIMEOUT_MS)
 """To a server that may be anywhere: over a proxy where the environment names one."""
 
 CHANNEL_OPTIONS: Options = [*REMOTE_CHANNEL_OPTIONS, *NO_PROXY]
 """To a server of this machine."""
 
 WORKER_CHANNEL_OPTIONS: Options = [
-    *_channel_options(_keepalive(WORKER_KEEPALIVE_TIME_MS, WORKER_KEEPALIVE_TIMEOUT_MS)),
+    *_channel_options(_keepalive(WORKER_KEEPALIVE_TIME_MS, WORKER_KEEPALIVE_TIMEOUT_MS), WORKER_CONNECT_TIMEOUT_MS),
     *NO_PROXY,
 ]
 

@@ -18,6 +18,9 @@ EMBEDDED_MODEL = "embedded"
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = [TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "config.json"]
+MAX_JSON_BYTES = 64 << 20
+"""Of any JSON file of a model. The largest real ones are vocabularies, of some ten MiB; to read a hostile one may take
+many times its size."""
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 
@@ -63,6 +66,18 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
+def read_json_bytes(path: Path) -> bytes:
+    """The contents of one of a model's JSON files. ModelError, naming it, as open_regular, or where it is too large."""
+    with open_regular(path) as file:
+        try:
+            contents = file.read(MAX_JSON_BYTES + 1)
+        except OSError as error:
+            raise ModelError(f"{path}: {error}") from error
+    if len(contents) > MAX_JSON_BYTES:
+        raise ModelError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB")
+    return contents
+
+
 def exists(path: Path) -> bool:
     """Whether there is something of that name, be it a dangling symbolic link: reading that is an error."""
     return os.path.lexists(path)
@@ -85,13 +100,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def tokenizer_digest(folder: Path) -> str:
     """A digest (xxh3_128, hexadecimal) of tokenizer.json's bytes, "" where the folder has none.
 
-    Two services with equal digests read the same ids out of a text. ModelError where it is no regular file.
+    Two services with equal digests read the same ids out of a text. ModelError as read_json_bytes.
     """
     path = folder / TOKENIZER_FILE
-    if not exists(path):
-        return ""
-    digest = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return xxhash.xxh3_128_hexdigest(read_json_bytes(path)) if exists(path) else ""

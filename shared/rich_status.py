@@ -32,6 +32,7 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.RequestTooSlow: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.WorkerFailed: grpc.StatusCode.INTERNAL,
     errors.SequenceFailed: grpc.StatusCode.INTERNAL,
@@ -40,6 +41,7 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SessionTaken: grpc.StatusCode.ABORTED,
     errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnexpectedMessage: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ProtocolError: grpc.StatusCode.INTERNAL,
 }
 

@@ -45,6 +45,9 @@ MAX_SMALL_CALLS, MAX_SMALL_CALLS_PER_CONNECTION = 512, 64
 MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION = 16, 4
 """Calls to those services: open at once, and being read. A probe ends at once; who watches health keeps a call open."""
 
+LAST_WORDS_S = 0.1
+"""For what was sent last to reach the clients, before the process takes the connections with it."""
+
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 Register = Callable[[grpc.aio.Server], None]
 
@@ -85,12 +88,12 @@ class Server:
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
             reflection.SERVICE_NAME,
         ]
-        first = ErrorInterceptor(
+        self._first = ErrorInterceptor(
             _limits(CallGate(max_open_calls, num_unshared=num_unshared_calls), max_request_bytes),
             _small_limits(),
             [*small_services, *own_names],
         )
-        self._server = grpc.aio.server(interceptors=[first, *interceptors], options=options)
+        self._server = grpc.aio.server(interceptors=[self._first, *interceptors], options=options)
         for register in services.values():
             register(self._server)
         self._health = health.aio.HealthServicer()
@@ -120,8 +123,17 @@ class Server:
         for service in services:
             await self._health.set(service, ServingStatus.SERVING if is_ready else ServingStatus.NOT_SERVING)
 
+    async def finish(self, grace_s: float) -> None:
+        """Calls that run have grace_s to end. New ones are answered still, until the process leaves(): gRPC would end
+        CANCELLED what arrives while it stops, and clients try again what ends UNAVAILABLE, as it does with the process.
+        """
+        await self._health.enter_graceful_shutdown()
+        if running := set(self._first.calls):
+            await asyncio.wait(running, timeout=grace_s)
+        await asyncio.sleep(LAST_WORDS_S)
+
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls; those that run have grace_s to end."""
+        """Takes no new calls; those that run have grace_s to end. For a process that goes on."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 

@@ -41,6 +41,7 @@ def create_request(
     stop_token_ids: Iterable[int] = (),
     priority: int = 0,
     cache_salt: str = "",
+    deadline: float | None = None,
 ) -> SequenceRequest:
     """One greedy sequence that ends by length."""
     return SequenceRequest(
@@ -51,6 +52,7 @@ def create_request(
         stop_token_ids=frozenset(stop_token_ids),
         priority=priority,
         cache_salt=cache_salt,
+        deadline=deadline,
     )
 
 

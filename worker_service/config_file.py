@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.errors import ModelError
-from shared.model_folder import open_regular
+from shared.model_folder import read_json_bytes
 
 T = TypeVar("T", list[Any], dict[str, Any])
 
-MAX_FILE_BYTES = 256 << 20
-"""The largest real files are vocabularies, of some ten MiB."""
 MAX_NUMBER = 1e15
 MAX_SIZE = 2**24
 """No size of a known model comes within a factor of ten of it; float32 counts positions exactly up to it."""
@@ -25,16 +23,14 @@ brief = _shortened.repr
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object."""
-    with open_regular(path) as file:
-        try:
-            text = file.read(MAX_FILE_BYTES + 1)
-            if len(text) > MAX_FILE_BYTES:
-                raise ModelError(f"{path}: is larger than {MAX_FILE_BYTES >> 20} MiB")
-            values = json.loads(text)
-        except RecursionError:
-            raise ModelError(f"{path}: is nested too deeply") from None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: {error}") from error
+    try:
+        values = json.loads(read_json_bytes(path))
+    except RecursionError:
+        raise ModelError(f"{path}: is nested too deeply") from None
+    except MemoryError:
+        raise ModelError(f"{path}: there is too little memory to read it") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds no JSON object")
     return values

@@ -11,10 +11,10 @@ from typing import NoReturn
 from shared.config import WorkerSettings, read_command_line
 from shared.errors import ConfigError, ModelError
 from shared.log import configure_logging
+from shared.process import leave
 from shared.server import Server, StopSignals, server_credentials, write_port_file
 from shared.session_secret import read_secret
 from shared.supervisor import tell_supervisor
-from tandem.v1 import worker_pb2_grpc
 from worker_service import PARENT_PID
 from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 
@@ -33,7 +33,7 @@ SWITCH_INTERVAL_S = 2e-4
 
 async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     server = Server(
-        {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)},
+        {SERVICE_NAME: servicer.add_to},
         credentials=server_credentials(settings),
     )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -60,8 +60,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
 def _exit(reason: str, status: int) -> NoReturn:
     """At once: whatever a thread is waiting for, nothing can be ended in order."""
     logger.critical("%s", reason)
-    logging.shutdown()
-    os._exit(status)
+    leave(status)
 
 
 def check_exposure(settings: WorkerSettings) -> None:

@@ -15,13 +15,23 @@ from typing import Any, TypeAlias
 import grpc
 
 from shared.config import STEP_TIMEOUT_S
-from shared.errors import ProtocolError, SessionRefused, SessionTaken, TandemError, Unauthenticated, WorkerFailed
+from shared.errors import (
+    FieldViolation,
+    InvalidRequest,
+    SessionRefused,
+    SessionTaken,
+    TandemError,
+    Unauthenticated,
+    UnexpectedMessage,
+    WorkerFailed,
+)
 from shared.rich_status import status_of
 from shared.session_secret import SECRET_METADATA_KEY
 from shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_info, encode_result
-from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.v1 import worker_pb2
 from worker_service.runner import Runner
 from worker_service.session import Session
+from worker_service.wire_limits import bounded_plan
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,7 @@ TAKEOVER_LIMIT_S = 3.0
 again; that one waits longer for an answer."""
 LAST_WORD_GRACE_S = 1.0
 """How long a session that has failed stays, for its scheduler to hear why."""
+MAX_SCHEDULER_ID_CHARACTERS = 256
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -39,8 +50,8 @@ async def _tell_nobody() -> None:
     """For a servicer without a server round it."""
 
 
-class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """Runs one session at a time on a runner."""
+class WorkerServicer:
+    """Runs one session at a time on a runner. Registers itself with add_to(): what arrives is measured first."""
 
     def __init__(self, runner: Runner, *, secret: bytes = b"", step_timeout_s: float = STEP_TIMEOUT_S) -> None:
         """Callers must show the secret, if there is one. A step that does not get on for step_timeout_s has failed."""
@@ -52,6 +63,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._failure = ""
         self._has_failed = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        pb = worker_pb2
+        decode = bounded_plan(pb.ExecuteStepsRequest.FromString, self._runner.info)
+        handlers: dict[str, Any] = {
+            "GetWorkerInfo": grpc.unary_unary_rpc_method_handler(
+                self.GetWorkerInfo, pb.GetWorkerInfoRequest.FromString, pb.GetWorkerInfoResponse.SerializeToString
+            ),
+            "ExecuteSteps": grpc.stream_stream_rpc_method_handler(
+                self.ExecuteSteps, decode, pb.ExecuteStepsResponse.SerializeToString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
     async def GetWorkerInfo(
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context
@@ -65,7 +89,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._check_caller(context)
         async for first in request_iterator:
             if first.WhichOneof("kind") != "open":
-                raise ProtocolError("a session's first message opens it")
+                raise UnexpectedMessage("a session's first message opens it")
             session = await self._open(first.open)
             break
         else:
@@ -129,7 +153,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             raise SessionRefused(f"protocol version {request.protocol_version}; this worker speaks {PROTOCOL_VERSION}")
         instance_id = self._runner.info.worker_instance_id
         if request.worker_instance_id != instance_id:
-            raise SessionRefused(f"worker instance {request.worker_instance_id!r}; this is {instance_id!r}")
+            raise SessionRefused(f"this worker's instance is {instance_id!r}, another is asked for")
+        if not 1 <= len(request.scheduler_id) <= MAX_SCHEDULER_ID_CHARACTERS or not request.scheduler_id.isprintable():
+            # The log has it.
+            problem = f"must have 1 to {MAX_SCHEDULER_ID_CHARACTERS} printable characters"
+            raise InvalidRequest(FieldViolation("open.scheduler_id", problem))
         async with self._opening:
             if self._has_failed.is_set():
                 raise WorkerFailed(self._failure)
@@ -152,14 +180,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def _end_for(self, request: worker_pb2.OpenSession, old: Session) -> None:
         """Ends a session for the next one. A dead session's epoch is nobody's. SessionTaken where a live one stays: it
-        is another scheduler's, unless that has sent nothing yet and this one has sequences that wait for the worker.
+        is another scheduler's, unless that has sent nothing yet and this one has sequences that wait for the worker. No
+        error tells a scheduler's id to another: whoever knows it can take the session.
         """
         if old.is_live and old.scheduler_id == request.scheduler_id:
             if request.session_epoch <= old.epoch:
                 raise SessionTaken(f"session epoch {request.session_epoch} is not newer than {old.epoch}")
         elif old.is_live and (old.has_plans or not request.num_live_sequences):
-            raise SessionTaken(f"scheduler {old.scheduler_id!r} holds the session")
-        old.end(SessionTaken(f"scheduler {request.scheduler_id!r}, epoch {request.session_epoch} took over"))
+            raise SessionTaken("another scheduler holds the session")
+        is_same = old.scheduler_id == request.scheduler_id
+        old.end(SessionTaken(f"{'a newer epoch' if is_same else 'another scheduler'} took over"))
         if not await asyncio.to_thread(old.join, TAKEOVER_LIMIT_S):
             raise SessionTaken(f"a step of epoch {old.epoch} has not ended in {TAKEOVER_LIMIT_S:.0f} s")
 
@@ -168,7 +198,7 @@ async def _read_plans(requests: AsyncIterator[worker_pb2.ExecuteStepsRequest], s
     try:
         async for request in requests:
             if request.WhichOneof("kind") != "plan":
-                raise ProtocolError("a session is opened once, and only plans follow")
+                raise UnexpectedMessage("a session is opened once, and only plans follow")
             session.submit(decode_plan(request.plan), time.time_ns())
         session.end(None)
     except Exception as error:

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shared.errors import InvalidPlan, ProtocolError
+from shared.errors import InvalidPlan, UnexpectedMessage
 from shared.step_plan import StepPlan, StepResult
 from worker_service.runner import PendingStep, Runner
 
@@ -72,11 +72,11 @@ class Session:
             thread.start()
 
     def submit(self, plan: StepPlan, received_ns: int) -> None:
-        """Raises ProtocolError where the scheduler sends plans without waiting for results."""
+        """Raises UnexpectedMessage where the scheduler sends plans without waiting for results."""
         if not self.is_live:
             return
         if self._num_received - self._num_answered >= MAX_PLANS_WAITING:
-            raise ProtocolError(f"more than {MAX_PLANS_WAITING} plans wait for their results")
+            raise UnexpectedMessage(f"more than {MAX_PLANS_WAITING} plans wait for their results")
         if self._num_received == self._num_answered:
             self._got_on_at = time.monotonic()
         self.has_plans = True

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_NAME_CHARACTERS = 255
+"""Of a file; no file system has longer names."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 QUANTISED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|SCB|weight_shape|\w+_(scale(_inv|_2)?|zero_point|packed)|(nested_)?(absmax|quant_map)"
@@ -150,7 +152,7 @@ def _stream(folder: Path) -> Iterator[tuple[Path, str, Any]]:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     for part_name, part in _split_experts(name, file.get_slice(name)):
                         yield path, part_name, part
-        except (OSError, SafetensorError) as error:
+        except (OSError, MemoryError, SafetensorError) as error:
             raise ModelError(f"{path}: {error}") from error
         except BaseException as error:
             if not is_rust_panic(error):
@@ -185,7 +187,8 @@ def _files(folder: Path) -> list[Path]:
     names = index.typed("weight_map", dict).values()
     for name in names:
         # The folder alone is the model: a name that leads out of it is no shard's.
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+        is_name = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+        if not is_name or len(name) > MAX_NAME_CHARACTERS:
             raise index.fail("weight_map", f"{brief(name)} is not the name of a file in the folder")
     if not names:
         raise index.fail("weight_map", "is missing or empty")

@@ -69,7 +69,7 @@ class Scheduler:
             self._num_arrivals += 1
             self._num_prompt_tokens += sequence.num_prompt_tokens
             self._live[sequence.sequence_id] = sequence
-            self._queue.push_new(sequence)
+            self._queue.push_new(sequence, len(self._live))
 
     def abort(self, sequence_id: int) -> FinishedSequence | None:
         """Ends a sequence; its blocks are free at once. None if it is not live."""
@@ -85,6 +85,10 @@ class Scheduler:
             return None
         self.discount(max(0, sequence.num_output_tokens - num_output_tokens))
         return self._finish(sequence, FinishReason.STOP)
+
+    def expire(self, now: float) -> list[FinishedSequence]:
+        """Ends the waiting sequences whose deadlines have passed, so that no later plan starts them."""
+        return [self._finish(sequence, FinishReason.EXPIRED) for sequence in self._queue.expired(now)]
 
     def discount(self, num_tokens: int) -> None:
         """Output tokens that turned out to be past a stop are overshoot. Changes no plan."""

@@ -60,6 +60,8 @@ class SequenceRequest:
     priority: int = 0
     """Lower is admitted earlier and preempted later."""
     cache_salt: str = ""
+    deadline: float | None = None
+    """Waiting, it ends then. On the clock that Scheduler.expire() is told, in seconds."""
 
 
 class FinishReason(Enum):
@@ -67,6 +69,8 @@ class FinishReason(Enum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    EXPIRED = "expired"
+    """Its deadline passed while it waited."""
 
 
 @dataclass(frozen=True, slots=True)

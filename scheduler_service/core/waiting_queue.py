@@ -1,6 +1,7 @@
 """Sequences that wait for a row, in order, and how many of them may. Knows nothing of rows, blocks or steps."""
 
 import heapq
+import math
 from collections.abc import Iterable
 
 from scheduler_service.core.sequence import Sequence, SequenceState
@@ -8,12 +9,17 @@ from shared.errors import FieldViolation, InvalidRequest, QueueFull
 
 
 class WaitingQueue:
-    """A heap by priority and arrival. New sequences (never admitted) are bounded in number, preempted ones are not."""
+    """A heap by priority and arrival. New sequences (never admitted) are bounded in number, preempted ones are not.
+
+    Sequences that end while they wait stay in the heap until they come first, or most of the heap has ended.
+    """
 
     def __init__(self, max_num_new: int, max_num_new_tokens: int) -> None:
         self._max_num_new = max_num_new
         self._max_num_new_tokens = max_num_new_tokens
         self._heap: list[tuple[tuple[int, int], Sequence]] = []
+        # Nothing in the heap has an earlier one.
+        self._next_deadline = math.inf
         self.num_new = 0
         self.num_new_tokens = 0
 
@@ -38,17 +44,33 @@ class WaitingQueue:
         if self.num_new and self.num_new_tokens + sum(lengths) > self._max_num_new_tokens:
             raise QueueFull(f"{self.num_new_tokens} prompt tokens are waiting")
 
-    def push_new(self, sequence: Sequence) -> None:
+    def push_new(self, sequence: Sequence, num_live: int) -> None:
         self.num_new += 1
         self.num_new_tokens += sequence.num_prompt_tokens
-        heapq.heappush(self._heap, (sequence.order, sequence))
+        self.push_again(sequence, num_live)
 
     def push_again(self, sequence: Sequence, num_live: int) -> None:
         """A preempted sequence. num_live is how many there are, to see whether most of the heap has ended."""
         if len(self._heap) > 2 * num_live:
-            self._heap = [entry for entry in self._heap if entry[1].state is SequenceState.WAITING]
-            heapq.heapify(self._heap)
+            self._forget_ended()
         heapq.heappush(self._heap, (sequence.order, sequence))
+        if sequence.request.deadline is not None:
+            self._next_deadline = min(self._next_deadline, sequence.request.deadline)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Those that wait although their deadlines have passed. The caller ends them."""
+        if now < self._next_deadline:
+            return []
+        self._forget_ended()
+        expired, deadlines = [], []
+        for _, sequence in self._heap:
+            if (deadline := sequence.request.deadline) is not None:
+                if deadline <= now:
+                    expired.append(sequence)
+                else:
+                    deadlines.append(deadline)
+        self._next_deadline = min(deadlines, default=math.inf)
+        return expired
 
     def first(self) -> Sequence | None:
         """The next in order that waits."""
@@ -64,3 +86,7 @@ class WaitingQueue:
         """It is admitted for the first time, or has ended before that."""
         self.num_new -= 1
         self.num_new_tokens -= sequence.num_prompt_tokens
+
+    def _forget_ended(self) -> None:
+        self._heap = [entry for entry in self._heap if entry[1].state is SequenceState.WAITING]
+        heapq.heapify(self._heap)

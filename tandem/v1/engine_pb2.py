@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import worker_pb2 as tandem_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/engine.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\xb9\x01\n\rAttachRequest\x12!\n\x05\x61live\x18\x01 \x01(\x0b\x32\x10.tandem.v1.AliveH\x00\x12*\n\x06submit\x18\x02 \x01(\x0b\x32\x18.tandem.v1.SubmitRequestH\x00\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x17.tandem.v1.StopSequenceH\x00\x12(\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x17.tandem.v1.CloseRequestH\x00\x42\x06\n\x04kind\"\x1b\n\x05\x41live\x12\x12\n\nprocess_id\x18\x01 \x01(\r\"\xf9\x01\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x66irst_handle\x18\x02 \x01(\x04\x12\x13\n\x0bnum_choices\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.tandem.v1.RowSampling\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\"9\n\x0cStopSequence\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"$\n\x0c\x43loseRequest\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\"\xe3\x01\n\x0e\x41ttachResponse\x12%\n\x05state\x18\x01 \x01(\x0b\x32\x16.tandem.v1.EngineState\x12.\n\x0esubmit_replies\x18\x02 \x03(\x0b\x32\x16.tandem.v1.SubmitReply\x12\x15\n\rtoken_handles\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12*\n\x08logprobs\x18\x05 \x01(\x0b\x32\x18.tandem.v1.TokenLogprobs\x12$\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x16.tandem.v1.SequenceEnd\"f\n\x0b\x45ngineState\x12\x30\n\x06worker\x18\x01 \x01(\x0b\x32 .tandem.v1.GetWorkerInfoResponse\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\x12\x13\n\x0bis_draining\x18\x03 \x01(\x08\"A\n\x0bSubmitReply\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\x12\x12\n\x05\x65rror\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x08\n\x06_error\"p\n\rTokenLogprobs\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0f\n\x07num_top\x18\x03 \x03(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"\xaa\x01\n\x0bSequenceEnd\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12$\n\x06reason\x18\x02 \x01(\x0e\x32\x14.tandem.v1.EndReason\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x05 \x01(\x0cH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x08\n\x06_error*\x7f\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x14\n\x10\x45ND_REASON_ABORT\x10\x03\x12\x14\n\x10\x45ND_REASON_ERROR\x10\x04\x32R\n\rEngineService\x12\x41\n\x06\x41ttach\x12\x18.tandem.v1.AttachRequest\x1a\x19.tandem.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/engine.proto\x12\ttandem.v1\x1a\x16tandem/v1/worker.proto\"\xb9\x01\n\rAttachRequest\x12!\n\x05\x61live\x18\x01 \x01(\x0b\x32\x10.tandem.v1.AliveH\x00\x12*\n\x06submit\x18\x02 \x01(\x0b\x32\x18.tandem.v1.SubmitRequestH\x00\x12\'\n\x04stop\x18\x03 \x01(\x0b\x32\x17.tandem.v1.StopSequenceH\x00\x12(\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x17.tandem.v1.CloseRequestH\x00\x42\x06\n\x04kind\"\x1b\n\x05\x41live\x12\x12\n\nprocess_id\x18\x01 \x01(\r\"\x9d\x02\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x66irst_handle\x18\x02 \x01(\x04\x12\x13\n\x0bnum_choices\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.tandem.v1.RowSampling\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x15\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_deadline\"9\n\x0cStopSequence\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"$\n\x0c\x43loseRequest\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\"\xe3\x01\n\x0e\x41ttachResponse\x12%\n\x05state\x18\x01 \x01(\x0b\x32\x16.tandem.v1.EngineState\x12.\n\x0esubmit_replies\x18\x02 \x03(\x0b\x32\x16.tandem.v1.SubmitReply\x12\x15\n\rtoken_handles\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12*\n\x08logprobs\x18\x05 \x01(\x0b\x32\x18.tandem.v1.TokenLogprobs\x12$\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x16.tandem.v1.SequenceEnd\"f\n\x0b\x45ngineState\x12\x30\n\x06worker\x18\x01 \x01(\x0b\x32 .tandem.v1.GetWorkerInfoResponse\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\x12\x13\n\x0bis_draining\x18\x03 \x01(\x08\"A\n\x0bSubmitReply\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\x12\x12\n\x05\x65rror\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x08\n\x06_error\"p\n\rTokenLogprobs\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0f\n\x07num_top\x18\x03 \x03(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\"\xaa\x01\n\x0bSequenceEnd\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12$\n\x06reason\x18\x02 \x01(\x0e\x32\x14.tandem.v1.EndReason\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x05 \x01(\x0cH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x08\n\x06_error*\x7f\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x14\n\x10\x45ND_REASON_ABORT\x10\x03\x12\x14\n\x10\x45ND_REASON_ERROR\x10\x04\x32R\n\rEngineService\x12\x41\n\x06\x41ttach\x12\x18.tandem.v1.AttachRequest\x1a\x19.tandem.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENDREASON']._serialized_start=1315
-  _globals['_ENDREASON']._serialized_end=1442
+  _globals['_ENDREASON']._serialized_start=1351
+  _globals['_ENDREASON']._serialized_end=1478
   _globals['_ATTACHREQUEST']._serialized_start=62
   _globals['_ATTACHREQUEST']._serialized_end=247
   _globals['_ALIVE']._serialized_start=249
   _globals['_ALIVE']._serialized_end=276
   _globals['_SUBMITREQUEST']._serialized_start=279
-  _globals['_SUBMITREQUEST']._serialized_end=528
-  _globals['_STOPSEQUENCE']._serialized_start=530
-  _globals['_STOPSEQUENCE']._serialized_end=587
-  _globals['_CLOSEREQUEST']._serialized_start=589
-  _globals['_CLOSEREQUEST']._serialized_end=625
-  _globals['_ATTACHRESPONSE']._serialized_start=628
-  _globals['_ATTACHRESPONSE']._serialized_end=855
-  _globals['_ENGINESTATE']._serialized_start=857
-  _globals['_ENGINESTATE']._serialized_end=959
-  _globals['_SUBMITREPLY']._serialized_start=961
-  _globals['_SUBMITREPLY']._serialized_end=1026
-  _globals['_TOKENLOGPROBS']._serialized_start=1028
-  _globals['_TOKENLOGPROBS']._serialized_end=1140
-  _globals['_SEQUENCEEND']._serialized_start=1143
-  _globals['_SEQUENCEEND']._serialized_end=1313
-  _globals['_ENGINESERVICE']._serialized_start=1444
-  _globals['_ENGINESERVICE']._serialized_end=1526
+  _globals['_SUBMITREQUEST']._serialized_end=564
+  _globals['_STOPSEQUENCE']._serialized_start=566
+  _globals['_STOPSEQUENCE']._serialized_end=623
+  _globals['_CLOSEREQUEST']._serialized_start=625
+  _globals['_CLOSEREQUEST']._serialized_end=661
+  _globals['_ATTACHRESPONSE']._serialized_start=664
+  _globals['_ATTACHRESPONSE']._serialized_end=891
+  _globals['_ENGINESTATE']._serialized_start=893
+  _globals['_ENGINESTATE']._serialized_end=995
+  _globals['_SUBMITREPLY']._serialized_start=997
+  _globals['_SUBMITREPLY']._serialized_end=1062
+  _globals['_TOKENLOGPROBS']._serialized_start=1064
+  _globals['_TOKENLOGPROBS']._serialized_end=1176
+  _globals['_SEQUENCEEND']._serialized_start=1179
+  _globals['_SEQUENCEEND']._serialized_end=1349
+  _globals['_ENGINESERVICE']._serialized_start=1480
+  _globals['_ENGINESERVICE']._serialized_end=1562
 # @@protoc_insertion_point(module_scope)

@@ -116,6 +116,7 @@ class SubmitRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     first_handle: _builtins.int
     """Chosen by the front end, never used again on this stream. Choice i has the handle first_handle + i."""
@@ -127,6 +128,10 @@ class SubmitRequest(_message.Message):
     cache_salt: _builtins.str
     fingerprint: _builtins.str
     """Of the worker that the request was checked against; refused where another model came meanwhile."""
+    deadline: _builtins.float
+    """Of the call, if it has one: seconds of CLOCK_MONOTONIC, which is one clock for all processes of a host. A sequence
+    that waits past it ends with an error, and is not started.
+    """
     @_builtins.property
     def sampling(self) -> _worker_pb2.RowSampling:
         """Of choice 0."""
@@ -146,12 +151,15 @@ class SubmitRequest(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        deadline: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "deadline", b"deadline", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "cache_salt", b"cache_salt", "deadline", b"deadline", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__deadline: _TypeAlias = _typing.Literal["deadline"]  # noqa: Y015
+    _WhichOneofArgType__deadline: _TypeAlias = _typing.Literal["_deadline", b"_deadline"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline) -> _WhichOneofReturnType__deadline | None: ...
 
 Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
 

@@ -62,8 +62,8 @@ class WorkerServiceServicer(object):
         FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
         the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
         tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
-        follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
-        the stated reason, and the worker's process ends.
+        follow, of which nothing was applied, or a message that may not come there. INTERNAL with ErrorInfo's
+        reason WorkerFailed: a step failed, for the stated reason, and the worker's process ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,8 +39,8 @@ class WorkerServiceStub:
     FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
     the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
     tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
-    follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
-    the stated reason, and the worker's process ends.
+    follow, of which nothing was applied, or a message that may not come there. INTERNAL with ErrorInfo's
+    reason WorkerFailed: a step failed, for the stated reason, and the worker's process ends.
     """
 
 @_typing.type_check_only
@@ -54,8 +54,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
     the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
     tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
-    follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
-    the stated reason, and the worker's process ends.
+    follow, of which nothing was applied, or a message that may not come there. INTERNAL with ErrorInfo's
+    reason WorkerFailed: a step failed, for the stated reason, and the worker's process ends.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -78,8 +78,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
         the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
         tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
-        follow; nothing of it was applied. INTERNAL with ErrorInfo's reason WorkerFailed: a step failed, for
-        the stated reason, and the worker's process ends.
+        follow, of which nothing was applied, or a message that may not come there. INTERNAL with ErrorInfo's
+        reason WorkerFailed: a step failed, for the stated reason, and the worker's process ends.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.chaos.part import Form
 from tests.chaos.parts import PARTS
-from tests.chaos.results import FOLDER, ChaosError, run_part
+from tests.chaos.results import FOLDER, ChaosError, join, run_part
 from tests.chaos.table import DOCUMENT, fill, table
 
 
@@ -21,15 +21,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--afresh", action="store_true", help="begin again, whatever results there are")
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="FOLDER")
     parser.add_argument("--commit", help="of what is tried; asked of git if not given")
+    parser.add_argument("--pieces", type=_indexes, metavar="INDEX,...", help="only these pieces of one part, from 0")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", metavar="FOLDER", help="run nothing: join the pieces that these folders have"
+    )
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - set(names):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if given.pieces and len(given.parts) != 1:
+        parser.error("--pieces is of one part")
     is_met = True
     for part in PARTS:
         if given.parts and part.name not in given.parts:
             continue
         try:
-            rows = run_part(part, given.form, given.results, afresh=given.afresh, commit=given.commit)
+            if given.join:
+                rows = join(part, given.form, given.join, given.results, commit=given.commit)
+            else:
+                rows = run_part(
+                    part, given.form, given.results, afresh=given.afresh, commit=given.commit, only=given.pieces
+                )
         except ChaosError as error:
             print(f"chaos: {error}", file=sys.stderr)
             return 2
@@ -39,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     if given.results == FOLDER:
         DOCUMENT.write_text(fill(DOCUMENT.read_text(), table(PARTS, FOLDER)))
     return 0 if is_met else 1
+
+
+def _indexes(text: str) -> set[int]:
+    return {int(index) for index in text.split(",")}
 
 
 if __name__ == "__main__":

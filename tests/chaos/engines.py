@@ -14,10 +14,10 @@ from tests.model_factory import save_random_model
 
 
 @contextlib.contextmanager
-def running_engine(**settings: Any) -> Iterator[Engine]:
-    """settings: Engine's."""
+def random_model() -> Iterator[Path]:
+    """Its folder, which is named by all processes that serve it and by no others."""
     with tempfile.TemporaryDirectory(prefix="tandem-chaos-") as folder:
-        model = save_random_model(
+        yield save_random_model(
             Path(folder),
             dtype="float64",
             seed=5,
@@ -25,5 +25,10 @@ def running_engine(**settings: Any) -> Iterator[Engine]:
             vocab_size=VOCAB_SIZE,
             max_position_embeddings=1024,
         )
-        with contextlib.closing(Engine(model, **settings)) as engine:
-            yield engine
+
+
+@contextlib.contextmanager
+def running_engine(**settings: Any) -> Iterator[Engine]:
+    """settings: Engine's."""
+    with random_model() as model, contextlib.closing(Engine(model, **settings)) as engine:
+        yield engine

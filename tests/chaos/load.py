@@ -5,6 +5,7 @@ The truth is what the engine gave for the same request when nothing disturbed it
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -14,9 +15,11 @@ from typing import Any
 
 import grpc
 
+from shared.errors import RetryLater
 from shared.grpc_options import CHANNEL_OPTIONS
+from shared.rich_status import error_of
 from tandem.v1 import inference_pb2, inference_pb2_grpc
-from tests.e2e.conftest import VOCAB_SIZE
+from tests.chaos.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 
 KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
@@ -66,21 +69,22 @@ class Answer:
                 if abs(got - right) > LOGPROB_TOLERANCE:
                     raise WrongStream(f"choice {choice}: log-probability {got} of token {at}, not {right}")
         if is_ended and (self.token_ids, self.finishes) != (truth.token_ids, truth.finishes):
-            raise WrongStream(f"ended with {self._lengths()} tokens, not {truth._lengths()}")
+            raise WrongStream(f"ended with {self.lengths} tokens, not {truth.lengths}")
         if is_ended and {c: len(p) for c, p in self.logprobs.items()} != {c: len(p) for c, p in truth.logprobs.items()}:
             raise WrongStream("log-probabilities are missing, or there are too many")
         if is_ended and self.num_output_tokens != truth.num_output_tokens:
             raise WrongStream(f"usage says {self.num_output_tokens} tokens, not {truth.num_output_tokens}")
 
-    def _lengths(self) -> dict[int, int]:
+    @property
+    def lengths(self) -> dict[int, int]:
         return {choice: len(tokens) for choice, tokens in self.token_ids.items()}
 
 
 def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
-    """The request of one client: of unequal lengths, each kind in turn."""
+    """The request of one client: of unequal lengths, each kind in turn, with no token that is poison in its prompt."""
     kind = KINDS[number % len(KINDS)]
     request = generate_request(
-        random_prompt(5 + 7 * (number % 40), VOCAB_SIZE, seed=number),
+        random_prompt(5 + 7 * (number % 40), min(POISONS), seed=number),
         num_tokens + 5 * (number % 40),
         temperature=0.8 if kind in ("seeded", "two choices") else 0.0,
         seed=number,
@@ -92,6 +96,21 @@ def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRe
     return request
 
 
+@dataclass(frozen=True)
+class Ending:
+    """A call that ended otherwise than with its answer, and whose request is sent again."""
+
+    number: int
+    """Of the client."""
+    connection: int
+    code: str
+    details: str
+    began_at: float
+    num_tokens: int
+    retry_after_s: float | None
+    """What the server advised."""
+
+
 class Load:
     """Streams in an event loop of its own, in a thread of its own. A context manager; learns the truth at the start."""
 
@@ -101,11 +120,12 @@ class Load:
         num_streams: int,
         *,
         num_tokens: int,
+        num_connections: int = 1,
         may_end: Collection[grpc.StatusCode] = (),
         timeout_s: float = 600.0,
     ) -> None:
-        """may_end: codes that a stream may end with; its request is sent again, with its id, until it has its answer.
-        timeout_s: the deadline of each call.
+        """num_connections: the streams take turns on them. may_end: codes that a stream may end with; its request is
+        sent again, with its id, until it has its answer. timeout_s: the deadline of each call.
         """
         self.counts: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
@@ -114,7 +134,19 @@ class Load:
         """What was wrong, the first MAX_FAULTS of it."""
         self.arrivals: list[float] = []
         """When (time.monotonic) each message with tokens came, of any stream."""
+        self.longest_gap_s = 0.0
+        """Between two messages with tokens of one stream."""
+        self.heard_at = [0.0] * num_streams
+        self.num_ends = [0] * num_streams
+        """Of each stream: when the last of its messages with tokens came, and how often it ended with an error."""
+        self.endings: list[Ending] = []
+        """Those whose codes are in may_end, since whoever reads them cleared it."""
+        self.open_since: dict[int, float] = {}
+        """When (time.monotonic) the call that each client waits for began."""
+        self.answers_of: Counter[int] = Counter()
+        """By client."""
         self._address = address
+        self.num_connections = num_connections
         self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
         self._truth: list[Answer] = []
         self._may_end = set(may_end)
@@ -161,6 +193,7 @@ class Load:
             "streams": len(self._requests),
             "answers": self.counts["answers"],
             "tokens": self.counts["tokens"],
+            "longest_gap_s": round(self.longest_gap_s, 3),
             "ended": dict(self.ends),
             "wrong": self.counts["wrong"],
             "faults": self.faults,
@@ -171,46 +204,63 @@ class Load:
 
     async def _open(self) -> None:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        self._channel = grpc.aio.insecure_channel(self._address, options)
-        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._channels = [grpc.aio.insecure_channel(self._address, options) for _ in range(self.num_connections)]
+        self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
 
     async def _learn(self) -> list[Answer]:
-        return await asyncio.gather(*(self._ask(request, None) for request in self._requests))
+        truth = [Answer() for _ in self._requests]
+        await asyncio.gather(
+            *(self._ask(number, request, truth[number], None) for number, request in enumerate(self._requests))
+        )
+        for request, answer in zip(self._requests, truth, strict=True):
+            lengths = dict.fromkeys(range(request.num_choices or 1), request.stopping.max_tokens)
+            assert answer.lengths == lengths, f"undisturbed, a request had {answer.lengths} tokens, not {lengths}"
+        return truth
 
     async def _close(self) -> None:
         for stream in self._streams:
             stream.cancel()
         await asyncio.gather(*self._streams, return_exceptions=True)
-        await self._channel.close()
+        await asyncio.gather(*(channel.close() for channel in self._channels))
 
-    async def _ask(self, request: inference_pb2.GenerateStreamRequest, truth: Answer | None) -> Answer:
-        answer = Answer()
-        async for message in self._stub.GenerateStream(request, timeout=self._timeout_s):
+    async def _ask(
+        self, number: int, request: inference_pb2.GenerateStreamRequest, answer: Answer, truth: Answer | None
+    ) -> None:
+        """Fills the answer, which is held against the truth if there is one."""
+        before = math.inf
+        stub = self._stubs[number % self.num_connections]
+        async for message in stub.GenerateStream(request, timeout=self._timeout_s):
             answer.add(message)
             if truth is not None:
                 if message.token_ids:
-                    self.arrivals.append(time.monotonic())
+                    now = self.heard_at[number] = time.monotonic()
+                    self.arrivals.append(now)
+                    self.longest_gap_s = max(self.longest_gap_s, now - before)
+                    before = now
                     self.counts["tokens"] += len(message.token_ids)
                 answer.check(truth, is_ended=False)
         if truth is not None:
             answer.check(truth, is_ended=True)
-        return answer
 
     async def _go_on(self, number: int) -> None:
         while not self._is_last:
             request = inference_pb2.GenerateStreamRequest()
             request.CopyFrom(self._requests[number])
             request.request_id = f"load-{number}-{next(self._serial)}"
-            while not await self._try_once(request, self._truth[number]):
+            while not await self._try_once(number, request):
                 await asyncio.sleep(PAUSE_S)
 
-    async def _try_once(self, request: inference_pb2.GenerateStreamRequest, truth: Answer) -> bool:
+    async def _try_once(self, number: int, request: inference_pb2.GenerateStreamRequest) -> bool:
         """Whether there is nothing more to try."""
+        answer = Answer()
+        began_at = self.open_since[number] = time.monotonic()
         try:
-            await self._ask(request, truth)
+            await self._ask(number, request, answer, self._truth[number])
         except grpc.aio.AioRpcError as error:
             self.ends[error.code().name] += 1
+            self.num_ends[number] += 1
             if error.code() in self._may_end:
+                self.endings.append(self._ending(number, error, began_at, answer))
                 return False
             self._note(f"{request.request_id} ended {error.code().name}: {error.details()}")
         except WrongStream as error:
@@ -218,7 +268,22 @@ class Load:
             self._note(f"{request.request_id}: {error}")
         else:
             self.counts["answers"] += 1
+            self.answers_of[number] += 1
+        finally:
+            del self.open_since[number]
         return True
+
+    def _ending(self, number: int, error: grpc.aio.AioRpcError, began_at: float, answer: Answer) -> Ending:
+        told = error_of(error)
+        return Ending(
+            number,
+            number % self.num_connections,
+            error.code().name,
+            error.details() or "",
+            began_at,
+            sum(map(len, answer.token_ids.values())),
+            told.retry_after_s if isinstance(told, RetryLater) else None,
+        )
 
     def _note(self, fault: str) -> None:
         if len(self.faults) < MAX_FAULTS:

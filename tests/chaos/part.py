@@ -1,5 +1,6 @@
 """What a part of the harness is."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -37,6 +38,7 @@ class Part:
     nothing more can be found out.
     rows: what the pieces of one form add up to.
     needs: programs that must be on this machine.
+    obstacle: why this machine can't do it all the same; empty where it can.
     """
 
     name: str
@@ -44,3 +46,9 @@ class Part:
     rows: Callable[[Sequence[Found]], list[Row]]
     pieces: Mapping[Form, Sequence[Mapping[str, Any]]]
     needs: Sequence[str] = field(default=())
+    obstacle: Callable[[], str] = str
+
+    def why_not(self) -> str:
+        """Why it can't be tried here; empty where it can."""
+        missing = [name for name in self.needs if not shutil.which(name)]
+        return f"needs {', '.join(missing)}" if missing else self.obstacle()

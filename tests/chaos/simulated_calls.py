@@ -175,11 +175,20 @@ class Choice:
 class Call:
     """A call under way, and what came of it so far, held against the truth as it comes."""
 
-    def __init__(self, asked: Asked, tokenizer: Tokenizer, front_end: SimulatedFrontEnd, *, may_share_id: bool) -> None:
-        """may_share_id: another call has its request id, and may be live."""
+    def __init__(
+        self,
+        asked: Asked,
+        tokenizer: Tokenizer,
+        front_end: SimulatedFrontEnd,
+        *,
+        may_share_id: bool,
+        deadline: float | None,
+    ) -> None:
+        """may_share_id: another call has its request id, and may be live. deadline: in virtual time."""
         self.asked = asked
         self.front_end = front_end
         self.may_share_id = may_share_id
+        self.deadline = deadline
         self.started_at = now()
         self.task: asyncio.Task[None] | None = None
         self.is_admitted = self.is_aborted = self.is_ended = self.is_answered = False
@@ -190,7 +199,7 @@ class Call:
 
     async def stream(self, servicer: InferenceServicer, pause: Any) -> None:
         """Raises WrongAnswer, and what ends the call. pause is awaited between messages."""
-        async with contextlib.aclosing(servicer.GenerateStream(self.asked.message, None)) as messages:  # type: ignore[arg-type,type-var]
+        async with contextlib.aclosing(servicer.GenerateStream(self.asked.message, _Context(self))) as messages:  # type: ignore[arg-type,type-var]
             async for message in messages:
                 self._add(message.choice_index, message, message.text_delta)
                 if message.HasField("usage"):
@@ -201,7 +210,7 @@ class Call:
     async def ask(self, servicer: InferenceServicer) -> None:
         """The same as one reply."""
         request = inference_pb2.GenerateRequest.FromString(self.asked.message.SerializeToString())
-        reply = inference_pb2.GenerateResponse.FromString(await servicer.Generate(request, _NoMetadata()))  # type: ignore[arg-type]
+        reply = inference_pb2.GenerateResponse.FromString(await servicer.Generate(request, _Context(self)))  # type: ignore[arg-type]
         for choice in reply.choices:
             self._add(choice.choice_index, choice, choice.text)
         self._usage = reply.usage
@@ -293,11 +302,17 @@ def _check_logprobs(message: Any, request: inference_pb2.GenerateStreamRequest) 
     _check(got == expected, f"log-probabilities {got}, not {expected}")
 
 
-class _NoMetadata:
-    """What a unary call needs of its context."""
+class _Context:
+    """What the servicer asks of a call's context."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
 
     def invocation_metadata(self) -> None:
         return None
+
+    def time_remaining(self) -> float | None:
+        return None if self._call.deadline is None else self._call.deadline - now()
 
 
 def _check(is_right: bool, what: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from scheduler_service.core.types import FinishedSequence, StepOutputs
 from scheduler_service.engine_hub import EngineHub
 from shared.errors import (
+    DeadlinePassed,
     Draining,
     InvalidRequest,
     ProtocolError,
@@ -160,6 +161,8 @@ def _explanation(world: "World", call: Call, error: Exception) -> str:
     match error:
         case Draining():
             return "draining" if world.hub.is_draining else ""
+        case DeadlinePassed():
+            return "deadline passed" if call.deadline is not None and call.deadline <= now() else ""
         case QueueFull():
             return "queue full" if _is_full(world, call) else ""
         case RequestIdInUse():

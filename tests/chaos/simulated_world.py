@@ -8,13 +8,14 @@ from random import Random
 from unittest.mock import patch
 
 from scheduler_service import live_request
+from scheduler_service.core.suspects import PROBE_ID
 from scheduler_service.core.types import SchedulerConfig
 from scheduler_service.engine import HEARTBEAT_S
 from scheduler_service.engine_hub import EngineHub
 from scheduler_service.engine_servicer import EngineServicer
 from scheduler_service.step_loop import StepLoop
 from shared.errors import TandemError, WorkerUnavailable
-from shared.step_plan import RowSampling, WorkerInfo
+from shared.step_plan import RowSampling, StepPlan, WorkerInfo
 from tests.builders import worker_info
 from tests.chaos.simulated_calls import VOCAB_SIZE, Call, WrongAnswer, make_request
 from tests.chaos.simulated_checks import WatchedSink, check_books, check_end, check_error, watched_log
@@ -28,6 +29,8 @@ TOKENIZER = embedded()
 MAX_TOKENS_PER_DELTA = 6
 """So few that slow readers, whose outputs are short here, take them in several."""
 
+TIMEOUTS_S = (0.0, 0.01, 0.1, 1.0, 5.0)
+"""Of those calls that have a deadline."""
 STUCK_S = 10.0
 """Without a result of a sound worker, though sequences are live."""
 LIMIT_S = 1800.0
@@ -100,7 +103,7 @@ class World:
         self.hub = EngineHub()
         self.sink = WatchedSink(self, self.hub)
         self.config = random_config(rng)
-        self.step_loop = _CountingLoop(
+        self.step_loop = _WatchedLoop(
             self.worker,
             self.config,
             self.sink,
@@ -108,7 +111,7 @@ class World:
             worker_wait_s=self.worker_wait_s,
             step_timeout_s=self.step_timeout_s,
         )
-        self.step_loop.events = self.events
+        self.step_loop.world = self
         self.hub.connect(self.step_loop)
         self.servicer = EngineServicer(self.hub, lambda process_id: None)
         self.front_ends: list[SimulatedFrontEnd] = []
@@ -216,11 +219,16 @@ class World:
             self.calls[-1].may_share_id = True
         request_id = self.calls[-1].asked.message.request_id if is_duplicate else f"request-{serial}"
         asked = make_request(self.rng, serial, request_id, self.worker.info, TOKENIZER)
-        call = Call(asked, TOKENIZER, front_end, may_share_id=is_duplicate)
+        deadline = now() + self.rng.choice(TIMEOUTS_S) if self.rng.random() < 0.2 else None
+        call = Call(asked, TOKENIZER, front_end, may_share_id=is_duplicate, deadline=deadline)
         self.calls.append(call)
         call.task = asyncio.create_task(self._call(call))
         front_end.calls.append(call.task)
         call.task.add_done_callback(front_end.calls.remove)
+        if deadline is not None:
+            # gRPC may be late to end the call.
+            cutting = self._loop.call_at(deadline + self.rng.choice([0.0, 0.5]), call.task.cancel)
+            call.task.add_done_callback(lambda _: cutting.cancel())
         return call.task
 
     async def _call(self, call: Call) -> None:
@@ -260,14 +268,22 @@ class World:
             self.fail(f"request {call.asked.serial}: {wrong}")
 
 
-class _CountingLoop(StepLoop):
-    """Counts the stops that come when the core has ended the sequence already."""
+class _WatchedLoop(StepLoop):
+    """Counts the stops that come when the core has ended the sequence already, and sees that nothing starts late."""
 
-    events: Counter[str]
+    world: World
 
     def discount(self, num_output_tokens: int) -> None:
-        self.events["stop string found after the end"] += 1
+        self.world.count("stop string found after the end")
         super().discount(num_output_tokens)
+
+    def _next_plan(self) -> StepPlan | None:
+        plan = super()._next_plan()
+        for new in plan.added_rows if plan is not None else ():
+            call = self.world.calls[new.sampling.seed - 1]
+            if new.sequence_id != PROBE_ID and call.deadline is not None and call.deadline <= now():
+                self.world.fail(f"request {call.asked.serial} starts after its deadline, {call.deadline:.3f} s")
+        return plan
 
 
 def random_worker(rng: Random) -> WorkerInfo:

@@ -48,6 +48,7 @@ EVENTS = (
         f"ended: {explanation}"
         for explanation in (
             "checked against another model",
+            "deadline passed",
             "draining",
             "id in use",
             "listener raised",

@@ -1,7 +1,5 @@
 """The short form of each part, and in the slow tests the long one: every promise is met."""
 
-import shutil
-
 import pytest
 
 from tests.chaos.part import Form, Part
@@ -11,8 +9,8 @@ from tests.chaos.table import BEGIN, DOCUMENT, END, table
 
 
 def try_out(part: Part, form: Form) -> None:
-    if missing := [name for name in part.needs if not shutil.which(name)]:
-        pytest.skip(f"needs {', '.join(missing)}")
+    if reason := part.why_not():
+        pytest.skip(reason)
     pieces = [part.run(**asked) for asked in part.pieces[form]]
     rows = part.rows(pieces)
     assert rows

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from scheduler_service import step_loop
+from scheduler_service import servicer, step_loop
 
 T = TypeVar("T")
 
@@ -57,8 +57,8 @@ class _Clock:
 
 @contextlib.contextmanager
 def _virtual_modules() -> Iterator[None]:
-    """The step loop is the only one of the modules under simulation that asks for the time itself."""
-    with patch.object(step_loop, "time", _Clock):
+    """Those under simulation that ask for the time themselves."""
+    with patch.object(step_loop, "time", _Clock), patch.object(servicer, "time", _Clock):
         yield
 
 

@@ -24,7 +24,7 @@ from shared.error_interceptor import DETAILS_METADATA_KEY
 from shared.grpc_options import CHANNEL_OPTIONS
 from shared.server import Server
 from shared.step_plan import RowSampling, WorkerInfo
-from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc, worker_pb2_grpc
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner, expected_tokens
 from worker_service.runner import Runner
@@ -64,9 +64,7 @@ class Services:
     async def start_worker(self, runner: Runner | None = None) -> None:
         self.runner = runner or self.runner
         servicer = WorkerServicer(self.runner, step_timeout_s=self._worker_step_timeout_s)
-        self._worker = Server(
-            {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, s)}
-        )
+        self._worker = Server({SERVICE_NAME: servicer.add_to})
         self._worker_port = await self._worker.start(HOST, self._worker_port)
         self._supervisor = asyncio.create_task(self._restart_after_failure(servicer))
 

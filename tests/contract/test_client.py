@@ -119,3 +119,27 @@ async def test_what_an_operator_asks(services: Services) -> None:
     load = await call(services, lambda client: client.load())
     assert load.num_cached_blocks > 0
     assert await call(services, lambda client: client.reset_prefix_cache()) == load.num_cached_blocks
+
+
+async def test_a_server_whose_handshake_takes_long_is_reached(services: Services) -> None:
+    """A far one over TLS, say: gRPC's limit for an attempt goes by the name of a backoff."""
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(2.5)
+        there, back = await asyncio.open_connection(*services.address.split(":"))
+        await asyncio.gather(forward(reader, back), forward(there, writer), return_exceptions=True)
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
+        address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+        def load() -> control_pb2.GetLoadResponse:
+            with TandemClient(address) as client:
+                return client.load()
+
+        assert (await asyncio.to_thread(load)).num_total_blocks

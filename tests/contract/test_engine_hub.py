@@ -1,12 +1,13 @@
 """The hub between the step loop and several front ends: whose news is whose, and a front end that fails."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from scheduler_service.core.types import FinishReason
 from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
-from shared.errors import SequenceFailed, WorkerUnavailable
+from shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
 from tests.builders import create_request
 from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
 from tests.fake_worker import FakeRunner, expected_tokens
@@ -63,6 +64,22 @@ async def test_late_news_of_an_ended_request_does_not_touch_a_new_one_of_its_id(
     assert second.tokens[7] == expected_tokens(truth, vocab_size=VOCAB_SIZE)
 
 
+async def test_a_client_tries_again_before_the_end_of_its_front_end_is_noticed() -> None:
+    """While the scheduler's process is held up, both wait for it, and the second try may be the first to be read."""
+    async with Services(FakeRunner(model_info(), delay_s=0.005)) as services:
+        hub, second, has_ended = services.service._hub, Listener(), False
+        engine_a, engine_b = hub.attach(Listener(), lambda: has_ended), hub.attach(second)
+        await engine_a.submit(submission("same", 0, max_tokens=500))
+        with pytest.raises(RequestIdInUse):
+            await engine_b.submit(submission("same", 7))
+        has_ended = True
+        await engine_b.submit(submission("same", 7))
+        hub.detach(engine_a)
+        assert (await second.wait_end(7)).reason is FinishReason.LENGTH
+        assert second.tokens[7] == expected_tokens(create_request(max_tokens=8), vocab_size=VOCAB_SIZE)
+        assert (await services.load()).num_used_blocks == 0
+
+
 async def test_a_front_end_that_raises_ends_its_own_requests_and_loses_no_worker() -> None:
     async with Services(FakeRunner(model_info(), delay_s=0.002)) as services:
         broken = Listener()
@@ -101,3 +118,27 @@ async def test_a_stop_that_is_found_after_an_error_still_counts() -> None:
         await listener.wait_end(0)
         engine.stop(0, 2)
         assert (await services.load()).num_output_tokens == 2
+
+
+async def test_a_stop_told_late_and_wrongly_leaves_the_books_right() -> None:
+    async with Services(FakeRunner(model_info())) as services:
+        listener = Listener()
+        engine = services.service._hub.attach(listener)
+        await engine.submit(submission("stopped", 0, max_tokens=8))
+        await listener.wait_end(0)
+        for num_output_tokens in (2**32 - 1, 5, 5, 7):
+            engine.stop(0, num_output_tokens)
+        load = await services.load()
+    assert (load.num_output_tokens, load.num_overshoot_tokens) == (5, 3)
+
+
+async def test_a_handle_that_is_given_twice_is_refused() -> None:
+    async with Services(FakeRunner(model_info())) as services:
+        listener = Listener()
+        engine = services.service._hub.attach(listener)
+        await engine.submit(submission("first", 4, max_tokens=8))
+        with pytest.raises(ProtocolError):
+            await engine.submit(replace(submission("second", 3), num_choices=2))
+        assert (await listener.wait_end(4)).reason is FinishReason.LENGTH
+        engine.close_request(4)
+        await services.service._hub.drain()

@@ -198,7 +198,7 @@ class FaultyHub:
         self.listener: Any = None
         self.submitted: list[str] = []
 
-    def attach(self, listener: Any) -> Any:
+    def attach(self, listener: Any, is_gone: Callable[[], bool]) -> Any:
         self.listener = listener
         return self
 

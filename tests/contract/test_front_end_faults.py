@@ -106,6 +106,9 @@ class Call:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
+    def time_remaining(self) -> None:
+        return None
+
 
 @pytest.mark.parametrize("fault", ["refused", "too many ids", "panic"])
 async def test_a_request_that_failed_is_freed_without_the_garbage_collector(fault: str) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import errno
+import os
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -87,6 +89,16 @@ async def test_a_front_end_that_hangs_before_it_listens_is_an_error(monkeypatch:
     with pytest.raises(ConfigError, match="a front-end process ended with status -9 before it listened"):
         await services.start()
     await services.stop_worker()
+
+
+def test_a_process_has_ended_before_its_end_is_collected() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    assert not front_end_pool.has_ended(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert front_end_pool.has_ended(process.pid)
+    assert process.wait() == -signal.SIGKILL
+    assert front_end_pool.has_ended(process.pid)
 
 
 class FailsOnce:

@@ -38,6 +38,32 @@ async def running(server: Server) -> AsyncIterator[int]:
         await server.stop(0)
 
 
+async def test_a_server_that_finishes_waits_for_what_runs_and_answers_what_comes() -> None:
+    """gRPC's own stop ends CANCELLED the calls that arrive meanwhile."""
+    may_answer = asyncio.Event()
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        if request:
+            await may_answer.wait()
+        return b"answer"
+
+    handlers = {"Answer": grpc.unary_unary_rpc_method_handler(answer)}
+    server = Server({"a": lambda s: s.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("a", handlers)])})
+    async with running(server) as port, grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+        call = channel.unary_unary("/a/Answer")
+        waiting = asyncio.ensure_future(call(b"wait"))
+        assert await call(b"", wait_for_ready=True) == b"answer"
+        await server.finish(0.01)
+        assert not waiting.done()
+        finishing = asyncio.create_task(server.finish(60))
+        assert await call(b"") == b"answer"
+        assert not finishing.done()
+        may_answer.set()
+        await finishing
+        assert waiting.done() and await waiting == b"answer"
+        assert await call(b"") == b"answer"
+
+
 def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
     """A self-signed certificate for localhost, and its key."""
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"

@@ -35,9 +35,7 @@ class Worker:
         self.runner = runner
         self.servicer = WorkerServicer(runner, **options)
         self.metadata: tuple[tuple[str, bytes], ...] = ()
-        self.server = Server(
-            {SERVICE_NAME: lambda s: worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.servicer, s)}
-        )
+        self.server = Server({SERVICE_NAME: self.servicer.add_to})
 
     async def start(self) -> None:
         self.address = f"127.0.0.1:{await self.server.start('127.0.0.1', 0)}"
@@ -138,7 +136,7 @@ async def test_a_session_that_does_not_fit_is_refused(worker: Worker, changes: d
 async def test_a_plan_without_a_session_is_refused(worker: Worker) -> None:
     call: Any = worker.stub.ExecuteSteps()
     await send(call, prompt_plan(1))
-    assert await status_of(call) == grpc.StatusCode.INTERNAL
+    assert await status_of(call) == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_another_scheduler_is_refused_while_the_session_lives(worker: Worker) -> None:
@@ -150,6 +148,35 @@ async def test_another_scheduler_is_refused_while_the_session_lives(worker: Work
     await read_result(first)
     first.cancel()
     await open_when_free(worker, scheduler_id="b")
+
+
+async def test_no_refusal_tells_the_name_of_a_session(worker: Worker) -> None:
+    """Whoever knows it could take the session with a newer epoch."""
+    idle = await worker.open(scheduler_id="secret-1")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.open(scheduler_id="b")
+    assert caught.value.code() == grpc.StatusCode.ABORTED
+    assert "secret" not in str(caught.value)
+    await worker.open(scheduler_id="secret-2", num_live_sequences=1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while response := await asyncio.wait_for(idle.read(), WAIT_S):
+            assert b"secret" not in response.SerializeToString()
+    assert caught.value.code() == grpc.StatusCode.ABORTED
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheduler_id", ["", "x" * 257, "a\nb"], ids=["none", "long", "two lines"])
+async def test_a_scheduler_id_that_no_log_can_take_is_refused(worker: Worker, scheduler_id: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await worker.open(scheduler_id=scheduler_id)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await worker.open()
+
+
+async def test_a_session_that_is_opened_twice_ends(worker: Worker) -> None:
+    call = await worker.open()
+    await call.write(worker_pb2.ExecuteStepsRequest(open=worker_pb2.OpenSession()))
+    assert await status_of(call) == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def open_when_free(worker: Worker, **opening: Any) -> Any:
@@ -255,6 +282,22 @@ async def test_bytes_that_are_no_message_end_the_session(worker: Worker) -> None
     await call.write(b"\xff\xff")
     assert await status_of(call) == grpc.StatusCode.INVALID_ARGUMENT
     await worker.open()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"removed_rows": [1] * 30_000_000}, {"added_rows": [worker_pb2.NewRow()] * 1_000_000}],
+    ids=["row numbers", "rows"],
+)
+async def test_a_plan_that_takes_long_to_decode_is_refused_undecoded(worker: Worker, changes: dict[str, Any]) -> None:
+    call = await worker.open()
+    plan = worker_pb2.ExecuteStepsRequest(plan=worker_pb2.StepPlan(step_id=1, **changes))
+    await call.write(plan)
+    with pytest.raises(grpc.aio.AioRpcError, match="larger than any plan") as caught:
+        while await asyncio.wait_for(call.read(), WAIT_S) is not grpc.aio.EOF:
+            pass
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    await worker.open(epoch=2)
 
 
 class FailingStep:

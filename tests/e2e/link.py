@@ -1,10 +1,16 @@
-"""A TCP link through this process, which can fall silent: nothing goes through any more, and nothing is closed."""
+"""A TCP link through this process, which can fall silent (nothing goes through any more, and nothing is closed), and
+be cut (its connections are reset).
+"""
 
 import contextlib
 import socket
+import struct
 import threading
+import time
 
 CHUNK_BYTES = 1 << 16
+RESET_AT_CLOSE = struct.pack("ii", 1, 0)
+"""struct linger, with no time to linger."""
 
 
 class Link:
@@ -15,12 +21,13 @@ class Link:
     def __init__(self) -> None:
         self._is_open = threading.Event()
         self._is_open.set()
-        self._sockets: list[socket.socket] = []
+        self._listeners: list[socket.socket] = []
+        self._connections: list[socket.socket] = []
 
     def listen(self, port: int) -> str:
         """Gives the address that leads to the port."""
         listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets.append(listener)
+        self._listeners.append(listener)
         threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -30,9 +37,25 @@ class Link:
     def recover(self) -> None:
         self._is_open.set()
 
+    def stall(self, duration_s: float) -> None:
+        self.fall_silent()
+        time.sleep(duration_s)
+        self.recover()
+
+    def cut(self) -> None:
+        """Resets the connections that there are, on both sides."""
+        connections, self._connections = self._connections, []
+        for each in connections:
+            # Those of connections that have ended are still in the list.
+            with contextlib.suppress(OSError):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
+                # Wakes the thread that reads it, without a word to the other side.
+                each.shutdown(socket.SHUT_RD)
+            each.close()
+
     def close(self) -> None:
         self._is_open.set()
-        for each in self._sockets:
+        for each in [*self._listeners, *self._connections]:
             # Also wakes the thread that waits for it.
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
@@ -43,8 +66,13 @@ class Link:
             while True:
                 here, _ = listener.accept()
                 self._is_open.wait()
-                there = socket.create_connection(("127.0.0.1", port))
-                self._sockets += [here, there]
+                try:
+                    there = socket.create_connection(("127.0.0.1", port))
+                except OSError:
+                    # Nobody listens: whoever came learns it.
+                    here.close()
+                    continue
+                self._connections += [here, there]
                 for source, target in ((here, there), (there, here)):
                     threading.Thread(target=self._forward, args=(source, target), daemon=True).start()
 

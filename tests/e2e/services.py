@@ -21,14 +21,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.e2e.hosts import Host
 from tests.e2e.link import Link
 from tests.e2e.waiting import WAIT_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFERENCE = "tandem.v1.InferenceService"
 WORKER = "tandem.v1.WorkerService"
-WORKER_MODULE = "worker_service.process"
-"""Runs in the worker's own process, not in its supervisor."""
+SERVING = ("worker_service.process", "--serve")
+"""Words of a command line that is a worker's own process, not its supervisor: the real one's module, or a flag of the
+tests' own workers.
+"""
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -36,10 +39,16 @@ ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 class Service:
     """One service process. Started again, it listens on the port that it had."""
 
-    def __init__(self, module: str, flags: Sequence[str], folder: Path, before: Sequence[str] = ()) -> None:
-        """folder: for its port file and its log. before: arguments that come before the flags."""
+    def __init__(
+        self, module: str, flags: Sequence[str], folder: Path, before: Sequence[str] = (), host: Host | None = None
+    ) -> None:
+        """folder: for its port file and its log. before: arguments that come before the flags. host: where it runs and
+        listens, if not on this one.
+        """
         self._module = module
-        self._flags = (*before, *flags)
+        self._flags = (*before, *flags, *(["--host", host.address] if host else []))
+        self._enter = host.enter if host else []
+        self._address = host.address if host else "127.0.0.1"
         self._port_file = folder / f"{module}.port"
         self.log_file = folder / f"{module}.log"
         self.port = 0
@@ -50,7 +59,7 @@ class Service:
         flags = [*self._flags, "--port", str(self.port), "--port-file", str(self._port_file)]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self._module, *flags],
+                [*self._enter, sys.executable, "-m", self._module, *flags],
                 cwd=REPOSITORY,
                 env={name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")},
                 stdin=subprocess.DEVNULL,
@@ -59,13 +68,18 @@ class Service:
             )
 
     def wait_listening(self) -> None:
-        wait_until(lambda: self._port_file.exists() or self.process.poll() is not None, f"{self._module} listens")
+        wait_until(lambda: self.has_served or self.process.poll() is not None, f"{self._module} listens")
         assert self.process.poll() is None, f"{self._module} ended:\n{self.log_file.read_text()[-4000:]}"
         self.port = int(self._port_file.read_text())
 
     @property
+    def has_served(self) -> bool:
+        """Since it was started last."""
+        return self._port_file.exists()
+
+    @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self._address}:{self.port}"
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -79,7 +93,8 @@ class Service:
         serving = [serving_process(self.process.pid)] if self.process.poll() is None else []
         self.process.kill()
         self.process.wait(WAIT_S)
-        psutil.wait_procs(serving, WAIT_S)
+        _, left = psutil.wait_procs(serving, WAIT_S)
+        assert not left, f"{left} outlived the process that started it"
 
 
 def serving_process(pid: int) -> psutil.Process:
@@ -90,7 +105,7 @@ def serving_process(pid: int) -> psutil.Process:
     for child in process.children(recursive=True):
         # One that has just ended is not it.
         with contextlib.suppress(psutil.NoSuchProcess):
-            if WORKER_MODULE in child.cmdline():
+            if any(word in SERVING for word in child.cmdline()):
                 return child
     return process
 
@@ -117,15 +132,23 @@ class Engine:
         scheduler_flags: Sequence[str] = (),
         dtype: str = "float64",
         link: Link | None = None,
+        worker: Sequence[str] = ("worker_service",),
+        worker_host: Host | None = None,
     ) -> None:
-        """link: what the scheduler reaches the worker over."""
+        """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags.
+        worker_host: where the worker runs, if not on this one.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
+        if worker_host:
+            # Only who shows it may use a port that others reach.
+            common += ["--session-secret-file", str(folder / "session-secret")]
         # A random model has no tokenizer; any will do where prompts are token ids.
         tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
-        self.worker = Service("worker_service", [*common, *fixed, *worker_flags], folder)
+        module, *before = worker
+        self.worker = Service(module, [*common, *fixed, *worker_flags], folder, before, worker_host)
         try:
             self.worker.wait_listening()
             worker_address = link.listen(self.worker.port) if link else self.worker.address

@@ -1,6 +1,5 @@
 """Front ends as processes of their own beside real services: what is killed takes nothing else along."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -67,10 +66,6 @@ def streams_of(engine: Engine) -> Iterator[list[Stream]]:
         ]
 
 
-def wait_gone(processes: list[psutil.Process]) -> None:
-    wait_until(lambda: not any(process.is_running() for process in processes), "the front ends are gone")
-
-
 def test_a_killed_worker_disturbs_no_stream_of_any_front_end(engine: Engine) -> None:
     with streams_of(engine) as streams:
         truth = [stream.result() for stream in streams]
@@ -84,41 +79,3 @@ def test_a_killed_worker_disturbs_no_stream_of_any_front_end(engine: Engine) -> 
         engine.restart_worker()
         assert [stream.result() for stream in streams] == truth
     assert engine.load().num_used_blocks == 0
-
-
-def test_sigterm_to_all_drains_and_leaves_no_front_end(engine: Engine) -> None:
-    children = front_ends(engine)
-    assert len(children) == 2
-    with streams_of(engine) as streams:
-        for stream in streams:
-            stream.wait_tokens(1)
-        # As a supervisor does that signals every process of a service: the front ends leave it to the scheduler.
-        for child in children:
-            child.send_signal(signal.SIGTERM)
-        engine.scheduler.signal(signal.SIGTERM)
-        assert [len(stream.result()) for stream in streams] == [NUM_TOKENS] * NUM_STREAMS
-    assert engine.scheduler.process.wait(WAIT_S) == 0
-    wait_gone(children)
-    engine.scheduler.start()
-    engine.connect()
-
-
-def test_a_killed_scheduler_leaves_no_front_end(engine: Engine) -> None:
-    children = front_ends(engine)
-    assert len(children) == 2
-    with streams_of(engine) as streams:
-        for stream in streams:
-            stream.wait_tokens(1)
-        engine.scheduler.kill()
-        wait_gone(children)
-        for stream in streams:
-            stream.join()
-            assert stream.error is not None
-            assert stream.error.code() == grpc.StatusCode.UNAVAILABLE
-    # Its port is free at once.
-    engine.scheduler.start()
-    engine.connect()
-    request = make_requests()[0]
-    assert len(engine.stream(request).result()) == NUM_TOKENS
-    engine.scheduler.signal(signal.SIGTERM)
-    assert engine.scheduler.process.wait(WAIT_S) == 0

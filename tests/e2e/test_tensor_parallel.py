@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tandem.v1 import inference_pb2
+from tests.e2e.hosts import entering, ip, network_namespaces
 from tests.e2e.services import REPOSITORY, Engine, Service, generate_request, random_prompt
 from tests.e2e.waiting import WAIT_S, wait_until
 from tests.model_factory import save_random_model
@@ -218,34 +219,21 @@ def test_a_group_that_cannot_be_is_refused(
     assert problem in process.stderr
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
 @contextmanager
 def two_hosts() -> Iterator[list[str]]:
     """Two network namespaces with a link between them: the commands that enter each."""
-    with ExitStack() as stack:
-        holders: list[int] = []
-        own = os.readlink("/proc/self/ns/net")
-        for _ in range(2):
-            holder = subprocess.Popen(["unshare", "--net", "sleep", "600"])
-            stack.callback(holder.wait)
-            stack.callback(holder.kill)
-            wait_until(lambda pid=holder.pid: os.readlink(f"/proc/{pid}/ns/net") != own, "a network namespace")
-            holders.append(holder.pid)
+    with network_namespaces(2) as holders:
         names = [f"td{pid}" for pid in holders]
         ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
         for number, (pid, name) in enumerate(zip(holders, names, strict=True), 1):
             ip("link", "set", name, "netns", str(pid))
-            inside = ["nsenter", "--target", str(pid), "--net", "ip"]
             for command in (
                 ["addr", "add", f"10.99.0.{number}/24", "dev", name],
                 ["link", "set", name, "up"],
                 ["link", "set", "lo", "up"],
             ):
-                subprocess.run([*inside, *command], check=True)
-        yield [f"nsenter --target {pid} --net" for pid in holders]
+                subprocess.run([*entering(pid), "ip", *command], check=True)
+        yield [" ".join(entering(pid)) for pid in holders]
 
 
 def bytes_received(enter: str) -> int:

@@ -189,20 +189,6 @@ def test_new_requests_queue_while_the_worker_is_away(engine: Engine, truth: list
     assert [stream.result() for stream in streams] == truth
 
 
-def test_the_worker_serves_the_next_scheduler_after_one_was_killed(engine: Engine, truth: list[list[int]]) -> None:
-    streams = [engine.stream(request) for request in make_requests()]
-    wait_mid_way(streams, NUM_TOKENS_BEFORE)
-    worker = engine.worker.serving()
-    engine.scheduler.kill()
-    for stream in streams:
-        stream.join()
-        assert stream.error is not None
-    engine.scheduler.start()
-    engine.connect()
-    assert [stream.result() for stream in [engine.stream(request) for request in make_requests()]] == truth
-    assert engine.worker.serving() == worker
-
-
 def test_a_step_that_fails_ends_the_worker_which_says_why_and_is_started_again(
     model_folder: Path, tmp_path: Path, truth: list[list[int]]
 ) -> None:

@@ -30,7 +30,12 @@ def record_random_run(path: Path, seed: int) -> Load:
     scheduler = RecordingScheduler(config, WORKER, path)
     engine = Engine(scheduler, FakeRunner(WORKER))
     requests = [
-        replace(request, priority=index % 3, stop_token_ids=frozenset(expected_tokens(request)[5 + index % 20 :][:1]))
+        replace(
+            request,
+            deadline=index + 2.0 if index % 4 == 3 else None,
+            priority=index % 3,
+            stop_token_ids=frozenset(expected_tokens(request)[5 + index % 20 :][:1]),
+        )
         for index, request in enumerate(create_requests(40, prompt_len=20, max_tokens=30, common_prefix=range(9)))
     ]
     with pytest.raises(InvalidRequest):
@@ -38,6 +43,8 @@ def record_random_run(path: Path, seed: int) -> Load:
     for move in range(400):
         if move % 10 == 0:
             engine.add(requests[move // 10])
+        # A request comes each tick of ten moves.
+        scheduler.expire(move / 10)
         if rng.random() < 0.5:
             engine.launch()
         if rng.random() < 0.45 and engine.in_flight:
@@ -66,6 +73,7 @@ def test_replays_to_identical_plans(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "run.jsonl"
     load = record_random_run(path, seed)
     assert load.num_preemptions > 0 and load.num_worker_losses == 2 and load.num_overshoot_tokens > 0
+    assert '"reason":"expired"' in path.read_text()
     verdict = replay(path)
     assert verdict.difference is None and not verdict.is_truncated
     assert verdict.num_plans == load.num_steps

@@ -194,6 +194,42 @@ def test_the_queue_is_bounded_and_preempted_sequences_dont_count() -> None:
     engine.scheduler.check_integrity()
 
 
+def test_what_waits_past_its_deadline_ends_and_is_not_started() -> None:
+    engine = make_engine(max_num_seqs=1)
+    running, late, timely = create_request(A, deadline=1.0), create_request(B, deadline=2.0), create_request(C)
+    engine.add(running, late, timely)
+    launch(engine)
+    assert engine.scheduler.expire(1.5) == [], "what runs is its reader's to end"
+    [ended] = engine.scheduler.expire(2.0)
+    assert (ended.sequence_id, ended.reason, ended.num_output_tokens) == (B, FinishReason.EXPIRED, 0)
+    assert engine.scheduler.expire(9.0) == []
+    engine.drain()
+    assert engine.outputs == expected([running, timely]) | {B: []}
+    engine.scheduler.check_integrity()
+
+
+def test_a_preempted_sequence_is_not_started_again_after_its_deadline() -> None:
+    engine = make_engine(worker_info(block_size=4, num_blocks=6), admission_watermark=0.0)
+    old, new = create_request(OLD, range(4), 12), create_request(NEW, range(4), 12, deadline=3.0)
+    engine.add(old, new)
+    while not engine.scheduler.load().num_preemptions:
+        engine.step()
+    assert [end.sequence_id for end in engine.scheduler.expire(3.0)] == [NEW]
+    engine.drain()
+    assert engine.outputs[OLD] == expected_tokens(old)
+    engine.scheduler.check_integrity()
+
+
+def test_sequences_that_ended_do_not_gather_behind_one_that_waits() -> None:
+    engine = make_engine(max_num_seqs=1)
+    engine.add(*create_requests(2, max_tokens=1000))
+    launch(engine)
+    for sequence_id in range(2, 1000):
+        engine.add(create_request(sequence_id))
+        engine.scheduler.abort(sequence_id)
+    assert len(engine.scheduler._queue.entries) < 10
+
+
 def test_an_admission_leaves_the_watermark_free() -> None:
     worker = worker_info(block_size=4, num_blocks=11)
     engine = make_engine(worker, admission_watermark=0.3)

@@ -44,6 +44,7 @@ requests = st.builds(
     stop_token_ids=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
     priority=st.integers(0, 2),
     cache_salt=st.sampled_from(["", "", "other"]),
+    deadline=st.none() | st.integers(0, 20),
 )
 
 
@@ -88,6 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_losses: Counter[int] = Counter()
         self.is_lost = False
         self.num_delivered = 0
+        self.now = 0
         self.engine = Engine(Scheduler(config, worker), self.make_runner(worker))
 
     def make_runner(self, worker: WorkerInfo) -> FakeRunner:
@@ -123,7 +125,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule(self) -> None:
+        self.expire()
         plan = self.engine.launch()
+        for row in plan.added_rows if plan is not None else ():
+            # A probe is nobody's request.
+            request = self.requests.get(row.sequence_id)
+            assert request is None or request.deadline is None or request.deadline > self.now
         if plan is None and not self.engine.in_flight and not self.is_lost:
             assert not self.requests, "nothing is planned and sequences are live"
         assert len(self.engine.in_flight) <= self.config.max_plans_in_flight
@@ -161,6 +168,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.abort(sequence_id)
         del self.requests[sequence_id]
         self.seen["aborts"] += 1
+
+    @rule(count=st.integers(1, 5))
+    def wait(self, count: int) -> None:
+        self.now += count
+
+    def expire(self) -> None:
+        """Time that has passed ends sequences that wait, and those alone."""
+        before = self.scheduler.load()
+        expired = self.scheduler.expire(self.now)
+        after = self.scheduler.load()
+        assert after.num_running_sequences == before.num_running_sequences
+        assert after.num_waiting_sequences == before.num_waiting_sequences - len(expired)
+        for finished in expired:
+            request = self.requests.pop(finished.sequence_id)
+            assert finished.reason is FinishReason.EXPIRED
+            assert request.deadline is not None and request.deadline <= self.now
+            self.seen["expired"] += 1
 
     @precondition(lambda self: any(self.engine.outputs.get(sequence_id) for sequence_id in self.requests))
     @rule(data=st.data())
@@ -308,6 +332,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 EVENTS = (
     "aborts",
+    "expired",
     "full hits",
     "late stops",
     "losses",

@@ -1,16 +1,18 @@
 """The step loop against a worker whose failures come at chosen moments: what the core confirmed is always delivered."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from scheduler_service.chunk_pace import FIRST_TOKENS_ON_CPU
 from scheduler_service.core.types import FinishedSequence, SchedulerConfig, StepOutputs
 from scheduler_service.step_loop import StepLoop
-from shared.errors import WorkerUnavailable
+from shared.errors import DeadlinePassed, WorkerUnavailable
 from shared.step_plan import StepPlan, StepResult, WorkerInfo
-from tests.builders import create_requests, worker_info
+from tests.builders import create_request, create_requests, worker_info
 from tests.fake_worker import FakeRunner, expected_tokens
 
 
@@ -108,6 +110,25 @@ async def test_tokens_survive_a_loss_while_the_next_plan_is_sent(max_plans_in_fl
     await asyncio.gather(running, return_exceptions=True)
     assert step_loop.scheduler is not None and step_loop.scheduler.load().num_worker_losses == len(sends)
     assert sink.tokens == {request.sequence_id: expected_tokens(request) for request in requests}
+
+
+async def test_what_waits_past_its_deadline_ends_and_what_comes_past_it_is_refused() -> None:
+    client, sink = FlakyClient([]), Collector(2)
+    config = SchedulerConfig(max_num_seqs=1)
+    step_loop = StepLoop(client, config, sink, scheduler_id="test", worker_wait_s=10, step_timeout_s=10)
+    running = asyncio.create_task(step_loop.run())
+    await sink.ready.wait()
+    requests = create_requests(2, max_tokens=1000)
+    # Both come at once, so the second waits, and its time passes before the loop has another turn.
+    step_loop.submit([requests[0]])
+    step_loop.submit([replace(requests[1], deadline=time.monotonic() + 0.01)])
+    time.sleep(0.02)
+    with pytest.raises(DeadlinePassed):
+        step_loop.submit([create_request(9, deadline=time.monotonic())])
+    await sink.all_ended.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert sink.tokens == {0: expected_tokens(requests[0])}
 
 
 async def test_a_cpu_gets_long_prompts_in_chunks_that_follow_its_speed() -> None:

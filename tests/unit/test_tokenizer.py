@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from scheduler_service.tokenizer import load_tokenizer
 from shared.errors import ModelError
-from shared.model_folder import resolve_model
+from shared.model_folder import resolve_model, tokenizer_digest
 from tests.unit.test_model_folder import SPECIAL, make_special
 
 EMBEDDED = resolve_model("embedded", []) / "tokenizer.json"
@@ -62,6 +62,14 @@ def test_saved_truncation_and_padding_are_switched_off(changes: dict[str, Any], 
 def test_a_broken_tokenizer_is_refused_by_its_file(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json: "):
         load_tokenizer(write_tokenizer(tmp_path, **changes))
+
+
+def test_a_huge_tokenizer_is_refused_before_it_is_read_to_its_end(tmp_path: Path) -> None:
+    with open(tmp_path / "tokenizer.json", "wb") as file:
+        file.truncate(1 << 40)
+    for read in (load_tokenizer, tokenizer_digest):
+        with pytest.raises(ModelError, match=r"tokenizer\.json: is larger than 64 MiB"):
+            read(tmp_path)
 
 
 def test_no_tokenizer_is_refused_by_its_file(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from shared.errors import ModelError
 from tests.unit.test_model_folder import SPECIAL, make_special
-from worker_service import config_file
 from worker_service.model_config import read_model_config
 
 CONFIG: dict[str, Any] = {
@@ -168,8 +167,7 @@ def test_what_is_no_json_object_is_refused_by_its_file(text: str | bytes, proble
         read_model_config(tmp_path)
 
 
-def test_a_huge_file_is_refused_before_it_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_file, "MAX_FILE_BYTES", 1 << 20)
+def test_a_huge_file_is_refused_before_it_is_read_to_its_end(tmp_path: Path) -> None:
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(ModelError, match=r"config\.json: is larger than"):

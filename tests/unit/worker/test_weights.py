@@ -127,6 +127,7 @@ def test_every_float_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
         "..",
         ".",
         "",
+        "a" * 5000,
         5,
         None,
         ["a"],

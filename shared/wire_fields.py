@@ -1,0 +1,48 @@
+"""A message's fields as they lie in its bytes: by the lengths that stand before them, without a look into them.
+
+So a message that would take long to decode, or become much larger, is known before it is decoded.
+"""
+
+from collections.abc import Iterator
+
+from google.protobuf.message import DecodeError
+
+VARINT, LENGTH_DELIMITED = 0, 2
+FIXED_SIZES = {1: 8, 5: 4}
+"""Bytes of the fields of other types; groups have none of their own."""
+
+
+class TooManyFields(Exception):
+    """A message has more fields than were asked for."""
+
+
+def fields(data: bytes, position: int, end: int, max_fields: int) -> Iterator[tuple[int, int, int]]:
+    """Tag, start and end of the fields in a part of the data. Raises TooManyFields, and DecodeError where it is no
+    message.
+    """
+    for _ in range(max_fields):
+        if position >= end:
+            return
+        tag, start = _varint(data, position)
+        kind = tag & 7
+        if kind in (VARINT, LENGTH_DELIMITED):
+            number, start = _varint(data, start)
+            position = start + number if kind == LENGTH_DELIMITED else start
+        else:
+            position = start + FIXED_SIZES.get(kind, 0)
+        yield tag, start, position
+    raise TooManyFields
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number and where it ends."""
+    number = 0
+    for shift in range(0, 70, 7):
+        if position >= len(data):
+            break
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+    raise DecodeError("a number does not end")

@@ -1,0 +1,135 @@
+"""What each RPC may answer to any input, and what it must answer to some. Read from the protos' comments, from gRPC's
+own protos (health, reflection, channelz) and from docs/deployment.md; not from what happens.
+
+UNKNOWN is never there, INTERNAL neither: both are for faults of the server's.
+"""
+
+import math
+from typing import Any
+
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from grpc import StatusCode
+from grpc_channelz.v1 import channelz_pb2
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from tandem.v1 import control_pb2, engine_pb2, inference_pb2, worker_pb2
+
+FILES = (inference_pb2, control_pb2, engine_pb2, worker_pb2, health_pb2, reflection_pb2, channelz_pb2)
+SERVICES: dict[str, ServiceDescriptor] = {
+    service.full_name: service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()
+}
+
+ALWAYS = {StatusCode.OK, StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED}
+"""OK; the bytes are no message or break a rule; larger than is taken, or past what a connection may have open."""
+DEADLINE = {StatusCode.DEADLINE_EXCEEDED}
+"""The caller's own, where an answer may take long."""
+NOT_FOUND = {StatusCode.NOT_FOUND}
+
+TABLE: dict[str, set[StatusCode]] = {
+    "/tandem.v1.InferenceService/Generate": ALWAYS | DEADLINE | {StatusCode.ALREADY_EXISTS},
+    "/tandem.v1.InferenceService/GenerateStream": ALWAYS | DEADLINE | {StatusCode.ALREADY_EXISTS},
+    "/tandem.v1.InferenceService/Tokenize": ALWAYS,
+    "/tandem.v1.InferenceService/Detokenize": ALWAYS,
+    "/tandem.v1.ControlService/GetServerInfo": ALWAYS,
+    "/tandem.v1.ControlService/GetModelInfo": ALWAYS,
+    "/tandem.v1.ControlService/GetLoad": ALWAYS,
+    "/tandem.v1.ControlService/Abort": ALWAYS | NOT_FOUND,
+    "/tandem.v1.ControlService/Drain": ALWAYS | DEADLINE,
+    "/tandem.v1.ControlService/ResetPrefixCache": ALWAYS,
+    "/tandem.v1.EngineService/Attach": ALWAYS | DEADLINE,
+    "/tandem.v1.WorkerService/GetWorkerInfo": ALWAYS,
+    "/tandem.v1.WorkerService/ExecuteSteps": ALWAYS | {StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED},
+    "/grpc.health.v1.Health/Check": ALWAYS | NOT_FOUND,
+    "/grpc.health.v1.Health/Watch": ALWAYS | DEADLINE,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ALWAYS,
+    "/grpc.channelz.v1.Channelz/GetTopChannels": ALWAYS,
+    "/grpc.channelz.v1.Channelz/GetServers": ALWAYS,
+    "/grpc.channelz.v1.Channelz/GetServer": ALWAYS | NOT_FOUND,
+    "/grpc.channelz.v1.Channelz/GetServerSockets": ALWAYS | NOT_FOUND,
+    "/grpc.channelz.v1.Channelz/GetChannel": ALWAYS | NOT_FOUND,
+    "/grpc.channelz.v1.Channelz/GetSubchannel": ALWAYS | NOT_FOUND,
+    "/grpc.channelz.v1.Channelz/GetSocket": ALWAYS | NOT_FOUND,
+}
+OF_KIND: dict[str, set[StatusCode]] = {
+    "compressed": {StatusCode.UNIMPLEMENTED},
+    "unknown method": {StatusCode.UNIMPLEMENTED},
+    "huge metadata": {StatusCode.RESOURCE_EXHAUSTED},
+}
+"""Of calls that are wrong whatever their RPC is. The socket between the scheduler's processes takes compressed ones."""
+
+ATTACH = "/tandem.v1.EngineService/Attach"
+
+MAX_SMALL_BYTES = 4096
+"""A larger message may be refused for its size alone."""
+
+REFUSED = {StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED}
+
+AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+
+
+def request_class(rpc: str) -> Any:
+    service, _, method = rpc[1:].partition("/")
+    return SERVICES[service].methods_by_name[method].input_type._concrete_class
+
+
+def allowed(rpc: str, kind: str, payload: bytes | None, model: inference_pb2.Usage | Any) -> set[StatusCode]:
+    """Of a call with that kind of fault, whose first message has those bytes. model: GetModelInfo's response."""
+    if kind in OF_KIND and not (kind == "compressed" and rpc == ATTACH):
+        return OF_KIND[kind] | (TABLE.get(rpc, set()) & DEADLINE)
+    if payload is None or kind == "metadata":
+        return TABLE[rpc]
+    try:
+        message = request_class(rpc).FromString(payload)
+    except DecodeError:
+        return REFUSED
+    must_refuse = refusal_of(message, model)
+    if must_refuse is None or (len(payload) > MAX_SMALL_BYTES and not must_refuse):
+        return TABLE[rpc]
+    return REFUSED if must_refuse else TABLE[rpc] - {StatusCode.INVALID_ARGUMENT}
+
+
+def refusal_of(message: Message, model: Any) -> bool | None:
+    """Whether the comments of the proto say that the message is INVALID_ARGUMENT; None where they don't say so."""
+    if isinstance(message, AnyGenerateRequest):
+        return _refusal_of_generate(message, model)
+    if isinstance(message, inference_pb2.DetokenizeRequest):
+        is_bad = message.model not in ("", model.model) or any(each >= model.vocab_size for each in message.token_ids)
+        return is_bad or (False if len(message.token_ids) < 1000 else None)
+    if isinstance(message, control_pb2.AbortRequest):
+        return not _is_request_id(message.request_id)
+    return None
+
+
+def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None:
+    prompt, sampling, stopping, output = request.prompt, request.sampling, request.stopping, request.output
+    ids, stops = prompt.token_ids.ids, stopping.stop_strings
+    has_ids = prompt.HasField("token_ids")
+    is_right = (
+        prompt.HasField("text") != has_ids
+        and (not has_ids or (0 < len(ids) < model.max_model_len and max(ids) < model.vocab_size))
+        and (has_ids or prompt.text != "")
+        and 0 <= sampling.temperature < math.inf
+        and (not sampling.HasField("top_p") or 0 < sampling.top_p <= 1)
+        and 0 <= sampling.min_p <= 1
+        and (not stopping.HasField("max_tokens") or 1 <= stopping.max_tokens <= model.max_model_len - len(ids))
+        and len(stops) <= 64
+        and all(1 <= len(stop) <= 1024 for stop in stops)
+        and sum(map(len, stops)) <= 8192
+        and len(stopping.stop_token_ids) <= 128
+        and all(each < model.vocab_size for each in stopping.stop_token_ids)
+        and output.num_logprobs <= 20
+        and (not request.HasField("num_choices") or 1 <= request.num_choices <= 64)
+        and _is_request_id(request.request_id)
+        and len(request.cache_salt.encode()) <= 1024
+        and request.model in ("", model.model)
+    )
+    if not is_right:
+        return True
+    # A text's length in tokens isn't known here, nor what a unary reply may come to.
+    return False if has_ids and isinstance(request, inference_pb2.GenerateStreamRequest) else None
+
+
+def _is_request_id(text: str) -> bool:
+    return len(text.encode()) <= 256 and text.isprintable()
