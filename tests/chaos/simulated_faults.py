@@ -16,12 +16,11 @@ from tests.chaos.simulated_worker import ROW_FAULT, random_size
 if TYPE_CHECKING:
     from tests.chaos.simulated_world import World
 
-GONE = WorkerUnavailable("connection reset")
 OTHER_MODELS = ("fake-model", "other-model")
 
 
 async def vanish(world: "World") -> bool:
-    return _lose(world, GONE, world.rng.choice([0.0, 0.05, 1.0, 3.0]))
+    return _lose(world, _gone(), world.rng.choice([0.0, 0.05, 1.0, 3.0]))
 
 
 async def fail_with_last_word(world: "World") -> bool:
@@ -68,22 +67,22 @@ async def compute_for_long(world: "World") -> bool:
 
 
 async def stay_away(world: "World") -> bool:
-    return _lose(world, GONE, world.worker_wait_s + world.rng.uniform(-5.0, 30.0))
+    return _lose(world, _gone(), world.worker_wait_s + world.rng.uniform(-5.0, 30.0))
 
 
 async def come_with_another_size(world: "World") -> bool:
-    return _lose(world, GONE, world.rng.choice([0.05, 1.0]), **random_size(world.rng))
+    return _lose(world, _gone(), world.rng.choice([0.05, 1.0]), **random_size(world.rng))
 
 
 async def come_with_another_model(world: "World") -> bool:
     """In time, so that what is live waits for its model, or when that has ended."""
     away_s = world.rng.choice([0.5, world.worker_wait_s + 2.0])
-    return _lose(world, GONE, away_s, fingerprint=world.rng.choice(OTHER_MODELS))
+    return _lose(world, _gone(), away_s, fingerprint=world.rng.choice(OTHER_MODELS))
 
 
 async def refuse_the_session(world: "World") -> bool:
     world.worker.refusals = world.rng.randint(1, 3)
-    return _lose(world, GONE, 0.0)
+    return _lose(world, _gone(), 0.0)
 
 
 async def lose_a_front_end(world: "World") -> bool:
@@ -180,6 +179,11 @@ FAULTS: dict[str, tuple[float, Callable[["World"], Awaitable[bool]]]] = {
     "burst of calls": (0.5, send_a_burst),
 }
 """Each with its share of the faults of a world."""
+
+
+def _gone() -> WorkerUnavailable:
+    """A new one each time: an exception that is raised again keeps all the frames that it came through."""
+    return WorkerUnavailable("connection reset")
 
 
 def _lose(world: "World", error: TandemError, away_s: float, **changes: object) -> bool:
