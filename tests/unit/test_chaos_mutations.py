@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.mutations import MUTATIONS, Mutation, mutate
+from tests.chaos.mutation_list import MUTATIONS, Mutation
+from tests.chaos.mutations import mutate
 from tests.chaos.parts import PARTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
