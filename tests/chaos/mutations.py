@@ -15,6 +15,8 @@ from tests.chaos.part import Form, Found, Part, Row
 
 TIMEOUT_S = 600.0
 """A build that hangs is noticed by the tests' own timeouts, long before this."""
+FAILED = 1
+"""pytest's exit status where tests ran and failed."""
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
 
 
@@ -50,6 +52,8 @@ def how_it_fails(root: Path, part: str) -> str:
         return f"no end in {TIMEOUT_S:g} s"
     if ended.returncode == 0:
         return ""
+    if ended.returncode != FAILED:
+        raise RuntimeError(f"no test ran: {ended.stdout[-1000:]}{ended.stderr[-1000:]}")
     told = [line for line in ended.stdout.splitlines() if line.startswith(("E ", "FAILED", "ERROR"))]
     return (told or ended.stdout.splitlines() or ["failed without a word"])[-1].replace(str(root), "")[:300]
 
