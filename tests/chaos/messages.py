@@ -186,7 +186,7 @@ def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> li
     at_limits = [
         Case(rpc, "at a limit", (payload,))
         for rpc, request in ((STREAM, inference_pb2.GenerateStreamRequest), (ATTACH, engine_pb2.AttachRequest))
-        for payload in swept(makers[request][0])
+        for _, payload in swept(makers[request][0])
         if rpc in rpcs
     ]
     count -= len(at_limits)
@@ -309,15 +309,20 @@ def _name_of(process: psutil.Process) -> str:
 
 def run(*, num_messages: int, seed: int, front_ends: int) -> Found:
     found = Findings()
-    scheduler_flags = ["--api-server-count", str(front_ends)]
-    with running_engine(worker_flags=["--num-blocks", "1025"], scheduler_flags=scheduler_flags) as engine:
-        worker = Callers(engine.worker.address)
-        info_message = worker_pb2_grpc.WorkerServiceStub(worker.channels[0]).GetWorkerInfo(
-            worker_pb2.GetWorkerInfoRequest()
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(
+            running_engine(
+                worker_flags=["--num-blocks", "1025"], scheduler_flags=["--api-server-count", str(front_ends)]
+            )
         )
-        info = decode_info(info_message)
+        worker = Callers(engine.worker.address)
+        stack.callback(worker.close)
+        stub = worker_pb2_grpc.WorkerServiceStub(worker.channels[0])
+        info = decode_info(stub.GetWorkerInfo(worker_pb2.GetWorkerInfoRequest()))
         opening = opening_of(info)
         watches = [Watch(service.address, service.process.pid, found) for service in (engine.worker, engine.scheduler)]
+        for watch in watches:
+            stack.callback(watch.close)
         num_sessions = num_messages * 3 // 10
         found_polite = _try_calls(engine, worker, opening, num_messages - num_sessions, seed, watches, found)
         watches[1].close()
@@ -325,8 +330,6 @@ def run(*, num_messages: int, seed: int, front_ends: int) -> Found:
         if status := engine.scheduler.process.wait(WAIT_S):
             found.note(PROCESS, f"the scheduler's exit status is {status}")
         num_right = _try_sessions(worker.channels[0], Script(info), opening, num_sessions, seed, watches[0], found)
-        watches[0].close()
-        worker.close()
     return {
         "messages": sum(found.counts.values()),
         "answers": dict(sorted(found.counts.items())),
