@@ -187,24 +187,31 @@ def mutated(make: Callable[[], Message]) -> st.SearchStrategy[Message]:
     return mutate()
 
 
-def swept(make: Callable[[], Message]) -> list[bytes]:
-    """Right messages in each of which one field has one value of those at some limit."""
-    found: dict[bytes, None] = {}
+def swept(make: Callable[[], Message]) -> list[tuple[str, bytes]]:
+    """Right messages in each of which one field, or one element of one that has some, has a value at some limit or is
+    there twice. With the names of field and value, which some have in common.
+    """
+    found = []
     for number, (holder, field) in enumerate(_places(make())):
+        if field.message_type is not None and field.is_repeated and getattr(holder, field.name):
+            message = make()
+            elements = getattr(list(_places(message))[number][0], field.name)
+            elements.append(elements[0])
+            found.append((f"{field.full_name} twice", _serialized(message)))
         for value in _at_limits(holder, field):
             message = make()
             place, _ = list(_places(message))[number]
             if field.is_repeated:
-                getattr(place, field.name).append(value)
+                getattr(place, field.name)[-1:] = [value]
             else:
                 setattr(place, field.name, value)
-            found[_serialized(message)] = None
-    return list(found)
+            found.append((f"{field.full_name}={value!r}", _serialized(message)))
+    return found
 
 
 def _at_limits(holder: Message, field: FieldDescriptor) -> list[Any]:
     value = getattr(holder, field.name)
-    if field.message_type is not None:
+    if field.message_type is not None or (field.is_repeated and not value):
         return []
     if field.type in UNSIGNED | SIGNED:
         near = [*value[:1]] if field.is_repeated else [value - 1, value + 1]

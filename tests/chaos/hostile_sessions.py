@@ -162,15 +162,18 @@ def _drawn_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.Searc
 
 
 def draw_sessions(script: Script, opening: worker_pb2.OpenSession, count: int, seed: int) -> list[HostileSession]:
-    """opening: one that the worker takes. In half of them one field of a plan has a value at some limit."""
-    at_limits = [
-        HostileSession("at a limit", number, payload)
-        for number, request in enumerate(script.requests())
-        for payload in swept(lambda request=request: copy.deepcopy(request))
-    ]
-    chosen = random.Random(seed).sample(at_limits, min(count // 2, len(at_limits)))
+    """opening: one that the worker takes. Those come first in which one field of a plan has a value at some limit: each
+    field and value once, in some plan.
+    """
+    by_change: dict[str, list[HostileSession]] = {}
+    for number, request in enumerate(script.requests()):
+        for change, payload in swept(lambda request=request: copy.deepcopy(request)):
+            by_change.setdefault(change, []).append(HostileSession("at a limit", number, payload))
+    choose = random.Random(seed)
+    changes = choose.sample(sorted(by_change), min(count * 4 // 5, len(by_change)))
+    chosen = [choose.choice(by_change[change]) for change in changes]
     sessions = chosen + draw(_drawn_sessions(script, opening), count - len(chosen), seed)
-    random.Random(seed).shuffle(sessions)
+    choose.shuffle(sessions)
     return sessions
 
 
