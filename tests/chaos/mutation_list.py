@@ -369,4 +369,32 @@ MUTATIONS: tuple[Mutation, ...] = (
         "drops",
     ),
     Mutation("worker_service/session.py", "            self._plans.put(None)\n", "            pass\n", "silence"),
+    Mutation(
+        "scheduler_service/validation.py",
+        "violations.check(0 < top_p <= 1,",
+        "violations.check(0 <= top_p <= 1,",
+        "messages",
+    ),
+    Mutation(
+        "scheduler_service/validation.py",
+        "0 <= token_id < worker.vocab_size",
+        "0 <= token_id <= worker.vocab_size",
+        "messages",
+    ),
+    Mutation("scheduler_service/validation.py", "    _check_sampling(first.sampling, violations)\n", "", "messages"),
+    Mutation("shared/wire_fields.py", "    raise TooManyFields", "    raise IndexError", "messages"),
+    Mutation("shared/error_interceptor.py", "except DecodeError:", "except KeyError:", "messages"),
+    Mutation(
+        "worker_service/servicer.py",
+        "(old.has_plans or not request.num_live_sequences)",
+        "not request.num_live_sequences",
+        "messages",
+    ),
+    Mutation(
+        "worker_service/servicer.py",
+        'UnexpectedMessage("a session is opened',
+        'RuntimeError("a session is opened',
+        "messages",
+    ),
+    Mutation("worker_service/batch.py", "0 <= sampling.temperature < np.inf", "0 <= sampling.temperature", "messages"),
 )
