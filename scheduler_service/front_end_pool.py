@@ -34,6 +34,8 @@ MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 5.0
 STOP_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 5.0
+PF_EXITING = 0x4
+"""Linux' flag of a process that ends, set before its files are closed (include/linux/sched.h)."""
 START_LIMIT_S = 60.0
 """A front end that has not listened by then is killed; it reads a tokenizer, which takes a second or two."""
 SILENCE_LIMIT_S = 10.0
@@ -199,8 +201,15 @@ class FrontEndPool:
 
 
 def has_ended(process_id: int) -> bool:
-    """Whether a child has, though its end may not have been collected yet."""
+    """Whether a child has begun to end: its connections are closed some time before its end can be waited for."""
     try:
-        return os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
+        if os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        status = Path(f"/proc/{process_id}/stat").read_bytes()
+    except (ChildProcessError, ProcessLookupError, FileNotFoundError):
         return True
+    except (OSError, OverflowError):
+        # No process id, or a system without /proc.
+        return False
+    # The fields after the name, which may hold anything but ends with the last parenthesis; the seventh are the flags.
+    return bool(int(status.rpartition(b")")[2].split()[6]) & PF_EXITING)

@@ -47,8 +47,11 @@ async def serve(settings: FrontEndSettings) -> None:
     status = 0
     try:
         await engine.run(server.front_end)
+    except WorkerUnavailable as error:
+        logger.error("the stream to the scheduler process broke: %s", error)
+        status = 1
     except Exception:
-        logger.exception("the stream to the scheduler process broke")
+        logger.exception("the stream to the scheduler process failed")
         status = 1
     server.front_end.end_all(WorkerUnavailable("the server is stopping"))
     await server.stop(ends_process=True)

@@ -33,4 +33,4 @@ class GenerationParams:
     max_reply_bytes: int | None = None
     """What the reader takes in one reply; None where the output is streamed."""
     deadline: float | None = None
-    """Of the call, on time.monotonic()."""
+    """When the call's deadline passes, in seconds of time.monotonic(); None where it has none."""

@@ -123,6 +123,6 @@ class InferenceServicer:
 
 
 def _deadline_of(context: Context) -> float | None:
-    """On time.monotonic()."""
+    """When the call's deadline passes, in seconds of time.monotonic(); None where it has none."""
     left_s = context.time_remaining()
     return None if left_s is None else time.monotonic() + left_s

@@ -263,7 +263,7 @@ class StepLoop:
                 await session.send(plan)
 
     def _next_plan(self) -> StepPlan | None:
-        """In which nothing starts after its deadline."""
+        """The next plan, after the sequences whose deadlines passed while they waited have ended."""
         assert self.scheduler is not None and self._pace is not None
         if expired := self.scheduler.expire(time.monotonic()):
             self._tell_finished(expired)

@@ -148,6 +148,8 @@ def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
     violations.check(is_handle, "first_handle", "leaves too few handles for the choices")
     _check_sampling(first.sampling, violations)
     ids = first.prompt_token_ids
+    is_time = first.deadline is None or math.isfinite(first.deadline)
+    violations.check(is_time, "deadline", f"must be finite, is {first.deadline}")
     is_known = worker is None or not len(ids) or (ids.min() >= 0 and ids.max() < worker.vocab_size)
     violations.check(is_known, "prompt.token_ids", "has an id that is not in the vocabulary")
     violations.raise_any()

@@ -59,7 +59,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._small_limits = small_limits or self._limits
         self._small_services = frozenset(small_services)
         self.calls: set[asyncio.Task[Any]] = set()
-        """Those that run; each ends once its status is sent."""
+        """The tasks of the calls that run. One ends when its call's status has been sent."""
 
     async def intercept_service(
         self,

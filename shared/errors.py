@@ -19,7 +19,7 @@ TandemError
 ├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
 ├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
 ├── UnexpectedMessage         INVALID_ARGUMENT: a stream's message that may not come there
-├── ProtocolError             INTERNAL: what answers us broke the protocol
+├── ProtocolError             INTERNAL: one of our own processes broke the protocol
 ├── ModelError                the model folder cannot be served; names file and key
 └── ConfigError               a setting is wrong; names it
 """
@@ -128,4 +128,4 @@ class UnexpectedMessage(TandemError):
 
 
 class ProtocolError(TandemError):
-    """What answers us broke the protocol; the session can't go on."""
+    """What one of our own services or processes told another breaks the protocol between them."""

@@ -40,11 +40,13 @@ def adopt_orphans() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once, whatever its threads and its event loop do."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    """Ends the process at once, whatever its threads and its event loop do, and where its output can't be written."""
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def raise_descriptor_limit() -> int:

@@ -124,8 +124,9 @@ class Server:
             await self._health.set(service, ServingStatus.SERVING if is_ready else ServingStatus.NOT_SERVING)
 
     async def finish(self, grace_s: float) -> None:
-        """Calls that run have grace_s to end. New ones are answered still, until the process leaves(): gRPC would end
-        CANCELLED what arrives while it stops, and clients try again what ends UNAVAILABLE, as it does with the process.
+        """Prepares the end of the process, which is to leave() next: calls that run have grace_s to end, and new ones
+        are still answered. gRPC is not stopped: it would end CANCELLED what arrives meanwhile, which clients do not try
+        again, while what ends with the process ends UNAVAILABLE.
         """
         await self._health.enter_graceful_shutdown()
         if running := set(self._first.calls):
@@ -133,7 +134,9 @@ class Server:
         await asyncio.sleep(LAST_WORDS_S)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls; those that run have grace_s to end. For a process that goes on."""
+        """Takes no new calls; those that run have grace_s to end. For a process that goes on afterwards; one
+        that ends should finish().
+        """
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 

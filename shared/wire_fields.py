@@ -31,7 +31,8 @@ def fields(data: bytes, position: int, end: int, max_fields: int) -> Iterator[tu
         else:
             position = start + FIXED_SIZES.get(kind, 0)
         yield tag, start, position
-    raise TooManyFields
+    if position < end:
+        raise TooManyFields
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase: each sequence's computed tokens catch up with its length, and
 each step shares one token budget, decoding rows first. schedule() may run again before update(): a sequence
-has scheduled tokens (in plans) and confirmed ones (in results). Knows nothing of text, clients, time or the wire.
+has scheduled tokens (in plans) and confirmed ones (in results). Knows nothing of text, clients
+or the wire, and has no clock.
 """
 
 from array import array

@@ -61,7 +61,7 @@ class SequenceRequest:
     """Lower is admitted earlier and preempted later."""
     cache_salt: str = ""
     deadline: float | None = None
-    """Waiting, it ends then. On the clock that Scheduler.expire() is told, in seconds."""
+    """When the sequence ends if it still waits, in seconds of the clock whose time Scheduler.expire() is told."""
 
 
 class FinishReason(Enum):

@@ -1,7 +1,7 @@
 """Sequences that wait for a row, in order, and how many of them may. Knows nothing of rows, blocks or steps."""
 
 import heapq
-import math
+import itertools
 from collections.abc import Iterable
 
 from scheduler_service.core.sequence import Sequence, SequenceState
@@ -18,8 +18,9 @@ class WaitingQueue:
         self._max_num_new = max_num_new
         self._max_num_new_tokens = max_num_new_tokens
         self._heap: list[tuple[tuple[int, int], Sequence]] = []
-        # Nothing in the heap has an earlier one.
-        self._next_deadline = math.inf
+        # Deadline, a number that makes entries differ, sequence. Some of them have ended, or run.
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._entry_numbers = itertools.count()
         self.num_new = 0
         self.num_new_tokens = 0
 
@@ -45,32 +46,24 @@ class WaitingQueue:
             raise QueueFull(f"{self.num_new_tokens} prompt tokens are waiting")
 
     def push_new(self, sequence: Sequence, num_live: int) -> None:
+        """num_live: how many sequences there are, to see whether most of what the queue holds has ended."""
         self.num_new += 1
         self.num_new_tokens += sequence.num_prompt_tokens
-        self.push_again(sequence, num_live)
+        self._push(sequence, num_live)
 
     def push_again(self, sequence: Sequence, num_live: int) -> None:
-        """A preempted sequence. num_live is how many there are, to see whether most of the heap has ended."""
-        if len(self._heap) > 2 * num_live:
-            self._forget_ended()
-        heapq.heappush(self._heap, (sequence.order, sequence))
-        if sequence.request.deadline is not None:
-            self._next_deadline = min(self._next_deadline, sequence.request.deadline)
+        """A preempted sequence. num_live as for a new one."""
+        self._push(sequence, num_live)
 
     def expired(self, now: float) -> list[Sequence]:
         """Those that wait although their deadlines have passed. The caller ends them."""
-        if now < self._next_deadline:
-            return []
-        self._forget_ended()
-        expired, deadlines = [], []
-        for _, sequence in self._heap:
-            if (deadline := sequence.request.deadline) is not None:
-                if deadline <= now:
-                    expired.append(sequence)
-                else:
-                    deadlines.append(deadline)
-        self._next_deadline = min(deadlines, default=math.inf)
-        return expired
+        expired: dict[Sequence, None] = {}
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            # One that runs comes back here when it is preempted.
+            if sequence.state is SequenceState.WAITING:
+                expired[sequence] = None
+        return list(expired)
 
     def first(self) -> Sequence | None:
         """The next in order that waits."""
@@ -87,6 +80,14 @@ class WaitingQueue:
         self.num_new -= 1
         self.num_new_tokens -= sequence.num_prompt_tokens
 
-    def _forget_ended(self) -> None:
-        self._heap = [entry for entry in self._heap if entry[1].state is SequenceState.WAITING]
-        heapq.heapify(self._heap)
+    def _push(self, sequence: Sequence, num_live: int) -> None:
+        if len(self._heap) > 2 * num_live:
+            self._heap = [entry for entry in self._heap if entry[-1].state is SequenceState.WAITING]
+            heapq.heapify(self._heap)
+        heapq.heappush(self._heap, (sequence.order, sequence))
+        if (deadline := sequence.request.deadline) is None:
+            return
+        if len(self._deadlines) > 2 * num_live:
+            self._deadlines = [entry for entry in self._deadlines if entry[-1].state is SequenceState.WAITING]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline, next(self._entry_numbers), sequence))

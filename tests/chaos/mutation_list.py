@@ -265,7 +265,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "overload",
     ),
     Mutation(
-        "scheduler_service/core/waiting_queue.py", "if deadline <= now:", "if deadline <= now - 0.1:", "admission"
+        "scheduler_service/core/waiting_queue.py", "self._deadlines[0][0] <= now:", "self._deadlines[0][0] <= now - 0.1:", "admission"
     ),
     Mutation(
         "scheduler_service/step_loop.py",

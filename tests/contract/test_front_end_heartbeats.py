@@ -1,10 +1,13 @@
 """Front-end processes that fall silent are replaced; ones that are slow, or not to blame, stay."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -99,6 +102,40 @@ def test_a_process_has_ended_before_its_end_is_collected() -> None:
     assert front_end_pool.has_ended(process.pid)
     assert process.wait() == -signal.SIGKILL
     assert front_end_pool.has_ended(process.pid)
+
+
+ACCEPTS = """
+import os, socket, sys
+memory = bytearray(100 << 20)
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    accepted = [listener.accept()[0] for _ in range(30)]
+    print("accepted", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_whoever_sees_a_process_s_connections_close_finds_that_it_has_ended() -> None:
+    for _ in range(5):
+        with subprocess.Popen(
+            [sys.executable, "-c", ACCEPTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
+            assert process.stdout.readline() == "accepted\n"
+            assert not front_end_pool.has_ended(process.pid)
+            process.kill()
+            with contextlib.suppress(ConnectionResetError):
+                connections[0].recv(1)
+            assert front_end_pool.has_ended(process.pid)
+            for connection in connections:
+                connection.close()
+
+
+@pytest.mark.parametrize("process_id", [0, 2**32 - 1])
+def test_what_is_no_process_id_has_not_ended(process_id: int) -> None:
+    assert not front_end_pool.has_ended(process_id)
 
 
 class FailsOnce:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scheduler_service.core.types import Load, SchedulerConfig
-from scheduler_service.recorder import RecordingError, RecordingScheduler, replay
+from scheduler_service.recorder import VERSION, RecordingError, RecordingScheduler, replay
 from shared.errors import InvalidRequest, RequestIdInUse
 from shared.step_plan import RowSampling
 from tests.builders import create_request, create_requests, worker_info
@@ -117,8 +117,8 @@ def test_a_cut_last_line_is_left_out_and_said(tmp_path: Path) -> None:
         "",
         "hello\n",
         "{}\n",
-        '{"format":"tandem-schedule","version":2}\n',
-        '{"format":"tandem-schedule","version":1,"config":{"nonsense":1},"worker":{}}\n',
+        f'{{"format":"tandem-schedule","version":{VERSION + 1}}}\n',
+        f'{{"format":"tandem-schedule","version":{VERSION},"config":{{"nonsense":1}},"worker":{{}}}}\n',
     ],
 )
 def test_what_is_no_recording_is_refused(tmp_path: Path, text: str) -> None:

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 
+from scheduler_service.engine import Submission
 from scheduler_service.generation_params import GenerationParams
 from scheduler_service.text_encoder import TextEncoder
-from scheduler_service.validation import MAX_VIOLATIONS, GenerationRequest, check_model, check_request
+from scheduler_service.validation import (
+    MAX_VIOLATIONS,
+    GenerationRequest,
+    check_model,
+    check_request,
+    check_submission,
+)
 from shared.errors import InvalidRequest
-from tests.builders import worker_info
+from shared.step_plan import RowSampling
+from tests.builders import create_request, worker_info
 from tests.tokenizers import embedded
 from tests.unit.test_text_encoder import WatchedTokenizer
 
@@ -159,3 +167,27 @@ async def test_a_reply_that_cannot_fit_is_refused_where_the_request_says_so() ->
         {"max_reply_bytes": 2**23},
     ):
         await check(replace(GOOD, **large | changes))
+
+
+GOOD_SUBMISSION = Submission("r", 0, create_request(prompt=[1, 1023], max_tokens=8), 64, "fake-model")
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("num_choices", {"num_choices": 0}),
+        ("num_choices", {"num_choices": 65}),
+        ("first_handle", {"first_handle": 2**64 - 1}),
+        ("sampling.temperature", {"first": create_request(sampling=RowSampling(temperature=float("-inf")))}),
+        ("sampling.top_p", {"first": create_request(sampling=RowSampling(top_p=float("nan")))}),
+        ("output.num_logprobs", {"first": create_request(sampling=RowSampling(num_logprobs=21))}),
+        ("prompt.token_ids", {"first": create_request(prompt=[1024])}),
+        ("prompt.token_ids", {"first": create_request(prompt=[-1])}),
+        ("deadline", {"first": create_request(deadline=float("nan"))}),
+    ],
+)
+def test_a_submission_that_would_harm_others_is_refused(field: str, changes: dict[str, Any]) -> None:
+    check_submission(GOOD_SUBMISSION, WORKER)
+    with pytest.raises(InvalidRequest) as caught:
+        check_submission(replace(GOOD_SUBMISSION, **changes), WORKER)
+    assert [violation.field for violation in caught.value.violations] == [field]

@@ -13,6 +13,7 @@ from scheduler_service.wire_limits import (
     bounded_generate,
     bounded_tokenize,
 )
+from shared.wire_fields import TooManyFields, fields
 from tandem.v1 import inference_pb2
 from tests.contract.services import stream_request
 
@@ -83,3 +84,13 @@ def test_the_longest_fields_that_are_allowed_are_decoded() -> None:
     request.stopping.stop_token_ids.extend([2**32 - 1] * 128)
     data = request.SerializeToString()
     assert len(data) < MAX_OTHER_BYTES and decode(data) == request
+
+
+@pytest.mark.parametrize(("count", "is_refused"), [(3, False), (4, False), (5, True)])
+def test_as_many_fields_as_may_be_are_read(count: int, is_refused: bool) -> None:
+    data = inference_pb2.TokenizeResponse(token_ids=[1]).SerializeToString() * count
+    if is_refused:
+        with pytest.raises(TooManyFields):
+            list(fields(data, 0, len(data), 4))
+    else:
+        assert len(list(fields(data, 0, len(data), 4))) == count
