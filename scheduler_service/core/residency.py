@@ -124,8 +124,10 @@ class Residency:
         sequence.leave_row()
 
     def distrust(self, sequence: Sequence) -> None:
-        """Keeps what a faulty row wrote, and whatever it read, out of the prefix cache."""
-        self.blocks.forget(sequence.block_table)
+        """Keeps what a faulty row wrote, and whatever it read, out of the prefix cache. It may have left its row by now
+        and others, which share its blocks, may have been admitted.
+        """
+        self.blocks.forget(sequence.block_table or sequence.former_block_table)
         self.blocks.reset_cache()
 
     def _register_blocks(self, sequence: Sequence, num_computed: int) -> None:

@@ -6,6 +6,7 @@ has scheduled tokens (in plans) and confirmed ones (in results). Knows nothing o
 or the wire, and has no clock.
 """
 
+import math
 from array import array
 from collections import deque
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
         self.config = config
         self._live: dict[int, Sequence] = {}
+        # The time that expire() was told last.
+        self._now = -math.inf
         self._queue = WaitingQueue(config.max_num_waiting, config.max_num_waiting_tokens)
         self._num_arrivals = 0
         self._num_steps = 0
@@ -89,6 +92,7 @@ class Scheduler:
 
     def expire(self, now: float) -> list[FinishedSequence]:
         """Ends the waiting sequences whose deadlines have passed, so that no later plan starts them."""
+        self._now = now
         return [self._finish(sequence, FinishReason.EXPIRED) for sequence in self._queue.expired(now)]
 
     def discount(self, num_tokens: int) -> None:
@@ -180,8 +184,8 @@ class Scheduler:
         owners = dict(zip(step.rows, step.sequences, strict=True)) if faults or result.logprobs else {}
         for row, code in faults.items():
             sequence = owners.pop(row)
+            self._residency.distrust(sequence)
             if sequence.state is not SequenceState.FINISHED:
-                self._residency.distrust(sequence)
                 error = f"the worker reports row fault {code}: the logits are not finite"
                 outputs.finished.append(self._finish(sequence, FinishReason.ERROR, error=error))
         self._confirm(list(owners.values()) if faults else step.sequences, result.token_ids, outputs)
@@ -250,6 +254,9 @@ class Scheduler:
     def _admit(self, plan: PlanBuilder) -> None:
         """Admits waiting sequences, strictly in order: one that must wait is not overtaken."""
         while plan.budget > 0 and (sequence := self._queue.first()) is not None:
+            if sequence.request.deadline is not None and sequence.request.deadline <= self._now:
+                # It was preempted for this very plan; expire() ends it before the next.
+                return
             if self._suspects.needs_probe(sequence):
                 self._probe(plan)
             if sequence.num_outstanding or not self._suspects.may_enter(sequence, self._held):

@@ -36,6 +36,7 @@ class Sequence:
         "arrival",
         "block_keys",
         "block_table",
+        "former_block_table",
         "loss_streak",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -74,6 +75,8 @@ class Sequence:
         self.block_keys: list[int] = []
         self.row = -1
         self.block_table: list[int] = []
+        # The table of its last row, which steps in flight may still write.
+        self.former_block_table: list[int] = []
         # Scheduled, of the tokens known when it entered; a decoding row's count is in the scheduler's arrays.
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0
@@ -83,10 +86,12 @@ class Sequence:
         self.move_to(SequenceState.RUNNING)
         self.row = row
         self.block_table = block_table
+        self.former_block_table = []
         self.num_computed_tokens = num_computed_tokens
 
     def leave_row(self) -> None:
         self.row = -1
+        self.former_block_table = self.block_table
         self.block_table = []
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0

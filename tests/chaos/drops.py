@@ -26,8 +26,8 @@ PART = Part(
         ],
         Form.LONG: [{"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 1, "seed": 1, "has_host": True}],
         Form.FULL: [
-            {"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 10, "seed": 11, "has_host": True},
-            {"kinds": [], "idle_kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 7, "seed": 12, "has_host": True},
+            {"kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 5, "seed": 11, "has_host": True},
+            {"kinds": [], "idle_kinds": [ALL, ONE_WAY, ONE_CONNECTION], "trials": 4, "seed": 12, "has_host": True},
         ],
     },
     obstacle=why_no_hosts,

@@ -7,6 +7,7 @@ workers too.
 
 import bisect
 import contextlib
+import math
 import random
 import statistics
 import tempfile
@@ -46,7 +47,8 @@ class Killer:
         self._random = random.Random(seed)
 
     def kill_within(self, least_s: float, most_s: float) -> None:
-        self.tend(self._random.uniform(least_s, most_s))
+        # Evenly on a scale of logarithms, so that many come soon, while a worker starts.
+        self.tend(math.exp(self._random.uniform(math.log(least_s), math.log(most_s))))
         is_whole = self._random.random() < 0.5
         if is_whole:
             self.times.append(time.monotonic())

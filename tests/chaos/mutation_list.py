@@ -247,60 +247,25 @@ MUTATIONS: tuple[Mutation, ...] = (
         "shared/supervisor.py", "if self._is_stopping or status == 0:", "if self._is_stopping or status <= 0:", "kills"
     ),
     Mutation(
-        "scheduler_service/core/waiting_queue.py",
-        "if self.num_new + len(lengths) > most:",
-        "if self.num_new + len(lengths) > most + 8:",
-        "overload",
-    ),
-    Mutation(
-        "scheduler_service/core/waiting_queue.py",
-        "self.num_new_tokens + sum(lengths) > self._max_num_new_tokens",
-        "self.num_new_tokens > self._max_num_new_tokens",
-        "overload",
-    ),
-    Mutation(
-        "scheduler_service/core/waiting_queue.py",
-        "        self.num_new -= 1\n",
-        "        self.num_new -= 0\n",
-        "overload",
-    ),
-    Mutation(
-        "scheduler_service/core/waiting_queue.py", "self._deadlines[0][0] <= now:", "self._deadlines[0][0] <= now - 0.1:", "admission"
+        "shared/grpc_options.py",
+        '("grpc.http2.ping_timeout_ms", timeout_ms)',
+        '("grpc.http2.ping_timeout_ms", 10 * timeout_ms)',
+        "silence",
     ),
     Mutation(
         "scheduler_service/step_loop.py",
-        "if expired := self.scheduler.expire(time.monotonic()):",
-        "if expired := []:",
-        "admission",
+        "await self._sink.on_readiness(False)",
+        "await self._sink.on_readiness(True)",
+        "silence",
     ),
     Mutation(
-        "scheduler_service/servicer.py",
-        "return None if left_s is None else time.monotonic() + left_s",
-        "return None",
-        "admission",
+        "scheduler_service/step_loop.py",
+        "        self._result_at = 0.0\n        self._has_news.set()",
+        "        self._result_at = 0.0",
+        "silence",
     ),
-    Mutation(
-        "scheduler_service/engine_hub.py",
-        "pending.token_ids.append(token_id)",
-        "pending.token_ids.append(token_id ^ 1)",
-        "overload",
-    ),
-    Mutation(
-        "scheduler_service/engine_hub.py", "        self._num_open -= 1\n", "        self._num_open -= 0\n", "admission"
-    ),
-    Mutation(
-        "scheduler_service/live_request.py", "self._num_taken += len(token_ids)", "self._num_taken += 1", "overload"
-    ),
-    Mutation(
-        "scheduler_service/front_end.py",
-        "if live.is_streaming:\n                live.has_news.set()",
-        "if False:\n                live.has_news.set()",
-        "overload",
-    ),
-    Mutation("scheduler_service/front_end.py", "self.engine.close_request(live.first_handle)", "pass", "admission"),
-    Mutation(
-        "shared/call_gate.py", "            self._num_open -= 1\n", "            self._num_open -= 0\n", "overload"
-    ),
+    Mutation("worker_service/servicer.py", "self._runner.reset()", "pass", "silence"),
+    Mutation("worker_service/session.py", "            self._plans.put(None)\n", "            pass\n", "silence"),
     Mutation("scheduler_service/service.py", "timeout=grace_s", "timeout=0.0", "restarts"),
     Mutation(
         "scheduler_service/engine_hub.py",
@@ -326,49 +291,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.second.set()",
         "restarts",
     ),
-    Mutation(
-        "worker_service/weights.py",
-        "        if not is_name or len(name) > MAX_NAME_CHARACTERS:",
-        "        if not isinstance(name, str):",
-        "folders",
-    ),
-    Mutation(
-        "worker_service/weights.py",
-        "        if tuple(shape) != target.shape:\n            raise",
-        "        if False:\n            raise",
-        "folders",
-    ),
-    Mutation("worker_service/config_file.py", "    except RecursionError:", "    except ZeroDivisionError:", "folders"),
-    Mutation("shared/model_folder.py", "    if len(contents) > MAX_JSON_BYTES:", "    if not contents:", "folders"),
-    Mutation(
-        "shared/grpc_options.py",
-        '("grpc.http2.ping_timeout_ms", timeout_ms)',
-        '("grpc.http2.ping_timeout_ms", 10 * timeout_ms)',
-        "silence",
-    ),
-    Mutation(
-        "shared/grpc_options.py", "WORKER_KEEPALIVE_TIME_MS = 2_000", "WORKER_KEEPALIVE_TIME_MS = 20_000", "drops"
-    ),
-    Mutation(
-        "scheduler_service/step_loop.py",
-        "await self._sink.on_readiness(False)",
-        "await self._sink.on_readiness(True)",
-        "silence",
-    ),
-    Mutation(
-        "scheduler_service/step_loop.py",
-        "        self._result_at = 0.0\n        self._has_news.set()",
-        "        self._result_at = 0.0",
-        "silence",
-    ),
-    Mutation("worker_service/servicer.py", "self._runner.reset()", "pass", "silence"),
-    Mutation(
-        "worker_service/servicer.py",
-        "if request.session_epoch <= old.epoch:",
-        "if request.session_epoch >= old.epoch:",
-        "drops",
-    ),
-    Mutation("worker_service/session.py", "            self._plans.put(None)\n", "            pass\n", "silence"),
     Mutation(
         "scheduler_service/validation.py",
         "violations.check(0 < top_p <= 1,",
@@ -397,4 +319,85 @@ MUTATIONS: tuple[Mutation, ...] = (
         "messages",
     ),
     Mutation("worker_service/batch.py", "0 <= sampling.temperature < np.inf", "0 <= sampling.temperature", "messages"),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "if self.num_new + len(lengths) > most:",
+        "if self.num_new + len(lengths) > most + 8:",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "self.num_new_tokens + sum(lengths) > self._max_num_new_tokens",
+        "self.num_new_tokens > self._max_num_new_tokens",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "        self.num_new -= 1\n",
+        "        self.num_new -= 0\n",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/engine_hub.py",
+        "pending.token_ids.append(token_id)",
+        "pending.token_ids.append(token_id ^ 1)",
+        "overload",
+    ),
+    Mutation(
+        "scheduler_service/live_request.py", "self._num_taken += len(token_ids)", "self._num_taken += 1", "overload"
+    ),
+    Mutation(
+        "scheduler_service/front_end.py",
+        "if live.is_streaming:\n                live.has_news.set()",
+        "if False:\n                live.has_news.set()",
+        "overload",
+    ),
+    Mutation(
+        "shared/call_gate.py", "            self._num_open -= 1\n", "            self._num_open -= 0\n", "overload"
+    ),
+    Mutation(
+        "scheduler_service/core/waiting_queue.py",
+        "self._deadlines[0][0] <= now:",
+        "self._deadlines[0][0] <= now - 0.1:",
+        "admission",
+    ),
+    Mutation(
+        "scheduler_service/step_loop.py",
+        "if expired := self.scheduler.expire(time.monotonic()):",
+        "if expired := []:",
+        "admission",
+    ),
+    Mutation(
+        "scheduler_service/servicer.py",
+        "return None if left_s is None else time.monotonic() + left_s",
+        "return None",
+        "admission",
+    ),
+    Mutation(
+        "scheduler_service/engine_hub.py", "        self._num_open -= 1\n", "        self._num_open -= 0\n", "admission"
+    ),
+    Mutation("scheduler_service/front_end.py", "self.engine.close_request(live.first_handle)", "pass", "admission"),
+    Mutation(
+        "worker_service/weights.py",
+        "        if not is_name or len(name) > MAX_NAME_CHARACTERS:",
+        "        if not isinstance(name, str):",
+        "folders",
+    ),
+    Mutation(
+        "worker_service/weights.py",
+        "        if tuple(shape) != target.shape:\n            raise",
+        "        if False:\n            raise",
+        "folders",
+    ),
+    Mutation("worker_service/config_file.py", "    except RecursionError:", "    except ZeroDivisionError:", "folders"),
+    Mutation("shared/model_folder.py", "    if len(contents) > MAX_JSON_BYTES:", "    if not contents:", "folders"),
+    Mutation(
+        "shared/grpc_options.py", "WORKER_KEEPALIVE_TIME_MS = 2_000", "WORKER_KEEPALIVE_TIME_MS = 20_000", "drops"
+    ),
+    Mutation(
+        "worker_service/servicer.py",
+        "if request.session_epoch <= old.epoch:",
+        "if request.session_epoch >= old.epoch:",
+        "drops",
+    ),
 )

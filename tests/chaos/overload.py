@@ -278,7 +278,7 @@ PART = Part(
             piece
             for front_ends in (0, 2)
             for piece in (
-                {"trial": "flood", "front_ends": front_ends, "seconds": 120.0},
+                {"trial": "flood", "front_ends": front_ends, "seconds": 60.0},
                 _streams(front_ends=front_ends, step_ms=500, num_streams=1000, num_tokens=240, num_stalled=40),
                 _streams(front_ends=front_ends, step_ms=100, **FAR_BEHIND),
             )

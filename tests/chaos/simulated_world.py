@@ -4,12 +4,13 @@ time. What happens in it is a function of the seed alone.
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 from unittest.mock import patch
 
 from scheduler_service import live_request
 from scheduler_service.core.suspects import PROBE_ID
-from scheduler_service.core.types import SchedulerConfig
+from scheduler_service.core.types import SchedulerConfig, SequenceRequest
 from scheduler_service.engine import HEARTBEAT_S
 from scheduler_service.engine_hub import EngineHub
 from scheduler_service.engine_servicer import EngineServicer
@@ -272,6 +273,11 @@ class _WatchedLoop(StepLoop):
     """Counts the stops that come when the core has ended the sequence already, and sees that nothing starts late."""
 
     world: World
+
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
+        if self.scheduler is not None and not self.scheduler.num_unfinished:
+            self.world.sink.idle_at = now()
+        super().submit(requests)
 
     def discount(self, num_output_tokens: int) -> None:
         self.world.count("stop string found after the end")

@@ -220,6 +220,21 @@ def test_a_preempted_sequence_is_not_started_again_after_its_deadline() -> None:
     engine.scheduler.check_integrity()
 
 
+def test_what_is_preempted_after_its_deadline_is_not_started_again_by_the_same_plan() -> None:
+    engine = make_engine(
+        worker_info(block_size=4, num_blocks=6), admission_watermark=0.0, max_plans_in_flight=1, max_num_seqs=2
+    )
+    old, new = create_request(OLD, range(7), 12), create_request(NEW, range(20, 23), 12, deadline=3.0)
+    engine.add(old, new)
+    while not engine.scheduler.load().num_preemptions:
+        # Its call's end is still under way.
+        engine.scheduler.expire(2.0 if not engine.in_flight and not engine.outputs[OLD] else 3.0)
+        plan = launch(engine)
+        engine.deliver()
+    assert added_ids(plan) == []
+    assert [end.sequence_id for end in engine.scheduler.expire(3.0)] == [NEW]
+
+
 def test_sequences_that_ended_do_not_gather_behind_one_that_waits() -> None:
     engine = make_engine(max_num_seqs=1)
     engine.add(*create_requests(2, max_tokens=1000))
@@ -342,6 +357,24 @@ def test_a_row_fault_ends_one_sequence_and_its_blocks_are_not_trusted() -> None:
     assert engine.outputs.pop(1) == []
     assert engine.outputs == {r.sequence_id: expected_tokens(r) for r in requests if r.sequence_id != 1}
     assert engine.scheduler.longest_prefix(requests[1].prompt_token_ids) == 0
+
+
+@pytest.mark.parametrize("how", ["drained", "aborted"])
+def test_what_a_faulty_row_left_behind_is_not_trusted_though_another_row_shares_it(how: str) -> None:
+    engine = make_engine(worker_info(block_size=4), max_plans_in_flight=3)
+    prompt = list(range(8))
+    faulty = create_request(A, prompt, 1 if how == "drained" else 9)
+    engine.runner.faulty.add(A)  # type: ignore[attr-defined]
+    engine.add(faulty)
+    launch(engine)
+    if how == "aborted":
+        engine.scheduler.abort(A)
+    # Admitted before the fault is known, it shares the blocks; it is not faulty itself, as far as anybody knows.
+    engine.add(create_request(B, prompt, 9))
+    assert launch(engine).added_rows[0].num_cached_tokens == 8
+    engine.deliver()
+    assert engine.scheduler.longest_prefix(np.array(prompt, np.int32)) == 0
+    engine.scheduler.check_integrity()
 
 
 def test_logprobs_reach_the_sequence_that_asked() -> None:
