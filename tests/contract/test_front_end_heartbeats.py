@@ -61,6 +61,7 @@ async def test_a_frozen_front_end_is_killed_and_replaced_and_its_requests_alone_
         await wait_until(is_replaced, "a new front end takes calls")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_limit")
 async def test_a_front_end_that_pauses_stays() -> None:
     async with two_front_ends(gated_services()) as connections:
@@ -75,6 +76,7 @@ async def test_a_front_end_that_pauses_stays() -> None:
         assert front_end_processes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_limit")
 async def test_front_ends_are_not_blamed_for_a_pause_of_the_scheduler_process() -> None:
     async with two_front_ends(gated_services()):
@@ -188,6 +190,7 @@ async def test_a_front_end_that_cannot_be_started_at_all_is_an_error(monkeypatch
     await services.stop_worker()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_limit")
 async def test_the_watch_goes_on_after_a_fault_of_its_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

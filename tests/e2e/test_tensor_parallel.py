@@ -141,6 +141,7 @@ def lose(engine: Engine, victim: int, number: signal.Signals, timeout_s: float) 
     return ranks
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_group_and_streams_go_on(engine: Engine) -> None:
     ranks = lose(engine, 1, signal.SIGKILL, 10)
     assert f"rank 1 (process {ranks[1].pid})" in engine.worker.log_file.read_text()

@@ -129,8 +129,8 @@ Disturbance = Callable[[Engine, list[Stream]], None]
     [
         pytest.param(kill_and_replace, 1, id="killed"),
         pytest.param(kill_twice, 2, id="killed-twice", marks=pytest.mark.slow),
-        pytest.param(kill_and_wait, 1, id="killed-under-its-supervisor"),
-        pytest.param(freeze_and_thaw, 1, id="frozen"),
+        pytest.param(kill_and_wait, 1, id="killed-under-its-supervisor", marks=pytest.mark.slow),
+        pytest.param(freeze_and_thaw, 1, id="frozen", marks=pytest.mark.slow),
         pytest.param(freeze_and_replace, 1, id="frozen-then-killed", marks=pytest.mark.slow),
         pytest.param(freeze_for_good, 1, id="frozen-under-its-supervisor", marks=pytest.mark.slow),
     ],
@@ -151,32 +151,6 @@ def test_every_stream_ends_with_the_tokens_of_an_undisturbed_run(
     assert engine.load().num_used_blocks == 0
     readiness.close()
     liveness.close()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("max_plans_in_flight", [1, 2, 4])
-def test_many_kills_while_sequences_are_preempted(
-    start_engine: StartEngine, truth: list[list[int]], max_plans_in_flight: int
-) -> None:
-    """The pool holds about three of the eight sequences at full length."""
-    engine = start_engine(
-        worker_flags=["--num-blocks", "100"], scheduler_flags=["--max-plans-in-flight", str(max_plans_in_flight)]
-    )
-    streams = [engine.stream(request) for request in make_requests()]
-    num_kills = 8
-    for kill in range(1, num_kills + 1):
-        num_tokens = kill * NUM_STREAMS * NUM_TOKENS // (num_kills + 1)
-        wait_until(lambda count=num_tokens: sum(len(stream.token_ids) for stream in streams) >= count, "more tokens")
-        engine.worker.kill()
-        wait_loss(engine, kill)
-        engine.restart_worker()
-    assert [stream.result() for stream in streams] == truth
-    load = engine.load()
-    assert load.num_preemptions > 0
-    assert load.num_worker_losses == num_kills
-    assert load.num_used_blocks == 0
-    engine.close()
 
 
 def test_new_requests_queue_while_the_worker_is_away(engine: Engine, truth: list[list[int]]) -> None:

@@ -74,7 +74,10 @@ def test_greedy_and_temperature(device: torch.device, vocab_size: int) -> None:
     assert torch.equal(out[greedy], case.logits.float().argmax(-1)[greedy])
 
 
-@pytest.mark.parametrize(("vocab_size", "num_ranks"), [(5000, 2), (4097, 4), (40, 8)])
+@pytest.mark.parametrize(
+    ("vocab_size", "num_ranks"),
+    [(5000, 2), pytest.param(4097, 4, marks=pytest.mark.slow), pytest.param(40, 8, marks=pytest.mark.slow)],
+)
 def test_ranks_draw_from_their_parts_of_the_vocabulary(device: torch.device, vocab_size: int, num_ranks: int) -> None:
     """One rank after the other: the first time for what they give each other, the second for the tokens."""
     case = Case(random_logits(64, vocab_size), device)
