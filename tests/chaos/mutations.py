@@ -3,6 +3,7 @@ the short form of the part that should notice it must fail.
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,9 @@ def how_it_fails(root: Path, part: str) -> str:
     test = f"tests/chaos/test_forms.py::test_short_form[{part}]"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--tb=line", test]
     try:
-        ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S)
+        # Wide, so that pytest does not cut short what it says.
+        environment = {**os.environ, "COLUMNS": "400"}
+        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"no end in {TIMEOUT_S:g} s"
     if ended.returncode == 0:
