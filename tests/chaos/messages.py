@@ -407,7 +407,7 @@ PART = Part(
     rows,
     {
         Form.SHORT: [{"num_messages": 1500, "seed": 0, "front_ends": 1}],
-        Form.LONG: [{"num_messages": 5000, "seed": 100 + number, "front_ends": number} for number in range(2)],
+        Form.LONG: [{"num_messages": 3000, "seed": 100 + number, "front_ends": number} for number in range(2)],
         Form.FULL: FULL,
     },
 )
