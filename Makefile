@@ -33,7 +33,7 @@ demo: $(STAMP)  ## Both services on this machine's CPU, streaming text from the 
 test: check  ## The checks, then the tests (10 minutes at most on 2 cores)
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)  ## The long tests (30 minutes at most on 2 cores)
+test-slow: $(STAMP)  ## The long tests (40 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)  ## Format, lint, types, import rules, protos
