@@ -104,7 +104,7 @@ class StepLoop:
         if self._has_given_up:
             raise WorkerUnavailable("the worker is gone")
         now = time.monotonic()
-        if any(request.deadline is not None and request.deadline <= now for request in requests):
+        if any(request.has_expired(now) for request in requests):
             raise DeadlinePassed("the call's deadline has passed")
         self.scheduler.add(*requests)
         self._has_news.set()

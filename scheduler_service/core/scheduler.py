@@ -123,7 +123,7 @@ class Scheduler:
                 if sequence is tried:
                     sequence.arrival = self._num_arrivals
                     self._num_arrivals += 1
-                self._queue.push_again(sequence, len(self._live))
+                self._queue.push(sequence, len(self._live))
         error = self._suspects.verdict(tried, failure) if tried is not None else None
         return [self._finish(tried, FinishReason.ERROR, error=error)] if tried is not None and error else []
 
@@ -254,7 +254,7 @@ class Scheduler:
     def _admit(self, plan: PlanBuilder) -> None:
         """Admits waiting sequences, strictly in order: one that must wait is not overtaken."""
         while plan.budget > 0 and (sequence := self._queue.first()) is not None:
-            if sequence.request.deadline is not None and sequence.request.deadline <= self._now:
+            if sequence.request.has_expired(self._now):
                 # It was preempted for this very plan; expire() ends it before the next.
                 return
             if self._suspects.needs_probe(sequence):
@@ -367,7 +367,7 @@ class Scheduler:
         sequence.num_outstanding = sum(sequence in step.sequences for step in self._in_flight)
         sequence.move_to(SequenceState.WAITING)
         self._residency.vacate(sequence)
-        self._queue.push_again(sequence, len(self._live))
+        self._queue.push(sequence, len(self._live))
 
     def _finish(
         self,

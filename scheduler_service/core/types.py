@@ -63,6 +63,9 @@ class SequenceRequest:
     deadline: float | None = None
     """When the sequence ends if it still waits, in seconds of the clock whose time Scheduler.expire() is told."""
 
+    def has_expired(self, now: float) -> bool:
+        return self.deadline is not None and self.deadline <= now
+
 
 class FinishReason(Enum):
     STOP = "stop"

@@ -3,6 +3,7 @@
 import heapq
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 from scheduler_service.core.sequence import Sequence, SequenceState
 from shared.errors import FieldViolation, InvalidRequest, QueueFull
@@ -46,14 +47,18 @@ class WaitingQueue:
             raise QueueFull(f"{self.num_new_tokens} prompt tokens are waiting")
 
     def push_new(self, sequence: Sequence, num_live: int) -> None:
-        """num_live: how many sequences there are, to see whether most of what the queue holds has ended."""
+        """Takes a sequence that was never admitted; num_live as for push()."""
         self.num_new += 1
         self.num_new_tokens += sequence.num_prompt_tokens
-        self._push(sequence, num_live)
+        self.push(sequence, num_live)
 
-    def push_again(self, sequence: Sequence, num_live: int) -> None:
-        """A preempted sequence. num_live as for a new one."""
-        self._push(sequence, num_live)
+    def push(self, sequence: Sequence, num_live: int) -> None:
+        """Takes a sequence that waits. num_live: how many sequences there are, to see whether most of what the queue
+        holds has ended.
+        """
+        _push(self._heap, (sequence.order, sequence), num_live)
+        if (deadline := sequence.request.deadline) is not None:
+            _push(self._deadlines, (deadline, next(self._entry_numbers), sequence), num_live)
 
     def expired(self, now: float) -> list[Sequence]:
         """Those that wait although their deadlines have passed. The caller ends them."""
@@ -80,14 +85,10 @@ class WaitingQueue:
         self.num_new -= 1
         self.num_new_tokens -= sequence.num_prompt_tokens
 
-    def _push(self, sequence: Sequence, num_live: int) -> None:
-        if len(self._heap) > 2 * num_live:
-            self._heap = [entry for entry in self._heap if entry[-1].state is SequenceState.WAITING]
-            heapq.heapify(self._heap)
-        heapq.heappush(self._heap, (sequence.order, sequence))
-        if (deadline := sequence.request.deadline) is None:
-            return
-        if len(self._deadlines) > 2 * num_live:
-            self._deadlines = [entry for entry in self._deadlines if entry[-1].state is SequenceState.WAITING]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (deadline, next(self._entry_numbers), sequence))
+
+def _push(heap: list[Any], entry: tuple[Any, ...], num_live: int) -> None:
+    """Adds an entry, which ends with its sequence. First forgets those that wait no more, where they are most."""
+    if len(heap) > 2 * num_live:
+        heap[:] = [each for each in heap if each[-1].state is SequenceState.WAITING]
+        heapq.heapify(heap)
+    heapq.heappush(heap, entry)

@@ -221,18 +221,21 @@ def test_a_preempted_sequence_is_not_started_again_after_its_deadline() -> None:
 
 
 def test_what_is_preempted_after_its_deadline_is_not_started_again_by_the_same_plan() -> None:
-    engine = make_engine(
-        worker_info(block_size=4, num_blocks=6), admission_watermark=0.0, max_plans_in_flight=1, max_num_seqs=2
-    )
-    old, new = create_request(OLD, range(7), 12), create_request(NEW, range(20, 23), 12, deadline=3.0)
+    """It shares its prompt's blocks with the other, and its own are cached, so it would fit at once."""
+    engine = make_engine(worker_info(block_size=4, num_blocks=6), admission_watermark=0.0, max_plans_in_flight=1)
+    old, new = create_request(OLD, range(8), 12), create_request(NEW, range(8), 12, deadline=3.0)
     engine.add(old, new)
+    plan = launch(engine)
+    assert added_ids(plan) == [OLD, NEW]
     while not engine.scheduler.load().num_preemptions:
-        # Its call's end is still under way.
-        engine.scheduler.expire(2.0 if not engine.in_flight and not engine.outputs[OLD] else 3.0)
-        plan = launch(engine)
         engine.deliver()
+        # The deadline has passed, and the end of the call is still under way.
+        assert engine.scheduler.expire(3.0) == []
+        plan = launch(engine)
     assert added_ids(plan) == []
     assert [end.sequence_id for end in engine.scheduler.expire(3.0)] == [NEW]
+    engine.drain()
+    assert engine.outputs[OLD] == expected_tokens(old)
 
 
 def test_sequences_that_ended_do_not_gather_behind_one_that_waits() -> None:
