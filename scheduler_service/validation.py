@@ -143,7 +143,7 @@ async def check_request(
 def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
     """What would harm the requests of others, were the front end wrong that checked it. Raises InvalidRequest."""
     violations, first, num_choices = _Violations(), submission.first, submission.num_choices
-    violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
+    _check_num_choices(num_choices, violations)
     is_handle = submission.first_handle + num_choices <= 2**64
     violations.check(is_handle, "first_handle", "leaves too few handles for the choices")
     _check_sampling(first.sampling, violations)
@@ -232,9 +232,12 @@ def _check_sampling(sampling: RowSampling, violations: _Violations) -> None:
     violations.check(is_count, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
 
 
+def _check_num_choices(num_choices: int, violations: _Violations) -> None:
+    violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
+
+
 def _check_output(params: GenerationParams, violations: _Violations) -> None:
-    is_count = 1 <= params.num_choices <= MAX_CHOICES
-    violations.check(is_count, "num_choices", f"must be 1 to {MAX_CHOICES}, is {params.num_choices}")
+    _check_num_choices(params.num_choices, violations)
     violations.check(-(2**31) <= params.priority < 2**31, "priority", "must be a number of 32 bits")
     violations.check(
         _is_short(params.cache_salt, MAX_CACHE_SALT_BYTES),

@@ -87,6 +87,16 @@ def link(name: str, target: str) -> Change:
     return change
 
 
+def no_real_file(name: str) -> dict[str, Change]:
+    """What stands in a file's place, by title: too large to be one, or none at all."""
+    return {
+        "1 TB": grow(name, 1 << 40),
+        "a device": link(name, "/dev/zero"),
+        "a link to itself": link(name, name),
+        "a link to nothing": link(name, "nowhere"),
+    }
+
+
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
     """The header and the data of a safetensors file."""
     (length,) = struct.unpack("<Q", data[:8])
@@ -131,10 +141,7 @@ def weight_cases() -> Iterator[Case]:
         "header of 100 levels": raw_header(nested(100)),
         "header of 100,000 levels": raw_header(b"[" * 100_000),
         "names twice": raw_header(twice),
-        "a file of 1 TB": grow(WEIGHTS, 1 << 40),
-        "a device": link(WEIGHTS, "/dev/zero"),
-        "a link to itself": link(WEIGHTS, WEIGHTS),
-        "a link to nothing": link(WEIGHTS, "nowhere"),
+        **no_real_file(WEIGHTS),
     }
     for title, change in raw.items():
         yield Case(f"weights: {title}", change, (WEIGHTS,))
@@ -205,10 +212,7 @@ def json_cases(name: str) -> Iterator[Case]:
         "a number of 10,000 digits": rewrite(name, b'{"a": ' + b"9" * 10_000 + b"}"),
         "100 MB of lists": rewrite(name, b'{"a": [', repeated=b"[],", count=35_000_000, end=b"[]]}"),
         "100 MB of objects, not closed": rewrite(name, b'{"a": [', repeated=b'{"a":1},', count=12_500_000),
-        "1 TB": grow(name, 1 << 40),
-        "a device": link(name, "/dev/zero"),
-        "a link to itself": link(name, name),
-        "a link to nothing": link(name, "nowhere"),
+        **no_real_file(name),
     }
     for title, change in changes.items():
         yield Case(f"{name}: {title}", change, (name,))
