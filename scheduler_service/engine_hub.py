@@ -206,7 +206,7 @@ class EngineHub:
             self._is_idle.set()
 
     def _fail(self, sequence_ids: list[int], error: TandemError) -> None:
-        """Those of them that are live end with an error."""
+        """Ends with an error those of the sequences that are live."""
         for sequence_id in sequence_ids:
             if (sequence := self._sequences.get(sequence_id)) is not None:
                 # A stop that a front end finds in what it has is still to count.

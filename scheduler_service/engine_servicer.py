@@ -34,7 +34,7 @@ class _Outbox:
         self._is_closed = False
         self._is_beat_due = False
         self.process_id: int | None = None
-        """The front end's, once it has said it"""
+        """The front end's process id, once it has told it."""
 
     def on_outputs(self, batch: OutputBatch) -> None:
         if self._batch:
@@ -98,7 +98,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self, hub: EngineHub, on_alive: Callable[[int], None], has_ended: Callable[[int], bool] = lambda _: False
     ) -> None:
         """on_alive hears the process id of a front end whenever it says that it takes calls. has_ended: whether the
-        process of that id has.
+        process of an id has ended, or has begun to.
         """
         self._hub = hub
         self._on_alive = on_alive

@@ -40,7 +40,7 @@ class FrontEnds(Protocol):
         """Listens; gives the port."""
 
     async def stop(self, *, ends_process: bool = False) -> None:
-        """Where it ends the process, connections are left to that."""
+        """ends_process: the process ends next, and its connections with it, so they need not be closed."""
 
 
 class SchedulerService:
@@ -92,7 +92,7 @@ class SchedulerService:
 
     async def stop(self, grace_s: float, hurry: asyncio.Event | None = None, *, ends_process: bool = False) -> None:
         """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
-        UNAVAILABLE. ends_process: nothing is left but to leave it, which closes the connections.
+        UNAVAILABLE. ends_process: the caller ends the process next, and its connections with it.
         """
         drained = asyncio.create_task(self._hub.drain())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())

@@ -19,8 +19,9 @@ EMBEDDED_MODEL = "embedded"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = [TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "config.json"]
 MAX_JSON_BYTES = 64 << 20
-"""Of any JSON file of a model. The largest real ones are vocabularies, of some ten MiB; to read a hostile one may take
-many times its size."""
+"""How large any JSON file of a model may be. The largest real ones are vocabularies, of some ten MiB, and to read a
+file may take many times its size in memory.
+"""
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 
@@ -67,7 +68,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json_bytes(path: Path) -> bytes:
-    """The contents of one of a model's JSON files. ModelError, naming it, as open_regular, or where it is too large."""
+    """The contents of one of a model's JSON files. Raises ModelError, which names the file, where open_regular() does
+    and where the file is larger than MAX_JSON_BYTES.
+    """
     with open_regular(path) as file:
         try:
             contents = file.read(MAX_JSON_BYTES + 1)
@@ -100,7 +103,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def tokenizer_digest(folder: Path) -> str:
     """A digest (xxh3_128, hexadecimal) of tokenizer.json's bytes, "" where the folder has none.
 
-    Two services with equal digests read the same ids out of a text. ModelError as read_json_bytes.
+    Two services with equal digests read the same ids out of a text. Raises what read_json_bytes() raises.
     """
     path = folder / TOKENIZER_FILE
     return xxhash.xxh3_128_hexdigest(read_json_bytes(path)) if exists(path) else ""

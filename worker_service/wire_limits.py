@@ -13,16 +13,18 @@ from shared.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
 from tandem.v1 import worker_pb2
 
 SMALL_BYTES = 16 * 1024
-"""What is small as a whole is decoded without a look at its parts."""
+"""A message of at most so many bytes is decoded without a look at its parts."""
 
 OTHER_FIELDS = 64
-"""Of a plan, beside its new rows: they are six, which may come in parts."""
+"""How many fields a plan may have beside its new rows. It has six, each of which may come in several parts."""
 
 ROW_BYTES = 1024
-"""Of a new row, beside its ids."""
+"""How many bytes a new row may have beside its token ids and block ids."""
 
 NUMBER_BYTES = 32
-"""Of the numbers that a plan has for each row and each token: the row is removed, gets a block, computes."""
+"""How many bytes a plan may have for each row and each token of a step: the numbers of the rows that are removed, that
+get a block or that compute.
+"""
 
 PLAN_TAG = worker_pb2.ExecuteStepsRequest.PLAN_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 ADDED_ROWS_TAG = worker_pb2.StepPlan.ADDED_ROWS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
