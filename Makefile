@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PROTOS := $(wildcard protos/tandem/v1/*.proto)
 
 # What `make bench` measures on a GPU. Folders in build/models that are not there get random weights of the size that
 # names them; they need the tokenizer.json of a Qwen3.
@@ -44,7 +43,7 @@ check: $(STAMP)  ## Format, lint, types, import rules, protos
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs --check
 
-protos: $(STAMP)  ## Generates the stubs in tandem/v1 from protos
+protos: $(STAMP)  ## Generates the stubs in tandem from protos
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs
 

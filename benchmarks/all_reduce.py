@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import header, write_json
-from worker_service.communicator import Communicator
-from worker_service.peer_memory import connect_peers
-from worker_service.shard import Shard
+from tandem_worker.ranks.communicator import Communicator
+from tandem_worker.ranks.peer_memory import connect_peers
+from tandem_worker.ranks.shard import Shard
 
 SIZES = [1 << exponent for exponent in range(12, 28)]
 REPEATS = 20

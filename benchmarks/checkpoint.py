@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from shared.model_folder import EMBEDDED_MODEL, TOKENIZER_FILES, resolve_model
+from tandem_shared.model_folder import EMBEDDED_MODEL, TOKENIZER_FILES, resolve_model
 
 QWEN3 = {
     "head_dim": 128,

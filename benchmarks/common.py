@@ -22,14 +22,15 @@ import grpc
 import numpy as np
 
 from benchmarks.workloads import Workload
-from shared.config import SchedulerSettings, WorkerSettings
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.model_folder import ALL_FILES, resolve_model
-from shared.session_secret import SECRET_METADATA_KEY, read_secret
-from shared.settings import split_keywords
 from tandem.client import TandemClient
+from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem.processes import Services
-from tandem.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.model_folder import ALL_FILES, resolve_model
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY, read_secret
+from tandem_shared.settings import split_keywords
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -71,7 +72,7 @@ class Engine:
 
 @contextlib.contextmanager
 def running_engine(
-    arguments: argparse.Namespace, worker_program: Sequence[str] = ("worker_service",)
+    arguments: argparse.Namespace, worker_program: Sequence[str] = ("tandem_worker",)
 ) -> Iterator[Engine]:
     """A scheduler and a worker with the settings of add_engine_options. worker_program is Services'."""
     given = {"model": arguments.model, "port": 0, "log_level": "warning", **dict(arguments.set)}

@@ -25,15 +25,15 @@ from tokenizers import Tokenizer
 
 from benchmarks.common import RESULTS, header, write_json
 from benchmarks.steady_worker import MAX_MODEL_LEN
-from scheduler_service.reply_size import max_reply_size
-from scheduler_service.request_codec import MAX_REPLY_BYTES
-from scheduler_service.text_encoder import MAX_PIECE_CHARACTERS
-from shared.config import SchedulerSettings, WorkerSettings
-from shared.grpc_options import DEFAULT_MAX_REQUEST_BYTES
-from shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem.client import REPLY_LIMIT
 from tandem.processes import Services
 from tandem.v1 import inference_pb2
+from tandem_scheduler.front_end.reply_size import max_reply_size
+from tandem_scheduler.front_end.request_codec import MAX_REPLY_BYTES
+from tandem_scheduler.front_end.text.encoder import MAX_PIECE_CHARACTERS
+from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
+from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES
 
 NUM_STREAMS = 16
 STEP_MS = 10.0

@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.checkpoint import write_checkpoint
 from benchmarks.common import BenchmarkError, header, write_json
 from benchmarks.teacher_forcing import ForcedText, logits_through_plans, relative_errors
-from shared.config import SchedulerSettings, WorkerSettings
-from shared.step_plan import RowSampling
 from tandem.client import TandemClient
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
-from worker_service.sampler import gumbel_noise, truncate
-from worker_service.startup import build_runner
+from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.step_plan import RowSampling
+from tandem_worker.runners.sampler import gumbel_noise, truncate
+from tandem_worker.startup import build_runner
 
 NUM_ERRORS = 4
 NUM_PROMPTS = 64

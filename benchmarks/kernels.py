@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.common import header, write_json
-from worker_service.kernels.decode_attention import DecodeAttention
-from worker_service.kernels.linear import few_token_linear, is_few, skinny_linear
-from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
-from worker_service.kernels.sampling import SamplingKernels
+from tandem_worker.kernels.decode_attention import DecodeAttention
+from tandem_worker.kernels.linear import few_token_linear, is_few, skinny_linear
+from tandem_worker.kernels.prefill_attention import cut_tiles, prefill_attention
+from tandem_worker.kernels.sampling import SamplingKernels
 
 DEVICE = torch.device("cuda")
 HEAD_DIM, NUM_KV_HEADS, BLOCK_SIZE, VOCAB_SIZE = 128, 8, 16, 151936

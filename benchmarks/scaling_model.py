@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.step_times import CONTEXT
 from benchmarks.step_times import MAX_NUM_BATCHED_TOKENS as PREFILL_TOKENS
 from benchmarks.workloads import nano256
-from worker_service.peer_memory import KERNEL_BYTES, max_one_shot_bytes
+from tandem_worker.ranks.peer_memory import KERNEL_BYTES, max_one_shot_bytes
 
 PROFILED_RANKS = 2
 SUMS = ("_one_shot", "_two_shot", "_wait_for_all", "ncclDev", "Memcpy PtoP", "CUDAFunctor_add")

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import RESULTS, header, percentiles, write_json
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import SchedulerConfig, SequenceRequest
-from shared.step_codec import decode_result, encode_plan, encode_result
-from shared.step_plan import RowSampling, StepPlan, StepResult, WorkerInfo
-from tandem.v1 import worker_pb2
+from tandem.internal.v1 import worker_pb2
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
+from tandem_shared.step_codec import decode_result, encode_plan, encode_result
+from tandem_shared.step_plan import RowSampling, StepPlan, StepResult, WorkerInfo
 
 PARTS = ("schedule", "encode", "decode", "update")
 NUM_STEPS = 2000

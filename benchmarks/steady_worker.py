@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from shared.config import WorkerSettings, read_command_line
-from shared.log import configure_logging
-from shared.model_folder import tokenizer_digest
-from shared.step_codec import PROTOCOL_VERSION
-from shared.step_plan import RowLogprobs, StepPlan, StepResult, WorkerInfo
-from worker_service.process import serve
-from worker_service.servicer import WorkerServicer
+from tandem_shared.config import WorkerSettings, read_command_line
+from tandem_shared.host.log import configure_logging
+from tandem_shared.model_folder import tokenizer_digest
+from tandem_shared.step_codec import PROTOCOL_VERSION
+from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult, WorkerInfo
+from tandem_worker.service.process import serve
+from tandem_worker.service.servicer import WorkerServicer
 
 MAX_MODEL_LEN = 40_960
 """Qwen3's own."""

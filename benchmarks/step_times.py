@@ -23,17 +23,17 @@ import torch.distributed as dist
 
 from benchmarks.checkpoint import COMMON, SIZES
 from benchmarks.common import header, write_json
-from shared.step_codec import PROTOCOL_VERSION
-from shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
-from worker_service import kv_cache
-from worker_service.communicator import Communicator
-from worker_service.cuda_runner import CudaRunner
-from worker_service.layers.triton_operations import TritonOperations
-from worker_service.model_config import ModelConfig
-from worker_service.models.qwen3 import Qwen3
-from worker_service.peer_memory import connect_peers
-from worker_service.shard import Shard
-from worker_service.startup import make_runner
+from tandem_shared.step_codec import PROTOCOL_VERSION
+from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
+from tandem_worker.checkpoint.model_config import ModelConfig
+from tandem_worker.layers.triton_operations import TritonOperations
+from tandem_worker.models.qwen3 import Qwen3
+from tandem_worker.ranks.communicator import Communicator
+from tandem_worker.ranks.peer_memory import connect_peers
+from tandem_worker.ranks.shard import Shard
+from tandem_worker.runners import kv_cache
+from tandem_worker.runners.cuda_runner import CudaRunner
+from tandem_worker.startup import make_runner
 
 CONFIGS = {
     size: ModelConfig(**{key: value for key, value in (COMMON | shape).items() if key in ModelConfig.__annotations__})

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from shared.step_plan import NewRow, RowSampling, StepPlan
-from worker_service.layers.attention import AttentionMetadata, ChunkMetadata, DecodeGroup
-from worker_service.model_runner import ModelRunner, widened
+from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_worker.layers.attention import AttentionMetadata, ChunkMetadata, DecodeGroup
+from tandem_worker.runners.torch_runner import TorchRunner, widened
 
 if TYPE_CHECKING:  # It needs triton.
-    from worker_service.cuda_runner import CudaRunner
+    from tandem_worker.runners.cuda_runner import CudaRunner
 
 
 @torch.inference_mode()
-def teacher_forced_logits(runner: ModelRunner, token_ids: list[int], num_prefill: int) -> torch.Tensor:
+def teacher_forced_logits(runner: TorchRunner, token_ids: list[int], num_prefill: int) -> torch.Tensor:
     """(tokens, vocab_size): the first num_prefill positions as one chunk, the rest as decode steps of one token.
 
     Writes over blocks 1 and up of the runner's pool.

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common import Report, newest, read_reports
-from shared.config import SchedulerSettings
+from tandem_shared.config import SchedulerSettings
 
 DEPTH = SchedulerSettings().max_plans_in_flight
 BATCH = 64

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.config import WorkerSettings, read_command_line
-from shared.log import configure_logging
-from shared.step_plan import StepPlan, WorkerInfo
-from tandem.v1 import worker_pb2
-from worker_service.process import run
-from worker_service.runner import PendingStep, Runner
-from worker_service.servicer import Context, WorkerServicer
+from tandem.internal.v1 import worker_pb2
+from tandem_shared.config import WorkerSettings, read_command_line
+from tandem_shared.host.log import configure_logging
+from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tandem_worker.runners.runner import PendingStep, Runner
+from tandem_worker.service.process import run
+from tandem_worker.service.servicer import Context, WorkerServicer
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import grpc
 
-from shared.config import SchedulerSettings, WorkerSettings, check_tls
-from shared.errors import ConfigError, TandemError
-from shared.settings import add_options, option_names, read_settings, refuse_unknown_variables
 from tandem.client import TandemClient
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
 from tandem.terminal import stream_text
+from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
+from tandem_shared.errors import ConfigError, TandemError
+from tandem_shared.settings import add_options, option_names, read_settings, refuse_unknown_variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

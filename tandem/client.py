@@ -1,16 +1,16 @@
-"""A client of a scheduler service. Replies are tandem.v1 messages, errors those of shared.errors."""
+"""A client of a scheduler service. Replies are tandem.v1 messages, errors those of tandem_shared.errors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
 
-from shared.call_metadata import MAX_REPLY_BYTES_KEY
-from shared.errors import FieldViolation, InvalidRequest
-from shared.grpc_options import MAX_MESSAGE_BYTES, client_options
-from shared.rich_status import error_of
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tandem_shared.errors import FieldViolation, InvalidRequest
+from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
+from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, client_options
+from tandem_shared.rpc.rich_status import error_of
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""

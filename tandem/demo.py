@@ -2,11 +2,11 @@
 
 import sys
 
-from shared.config import SchedulerSettings, WorkerSettings
 from tandem.client import TandemClient
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
 from tandem.terminal import stream_text
+from tandem_shared.config import SchedulerSettings, WorkerSettings
 
 PROMPT = "ROMEO:\n"
 MAX_TOKENS = 200

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import IO, NoReturn
 
-from shared.config import SchedulerSettings, WorkerSettings
-from shared.errors import TandemError
-from shared.health_probe import health_status
-from shared.private_folder import PrivateFolder
-from shared.process import child_environment, die_with_parent
-from shared.settings import to_arguments
+from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.errors import TandemError
+from tandem_shared.host.private_folder import PrivateFolder
+from tandem_shared.host.process import child_environment, die_with_parent
+from tandem_shared.rpc.health_probe import health_status
+from tandem_shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 START_TIMEOUT_S = 4 * 3600.0
@@ -44,7 +44,7 @@ class Services:
         worker: WorkerSettings,
         scheduler: SchedulerSettings,
         log: IO[str] | None = None,
-        worker_program: Sequence[str] = ("worker_service",),
+        worker_program: Sequence[str] = ("tandem_worker",),
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         """log takes what both print; None is this process's stderr. worker_program: a module that takes the worker's
@@ -122,7 +122,7 @@ class Services:
 
     def _start_scheduler(self) -> None:
         arguments = [*self._scheduler_settings, "--worker-address", self.worker_address]
-        self.scheduler, port = self._start("scheduler_service", arguments)
+        self.scheduler, port = self._start("tandem_scheduler", arguments)
         self.address = f"{self._scheduler_host}:{port}"
 
     def _start(self, module: str, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:

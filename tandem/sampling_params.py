@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from shared.errors import FieldViolation, InvalidRequest
 from tandem.v1 import inference_pb2
+from tandem_shared.errors import FieldViolation, InvalidRequest
 
 _MAX_UINT32, _MAX_UINT64 = 2**32 - 1, 2**64 - 1
 _MAX_FLOAT, _MIN_FLOAT = 3.4e38, 1.2e-38

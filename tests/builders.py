@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from scheduler_service.core.types import SequenceRequest
-from shared.step_plan import RowSampling, WorkerInfo
+from tandem_scheduler.core.types import SequenceRequest
+from tandem_shared.step_plan import RowSampling, WorkerInfo
 
 VOCAB_SIZE = 1000
 

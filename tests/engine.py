@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Iterable
 
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import FinishedSequence, SequenceRequest, StepOutputs
-from shared.step_plan import StepPlan
-from worker_service.runner import PendingStep, Runner
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import FinishedSequence, SequenceRequest, StepOutputs
+from tandem_shared.step_plan import StepPlan
+from tandem_worker.runners.runner import PendingStep, Runner
 
 
 class Engine:

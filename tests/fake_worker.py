@@ -1,7 +1,7 @@
 """A worker without a model: it executes plans by the rules of worker.proto and fails loudly where one breaks them.
 
 Each slot remembers which token chain was stored there, so a read of an unwritten, foreign or stale slot is seen, and
-a sampled token is a hash of what the row reads through its block table. Written apart from worker_service/batch.py:
+a sampled token is a hash of what the row reads through its block table. Written apart from the worker's Batch:
 this is the truth that the scheduler is held against. Knows nothing of how a scheduler decides.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from scheduler_service.core.types import SequenceRequest
-from shared.errors import InvalidPlan
-from shared.step_plan import (
+from tandem_scheduler.core.types import SequenceRequest
+from tandem_shared.errors import InvalidPlan
+from tandem_shared.step_plan import (
     FAULT_NAN_LOGITS,
     PADDING_BLOCK,
     NewRow,

@@ -5,8 +5,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from scheduler_service.text_splitter import QWEN_PATTERN
-from shared.model_folder import TOKENIZER_FILES, resolve_model
+from tandem_scheduler.front_end.text.splitter import QWEN_PATTERN
+from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 
 EMBEDDED = resolve_model("embedded", TOKENIZER_FILES) / "tokenizer.json"
 

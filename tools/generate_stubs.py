@@ -1,4 +1,4 @@
-"""Generates tandem/v1 from protos; with --check, fails where the committed stubs differ instead.
+"""Generates the stubs in tandem from protos; with --check, fails where the committed stubs differ instead.
 
 grpcio-tools is held at the version whose code runs with protobuf 6 and 7 and with grpcio 1.76 and newer.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROTOS = ROOT / "protos"
+PACKAGES = sorted({path.parent.relative_to(PROTOS) for path in PROTOS.rglob("*.proto")})
 
 
 def generate(out: Path) -> None:
@@ -22,7 +23,7 @@ def generate(out: Path) -> None:
         f"--proto_path={PROTOS}",
         *(f"--{kind}_out={out}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
         *(f"--plugin={bin_folder / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")),
-        *(str(path) for path in sorted(PROTOS.glob("tandem/v1/*.proto"))),
+        *(str(path) for path in sorted(PROTOS.rglob("*.proto"))),
     ]
     subprocess.run(command, check=True, stderr=subprocess.PIPE)
 
@@ -39,9 +40,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
-        stale = differences(Path(folder) / "tandem" / "v1", ROOT / "tandem" / "v1")
+        stale = [name for package in PACKAGES for name in differences(Path(folder) / package, ROOT / package)]
     if stale:
-        print(f"tandem/v1 differs from protos: {', '.join(stale)}; run make protos", file=sys.stderr)
+        print(f"the stubs differ from protos: {', '.join(stale)}; run make protos", file=sys.stderr)
     return 1 if stale else 0
 
 

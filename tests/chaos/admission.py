@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from scheduler_service.recorder import replay
+from tandem_scheduler.engine.recorder import replay
 from tests.chaos.crowd import Crowd, CrowdProcess, ends_of
 from tests.chaos.fake_engine import running_fake_engine
 from tests.chaos.memory import faults_in_books

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import psutil
 
-from scheduler_service.front_end_pool import MODULE as FRONT_END
-from scheduler_service.front_end_pool import SILENCE_LIMIT_S as FRONT_END_LIMIT_S
-from shared.grpc_options import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
-from shared.supervisor import SILENCE_LIMIT_S as SUPERVISOR_LIMIT_S
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
+from tandem_scheduler.processes.engine_side.front_end_pool import SILENCE_LIMIT_S as FRONT_END_LIMIT_S
+from tandem_shared.host.supervisor import SILENCE_LIMIT_S as SUPERVISOR_LIMIT_S
+from tandem_shared.rpc.grpc_options import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from tests.chaos.load import Load
 from tests.chaos.part import Found
 from tests.e2e.hosts import Host

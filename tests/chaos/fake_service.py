@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from scheduler_service.tokenizer import load_tokenizer
-from shared.config import WorkerSettings, read_command_line
-from shared.log import configure_logging
-from shared.model_folder import TOKENIZER_FILES, resolve_model
-from shared.step_codec import PROTOCOL_VERSION
-from shared.step_plan import StepPlan, WorkerInfo
+from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
+from tandem_shared.config import WorkerSettings, read_command_line
+from tandem_shared.host.log import configure_logging
+from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
+from tandem_shared.step_codec import PROTOCOL_VERSION
+from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tandem_worker.service.process import serve
+from tandem_worker.service.servicer import WorkerServicer
 from tests.fake_worker import FakePendingStep, FakeRunner
-from worker_service.process import serve
-from worker_service.servicer import WorkerServicer
 
 MODULE = "tests.chaos.fake_service"
 BLOCK_SIZE = 16

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from scheduler_service.front_end import FrontEnd
-from scheduler_service.model_check import ModelCheck
-from scheduler_service.tokenizer import load_tokenizer
-from shared.config import SchedulerSettings, WorkerSettings
-from shared.errors import ConfigError, ModelError
-from worker_service.startup import build_runner
+from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
+from tandem_scheduler.model_check import ModelCheck
+from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.errors import ConfigError, ModelError
+from tandem_worker.startup import build_runner
 
 MEMORY_BYTES = 2 << 30
 """Beyond what the process has once it is ready."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import REPOSITORY
-from shared.model_folder import resolve_model
+from tandem_shared.model_folder import resolve_model
 from tests.chaos.load import MAX_FAULTS
 from tests.chaos.part import Form, Found, Part, Row
 from tests.model_factory import save_random_model
@@ -460,8 +460,8 @@ def run(*, fixed: bool, mutations: int = 0, commands: int = 0, seed: int = 0) ->
 def command_faults(folder: Path, named: Sequence[str]) -> list[str]:
     """Starts both services' real commands. One of them, at least, must refuse the folder."""
     flags: dict[str, list[str]] = {
-        "worker_service": ["--device", "cpu", "--num-threads", "1", "--num-blocks", "8"],
-        "scheduler_service": ["--worker-address", "127.0.0.1:1", "--api-server-count", "0"],
+        "tandem_worker": ["--device", "cpu", "--num-threads", "1", "--num-blocks", "8"],
+        "tandem_scheduler": ["--worker-address", "127.0.0.1:1", "--api-server-count", "0"],
     }
     faults, texts = [], []
     for module, own in flags.items():

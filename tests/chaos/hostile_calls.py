@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
-from tandem.v1 import control_pb2, engine_pb2, inference_pb2, worker_pb2
+from tandem.internal.v1 import engine_pb2, worker_pb2
+from tandem.v1 import control_pb2, inference_pb2
 from tests.chaos.hostile_bytes import draw, hostile, swept
 from tests.chaos.hostile_sessions import RPC as EXECUTE_STEPS
 from tests.chaos.statuses import ATTACH, SERVICES, request_class

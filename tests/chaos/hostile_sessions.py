@@ -20,19 +20,19 @@ from google.rpc import status_pb2
 from grpc import StatusCode
 from hypothesis import strategies as st
 
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import SchedulerConfig
-from shared.errors import InvalidPlan
-from shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_plan, unpack_ids
-from shared.step_plan import PADDING_BLOCK, NewRow, RowSampling, StepPlan, WorkerInfo
-from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import SchedulerConfig
+from tandem_shared.errors import InvalidPlan
+from tandem_shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_plan, unpack_ids
+from tandem_shared.step_plan import PADDING_BLOCK, NewRow, RowSampling, StepPlan, WorkerInfo
 from tests.builders import create_request
 from tests.chaos.hostile_bytes import draw, hostile, mutated, swept
 from tests.chaos.statuses import TABLE
 from tests.engine import Engine
 from tests.fake_worker import BrokenPlan, FakeRunner
 
-RPC = "/tandem.v1.WorkerService/ExecuteSteps"
+RPC = "/tandem.internal.v1.WorkerService/ExecuteSteps"
 WAIT_S = 30.0
 TAKEN_FROM_SCRIPT = 12
 NUM_REPEATED = 32

@@ -16,10 +16,10 @@ from pathlib import Path
 import grpc
 import psutil
 
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.session_secret import SECRET_METADATA_KEY
-from shared.step_codec import PROTOCOL_VERSION
-from tandem.v1 import engine_pb2, engine_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tandem.internal.v1 import engine_pb2, engine_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
+from tandem_shared.step_codec import PROTOCOL_VERSION
 from tests.chaos.engines import running_engine
 from tests.chaos.load import Load
 from tests.chaos.part import Form, Found, Part, Row

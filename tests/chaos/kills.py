@@ -166,7 +166,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="tandem-chaos-") as folder:
         failures = Path(folder, "failures")
         failures.touch()
-        worker = ["tests.chaos.poisoned_worker", str(failures)] if poisons else ["worker_service"]
+        worker = ["tests.chaos.poisoned_worker", str(failures)] if poisons else ["tandem_worker"]
         with (
             running_engine(worker=worker, worker_flags=worker_flags, scheduler_flags=scheduler_flags) as engine,
             ThreadPoolExecutor(1) as threads,

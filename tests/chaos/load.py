@@ -15,10 +15,10 @@ from typing import Any
 
 import grpc
 
-from shared.errors import RetryLater
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.rich_status import error_of
 from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem_shared.errors import RetryLater
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.rich_status import error_of
 from tests.chaos.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 

@@ -6,8 +6,8 @@ import time
 
 import psutil
 
-from scheduler_service.front_end_pool import MODULE as FRONT_END
 from tandem.v1 import control_pb2
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
 from tests.e2e.services import Engine
 from tests.e2e.waiting import wait_until
 

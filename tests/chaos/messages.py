@@ -25,10 +25,11 @@ import psutil
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from scheduler_service.front_end_pool import MODULE as FRONT_END
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.step_codec import decode_info
-from tandem.v1 import control_pb2, worker_pb2, worker_pb2_grpc
+from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
+from tandem.v1 import control_pb2
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.step_codec import decode_info
 from tests.chaos.engines import running_engine
 from tests.chaos.hostile_bytes import draw
 from tests.chaos.hostile_calls import Case, cases_of, draw_cases, right_messages
@@ -178,7 +179,7 @@ def _name_of(process: psutil.Process) -> str:
         return next(
             (
                 name
-                for name in (FRONT_END, "worker_service.process", "worker_service", "scheduler_service")
+                for name in (FRONT_END, "tandem_worker.service.process", "tandem_worker", "tandem_scheduler")
                 if name in line
             ),
             "other",

@@ -19,12 +19,18 @@ TIMEOUT_S = 600.0
 """A build that hangs is noticed by the tests' own timeouts, long before this."""
 FAILED = 1
 """pytest's exit status where tests ran and failed."""
+SOURCE_FOLDERS = (".", "shared", "scheduler_service", "worker_service")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
+
+
+def find(root: Path, file: str) -> Path:
+    """The file of a package, which stands in one of the tree's SOURCE_FOLDERS."""
+    return next(path for folder in SOURCE_FOLDERS if (path := root / folder / file).exists())
 
 
 def mutate(root: Path, mutation: Mutation) -> None:
     """Changes the tree. Raises ValueError where the mutation does not fit it."""
-    path = root / mutation.file
+    path = find(root, mutation.file)
     text = path.read_text()
     if text.count(mutation.old) != 1:
         raise ValueError(f"{mutation.file} has {text.count(mutation.old)} times {mutation.old!r}")
@@ -59,7 +65,8 @@ def how_it_fails(root: Path, part: str) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--tb=line", test]
     try:
         # Wide, so that pytest does not cut short what it says.
-        environment = {**os.environ, "COLUMNS": "400"}
+        python_path = os.pathsep.join(str(root / folder) for folder in SOURCE_FOLDERS)
+        environment = {**os.environ, "COLUMNS": "400", "PYTHONPATH": python_path}
         ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"no end in {TIMEOUT_S:g} s"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scheduler_service.live_request import MAX_UNREAD_BYTES
+from tandem_scheduler.front_end.live_request import MAX_UNREAD_BYTES
 from tests.chaos.crowd import Crowd, CrowdProcess, ends_of
 from tests.chaos.fairness import fairness
 from tests.chaos.fake_engine import FakeEngine, running_fake_engine

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from shared.step_plan import NewRow, StepPlan
+from tandem_shared.step_plan import NewRow, StepPlan
 from tests.e2e.wrapped_worker import WrappedRunner, main
 
 FAILS, VANISHES = "fails", "vanishes"

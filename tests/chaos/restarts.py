@@ -23,9 +23,9 @@ from typing import Any
 import grpc
 import psutil
 
-from scheduler_service.front_end_pool import MODULE as FRONT_END
-from shared.health_probe import health_status
 from tandem.v1 import control_pb2
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
+from tandem_shared.rpc.health_probe import health_status
 from tests.chaos.engines import random_model
 from tests.chaos.load import MAX_FAULTS, Ending, Load
 from tests.chaos.part import Form, Found, Part, Row
@@ -38,7 +38,7 @@ EXIT_LIMIT_S = 4.0
 """Within it a scheduler that nobody waits for ends; front ends that did not leave would be killed after 5 s."""
 SLACK_S = 1.0
 """Between what happens and what a busy client sees of it."""
-SCHEDULER, WORKER = "scheduler_service", "worker_service"
+SCHEDULER, WORKER = "tandem_scheduler", "tandem_worker"
 STREAMS_PER_CONNECTION = 3
 
 

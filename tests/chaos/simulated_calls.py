@@ -14,10 +14,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from scheduler_service.detokenizer import UNFINISHED
-from scheduler_service.servicer import InferenceServicer
-from shared.step_plan import RowSampling, WorkerInfo
 from tandem.v1 import inference_pb2
+from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.text.detokenizer import UNFINISHED
+from tandem_shared.step_plan import RowSampling, WorkerInfo
 from tests.builders import create_request
 from tests.chaos.simulated_front_end import SimulatedFrontEnd
 from tests.chaos.simulated_worker import FLAWS, Flaw, now

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from scheduler_service.core.types import FinishedSequence, StepOutputs
-from scheduler_service.engine_hub import EngineHub
-from shared.errors import (
+from tandem_scheduler.core.types import FinishedSequence, StepOutputs
+from tandem_scheduler.engine.hub import EngineHub
+from tandem_shared.errors import (
     DeadlinePassed,
     Draining,
     InvalidRequest,
@@ -250,7 +250,7 @@ class _Watcher(logging.Handler):
 
 @contextmanager
 def watched_log(world: "World") -> Iterator[None]:
-    loop, product = asyncio.get_running_loop(), logging.getLogger("scheduler_service")
+    loop, product = asyncio.get_running_loop(), logging.getLogger("tandem_scheduler")
     watcher, propagates = _Watcher(world), product.propagate
     product.addHandler(watcher)
     product.propagate = False

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from scheduler_service.core.suspects import Suspects
-from shared.errors import InvalidPlan, RequestNotFound, TandemError, WorkerFailed, WorkerUnavailable
+from tandem_scheduler.core.suspects import Suspects
+from tandem_shared.errors import InvalidPlan, RequestNotFound, TandemError, WorkerFailed, WorkerUnavailable
 from tests.chaos.simulated_calls import Call
 from tests.chaos.simulated_front_end import RemoteFrontEnd
 from tests.chaos.simulated_worker import ROW_FAULT, random_size

@@ -13,15 +13,15 @@ from unittest.mock import patch
 import grpc
 from tokenizers import Tokenizer
 
-from scheduler_service.engine import EngineState, OutputBatch
-from scheduler_service.engine_hub import Attachment, EngineHub
-from scheduler_service.engine_servicer import EngineServicer
-from scheduler_service.front_end import FrontEnd
-from scheduler_service.live_request import LiveRequest
-from scheduler_service.remote_engine import RemoteEngine
-from scheduler_service.servicer import InferenceServicer
-from scheduler_service.validation import GenerationRequest
-from shared.errors import WorkerUnavailable
+from tandem_scheduler.engine.hub import Attachment, EngineHub
+from tandem_scheduler.engine_interface import EngineState, OutputBatch
+from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.live_request import LiveRequest
+from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.validation import GenerationRequest
+from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
+from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine
+from tandem_shared.errors import WorkerUnavailable
 from tests.chaos.simulated_worker import now
 
 CONNECT_TIMEOUT_S = 30.0

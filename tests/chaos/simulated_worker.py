@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from random import Random
 from typing import Any, Protocol
 
-from scheduler_service.core.suspects import PROBE_ID
-from shared.errors import SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
-from shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
+from tandem_scheduler.core.suspects import PROBE_ID
+from tandem_shared.errors import SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
+from tandem_shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
 from tests.fake_worker import BrokenPlan, FakeRunner
 
 MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from random import Random
 from unittest.mock import patch
 
-from scheduler_service import live_request
-from scheduler_service.core.suspects import PROBE_ID
-from scheduler_service.core.types import SchedulerConfig, SequenceRequest
-from scheduler_service.engine import HEARTBEAT_S
-from scheduler_service.engine_hub import EngineHub
-from scheduler_service.engine_servicer import EngineServicer
-from scheduler_service.step_loop import StepLoop
-from shared.errors import TandemError, WorkerUnavailable
-from shared.step_plan import RowSampling, StepPlan, WorkerInfo
+from tandem_scheduler.core.suspects import PROBE_ID
+from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
+from tandem_scheduler.engine.hub import EngineHub
+from tandem_scheduler.engine.step_loop import StepLoop
+from tandem_scheduler.engine_interface import HEARTBEAT_S
+from tandem_scheduler.front_end import live_request
+from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
+from tandem_shared.errors import TandemError, WorkerUnavailable
+from tandem_shared.step_plan import RowSampling, StepPlan, WorkerInfo
 from tests.builders import worker_info
 from tests.chaos.simulated_calls import VOCAB_SIZE, Call, WrongAnswer, make_request
 from tests.chaos.simulated_checks import WatchedSink, check_books, check_end, check_error, watched_log

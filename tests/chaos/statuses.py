@@ -14,7 +14,8 @@ from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from tandem.v1 import control_pb2, engine_pb2, inference_pb2, worker_pb2
+from tandem.internal.v1 import engine_pb2, worker_pb2
+from tandem.v1 import control_pb2, inference_pb2
 
 FILES = (inference_pb2, control_pb2, engine_pb2, worker_pb2, health_pb2, reflection_pb2, channelz_pb2)
 SERVICES: dict[str, ServiceDescriptor] = {
@@ -38,9 +39,9 @@ TABLE: dict[str, set[StatusCode]] = {
     "/tandem.v1.ControlService/Abort": ALWAYS | NOT_FOUND,
     "/tandem.v1.ControlService/Drain": ALWAYS | DEADLINE,
     "/tandem.v1.ControlService/ResetPrefixCache": ALWAYS,
-    "/tandem.v1.EngineService/Attach": ALWAYS | DEADLINE,
-    "/tandem.v1.WorkerService/GetWorkerInfo": ALWAYS,
-    "/tandem.v1.WorkerService/ExecuteSteps": ALWAYS | {StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED},
+    "/tandem.internal.v1.EngineService/Attach": ALWAYS | DEADLINE,
+    "/tandem.internal.v1.WorkerService/GetWorkerInfo": ALWAYS,
+    "/tandem.internal.v1.WorkerService/ExecuteSteps": ALWAYS | {StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED},
     "/grpc.health.v1.Health/Check": ALWAYS | NOT_FOUND,
     "/grpc.health.v1.Health/Watch": ALWAYS | DEADLINE,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ALWAYS,
@@ -59,7 +60,7 @@ OF_KIND: dict[str, set[StatusCode]] = {
 }
 """Of calls that are wrong whatever their RPC is. The socket between the scheduler's processes takes compressed ones."""
 
-ATTACH = "/tandem.v1.EngineService/Attach"
+ATTACH = "/tandem.internal.v1.EngineService/Attach"
 
 MAX_SMALL_BYTES = 4096
 """A larger message may be refused for its size alone."""

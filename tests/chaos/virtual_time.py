@@ -10,7 +10,8 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from scheduler_service import servicer, step_loop
+from tandem_scheduler.engine import step_loop
+from tandem_scheduler.front_end import servicer
 
 T = TypeVar("T")
 

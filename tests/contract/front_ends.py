@@ -9,9 +9,9 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from scheduler_service.front_end_pool import MODULE
-from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.contract.services import HOST, INFERENCE, Services, StreamedOutput, read_stream, wait_until
 
 MAX_CONNECTIONS = 64

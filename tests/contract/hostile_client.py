@@ -10,9 +10,9 @@ from collections import Counter
 
 import grpc
 
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.rich_status import error_of
 from tandem.v1 import inference_pb2_grpc
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.rich_status import error_of
 from tests.contract.services import stream_request
 
 

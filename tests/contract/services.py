@@ -17,18 +17,18 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from scheduler_service.core.types import SequenceRequest
-from scheduler_service.service import SchedulerService
-from shared.config import STEP_TIMEOUT_S, SchedulerSettings
-from shared.error_interceptor import DETAILS_METADATA_KEY
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.server import Server
-from shared.step_plan import RowSampling, WorkerInfo
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tandem_scheduler.core.types import SequenceRequest
+from tandem_scheduler.service import SchedulerService
+from tandem_shared.config import STEP_TIMEOUT_S, SchedulerSettings
+from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.server import Server
+from tandem_shared.step_plan import RowSampling, WorkerInfo
+from tandem_worker.runners.runner import Runner
+from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner, expected_tokens
-from worker_service.runner import Runner
-from worker_service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 
 HOST = "127.0.0.1"
 INFERENCE = "tandem.v1.InferenceService"

@@ -8,10 +8,10 @@ from typing import TypeVar
 import grpc
 import pytest
 
-from shared.errors import Draining, InvalidRequest, RequestIdInUse, RequestNotFound
 from tandem.client import TandemClient
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_shared.errors import Draining, InvalidRequest, RequestIdInUse, RequestNotFound
 from tests.contract.services import MODEL, Services
 
 T = TypeVar("T")

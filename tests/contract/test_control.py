@@ -8,9 +8,9 @@ import threading
 import grpc
 import pytest
 
-from shared import VERSION
-from shared.step_codec import PROTOCOL_VERSION
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_shared import VERSION
+from tandem_shared.step_codec import PROTOCOL_VERSION
 from tests.contract.services import (
     CONTROL,
     INFERENCE,
@@ -178,10 +178,10 @@ async def test_stopping_ends_what_outlasts_the_grace() -> None:
 def test_a_started_scheduler_has_not_loaded_torch() -> None:
     program = """
 import asyncio, sys
-import scheduler_service.__main__
-import scheduler_service.front_end_process
-from scheduler_service.service import SchedulerService
-from shared.config import SchedulerSettings
+import tandem_scheduler.__main__
+import tandem_scheduler.processes.front_end_side.front_end_process
+from tandem_scheduler.service import SchedulerService
+from tandem_shared.config import SchedulerSettings
 
 async def start():
     service = SchedulerService(SchedulerSettings(port=0, worker_address="127.0.0.1:1", api_server_count=0))
@@ -189,7 +189,7 @@ async def start():
     await service.stop(0)
 
 asyncio.run(start())
-print(sorted({"torch", "transformers", "safetensors", "worker_service"} & sys.modules.keys()))
+print(sorted({"torch", "transformers", "safetensors", "tandem_worker"} & sys.modules.keys()))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"

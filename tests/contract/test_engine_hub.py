@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler_service.core.types import FinishReason
-from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
-from shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
+from tandem_scheduler.core.types import FinishReason
+from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
 from tests.builders import create_request
 from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
 from tests.fake_worker import FakeRunner, expected_tokens

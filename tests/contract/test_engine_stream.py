@@ -11,16 +11,16 @@ import grpc
 import numpy as np
 import pytest
 
-from scheduler_service import remote_engine
-from scheduler_service.core.types import FinishReason
-from scheduler_service.engine import EngineState, OutputBatch, SequenceEnd, Submission
-from scheduler_service.engine_codec import HANDLES, encode_outputs
-from scheduler_service.engine_servicer import EngineServicer
-from scheduler_service.remote_engine import RemoteEngine
-from shared.errors import QueueFull, SequenceFailed
-from shared.grpc_options import LOCAL_OPTIONS
-from shared.step_codec import pack_ids
-from tandem.v1 import engine_pb2, engine_pb2_grpc
+from tandem.internal.v1 import engine_pb2, engine_pb2_grpc
+from tandem_scheduler.core.types import FinishReason
+from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.processes.engine_codec import HANDLES, encode_outputs
+from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
+from tandem_scheduler.processes.front_end_side import remote_engine
+from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine
+from tandem_shared.errors import QueueFull, SequenceFailed
+from tandem_shared.rpc.grpc_options import LOCAL_OPTIONS
+from tandem_shared.step_codec import pack_ids
 from tests.builders import create_request
 from tests.contract.services import wait_until
 

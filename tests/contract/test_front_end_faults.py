@@ -10,15 +10,15 @@ from typing import Any
 import grpc
 import pytest
 
-from scheduler_service.detokenizer import TextDecoder
-from scheduler_service.front_end import FrontEnd
-from scheduler_service.servicer import InferenceServicer
-from shared.errors import InvalidRequest, TextFailed
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.text.detokenizer import TextDecoder
+from tandem_shared.errors import InvalidRequest, TextFailed
 from tests.contract.services import Services, StreamedOutput, details, model_info, stream_request, true_tokens
 from tests.fake_worker import FakeRunner
 from tests.tokenizers import embedded
-from tests.unit.test_text_encoder import PanicException, WatchedTokenizer
+from tests.unit.scheduler.front_end.test_text_encoder import PanicException, WatchedTokenizer
 
 GOOD = stream_request([4, 5, 6], 40)
 BAD = stream_request([1, 2, 3], 40)

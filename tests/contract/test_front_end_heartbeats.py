@@ -15,10 +15,10 @@ import grpc
 import psutil
 import pytest
 
-from scheduler_service import front_end_pool
-from scheduler_service.engine_servicer import EngineServicer
-from scheduler_service.front_end_pool import FrontEndPool
-from shared.errors import ConfigError
+from tandem_scheduler.processes.engine_side import front_end_pool
+from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
+from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
+from tandem_shared.errors import ConfigError
 from tests.contract.front_ends import front_end_processes, two_front_ends
 from tests.contract.services import Services, read_stream, stream_request, true_tokens, wait_until
 from tests.contract.test_front_end_processes import gated_services, reach_a_third

@@ -13,13 +13,13 @@ import pytest
 from google.rpc import status_pb2
 from tokenizers import Tokenizer
 
-from scheduler_service.live_request import MAX_TOKENS_PER_DELTA
-from scheduler_service.recorder import replay
-from scheduler_service.service import SchedulerService, default_num_front_ends
-from shared.config import SchedulerSettings
-from shared.errors import ConfigError
-from shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_scheduler.engine.recorder import replay
+from tandem_scheduler.front_end.live_request import MAX_TOKENS_PER_DELTA
+from tandem_scheduler.service import SchedulerService, default_num_front_ends
+from tandem_shared.config import SchedulerSettings
+from tandem_shared.errors import ConfigError
+from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tests.contract.front_ends import Connection, connect, front_end_processes, two_front_ends
 from tests.contract.services import (
     CONTROL,

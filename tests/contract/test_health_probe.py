@@ -27,7 +27,7 @@ def address() -> Iterator[str]:
 
 
 def probe(*arguments: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "shared.health_probe", *arguments]
+    command = [sys.executable, "-m", "tandem_shared.rpc.health_probe", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout.strip()
 

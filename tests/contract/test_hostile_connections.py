@@ -16,9 +16,9 @@ import pytest
 import pytest_asyncio
 from google.protobuf.message import Message
 
-from shared import grpc_options
-from shared.server import RESERVED_DESCRIPTORS
 from tandem.v1 import inference_pb2
+from tandem_shared.rpc import grpc_options
+from tandem_shared.rpc.server import RESERVED_DESCRIPTORS
 from tests.contract.services import HOST, WAIT_S, Services, stream_request, wait_until
 
 MAX_REQUEST_BYTES = 100_000
@@ -155,7 +155,7 @@ sys.stdin.read()
 async def test_idle_sockets_leave_descriptors_to_the_worker_link(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than the process may have descriptors; a worker that was restarted is found all the same."""
     limit = psutil.Process().num_fds() + 2 * RESERVED_DESCRIPTORS
-    monkeypatch.setattr("shared.server.raise_descriptor_limit", lambda: limit)
+    monkeypatch.setattr("tandem_shared.rpc.server.raise_descriptor_limit", lambda: limit)
     # They stay.
     monkeypatch.setattr(grpc_options, "HANDSHAKE_TIMEOUT_MS", 1000 * 2 * round(WAIT_S))
     async with Services() as services:

@@ -7,8 +7,8 @@ import grpc
 import pytest
 from tokenizers import Tokenizer
 
-from shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem.v1 import inference_pb2
+from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tests.contract.services import (
     MODEL,
     Services,

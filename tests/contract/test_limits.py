@@ -6,12 +6,12 @@ from typing import Any
 import grpc
 import pytest
 
-from scheduler_service import front_end, live_request
-from scheduler_service.servicer import MIN_TOKEN_LIMIT
-from shared.call_metadata import MAX_REPLY_BYTES_KEY
-from shared.error_interceptor import DETAILS_METADATA_KEY
 from tandem.client import REPLY_LIMIT
 from tandem.v1 import control_pb2, inference_pb2, inference_pb2_grpc
+from tandem_scheduler.front_end import front_end, live_request
+from tandem_scheduler.front_end.servicer import MIN_TOKEN_LIMIT
+from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
+from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
 from tests.contract.services import Services, model_info, read_stream, stream_request, true_tokens, violations
 from tests.fake_worker import FakeRunner
 

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2_grpc
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.contract.services import WAIT_S, Services, model_info, stream_request
 from tests.fake_worker import FakeRunner
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.grpc_options import is_local
+from tandem_shared.rpc.grpc_options import is_local
 from tests.contract.services import Services, model_info
 from tests.fake_worker import FakeRunner
 
@@ -29,7 +29,7 @@ async def test_a_local_server_and_its_worker_are_reached_without_the_proxy(monke
         commands = [
             ([sys.executable, "-c", CLIENT, f"127.0.0.1:{port}"], "embedded"),
             ([sys.executable, "-c", CLIENT, f"localhost:{port}"], "embedded"),
-            ([sys.executable, "-m", "shared.health_probe", f"127.0.0.1:{port}"], "SERVING"),
+            ([sys.executable, "-m", "tandem_shared.rpc.health_probe", f"127.0.0.1:{port}"], "SERVING"),
         ]
         for command, answer in commands:
             process = await asyncio.create_subprocess_exec(

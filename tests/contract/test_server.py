@@ -12,16 +12,16 @@ import grpc
 import pytest
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 
-from scheduler_service.service import worker_credentials
-from scheduler_service.worker_client import GrpcWorkerClient
-from shared.config import SchedulerSettings, WorkerSettings, check_tls
-from shared.errors import ConfigError, WorkerUnavailable
-from shared.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
-from shared.server import Server, server_credentials
-from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
+from tandem_scheduler.engine.worker_client import GrpcWorkerClient
+from tandem_scheduler.service import worker_credentials
+from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
+from tandem_shared.errors import ConfigError, WorkerUnavailable
+from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
+from tandem_shared.rpc.server import Server, server_credentials
+from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner
-from worker_service.servicer import SERVICE_NAME, WorkerServicer
 
 
 def make_server(**options: Any) -> Server:

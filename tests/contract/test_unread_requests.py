@@ -13,10 +13,10 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from shared import read_gate
-from shared.grpc_options import CHANNEL_OPTIONS, DEFAULT_MAX_REQUEST_BYTES
-from shared.server import MAX_SMALL_CALLS_PER_CONNECTION, READ_BYTES, SMALL_REQUEST_BYTES
 from tandem.v1 import inference_pb2
+from tandem_shared.rpc import read_gate
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS, DEFAULT_MAX_REQUEST_BYTES
+from tandem_shared.rpc.server import MAX_SMALL_CALLS_PER_CONNECTION, READ_BYTES, SMALL_REQUEST_BYTES
 from tests.contract.services import HOST, WAIT_S, Services, wait_until
 from tests.contract.test_hostile_connections import PREFACE, SETTINGS, frame
 

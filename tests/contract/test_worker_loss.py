@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import grpc
 import pytest
 
-from scheduler_service.core.suspects import MAX_FAILED_TRIALS
-from shared.step_plan import StepPlan, WorkerInfo
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS
+from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tests.contract.services import (
     CONTROL,
     INFERENCE,

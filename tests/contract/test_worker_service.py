@@ -11,18 +11,18 @@ import pytest
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shared.errors import WorkerFailed
-from shared.grpc_options import CHANNEL_OPTIONS
-from shared.rich_status import error_of, read_status
-from shared.server import Server
-from shared.session_secret import SECRET_METADATA_KEY
-from shared.step_codec import PROTOCOL_VERSION, encode_plan, unpack_ids
-from shared.step_plan import NewRow, RowSampling, StepPlan, StepResult
-from tandem.v1 import worker_pb2, worker_pb2_grpc
+from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
+from tandem_shared.errors import WorkerFailed
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.rich_status import error_of, read_status
+from tandem_shared.rpc.server import Server
+from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
+from tandem_shared.step_codec import PROTOCOL_VERSION, encode_plan, unpack_ids
+from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, StepResult
+from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
+from tandem_worker.service.session import MAX_PLANS_WAITING
 from tests.builders import worker_info
 from tests.fake_worker import FakeRunner
-from worker_service.servicer import SERVICE_NAME, WorkerServicer
-from worker_service.session import MAX_PLANS_WAITING
 
 WAIT_S = 10
 
@@ -278,7 +278,7 @@ async def test_an_impossible_plan_ends_the_session(worker: Worker, plan: StepPla
 
 
 async def test_bytes_that_are_no_message_end_the_session(worker: Worker) -> None:
-    call: Any = worker.channel.stream_stream("/tandem.v1.WorkerService/ExecuteSteps")()
+    call: Any = worker.channel.stream_stream("/tandem.internal.v1.WorkerService/ExecuteSteps")()
     await call.write(b"\xff\xff")
     assert await status_of(call) == grpc.StatusCode.INVALID_ARGUMENT
     await worker.open()

@@ -5,7 +5,7 @@ MARKER is not there, and makes it, so that the next worker does not fail.
 import sys
 from typing import Any
 
-from shared.step_plan import StepPlan
+from tandem_shared.step_plan import StepPlan
 from tests.e2e.wrapped_worker import WrappedRunner, main
 
 FAILING_STEP = 30

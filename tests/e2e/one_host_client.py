@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc
 
-from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2_grpc
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.e2e.services import Service, Stream, wait_ready
 from tests.e2e.test_tensor_parallel import make_requests
 
@@ -18,7 +18,7 @@ def main(address: str, folder: str, secret_file: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         flags = ["--model", folder, "--tokenizer", "embedded", "--worker-address", address, "--api-server-count", "0"]
         flags += ["--session-secret-file", secret_file]
-        scheduler = Service("scheduler_service", flags, Path(name))
+        scheduler = Service("tandem_scheduler", flags, Path(name))
         try:
             scheduler.wait_listening()
             with grpc.insecure_channel(scheduler.address, CHANNEL_OPTIONS) as channel:

@@ -19,16 +19,16 @@ import numpy as np
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.e2e.hosts import Host
 from tests.e2e.link import Link
 from tests.e2e.waiting import WAIT_S, wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 INFERENCE = "tandem.v1.InferenceService"
-WORKER = "tandem.v1.WorkerService"
-SERVING = ("worker_service.process", "--serve")
+WORKER = "tandem.internal.v1.WorkerService"
+SERVING = ("tandem_worker.service.process", "--serve")
 """Words of a command line that is a worker's own process, not its supervisor: the real one's module, or a flag of the
 tests' own workers.
 """
@@ -132,7 +132,7 @@ class Engine:
         scheduler_flags: Sequence[str] = (),
         dtype: str = "float64",
         link: Link | None = None,
-        worker: Sequence[str] = ("worker_service",),
+        worker: Sequence[str] = ("tandem_worker",),
         worker_host: Host | None = None,
     ) -> None:
         """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags.
@@ -153,7 +153,7 @@ class Engine:
             self.worker.wait_listening()
             worker_address = link.listen(self.worker.port) if link else self.worker.address
             flags = [*common, *tokenizer, "--worker-address", worker_address, *scheduler_flags]
-            self.scheduler = Service("scheduler_service", flags, folder)
+            self.scheduler = Service("tandem_scheduler", flags, folder)
             self.connect()
         except BaseException:
             self.close()

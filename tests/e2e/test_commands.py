@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shared.errors import ConfigError, InvalidRequest, WorkerUnavailable
 from tandem import LLM, SamplingParams, TandemClient
 from tandem.v1.control_pb2 import WORKER_STATE_READY
+from tandem_shared.errors import ConfigError, InvalidRequest, WorkerUnavailable
 from tests.e2e.services import serving_process
 from tests.e2e.waiting import WAIT_S, wait_until
 
@@ -210,7 +210,7 @@ def test_llm_refuses_unknown_settings() -> None:
 
 def test_the_scheduler_never_loads_torch() -> None:
     code = (
-        "import sys; import scheduler_service.__main__, scheduler_service.service, tandem.client; "
+        "import sys; import tandem_scheduler.__main__, tandem_scheduler.service, tandem.client; "
         "print([name for name in ('torch', 'transformers', 'safetensors') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,8 +14,8 @@ import grpc
 import psutil
 import pytest
 
-from shared.health_probe import health_status
 from tandem import SamplingParams, TandemClient
+from tandem_shared.rpc.health_probe import health_status
 from tests.e2e.conftest import StartEngine
 from tests.e2e.services import INFERENCE, REPOSITORY, Engine
 from tests.e2e.waiting import WAIT_S, wait_until

@@ -7,9 +7,9 @@ import grpc
 import psutil
 import pytest
 
-from scheduler_service.front_end_pool import MODULE
-from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.e2e.conftest import VOCAB_SIZE, StartEngine
 from tests.e2e.services import Engine, Stream, generate_request, random_prompt
 from tests.e2e.waiting import WAIT_S, wait_until

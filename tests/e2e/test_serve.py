@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shared.config import SchedulerSettings, WorkerSettings
-from shared.health_probe import health_status
-from shared.private_folder import LOCK_NAME, PrivateFolder
 from tandem import SamplingParams, TandemClient, processes
 from tandem.processes import ServiceFailed, Services
+from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.host.private_folder import LOCK_NAME, PrivateFolder
+from tandem_shared.rpc.health_probe import health_status
 from tests.e2e.services import WORKER, serving_process
 from tests.e2e.waiting import wait_until
 
@@ -70,7 +70,7 @@ def test_stopping_lets_running_requests_end_within_the_drain_grace(monkeypatch: 
 
 def test_a_worker_that_never_listens_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hanging.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     before = psutil.Process().children()
     services = Services(WorkerSettings(port=0), SchedulerSettings(port=0), None, ["hanging"], start_timeout_s=0.5)
     with pytest.raises(ServiceFailed, match=r"hanging does not listen after 0\.5 s"):
@@ -96,7 +96,7 @@ def test_folders_of_services_that_were_killed_are_removed_at_the_next_start(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     code = (
-        "from shared.config import *; from tandem.processes import Services; import os, signal\n"
+        "from tandem_shared.config import *; from tandem.processes import Services; import os, signal\n"
         "with Services(WorkerSettings(port=0, tp_size=2), SchedulerSettings(port=0, api_server_count=1)):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )

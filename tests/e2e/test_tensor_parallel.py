@@ -188,7 +188,7 @@ def test_a_port_that_is_taken_ends_all_ranks(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags = ["--model", str(folder), "--device", "cpu", "--num-threads", "1", "--tp-size", "2"]
         process = subprocess.run(
-            [sys.executable, "-m", "worker_service", *flags, "--port", str(taken.getsockname()[1])],
+            [sys.executable, "-m", "tandem_worker", *flags, "--port", str(taken.getsockname()[1])],
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
@@ -209,7 +209,7 @@ def test_a_group_that_cannot_be_is_refused(
     flags: list[str], environment: dict[str, str], problem: str, folder: Path
 ) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "worker_service", "--model", str(folder), "--device", "cpu", *flags],
+        [sys.executable, "-m", "tandem_worker", "--model", str(folder), "--device", "cpu", *flags],
         cwd=REPOSITORY,
         env={**os.environ, **environment},
         capture_output=True,
@@ -275,7 +275,7 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
             command = [
                 *enter.split(), sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
                 "--node-rank", str(number), "--master-addr", "10.99.0.1", "--master-port", "29400",
-                "--module", "worker_service", "--model", str(folder), "--device", "cpu", "--dtype", "float64",
+                "--module", "tandem_worker", "--model", str(folder), "--device", "cpu", "--dtype", "float64",
                 "--num-threads", "1", "--num-blocks", "40", "--tp-size", "2", "--host", "10.99.0.1", "--port", "0",
                 "--port-file", str(port_file), "--session-secret-file", str(secret_file),
             ]  # fmt: skip

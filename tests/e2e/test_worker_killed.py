@@ -10,8 +10,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from shared.grpc_options import CHANNEL_OPTIONS
 from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.e2e.conftest import VOCAB_SIZE, StartEngine
 from tests.e2e.services import (
     INFERENCE,
@@ -173,7 +173,7 @@ def test_a_step_that_fails_ends_the_worker_which_says_why_and_is_started_again(
     try:
         worker.wait_listening()
         address = ["--worker-address", worker.address]
-        scheduler = Service("scheduler_service", [*flags[:2], "--tokenizer", "embedded", *address], tmp_path)
+        scheduler = Service("tandem_scheduler", [*flags[:2], "--tokenizer", "embedded", *address], tmp_path)
         scheduler.wait_listening()
         with grpc.insecure_channel(scheduler.address, CHANNEL_OPTIONS) as channel:
             wait_ready(channel)

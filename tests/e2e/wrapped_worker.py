@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shared.config import WorkerSettings, read_command_line
-from shared.log import configure_logging
-from shared.step_plan import StepPlan, WorkerInfo
-from shared.supervisor import Supervisor
+from tandem_shared.config import WorkerSettings, read_command_line
+from tandem_shared.host.log import configure_logging
+from tandem_shared.host.supervisor import Supervisor
+from tandem_shared.step_plan import StepPlan, WorkerInfo
 
 SERVE = "--serve"
 """The first argument of a process that is the worker, not its supervisor."""
@@ -47,8 +47,8 @@ def main(module: str, wrap: Callable[[Any, Path], WrappedRunner]) -> int:
     if arguments[0] != SERVE:
         configure_logging("info")
         return Supervisor("worker", [sys.executable, "-m", module, SERVE, *arguments]).run()
-    from worker_service.process import run
-    from worker_service.servicer import WorkerServicer
+    from tandem_worker.service.process import run
+    from tandem_worker.service.servicer import WorkerServicer
 
     _, file, *flags = arguments
     settings = read_command_line(WorkerSettings, module, "", flags)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from worker_service.kernels.all_reduce import MAX_PROGRAMS, VALUES_PER_BLOCK, InboxAllReduce, inbox_words
-from worker_service.peer_memory import KERNEL_BYTES
-from worker_service.shard import Shard
+from tandem_worker.kernels.all_reduce import MAX_PROGRAMS, VALUES_PER_BLOCK, InboxAllReduce, inbox_words
+from tandem_worker.ranks.peer_memory import KERNEL_BYTES
+from tandem_worker.ranks.shard import Shard
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.teacher_forcing import relative_errors, teacher_forced_logits
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import SchedulerConfig, SequenceRequest
-from shared.config import WorkerSettings
-from shared.step_plan import RowSampling
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
+from tandem_shared.config import WorkerSettings
+from tandem_shared.step_plan import RowSampling
+from tandem_worker.runners.sampler import gumbel_noise
+from tandem_worker.runners.torch_runner import TorchRunner
+from tandem_worker.startup import build_runner
 from tests.engine import run
 from tests.model_factory import save_random_model
-from worker_service.model_runner import ModelRunner
-from worker_service.sampler import gumbel_noise
-from worker_service.startup import build_runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ pytestmark = [
 NUM_REQUESTS = 24
 
 
-def make_runner(folder: Path, dtype: str, device: str = "cuda", num_blocks: int = 512) -> ModelRunner:
+def make_runner(folder: Path, dtype: str, device: str = "cuda", num_blocks: int = 512) -> TorchRunner:
     settings = WorkerSettings(
         model=str(folder),
         dtype=dtype,

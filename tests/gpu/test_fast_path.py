@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu_exactness import FAILED, SAME, Request, judge_output, measure_logit_error
 from benchmarks.teacher_forcing import ForcedText, logits_through_plans, relative_errors, teacher_forced_logits
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import SchedulerConfig, SequenceRequest, StepOutputs
-from shared.config import WorkerSettings
-from shared.step_codec import encode_plan
-from shared.step_plan import RowSampling, StepPlan
-from tandem.v1 import worker_pb2
+from tandem.internal.v1 import worker_pb2
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest, StepOutputs
+from tandem_shared.config import WorkerSettings
+from tandem_shared.step_codec import encode_plan
+from tandem_shared.step_plan import RowSampling, StepPlan
+from tandem_worker.runners.cuda_runner import CudaRunner
+from tandem_worker.runners.runner import Runner
+from tandem_worker.runners.torch_runner import TorchRunner
+from tandem_worker.startup import build_runner
 from tests.engine import Engine
 from tests.model_factory import save_random_model
-from worker_service.cuda_runner import CudaRunner
-from worker_service.model_runner import ModelRunner
-from worker_service.runner import Runner
-from worker_service.startup import build_runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -245,12 +245,12 @@ def test_logits_match_transformers_and_plain_torch(enforce_eager: bool, usual_fo
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("auto", CudaRunner), ("bfloat16", CudaRunner), ("float32", ModelRunner)]
+    ("dtype", "expected"), [("auto", CudaRunner), ("bfloat16", CudaRunner), ("float32", TorchRunner)]
 )
 def test_the_fast_runner_is_taken_where_it_can_run(dtype: str, expected: type, folder: Path) -> None:
     runner = make_runner(folder, dtype=dtype, kernels="auto", enforce_eager=True)
     assert type(runner) is expected
-    assert runner.info.dtype == ("float32" if expected is ModelRunner else "bfloat16")
+    assert runner.info.dtype == ("float32" if expected is TorchRunner else "bfloat16")
 
 
 def test_the_pool_is_measured_beside_the_graphs_and_leaves_memory(folder: Path) -> None:

@@ -15,15 +15,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import Load, SchedulerConfig, SequenceRequest
-from shared.config import WorkerSettings
-from shared.step_plan import RowSampling, StepPlan
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import Load, SchedulerConfig, SequenceRequest
+from tandem_shared.config import WorkerSettings
+from tandem_shared.step_plan import RowSampling, StepPlan
+from tandem_worker.runners.runner import PendingStep
+from tandem_worker.runners.torch_runner import TorchRunner
+from tandem_worker.startup import build_runner
 from tests.engine import run
 from tests.model_factory import save_random_model
-from worker_service.model_runner import ModelRunner
-from worker_service.runner import PendingStep
-from worker_service.startup import build_runner
 
 NUM_REQUESTS = 64
 NUM_OUTPUT_TOKENS = 40
@@ -122,7 +122,7 @@ def make_requests(vocab_size: int) -> list[SequenceRequest]:
 class CountingRunner:
     """The real runner, and how many rows were added to it: those past one a request are resumes."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: TorchRunner) -> None:
         self.info = runner.info
         self.reset = runner.reset
         self.num_added = 0
@@ -154,7 +154,7 @@ def execute(folder: Path, case: Case, requests: list[SequenceRequest]) -> tuple[
     return outputs, scheduler.load(), runner.num_added - len(requests)
 
 
-def make_runner(folder: Path, block_size: int, num_blocks: int) -> ModelRunner:
+def make_runner(folder: Path, block_size: int, num_blocks: int) -> TorchRunner:
     settings = WorkerSettings(
         model=str(folder),
         dtype="float64",

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from worker_service.kernels import all_reduce as all_reduce_module
-from worker_service.kernels.all_reduce import VALUES_PER_BLOCK, Barrier, InboxAllReduce, inbox_words
-from worker_service.peer_memory import CopyAllReduce
-from worker_service.shard import Shard
+from tandem_worker.kernels import all_reduce as all_reduce_module
+from tandem_worker.kernels.all_reduce import VALUES_PER_BLOCK, Barrier, InboxAllReduce, inbox_words
+from tandem_worker.ranks.peer_memory import CopyAllReduce
+from tandem_worker.ranks.shard import Shard
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter's; tests/gpu has the compiled kernels"

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from worker_service.kernels import decode_attention as decode_attention_module
-from worker_service.kernels.decode_attention import DecodeAttention
-from worker_service.kernels.experts import mix_experts_grouped
-from worker_service.kernels.linear import SKINNY_OUTPUTS, few_token_linear, is_skinny, skinny_linear
-from worker_service.kernels.norm import rms_norm, silu_mul
-from worker_service.kernels.prefill_attention import cut_tiles, prefill_attention
-from worker_service.kernels.step_input import begin_decode, embed
-from worker_service.kernels.store_kv import store_kv
-from worker_service.layers.rotary import apply_rotary
-from worker_service.shard import Shard
+from tandem_worker.kernels import decode_attention as decode_attention_module
+from tandem_worker.kernels.decode_attention import DecodeAttention
+from tandem_worker.kernels.experts import mix_experts_grouped
+from tandem_worker.kernels.linear import SKINNY_OUTPUTS, few_token_linear, is_skinny, skinny_linear
+from tandem_worker.kernels.norm import rms_norm, silu_mul
+from tandem_worker.kernels.prefill_attention import cut_tiles, prefill_attention
+from tandem_worker.kernels.step_input import begin_decode, embed
+from tandem_worker.kernels.store_kv import store_kv
+from tandem_worker.layers.rotary import apply_rotary
+from tandem_worker.ranks.shard import Shard
 
 EPS = 1e-6
 ON_GPU = torch.cuda.is_available()

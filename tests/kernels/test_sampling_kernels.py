@@ -1,13 +1,13 @@
-"""The sampling kernels against worker_service/sampler.py, the plain reference."""
+"""The sampling kernels against tandem_worker/runners/sampler.py, the plain reference."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from worker_service.kernels.sampling import MAX_TOP_K, SamplingKernels
-from worker_service.sampler import SamplingRows, sample
-from worker_service.shard import Shard
+from tandem_worker.kernels.sampling import MAX_TOP_K, SamplingKernels
+from tandem_worker.ranks.shard import Shard
+from tandem_worker.runners.sampler import SamplingRows, sample
 
 VOCAB = 5000
 # The interpreter's numpy warns of -inf - -inf, which the kernels allow for.

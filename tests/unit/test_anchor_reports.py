@@ -1,7 +1,8 @@
 """What users of other engines ran into, each a test of ours. The docstrings name the reports.
 
 Here are those that concern scheduling, against the core with the fake worker. The others:
-- greedy forbidden (nano-vllm #249), no top-k and top-p (#260): unit/worker/test_sampler.py, identity/test_identity.py
+- greedy forbidden (nano-vllm #249), no top-k and top-p (#260):
+  unit/worker/runners/test_sampler.py, identity/test_identity.py
 - no serving (nano-vllm #5, #244): contract/test_inference.py, e2e/test_grpcurl.py
 - generation that goes on after the client has gone (mini-sglang #15, SGLang #37833):
   contract/test_streaming.py::test_a_cancelled_call_leaves_nothing_behind,
@@ -19,9 +20,9 @@ Here are those that concern scheduling, against the core with the fake worker. T
 
 import pytest
 
-from scheduler_service.core.scheduler import Scheduler
-from scheduler_service.core.types import FinishReason, SchedulerConfig
-from shared.errors import InvalidRequest
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import FinishReason, SchedulerConfig
+from tandem_shared.errors import InvalidRequest
 from tests.builders import create_request, create_requests, worker_info
 from tests.engine import Engine, run
 from tests.fake_worker import FakeRunner, expected_tokens

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.teacher_forcing import teacher_forced_logits
-from shared.errors import ConfigError, ModelError
+from tandem_shared.errors import ConfigError, ModelError
+from tandem_worker.runners.batch import Batch
+from tandem_worker.startup import _largest_step
 from tests.builders import worker_info
 from tests.model_factory import save_random_model
-from tests.unit.worker.test_exactness import make_runner
-from worker_service.batch import Batch
-from worker_service.startup import _largest_step
+from tests.unit.worker.runners.test_exactness import make_runner
 
 
 @pytest.mark.parametrize(

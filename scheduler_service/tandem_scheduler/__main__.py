@@ -1,0 +1,49 @@
+"""tandem-scheduler: the scheduler service as a process."""
+
+import asyncio
+import logging
+import sys
+
+from tandem_scheduler.service import SchedulerService
+from tandem_shared.config import SchedulerSettings, read_command_line
+from tandem_shared.errors import ConfigError, ModelError
+from tandem_shared.host.log import configure_logging
+from tandem_shared.host.process import leave
+from tandem_shared.rpc.server import StopSignals, write_port_file
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: SchedulerSettings) -> None:
+    service = SchedulerService(settings)
+    signals = StopSignals()
+    stopped = asyncio.create_task(signals.first.wait())
+    starting = asyncio.create_task(service.start())
+    await asyncio.wait([stopped, starting], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    write_port_file(settings.port_file, starting.result())
+    failed = asyncio.create_task(service.wait())
+    await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
+    logger.info("stopping")
+    await service.stop(settings.drain_grace_s, signals.second, ends_process=True)
+    has_failed = failed.done() and not failed.cancelled()
+    if has_failed:
+        logger.critical("the step loop failed", exc_info=failed.exception())
+    leave(int(has_failed))
+
+
+def main() -> None:
+    settings = read_command_line(SchedulerSettings, "tandem-scheduler", "Schedules requests onto a worker service.")
+    configure_logging(settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except (ConfigError, ModelError) as error:
+        print(f"tandem-scheduler: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

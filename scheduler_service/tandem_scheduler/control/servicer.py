@@ -1,0 +1,82 @@
+"""The control RPCs: what an operator asks of a running scheduler service. Answered in the step loop's process."""
+
+import dataclasses
+import time
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from tandem.v1 import control_pb2, control_pb2_grpc
+from tandem_scheduler.engine.hub import EngineHub
+from tandem_scheduler.front_end.validation import check_request_id
+from tandem_shared.errors import WorkerUnavailable
+from tandem_shared.step_codec import PROTOCOL_VERSION
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class ControlServicer(control_pb2_grpc.ControlServiceServicer):
+    def __init__(self, hub: EngineHub, served_model: str, version: str) -> None:
+        self._hub = hub
+        self._served_model = served_model
+        self._version = version
+        self._started = time.monotonic()
+
+    async def GetServerInfo(
+        self, request: control_pb2.GetServerInfoRequest, context: Context
+    ) -> control_pb2.GetServerInfoResponse:
+        step_loop = self._hub.step_loop
+        if step_loop.is_connected:
+            state = control_pb2.WORKER_STATE_READY
+        elif step_loop.worker is None:
+            state = control_pb2.WORKER_STATE_CONNECTING
+        else:
+            state = control_pb2.WORKER_STATE_LOST
+        uptime = Duration()
+        uptime.FromMilliseconds(round((time.monotonic() - self._started) * 1000))
+        return control_pb2.GetServerInfoResponse(
+            version=self._version,
+            protocol_version=PROTOCOL_VERSION,
+            worker_state=state,
+            uptime=uptime,
+            draining=self._hub.is_draining,
+        )
+
+    async def GetModelInfo(
+        self, request: control_pb2.GetModelInfoRequest, context: Context
+    ) -> control_pb2.GetModelInfoResponse:
+        worker = self._hub.step_loop.worker
+        if worker is None:
+            raise WorkerUnavailable("no worker has been seen yet")
+        return control_pb2.GetModelInfoResponse(
+            model=self._served_model,
+            fingerprint=worker.fingerprint,
+            dtype=worker.dtype,
+            vocab_size=worker.vocab_size,
+            max_model_len=worker.max_model_len,
+            eos_token_ids=worker.eos_token_ids,
+        )
+
+    async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
+        scheduler = self._hub.step_loop.scheduler
+        if scheduler is None:
+            return control_pb2.GetLoadResponse()
+        values = dataclasses.asdict(scheduler.load())
+        return control_pb2.GetLoadResponse(block_size_tokens=values.pop("block_size"), **values)
+
+    async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
+        check_request_id(request.request_id)
+        self._hub.abort(request.request_id)
+        return control_pb2.AbortResponse()
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        await self._hub.drain()
+        return control_pb2.DrainResponse()
+
+    async def ResetPrefixCache(
+        self, request: control_pb2.ResetPrefixCacheRequest, context: Context
+    ) -> control_pb2.ResetPrefixCacheResponse:
+        scheduler = self._hub.step_loop.scheduler
+        count = scheduler.reset_prefix_cache() if scheduler is not None else 0
+        return control_pb2.ResetPrefixCacheResponse(num_forgotten_blocks=count)

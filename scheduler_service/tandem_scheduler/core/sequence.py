@@ -1,0 +1,137 @@
+"""A sequence, its states, and the one table of legal transitions. Knows nothing of what rows and blocks hold."""
+
+from array import array
+from enum import Enum, auto
+
+from tandem_scheduler.core.block_manager import CachedBlock
+from tandem_scheduler.core.types import SequenceRequest
+
+
+class SequenceState(Enum):
+    WAITING = auto()
+    """New or preempted: holds no row and no blocks."""
+    RUNNING = auto()
+    """Holds a row and blocks; every further step may compute it."""
+    DRAINING = auto()
+    """Planned to its full length, row and blocks given back; its last results are under way."""
+    FINISHED = auto()
+
+
+TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
+    SequenceState.WAITING: frozenset({SequenceState.RUNNING, SequenceState.FINISHED}),
+    SequenceState.RUNNING: frozenset({SequenceState.WAITING, SequenceState.DRAINING, SequenceState.FINISHED}),
+    SequenceState.DRAINING: frozenset({SequenceState.WAITING, SequenceState.FINISHED}),
+    SequenceState.FINISHED: frozenset(),
+}
+
+
+class IllegalTransition(AssertionError):
+    """The scheduler moved a sequence in a way that TRANSITIONS doesn't have. A bug of ours."""
+
+
+class Sequence:
+    """The scheduler's unit: one prompt, one output. token_ids holds the prompt and the confirmed output."""
+
+    __slots__ = (
+        "arrival",
+        "block_keys",
+        "block_table",
+        "former_block_table",
+        "loss_streak",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_outstanding",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_trial_losses",
+        "parent_block",
+        "proven_len",
+        "request",
+        "row",
+        "sequence_id",
+        "state",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(self, request: SequenceRequest, arrival: int) -> None:
+        self.request = request
+        self.sequence_id = request.sequence_id
+        self.stop_token_ids = request.stop_token_ids
+        self.arrival = arrival
+        self.state = SequenceState.WAITING
+        self.token_ids = array("i", request.prompt_token_ids.tolist())
+        self.num_prompt_tokens = len(self.token_ids)
+        # Of the first admission; None before it.
+        self.num_cached_tokens: int | None = None
+        # Results planned before a preemption that are still under way.
+        self.num_outstanding = 0
+        # Worker losses at which the sequence was present, and those of its own trials, without proving itself in
+        # between: core/suspects.py has the rules.
+        self.loss_streak = 0
+        self.num_trial_losses = 0
+        self.proven_len = 0
+        # Hash chain over the full blocks of token_ids, as far as it was needed.
+        self.block_keys: list[int] = []
+        self.row = -1
+        self.block_table: list[int] = []
+        # The table of its last row, which steps in flight may still write.
+        self.former_block_table: list[int] = []
+        # Scheduled, of the tokens known when it entered; a decoding row's count is in the scheduler's arrays.
+        self.num_computed_tokens = 0
+        self.num_registered_blocks = 0
+        self.parent_block: CachedBlock | None = None
+
+    def enter_row(self, row: int, block_table: list[int], num_computed_tokens: int) -> None:
+        self.move_to(SequenceState.RUNNING)
+        self.row = row
+        self.block_table = block_table
+        self.former_block_table = []
+        self.num_computed_tokens = num_computed_tokens
+
+    def leave_row(self) -> None:
+        self.row = -1
+        self.former_block_table = self.block_table
+        self.block_table = []
+        self.num_computed_tokens = 0
+        self.num_registered_blocks = 0
+        self.parent_block = None
+
+    def start_probation(self, num_in_flight: int) -> None:
+        """Until it gets past all tokens that may be under way at once, nothing shows that it can be computed."""
+        if self.loss_streak and self.is_proven:
+            self.loss_streak = self.num_trial_losses = 0
+        self.proven_len = len(self.token_ids) + num_in_flight
+
+    def note_loss(self, num_in_flight: int) -> None:
+        """The worker was lost while it held this sequence."""
+        self.start_probation(num_in_flight)
+        self.loss_streak += 1
+        self.num_outstanding = 0
+
+    def move_to(self, state: SequenceState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"sequence {self.sequence_id}: {self.state.name} -> {state.name}")
+        self.state = state
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts by who goes first: lower priority value, then earlier arrival. The last is preempted first."""
+        return self.request.priority, self.arrival
+
+    @property
+    def max_len(self) -> int:
+        return self.num_prompt_tokens + self.request.max_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_proven(self) -> bool:
+        """It got past the tokens at which it was admitted, so it is not what takes workers down."""
+        return len(self.token_ids) > self.proven_len
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.loss_streak >= 2 and not self.is_proven

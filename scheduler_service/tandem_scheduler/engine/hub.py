@@ -1,0 +1,278 @@
+"""The live requests of all front ends: the step loop's one sink, and the engine that each front end holds.
+
+Request ids are unique here, drain and abort reach every front end. Knows the step loop and plain data; nothing of text,
+calls or processes.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from tandem_scheduler.core.types import FinishedSequence, FinishReason, StepOutputs
+from tandem_scheduler.engine.step_loop import StepLoop
+from tandem_scheduler.engine_interface import (
+    EngineListener,
+    EngineState,
+    OutputBatch,
+    SequenceEnd,
+    Submission,
+    hand_on,
+    tell_state,
+)
+from tandem_shared.errors import (
+    DeadlinePassed,
+    Draining,
+    ProtocolError,
+    RequestIdInUse,
+    RequestNotFound,
+    SequenceFailed,
+    TandemError,
+    WorkerUnavailable,
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    request_id: str
+    sequences: list["_Sequence"] = field(default_factory=list)
+    num_live: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    sequence_id: int
+    handle: int
+    request: _Request
+    attachment: "Attachment"
+    # Of the core, once it has ended there.
+    num_output_tokens: int | None = None
+
+
+class EngineHub:
+    """The step loop's sink. A request is live until its sequences end, and open until its front end closes it."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self._is_ready = False
+        self._attachments: list[Attachment] = []
+        # Live ones alone.
+        self._requests: dict[str, _Request] = {}
+        self._sequences: dict[int, _Sequence] = {}
+        self._sequence_ids = itertools.count()
+        self._num_open = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        # Given by connect(); the two know each other.
+        self._step_loop: StepLoop | None = None
+
+    def connect(self, step_loop: StepLoop) -> None:
+        self._step_loop = step_loop
+
+    @property
+    def step_loop(self) -> StepLoop:
+        assert self._step_loop is not None, "connect() comes first"
+        return self._step_loop
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState(self.step_loop.worker, self._is_ready, self.is_draining)
+
+    def attach(self, listener: EngineListener, is_gone: Callable[[], bool] = lambda: False) -> "Attachment":
+        """The engine for one more front end. is_gone: whether that has ended, though it is not detached yet."""
+        attachment = Attachment(self, listener, is_gone)
+        self._attachments.append(attachment)
+        return attachment
+
+    def detach(self, attachment: "Attachment") -> None:
+        """A front end is gone: closes all of its requests."""
+        self._attachments.remove(attachment)
+        for first_handle in list(attachment.requests):
+            attachment.close_request(first_handle)
+
+    # For the operator
+
+    def abort(self, request_id: str) -> None:
+        """Ends a live request's choices with ABORT."""
+        request = self._requests.get(request_id)
+        if request is None:
+            raise RequestNotFound(f"no live request has the id {request_id!r}")
+        ended = [self.step_loop.abort(sequence.sequence_id) for sequence in request.sequences]
+        self.on_finished([end for end in ended if end is not None])
+
+    async def drain(self) -> None:
+        """Refuses new requests; returns when the open ones are closed."""
+        self.is_draining = True
+        await self._tell_state()
+        await self._is_idle.wait()
+
+    def end_all(self, error: TandemError) -> None:
+        """Every live request ends with an error."""
+        self._fail(list(self._sequences), error)
+
+    # The step loop's sink
+
+    def on_outputs(self, outputs: StepOutputs) -> None:
+        sequences = self._sequences
+        for sequence_id, token_id in zip(outputs.sequence_ids, outputs.token_ids, strict=True):
+            sequence = sequences[sequence_id]
+            pending = sequence.attachment.pending
+            pending.token_handles.append(sequence.handle)
+            pending.token_ids.append(token_id)
+        for sequence_id, report in outputs.logprobs.items():
+            sequence = sequences[sequence_id]
+            sequence.attachment.pending.logprobs.append((sequence.handle, report))
+        self.on_finished(outputs.finished)
+
+    def on_finished(self, finished: list[FinishedSequence]) -> None:
+        for end in finished:
+            sequence = self._sequences[end.sequence_id]
+            sequence.num_output_tokens = end.num_output_tokens
+            error = _error_of(end)
+            reason = end.reason if error is None else FinishReason.ERROR
+            self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
+        self._flush()
+
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        for end in finished:
+            if (sequence := self._sequences.get(end.sequence_id)) is not None:
+                sequence.num_output_tokens = end.num_output_tokens
+        lost = [*sequence_ids, *(end.sequence_id for end in finished)]
+        self._fail(lost, SequenceFailed("its outputs could not be handed on"))
+
+    def on_worker_gone(self, error: WorkerUnavailable) -> None:
+        self.end_all(error)
+
+    async def on_readiness(self, is_ready: bool) -> None:
+        self._is_ready = is_ready
+        await self._tell_state()
+
+    # For the attachments
+
+    def open(self, attachment: "Attachment", submission: Submission) -> None:
+        request_id, first = submission.request_id, submission.first
+        if self.is_draining:
+            raise Draining("the server is draining")
+        handles = range(submission.first_handle, submission.first_handle + submission.num_choices)
+        if not attachment.sequences.keys().isdisjoint(handles):
+            raise ProtocolError("a front end gave a sequence's handle to another one")
+        if (holder := self._requests.get(request_id)) is not None:
+            first_sequence = holder.sequences[0]
+            if not first_sequence.attachment.is_gone():
+                raise RequestIdInUse(f"request {request_id!r} is live")
+            # Its client has seen the end of its front end before the engine did, and tries again.
+            first_sequence.attachment.close_request(first_sequence.handle)
+        worker = self.step_loop.worker
+        if worker is not None and worker.fingerprint != submission.fingerprint:
+            raise WorkerUnavailable("the worker came to have another model while the request was checked")
+        choices = [
+            replace(first, sequence_id=next(self._sequence_ids), sampling=replace(first.sampling, choice_index=index))
+            for index in range(submission.num_choices)
+        ]
+        self.step_loop.submit(choices)
+        request = _Request(request_id, num_live=len(choices))
+        for handle, choice in zip(handles, choices, strict=True):
+            sequence = _Sequence(choice.sequence_id, handle, request, attachment)
+            request.sequences.append(sequence)
+            attachment.sequences[handle] = self._sequences[choice.sequence_id] = sequence
+        attachment.requests[submission.first_handle] = self._requests[request_id] = request
+        self._num_open += 1
+        self._is_idle.clear()
+
+    def stop(self, sequence: _Sequence, num_output_tokens: int) -> None:
+        finished = self.step_loop.stop(sequence.sequence_id, num_output_tokens)
+        if finished is not None:
+            self.on_finished([finished])
+        elif sequence.num_output_tokens is not None:
+            num_left = min(num_output_tokens, sequence.num_output_tokens)
+            self.step_loop.discount(sequence.num_output_tokens - num_left)
+            sequence.num_output_tokens = num_left
+
+    def abort_sequence(self, sequence: _Sequence | None) -> None:
+        """A front end could not take its outputs."""
+        if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:
+            self.step_loop.abort(sequence.sequence_id)
+            self._forget(sequence)
+
+    def close_request(self, attachment: "Attachment", first_handle: int) -> None:
+        request = attachment.requests.pop(first_handle, None)
+        if request is None:
+            return
+        for sequence in request.sequences:
+            del attachment.sequences[sequence.handle]
+            self.abort_sequence(sequence)
+        self._num_open -= 1
+        if not self._num_open:
+            self._is_idle.set()
+
+    def _fail(self, sequence_ids: list[int], error: TandemError) -> None:
+        """Ends with an error those of the sequences that are live."""
+        for sequence_id in sequence_ids:
+            if (sequence := self._sequences.get(sequence_id)) is not None:
+                # A stop that a front end finds in what it has is still to count.
+                if (ended := self.step_loop.abort(sequence_id)) is not None:
+                    sequence.num_output_tokens = ended.num_output_tokens
+                self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
+        self._flush()
+
+    def _end(self, sequence: _Sequence, end: SequenceEnd) -> None:
+        self._forget(sequence)
+        sequence.attachment.pending.ends.append(end)
+
+    def _forget(self, sequence: _Sequence) -> None:
+        del self._sequences[sequence.sequence_id]
+        sequence.request.num_live -= 1
+        if not sequence.request.num_live:
+            del self._requests[sequence.request.request_id]
+
+    def _flush(self) -> None:
+        for attachment in self._attachments:
+            attachment.flush()
+
+    async def _tell_state(self) -> None:
+        for attachment in list(self._attachments):
+            await tell_state(attachment.listener, self.state)
+
+
+def _error_of(end: FinishedSequence) -> TandemError | None:
+    match end.reason:
+        case FinishReason.ERROR:
+            return SequenceFailed(end.error or "the sequence failed")
+        case FinishReason.EXPIRED:
+            return DeadlinePassed("the call's deadline passed while it waited")
+        case _:
+            return None
+
+
+class Attachment:
+    """One front end's Engine, in the engine's own process."""
+
+    def __init__(self, hub: EngineHub, listener: EngineListener, is_gone: Callable[[], bool]) -> None:
+        self._hub = hub
+        self.listener = listener
+        self.is_gone = is_gone
+        self.pending = OutputBatch()
+        # Open ones, by first handle and by handle.
+        self.requests: dict[int, _Request] = {}
+        self.sequences: dict[int, _Sequence] = {}
+
+    @property
+    def state(self) -> EngineState:
+        return self._hub.state
+
+    async def submit(self, submission: Submission) -> None:
+        self._hub.open(self, submission)
+
+    def stop(self, handle: int, num_output_tokens: int) -> None:
+        sequence = self.sequences.get(handle)
+        if sequence is not None:
+            self._hub.stop(sequence, num_output_tokens)
+
+    def close_request(self, first_handle: int) -> None:
+        self._hub.close_request(self, first_handle)
+
+    def flush(self) -> None:
+        if self.pending:
+            batch, self.pending = self.pending, OutputBatch()
+            for handle in hand_on(self.listener, batch):
+                self._hub.abort_sequence(self.sequences.get(handle))

@@ -1,0 +1,277 @@
+"""Writes down every call to a scheduler and its answer, and replays such a file against a fresh scheduler.
+
+The core is deterministic, so a replay gives identical plans; the first answer that differs is a change of behaviour.
+`python -m tandem_scheduler.engine.recorder FILE` prints the verdict on a file. Knows the core's verbs and plain data;
+nothing of the wire or the clock.
+
+The file is JSON lines: a header with the format's version, the config and the worker, then one call a line.
+"""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
+from tandem_shared.errors import TandemError
+from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
+
+FORMAT = "tandem-schedule"
+VERSION = 3
+_BUFFER_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+class RecordingError(TandemError):
+    """The file is no recording, or a broken one."""
+
+
+class RecordingScheduler(Scheduler):
+    """A scheduler that writes its calls to a file. The file is buffered: close() writes the tail."""
+
+    def __init__(self, config: SchedulerConfig, worker: WorkerInfo, path: Path) -> None:
+        super().__init__(config, worker)
+        self._file = open(path, "w", buffering=_BUFFER_BYTES, encoding="utf-8", opener=_open_private)  # noqa: SIM115
+        self._write({"format": FORMAT, "version": VERSION, "config": asdict(config), "worker": asdict(worker)})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def add(self, *requests: SequenceRequest) -> None:
+        self._record("add", super().add, *requests)
+
+    def abort(self, sequence_id: int) -> FinishedSequence | None:
+        return self._record("abort", super().abort, sequence_id)
+
+    def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
+        return self._record("stop", super().stop, sequence_id, num_output_tokens)
+
+    def expire(self, now: float) -> list[FinishedSequence]:
+        return self._record("expire", super().expire, now)
+
+    def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
+        return self._record("schedule", super().schedule, max_prompt_tokens)
+
+    def update(self, result: StepResult) -> StepOutputs:
+        return self._record("update", super().update, result)
+
+    def lose_worker(self, failure: str = "") -> list[FinishedSequence]:
+        return self._record("lose_worker", super().lose_worker, failure)
+
+    def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
+        return self._record("attach_worker", super().attach_worker, worker)
+
+    def reset_prefix_cache(self) -> int:
+        return self._record("reset_prefix_cache", super().reset_prefix_cache)
+
+    def _record(self, name: str, method: Callable[..., T], *arguments: Any) -> T:
+        line = {"call": name, "arguments": [_to_json(argument) for argument in arguments]}
+        try:
+            answer = method(*arguments)
+        except (TandemError, ValueError) as error:
+            self._write(line | {"error": type(error).__name__})
+            raise
+        self._write(line | {"answer": _to_json(answer)})
+        return answer
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Opens a file that only its owner may read, for it holds prompts; a file that was there becomes one too."""
+    descriptor = os.open(path, flags, 0o600)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The verdict on a file. difference is None where every answer was the same."""
+
+    num_calls: int
+    num_plans: int
+    difference: str | None
+    is_truncated: bool
+    """The last line is cut, as after a crash; it was left out."""
+
+
+def replay(path: Path) -> Replay:
+    """Drives a fresh scheduler with a file's calls, up to the first answer that differs. Raises RecordingError."""
+    lines, is_truncated = _read(path)
+    header = lines[0]
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise RecordingError(f"{path}: line 1: is not the header of a {FORMAT} recording of version {VERSION}")
+    num_plans = 0
+    try:
+        scheduler = Scheduler(SchedulerConfig(**header["config"]), _worker_from_json(header["worker"]))
+        for number, line in enumerate(lines[1:], start=2):
+            got = _call(scheduler, line["call"], line["arguments"])
+            wanted = {key: line[key] for key in ("answer", "error") if key in line}
+            if got != wanted:
+                difference = f"line {number}: {line['call']} gave {got}, the recording has {wanted}"
+                return Replay(number - 2, num_plans, difference, is_truncated)
+            num_plans += line["call"] == "schedule" and got["answer"] is not None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecordingError(f"{path}: a line is not as version {VERSION} has it: {error!r}") from error
+    return Replay(len(lines) - 1, num_plans, None, is_truncated)
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """All whole lines, and whether the last one is cut."""
+    text = path.read_text(encoding="utf-8")
+    *whole, rest = text.split("\n")
+    if not whole:
+        raise RecordingError(f"{path}: holds no whole line")
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RecordingError(f"{path}: line {number}: is no JSON: {error}") from error
+    return lines, bool(rest)
+
+
+def _call(scheduler: Scheduler, name: str, arguments: list[Any]) -> dict[str, Any]:
+    if name not in _ARGUMENTS:
+        raise RecordingError(f"{name!r} is no call to a scheduler")
+    decoders = _ARGUMENTS[name] * len(arguments) if name == "add" else _ARGUMENTS[name]
+    decoded = [decode(argument) for decode, argument in zip(decoders, arguments, strict=True)]
+    try:
+        answer = getattr(scheduler, name)(*decoded)
+    except (TandemError, ValueError) as error:
+        return {"error": type(error).__name__}
+    return {"answer": _to_json(answer)}
+
+
+def _to_json(value: Any) -> Any:
+    """Arguments in full. Of answers, what shows a difference: new rows' token ids as a hash, outputs as ends."""
+    match value:
+        case SequenceRequest():
+            return {
+                "sequence_id": value.sequence_id,
+                "prompt_token_ids": value.prompt_token_ids.tolist(),
+                "max_tokens": value.max_tokens,
+                "sampling": asdict(value.sampling),
+                "stop_token_ids": sorted(value.stop_token_ids),
+                "priority": value.priority,
+                "cache_salt": value.cache_salt,
+                "deadline": value.deadline,
+            }
+        case StepResult():
+            return {
+                "step_id": value.step_id,
+                "num_token_ids": value.num_token_ids,
+                "token_ids": value.token_ids,
+                "faults": [asdict(fault) for fault in value.faults],
+                "logprobs": [_round_trip(asdict(report)) for report in value.logprobs],
+            }
+        case StepPlan():
+            return {
+                "step_id": value.step_id,
+                "removed_rows": value.removed_rows.tolist(),
+                "added_rows": [_new_row_to_json(row) for row in value.added_rows],
+                "appended_block_rows": value.appended_block_rows.tolist(),
+                "appended_block_ids": value.appended_block_ids.tolist(),
+                "chunk_rows": value.chunk_rows.tolist(),
+                "chunk_num_tokens": value.chunk_num_tokens.tolist(),
+            }
+        case StepOutputs():
+            return {"num_tokens": len(value.token_ids), "finished": _to_json(value.finished)}
+        case list():
+            return [_to_json(item) for item in value]
+        case FinishedSequence():
+            return asdict(value) | {"reason": value.reason.value}
+        case WorkerInfo():
+            return _round_trip(asdict(value))
+        case _:
+            return value
+
+
+def _new_row_to_json(row: NewRow) -> dict[str, Any]:
+    return {
+        "row": row.row,
+        "sequence_id": row.sequence_id,
+        "token_ids_xxh64": xxhash.xxh64_hexdigest(row.token_ids.tobytes()),
+        "num_tokens": len(row.token_ids),
+        "num_prompt_tokens": row.num_prompt_tokens,
+        "num_computed_tokens": row.num_computed_tokens,
+        "num_cached_tokens": row.num_cached_tokens,
+        "block_ids": row.block_ids.tolist(),
+        "sampling": asdict(row.sampling),
+    }
+
+
+def _round_trip(value: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, so that an answer equals its own recording."""
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+
+
+def _request_from_json(value: dict[str, Any]) -> SequenceRequest:
+    return SequenceRequest(
+        **value
+        | {
+            "prompt_token_ids": np.array(value["prompt_token_ids"], np.int32),
+            "sampling": RowSampling(**value["sampling"]),
+            "stop_token_ids": frozenset(value["stop_token_ids"]),
+        }
+    )
+
+
+def _result_from_json(value: dict[str, Any]) -> StepResult:
+    reports = [report | {"top_token_ids": tuple(report["top_token_ids"])} for report in value["logprobs"]]
+    faults = tuple(RowFault(**fault) for fault in value["faults"])
+    return StepResult(**value | {"faults": faults, "logprobs": tuple(RowLogprobs(**report) for report in reports)})
+
+
+def _worker_from_json(value: dict[str, Any]) -> WorkerInfo:
+    return WorkerInfo(**value | {"eos_token_ids": tuple(value["eos_token_ids"])})
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+_ARGUMENTS: dict[str, tuple[Callable[[Any], Any], ...]] = {
+    "add": (_request_from_json,),
+    "abort": (_itself,),
+    "stop": (_itself, _itself),
+    "expire": (_itself,),
+    "schedule": (_itself,),
+    "update": (_result_from_json,),
+    "lose_worker": (_itself,),
+    "attach_worker": (_worker_from_json,),
+    "reset_prefix_cache": (),
+}
+"""The calls that a file may hold, and how their arguments are read back."""
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m tandem_scheduler.engine.recorder FILE", file=sys.stderr)
+        return 2
+    path = Path(arguments[0])
+    try:
+        verdict = replay(path)
+    except (RecordingError, OSError, UnicodeDecodeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if verdict.is_truncated:
+        print(f"{path}: the last line is cut and was left out")
+    what = f"{verdict.num_calls} calls, {verdict.num_plans} plans"
+    print(f"{path}: {what}: {'identical' if verdict.difference is None else verdict.difference}")
+    return 0 if verdict.difference is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

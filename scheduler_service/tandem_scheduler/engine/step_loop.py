@@ -1,0 +1,291 @@
+"""The sole caller of the scheduler core: plan -> worker -> update, some plans in flight.
+
+Knows the core and the worker's interface; of the front ends only a sink that takes each step's outputs as one
+batch of plain data. When the worker is lost it waits for one with the same
+fingerprint and goes on; no step is ever retried.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
+from tandem_scheduler.engine.chunk_pace import ChunkPace
+from tandem_scheduler.engine.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
+from tandem_shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
+from tandem_shared.step_plan import StepPlan, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+LAST_WORD_WAIT_S = 0.5
+MIN_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 1.0
+
+CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], Scheduler]
+CheckWorker = Callable[[WorkerInfo], str]
+"""Why a worker is not the one to use; empty where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A plan under way."""
+
+    step_id: int
+    num_prompt_tokens: int
+    at: float
+
+
+class Sink(Protocol):
+    """What the step loop tells the front ends, between steps."""
+
+    def on_outputs(self, outputs: StepOutputs) -> None: ...
+
+    def on_finished(self, finished: list[FinishedSequence]) -> None:
+        """Sequences that ended outside a step."""
+
+    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        """One of the two above raised, so that the streams of these sequences, and of those that ended, may lack what
+        it was told: all of them that are live here end with an error.
+        """
+
+    def on_worker_gone(self, error: WorkerUnavailable) -> None:
+        """No worker came back in time: every live sequence has ended."""
+
+    async def on_readiness(self, is_ready: bool) -> None: ...
+
+
+class StepLoop:
+    """Runs one scheduler against one worker address, through losses of the worker. All of it is one event loop's."""
+
+    def __init__(
+        self,
+        client: WorkerClient,
+        config: SchedulerConfig,
+        sink: Sink,
+        *,
+        scheduler_id: str,
+        worker_wait_s: float,
+        step_timeout_s: float,
+        create_scheduler: CreateScheduler = Scheduler,
+        check_worker: CheckWorker = lambda info: "",
+    ) -> None:
+        self.scheduler_id = scheduler_id
+        self.epoch = 0
+        self.scheduler: Scheduler | None = None
+        self.worker: WorkerInfo | None = None
+        self.is_connected = False
+        self._client = client
+        self._config = config
+        self._sink = sink
+        self._worker_wait_s = worker_wait_s
+        self._step_timeout_s = step_timeout_s
+        self._create_scheduler = create_scheduler
+        self._check_worker = check_worker
+        # No worker in time: new sequences are refused until there is one.
+        self._has_given_up = False
+        self._has_news = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self._sent: deque[_Sent] = deque()
+        self._pace: ChunkPace | None = None
+        self._result_at = 0.0
+        # Between sessions that bring no result, and why there was none yet, as it was said last.
+        self._backoff_s = 0.0
+        self._last_reason = ""
+
+    def submit(self, requests: Sequence[SequenceRequest]) -> None:
+        """Queues sequences, all or none. Raises what Scheduler.add raises, DeadlinePassed and WorkerUnavailable."""
+        if self.scheduler is None:
+            raise WorkerUnavailable("no worker has been seen yet")
+        if self._has_given_up:
+            raise WorkerUnavailable("the worker is gone")
+        now = time.monotonic()
+        if any(request.has_expired(now) for request in requests):
+            raise DeadlinePassed("the call's deadline has passed")
+        self.scheduler.add(*requests)
+        self._has_news.set()
+
+    def abort(self, sequence_id: int) -> FinishedSequence | None:
+        return self.scheduler.abort(sequence_id) if self.scheduler else None
+
+    def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
+        return self.scheduler.stop(sequence_id, num_output_tokens) if self.scheduler else None
+
+    def discount(self, num_output_tokens: int) -> None:
+        """Tokens of a sequence that has ended turned out to be past a stop."""
+        if self.scheduler:
+            self.scheduler.discount(num_output_tokens)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            session = await self._connect()
+            self._has_given_up = False
+            self.is_connected = True
+            await self._sink.on_readiness(True)
+            failure = ""
+            try:
+                await self._run_session(session)
+            except (WorkerFailed, InvalidPlan) as error:
+                failure = str(error)
+                logger.warning("worker lost: it said: %s", error)
+            except Exception as error:
+                # Whatever it was, the outcome of the steps in flight is unknown.
+                is_expected = isinstance(error, WorkerUnavailable)
+                logger.warning("worker lost: %s", error, exc_info=None if is_expected else error)
+            finally:
+                self.is_connected = False
+                await session.close()
+            await self._sink.on_readiness(False)
+            assert self.scheduler is not None
+            self._tell_finished(self.scheduler.lose_worker(failure))
+            # A worker that fails whatever it is given must not be tried in a tight loop.
+            self._backoff_s = 0.0 if self._result_at else min(max(2 * self._backoff_s, MIN_BACKOFF_S), MAX_BACKOFF_S)
+            await asyncio.sleep(self._backoff_s)
+
+    async def _connect(self) -> WorkerSession:
+        """A session with the right worker; gives up on the live sequences, but not on the worker, in time."""
+        deadline, backoff = time.monotonic() + self._worker_wait_s, MIN_BACKOFF_S
+        while True:
+            may_give_up = self.scheduler is not None and not self._has_given_up
+            # A worker that hangs must not hold up the giving up.
+            left_s = max(deadline - time.monotonic(), MIN_BACKOFF_S) if may_give_up else CONNECT_TIMEOUT_S
+            timeout_s = min(left_s, CONNECT_TIMEOUT_S)
+            try:
+                return await self._try_connect(timeout_s)
+            except (WorkerUnavailable, SessionTaken) as error:
+                self._say_no_worker(str(error))
+                if may_give_up and time.monotonic() >= deadline:
+                    self._give_up(WorkerUnavailable(f"no worker came back in {self._worker_wait_s:g} s: {error}"))
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    async def _try_connect(self, timeout_s: float) -> WorkerSession:
+        info = await self._client.get_info(timeout_s)
+        if problem := self._check_worker(info) or self._why_not_needed(info):
+            raise WorkerUnavailable(problem)
+        self.epoch += 1
+        num_live = self.scheduler.num_unfinished if self.scheduler is not None else 0
+        session = await self._client.open_session(info, self.scheduler_id, self.epoch, num_live)
+        if problem := self._why_not_needed(info):
+            # A request came while the session was opened.
+            await session.close()
+            raise WorkerUnavailable(problem)
+        self._last_reason = ""
+        self._pace = ChunkPace(info.max_num_batched_tokens, info.device)
+        logger.info("session %d with worker %s, %s", self.epoch, info.worker_instance_id, info.model)
+        self.worker = info
+        if self.scheduler is None:
+            self.scheduler = self._create_scheduler(self._config, info)
+        else:
+            self._tell_finished(self.scheduler.attach_worker(info))
+        return session
+
+    def _why_not_needed(self, info: WorkerInfo) -> str:
+        """A worker with another model can't go on with what is live."""
+        is_same = self.worker is None or info.fingerprint == self.worker.fingerprint
+        if is_same or self.scheduler is None or not self.scheduler.num_unfinished:
+            return ""
+        return f"live requests wait for their model, and the worker has another one: fingerprint {info.fingerprint}"
+
+    def _say_no_worker(self, reason: str) -> None:
+        """Loudly, when it is news."""
+        level = logging.INFO if reason == self._last_reason else logging.WARNING
+        self._last_reason = reason
+        logger.log(level, "waiting for a worker: %s", reason)
+
+    def _give_up(self, error: WorkerUnavailable) -> None:
+        self._has_given_up = True
+        logger.error("%s", error)
+        self._sink.on_worker_gone(error)
+
+    async def _run_session(self, session: WorkerSession) -> None:
+        """Until the worker is lost: then raises why."""
+        self._sent.clear()
+        self._result_at = 0.0
+        self._has_news.set()
+        parts: list[Coroutine[Any, Any, None]] = [
+            self._receive(session),
+            self._send_on_news(session),
+            self._watch(session),
+        ]
+        receiving, *_ = tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            # Another part may have failed because the session was ending, and why it was comes with the results.
+            await asyncio.wait([receiving], timeout=LAST_WORD_WAIT_S)
+            first = receiving if receiving.done() else done.pop()
+            first.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, session: WorkerSession) -> None:
+        assert self.scheduler is not None
+        async for result in session.results():
+            outputs = self.scheduler.update(result)
+            self._note_result(self._sent.popleft())
+            # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
+            # worker has other plans, and a stop that a front end finds here is in the next one.
+            self._tell_outputs(outputs)
+            await self._send_plans(session)
+
+    def _tell_outputs(self, outputs: StepOutputs) -> None:
+        """A sink that raises is no fault of the worker, and the core has confirmed what it was told."""
+        try:
+            self._sink.on_outputs(outputs)
+        except Exception:
+            logger.exception("outputs that could not be handed on")
+            self._sink.on_news_lost(outputs.sequence_ids, outputs.finished)
+
+    def _tell_finished(self, finished: list[FinishedSequence]) -> None:
+        try:
+            self._sink.on_finished(finished)
+        except Exception:
+            logger.exception("ends that could not be handed on")
+            self._sink.on_news_lost([], finished)
+
+    async def _send_on_news(self, session: WorkerSession) -> None:
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            await self._send_plans(session)
+
+    async def _send_plans(self, session: WorkerSession) -> None:
+        async with self._sending:
+            while (plan := self._next_plan()) is not None:
+                self._sent.append(_Sent(plan.step_id, int(plan.chunk_num_tokens.sum()), time.monotonic()))
+                await session.send(plan)
+
+    def _next_plan(self) -> StepPlan | None:
+        """The next plan, after the sequences whose deadlines passed while they waited have ended."""
+        assert self.scheduler is not None and self._pace is not None
+        if expired := self.scheduler.expire(time.monotonic()):
+            self._tell_finished(expired)
+        return self.scheduler.schedule(self._pace.limit)
+
+    def _note_result(self, sent: _Sent) -> None:
+        assert self._pace is not None
+        now = time.monotonic()
+        # It may have waited for the step before.
+        self._pace.note(sent.num_prompt_tokens, now - max(sent.at, self._result_at))
+        self._result_at = now
+
+    async def _watch(self, session: WorkerSession) -> None:
+        """A step may take long, but not without a word that it gets on."""
+        while True:
+            await asyncio.sleep(self._step_timeout_s / 10)
+            if not self._sent:
+                continue
+            oldest = self._sent[0]
+            silent_s = time.monotonic() - max(oldest.at, session.heard_at)
+            if silent_s > self._step_timeout_s:
+                raise WorkerUnavailable(
+                    f"no word of step {oldest.step_id} for {silent_s:.1f} s; --step-timeout-s is "
+                    f"{self._step_timeout_s:g}"
+                )

@@ -1,0 +1,149 @@
+"""The worker as the step loop sees it, and its gRPC implementation. Knows the wire, decides nothing."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+from google.rpc import status_pb2
+
+from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
+from tandem_shared.errors import InvalidPlan, ProtocolError, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
+from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS
+from tandem_shared.rpc.rich_status import read_status
+from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
+from tandem_shared.step_codec import PROTOCOL_VERSION, decode_info, decode_result, encode_plan
+from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class WorkerSession(Protocol):
+    """One session with one worker."""
+
+    info: WorkerInfo
+    heard_at: float
+    """When (time.monotonic) the worker last said that its steps get on"""
+
+    async def send(self, plan: StepPlan) -> None: ...
+
+    def results(self) -> AsyncIterator[StepResult]:
+        """Results in the order of the plans, until the session ends: then raises why. WorkerFailed and InvalidPlan are
+        the worker's last word on a step, WorkerUnavailable is any other end.
+        """
+
+    async def close(self) -> None: ...
+
+
+class WorkerClient(Protocol):
+    async def get_info(self, timeout_s: float) -> WorkerInfo:
+        """WorkerUnavailable where no worker answers in time."""
+
+    async def open_session(
+        self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
+    ) -> WorkerSession:
+        """WorkerUnavailable where the worker does not take it, SessionTaken where another scheduler has it."""
+
+    async def close(self) -> None: ...
+
+
+class GrpcWorkerClient:
+    """A worker service at an address."""
+
+    def __init__(
+        self, address: str, credentials: grpc.ChannelCredentials | None = None, *, secret: bytes = b""
+    ) -> None:
+        self._address = address
+        self._metadata = ((SECRET_METADATA_KEY, secret),) if secret else ()
+        self._channel = (
+            grpc.aio.insecure_channel(address, WORKER_CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, WORKER_CHANNEL_OPTIONS)
+        )
+        self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
+
+    async def get_info(self, timeout_s: float) -> WorkerInfo:
+        try:
+            # wait_for_ready, so that a channel in backoff tries again within the time.
+            response = await self._stub.GetWorkerInfo(
+                worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s, wait_for_ready=True, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailable(f"worker at {self._address}: {error.details()}") from error
+        return decode_info(response)
+
+    async def open_session(
+        self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
+    ) -> WorkerSession:
+        # Typed by hand: the stubs have it that read() gives an object.
+        call: Any = self._stub.ExecuteSteps(metadata=self._metadata)
+        opening = worker_pb2.OpenSession(
+            protocol_version=PROTOCOL_VERSION,
+            scheduler_id=scheduler_id,
+            session_epoch=epoch,
+            worker_instance_id=info.worker_instance_id,
+            num_live_sequences=num_live_sequences,
+        )
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await call.write(worker_pb2.ExecuteStepsRequest(open=opening))
+                response = await call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            call.cancel()
+            reason = f"worker at {self._address}: {_why(error)}"
+            is_taken = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.ABORTED
+            raise (SessionTaken if is_taken else WorkerUnavailable)(reason) from error
+        if response is grpc.aio.EOF or response.WhichOneof("kind") != "opened":
+            call.cancel()
+            raise WorkerUnavailable(f"worker at {self._address} did not open the session")
+        return GrpcWorkerSession(info, call)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class GrpcWorkerSession:
+    """An ExecuteSteps stream whose first message was answered."""
+
+    def __init__(self, info: WorkerInfo, call: Any) -> None:
+        self.info = info
+        self.heard_at = time.monotonic()
+        self._call = call
+
+    async def send(self, plan: StepPlan) -> None:
+        try:
+            await self._call.write(worker_pb2.ExecuteStepsRequest(plan=encode_plan(plan)))
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise WorkerUnavailable(_why(error)) from error
+
+    async def results(self) -> AsyncIterator[StepResult]:
+        try:
+            while (response := await self._call.read()) is not grpc.aio.EOF:
+                self.heard_at = time.monotonic()
+                match response.WhichOneof("kind"):
+                    case "result":
+                        yield decode_result(response.result)
+                    case "progress":
+                        pass
+                    case "last_word":
+                        raise _error_of_last_word(response.last_word)
+                    case kind:
+                        raise ProtocolError(f"the worker answered a plan with {kind}")
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnavailable(_why(error)) from error
+        raise WorkerUnavailable("the worker ended the session")
+
+    async def close(self) -> None:
+        self._call.cancel()
+
+
+def _error_of_last_word(data: bytes) -> TandemError:
+    """WorkerFailed and InvalidPlan as they are; any other end leaves a worker that is unavailable to us."""
+    status = status_pb2.Status.FromString(data)
+    error = read_status(status)
+    return error if isinstance(error, WorkerFailed | InvalidPlan) else WorkerUnavailable(status.message)
+
+
+def _why(error: Exception) -> str:
+    return error.details() or str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else repr(error)

@@ -1,0 +1,181 @@
+"""The live requests of one front end: what the engine brings goes to each request's buffers, for its reader to take.
+
+Knows requests and of the engine only its interface. A slow reader slows nobody: its tokens gather in its buffers and
+leave many at a time, and past a bound its request ends. Whatever goes wrong with one request, its text, its stop
+strings or its reader, ends that request alone.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from tandem_scheduler.engine_interface import Engine, EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest, logprob_bytes
+from tandem_scheduler.front_end.text.detokenizer import TextDecoder
+from tandem_scheduler.front_end.text.encoder import TextEncoder
+from tandem_scheduler.front_end.text.splitter import token_lengths
+from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
+from tandem_scheduler.front_end.validation import MAX_LOGPROBS, GenerationRequest
+from tandem_shared.errors import Draining, TandemError
+
+MAX_UNREAD_BYTES = 256 * 1024 * 1024
+"""Of all buffers together. Past it the request with the largest ends."""
+
+COUNT_EVERY_BYTES = 8 * 1024 * 1024
+"""That came since the buffers were counted."""
+
+T = TypeVar("T")
+
+
+class FrontEnd:
+    """All live requests of one front end. The engine's listener."""
+
+    def __init__(self, tokenizer: Tokenizer, set_ready: Callable[[bool], Awaitable[None]]) -> None:
+        lengths = token_lengths(tokenizer)
+        self.encoder = TextEncoder(tokenizer, lengths)
+        self.decoder = TextDecoder(tokenizer, lengths)
+        self._set_ready = set_ready
+        self._choices: dict[int, Choice] = {}
+        # Ended here, by a stop string; the engine's word is under way.
+        self._stopped: dict[int, Choice] = {}
+        # Opened and not closed, ended or not, by first handle.
+        self._lives: dict[int, LiveRequest] = {}
+        self._num_uncounted_bytes = 0
+        self._next_handle = 0
+        # Given by connect(); the two know each other.
+        self._engine: Engine | None = None
+
+    def connect(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "connect() comes first"
+        return self._engine
+
+    def refuse_if_draining(self) -> None:
+        if self.engine.state.is_draining:
+            raise Draining("the server is draining")
+
+    async def open(self, request: GenerationRequest) -> LiveRequest:
+        """Starts a request; the caller closes it. Raises what Engine.submit raises."""
+        live = LiveRequest(request, self.decoder, self._next_handle, self.close)
+        self._next_handle += len(live.choices)
+        self._lives[live.first_handle] = live
+        # First, because outputs may come before submit returns.
+        self._choices.update(enumerate(live.choices, start=live.first_handle))
+        try:
+            await self.engine.submit(
+                Submission(
+                    request.request_id, live.first_handle, request.first, request.num_choices, request.fingerprint
+                )
+            )
+        except BaseException:
+            self.close(live)
+            raise
+        return live
+
+    def close(self, live: LiveRequest) -> None:
+        """Forgets a request, whose sequences end if they run."""
+        for handle in range(live.first_handle, live.first_handle + len(live.choices)):
+            self._choices.pop(handle, None)
+            self._stopped.pop(handle, None)
+        self._lives.pop(live.first_handle, None)
+        self.engine.close_request(live.first_handle)
+
+    def end_all(self, error: TandemError) -> None:
+        for choice in [*self._choices.values(), *self._stopped.values()]:
+            self._fail(choice.request, error)
+
+    # The engine's listener
+
+    def on_outputs(self, batch: OutputBatch) -> None:
+        choices = self._choices
+        watched: dict[int, Choice] = {}
+        for handle, token_id in zip(batch.token_handles, batch.token_ids, strict=True):
+            choice = choices.get(handle)
+            if choice is None:
+                continue
+            live = choice.request
+            choice.token_ids.append(token_id)
+            live.num_unread_tokens += 1
+            if choice.looks_for_stops:
+                watched[handle] = choice
+            if live.is_streaming:
+                live.has_news.set()
+            if live.num_unread_tokens > live.max_unread_tokens:
+                self._fail_behind(live)
+        for handle, report in batch.logprobs:
+            choice = choices.get(handle)
+            if choice is not None:
+                self._guard(choice.request, choice.add_logprobs, report)
+        if watched:
+            self._find_stops(watched, batch)
+        for end in batch.ends:
+            self._finish(end)
+        self._bound_unread(batch)
+
+    async def on_state(self, state: EngineState) -> None:
+        await self._set_ready(state.is_ready and not state.is_draining)
+
+    def _find_stops(self, watched: dict[int, Choice], batch: OutputBatch) -> None:
+        ended_by_token = {end.handle for end in batch.ends if end.stop_token_id is not None}
+        for handle, choice in watched.items():
+            if handle in self._choices and self._guard(choice.request, choice.find_stop, int(handle in ended_by_token)):
+                self._stopped[handle] = self._choices.pop(handle)
+                self.engine.stop(handle, choice.num_output_tokens)
+            elif choice.request.num_unread_characters > choice.request.max_unread_characters:
+                self._fail_behind(choice.request)
+
+    def _finish(self, end: SequenceEnd) -> None:
+        stopped = self._stopped.pop(end.handle, None)
+        choice = stopped or self._choices.pop(end.handle, None)
+        if choice is None:
+            return
+        live = choice.request
+        if end.error is not None and stopped is None:
+            self._fail(live, end.error)
+            return
+        choice.finish(end)
+        live.num_cached_tokens += end.num_cached_tokens
+        live.num_running -= 1
+        if live.is_streaming or not live.num_running:
+            live.has_news.set()
+
+    def _guard(self, live: LiveRequest, function: Callable[..., T], *args: Any) -> T | None:
+        """Calls what may fail for this request. If it does, the request ends, and nothing else."""
+        try:
+            return function(*args)
+        except BaseException as error:
+            self._fail(live, text_failure("the output of this request could not be read", error))
+            return None
+
+    def _fail(self, live: LiveRequest, error: TandemError) -> None:
+        """Ends a whole request with an error."""
+        live.error = error
+        live.has_news.set()
+        self.close(live)
+
+    def _fail_behind(self, live: LiveRequest) -> None:
+        """Ends a request that holds more than it may, and drops that."""
+        error = live.too_large()
+        live.drop_unread()
+        self._fail(live, error)
+
+    def _bound_unread(self, batch: OutputBatch) -> None:
+        """Ends the requests whose readers are furthest behind where all together hold too much. Counts only once enough
+        has come to matter.
+        """
+        self._num_uncounted_bytes += TOKEN_BYTES * len(batch.token_ids) + logprob_bytes(MAX_LOGPROBS) * len(
+            batch.logprobs
+        )
+        if self._num_uncounted_bytes < COUNT_EVERY_BYTES:
+            return
+        self._num_uncounted_bytes = 0
+        lives = sorted(self._lives.values(), key=lambda live: live.num_unread_bytes)
+        num_bytes = sum(live.num_unread_bytes for live in lives)
+        while num_bytes > MAX_UNREAD_BYTES:
+            live = lives.pop()
+            num_bytes -= live.num_unread_bytes
+            self._fail_behind(live)

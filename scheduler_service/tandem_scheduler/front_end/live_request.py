@@ -1,0 +1,271 @@
+"""A request under way, as its reader has it: what came of each choice gathers in buffers, packed, until it is taken.
+
+Text is made when it is taken, in the reader's own task, but where stop strings must be looked for.
+"""
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from tandem_scheduler.core.types import FinishReason
+from tandem_scheduler.engine_interface import SequenceEnd
+from tandem_scheduler.front_end.logprob_buffer import LogprobBuffer
+from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, min_reply_size
+from tandem_scheduler.front_end.text.detokenizer import RELEASED_IDS, Detokenizer, TextDecoder
+from tandem_scheduler.front_end.text.stop_strings import StopStrings
+from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
+from tandem_scheduler.front_end.validation import GenerationRequest
+from tandem_shared.errors import OutputTooLarge, TandemError
+from tandem_shared.step_plan import RowLogprobs
+
+MAX_TOKENS_PER_DELTA = 64
+"""Of a stream; more leave in several messages, none of which takes long to make or is too large for a client."""
+
+MAX_UNREAD_BYTES = 16 * 1024 * 1024
+"""Of one stream's buffers: 4 million tokens, or 100,000 with 20 log-probabilities each."""
+
+TOKEN_BYTES = 4
+"""Of a token in a buffer, but for its log-probabilities."""
+
+
+def logprob_bytes(num_logprobs: int) -> int:
+    """Of a token's report in a LogprobBuffer."""
+    return 5 + 8 * num_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnd:
+    reason: FinishReason
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """What came of one choice since its last delta."""
+
+    choice_index: int
+    text: str
+    token_ids: "array[int]"
+    logprobs: LogprobBuffer
+    end: ChoiceEnd | None
+
+
+class Choice:
+    """One sequence of a request: its detokenizer, and what its reader has not taken yet."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_end",
+        "_logprobs",
+        "_num_decoded",
+        "_num_taken",
+        "_texts",
+        "index",
+        "looks_for_stops",
+        "request",
+        "token_ids",
+    )
+
+    def __init__(self, request: "LiveRequest", index: int, detokenizer: Detokenizer) -> None:
+        self.request = request
+        self.index = index
+        self.looks_for_stops = detokenizer.has_stop_strings
+        self.token_ids = array("i")
+        self._logprobs = LogprobBuffer()
+        self._detokenizer = detokenizer
+        self._texts: list[str] = []
+        # Of token_ids, how many are in the texts.
+        self._num_decoded = 0
+        self._num_taken = 0
+        self._end: SequenceEnd | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self._num_taken + len(self.token_ids)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self.token_ids) or self._end is not None
+
+    def add_logprobs(self, report: RowLogprobs) -> None:
+        self._logprobs.append(report)
+
+    def find_stop(self, num_left_out: int) -> bool:
+        """Decodes what is new, but for the last tokens left out, and drops what is past a stop string. True if there
+        was one.
+        """
+        for position in range(self._num_decoded, len(self.token_ids) - num_left_out):
+            text = self._detokenizer.add(self.token_ids[position])
+            self._texts.append(text)
+            self.request.num_unread_characters += len(text)
+            self._num_decoded = position + 1
+            if self._detokenizer.matched_stop is not None:
+                self.request.num_unread_tokens -= len(self.token_ids) - (position + 1)
+                del self.token_ids[position + 1 :]
+                if self._logprobs:
+                    self._logprobs.cut(position + 1)
+                return True
+        return False
+
+    def finish(self, end: SequenceEnd) -> None:
+        self._end = end
+
+    def drop(self) -> None:
+        """Forgets what was not taken."""
+        self.token_ids = array("i")
+        self._logprobs = LogprobBuffer()
+        self._texts, self._num_decoded, self._end = [], 0, None
+
+    @property
+    def num_unread_characters(self) -> int:
+        return sum(map(len, self._texts))
+
+    def num_undecoded(self, max_tokens: int) -> int:
+        """Tokens that taking so many has to decode."""
+        return min(len(self.token_ids), max_tokens) - self._num_decoded
+
+    def take(self, max_tokens: int) -> ChoiceDelta:
+        """What came, or the first of it; with the choice's end if it is all. Raises what the tokenizer raises."""
+        is_all = len(self.token_ids) <= max_tokens
+        token_ids = self.token_ids[:max_tokens]
+        undecoded = token_ids[self._num_decoded :]
+        # Read once: drop() may come while this runs in a thread.
+        engine_end = self._end
+        text, end = "".join(self._texts), None
+        if is_all and engine_end is not None:
+            # The text of a token that ended its sequence is not part of the output.
+            text += self._detokenizer.finish(undecoded[:-1] if engine_end.stop_token_id is not None else undecoded)
+            end = self._choice_end(engine_end)
+            self._end = None
+        else:
+            # The end of a token that ends its sequence is missing where another choice failed in the same step.
+            is_stopped = bool(undecoded) and undecoded[-1] in self.request.request.first.stop_token_ids
+            text += "".join(map(self._detokenizer.add, undecoded[:-1] if is_stopped else undecoded))
+        del self.token_ids[:max_tokens]
+        self._num_decoded = max(0, self._num_decoded - len(token_ids))
+        self._num_taken += len(token_ids)
+        self._texts.clear()
+        logprobs = self._logprobs.take(len(token_ids))
+        return ChoiceDelta(self.index, text, token_ids, logprobs, end)
+
+    def _choice_end(self, end: SequenceEnd) -> ChoiceEnd:
+        stop_string = self._detokenizer.matched_stop
+        # Whatever the engine made of the tokens past it.
+        reason = end.reason if stop_string is None else FinishReason.STOP
+        return ChoiceEnd(reason, stop_string, end.stop_token_id)
+
+
+class LiveRequest:
+    """A request under way. Iterating deltas() is reading it; close() ends it, whatever its state."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        decoder: TextDecoder,
+        first_handle: int,
+        close: Callable[["LiveRequest"], None],
+    ) -> None:
+        self.request = request
+        self.first_handle = first_handle
+        self._decoder = decoder
+        self.is_streaming = request.max_reply_bytes is None
+        self._close = close
+        self.has_news = asyncio.Event()
+        self.error: TandemError | None = None
+        self.choices = [
+            Choice(self, index, Detokenizer(decoder, stops, skip_special_tokens=request.skip_special_tokens))
+            for stops in [StopStrings(request.stop_strings)]
+            for index in range(request.num_choices)
+        ]
+        self.num_running = len(self.choices)
+        self.num_cached_tokens = 0
+        num_logprobs = request.first.sampling.num_logprobs
+        self._bytes_per_token = TOKEN_BYTES + (0 if num_logprobs is None else logprob_bytes(num_logprobs))
+        # These count what the choices hold, so both are zero when a request has ended and been read or closed.
+        self.num_unread_tokens = 0
+        # Of text that was made as it came.
+        self.num_unread_characters = 0
+        self._is_dropped = False
+        if request.max_reply_bytes is None:
+            self.max_unread_characters = MAX_UNREAD_BYTES
+            self.max_unread_tokens = MAX_UNREAD_BYTES // self._bytes_per_token
+        else:
+            self.max_unread_characters = request.max_reply_bytes
+            self.max_unread_tokens = request.max_reply_bytes // min_reply_size(num_logprobs)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(choice.num_output_tokens for choice in self.choices)
+
+    @property
+    def num_unread_bytes(self) -> int:
+        return self.num_unread_tokens * self._bytes_per_token + self.num_unread_characters
+
+    def too_large(self) -> OutputTooLarge:
+        """The error of a request that holds more than it may."""
+        if self.request.max_reply_bytes is not None:
+            return reply_too_large(self.request.max_reply_bytes)
+        return OutputTooLarge(f"the stream's reader is {self.num_unread_tokens} tokens behind")
+
+    def drop_unread(self) -> None:
+        """Forgets what was not taken. Nothing more is given out, so the caller ends the request."""
+        self._is_dropped = True
+        for choice in self.choices:
+            choice.drop()
+        self.num_unread_tokens = self.num_unread_characters = 0
+
+    async def deltas(self) -> AsyncIterator[ChoiceDelta]:
+        """News of the choices until all have ended: all at once at the end, unless the request streams. Raises the
+        error that ended the request.
+        """
+        num_open = len(self.choices)
+        while num_open:
+            await self.has_news.wait()
+            self.has_news.clear()
+            if self.error is not None and not self.is_streaming:
+                self._raise_error()
+            for choice in self.choices:
+                while choice.has_news:
+                    delta = await self._take(choice)
+                    num_open -= delta.end is not None
+                    yield delta
+            if self.error is not None:
+                self._raise_error()
+
+    def close(self) -> None:
+        """Its reader is done with it, whether it has read all or not."""
+        self._close(self)
+        self.drop_unread()
+
+    async def _take(self, choice: Choice) -> ChoiceDelta:
+        max_tokens = MAX_TOKENS_PER_DELTA if self.is_streaming else len(choice.token_ids)
+        num_tokens, num_characters = len(choice.token_ids), choice.num_unread_characters
+        try:
+            if choice.num_undecoded(max_tokens) < RELEASED_IDS:
+                delta = choice.take(max_tokens)
+            else:
+                delta = await self._decoder.away(choice.take, max_tokens)
+        except BaseException as error:
+            raise text_failure("the tokenizer failed on the output", error) from error
+        if self._is_dropped:
+            # While a thread took it: the delta may lack what was dropped, and the books have been closed.
+            self._raise_error()
+        self.num_unread_tokens -= num_tokens - len(choice.token_ids)
+        self.num_unread_characters -= num_characters
+        return delta
+
+    def _raise_error(self) -> None:
+        """Leaves no cycle of the request, its error and the frames that the error passes, which would stay until the
+        garbage collector runs.
+        """
+        assert self.error is not None
+        try:
+            raise self.error
+        finally:
+            self.error = None
+
+
+def reply_too_large(limit: int) -> OutputTooLarge:
+    return OutputTooLarge(f"the reply is larger than the {limit} bytes that may be sent at once: {REPLY_ADVICE}")

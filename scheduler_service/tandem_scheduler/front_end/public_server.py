@@ -1,0 +1,69 @@
+"""The public gRPC server on one engine: tokenizer, front end, servicers. The same beside the step loop and away from
+it; knows neither.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import grpc
+
+from tandem.v1 import control_pb2_grpc
+from tandem_scheduler.engine_interface import Engine, EngineListener
+from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
+from tandem_shared.config import SchedulerSettings, model_name
+from tandem_shared.rpc.server import Server, server_credentials
+
+INFERENCE_SERVICE = "tandem.v1.InferenceService"
+CONTROL_SERVICE = "tandem.v1.ControlService"
+
+NUM_OTHER_CALLS = 64
+"""Open calls, beside those that the engine may have waiting or running."""
+
+STOP_GRACE_S = 1.0
+"""For calls whose requests have ended, to send their last words."""
+
+
+class PublicServer:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        tokenizer_folder: Path,
+        attach: Callable[[EngineListener], Engine],
+        control: control_pb2_grpc.ControlServiceServicer,
+        *,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        shares_port: bool = False,
+    ) -> None:
+        """Raises ConfigError and ModelError."""
+        self._settings = settings
+        self.front_end = FrontEnd(load_tokenizer(tokenizer_folder), self._set_ready)
+        inference = InferenceServicer(self.front_end, model_name(settings))
+        self._server = Server(
+            {
+                INFERENCE_SERVICE: inference.add_to,
+                CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
+            },
+            small_services=[CONTROL_SERVICE],
+            interceptors=interceptors,
+            credentials=server_credentials(settings),
+            shares_port=shares_port,
+            max_request_bytes=settings.max_request_bytes,
+            max_open_calls=settings.max_num_seqs + settings.max_num_waiting + NUM_OTHER_CALLS,
+            # One connection fills the batch, however few may wait: many clients have just one.
+            num_unshared_calls=settings.max_num_seqs,
+        )
+        self.front_end.connect(attach(self.front_end))
+
+    async def start(self) -> int:
+        """Listens; gives the port."""
+        port = await self._server.start(self._settings.host, self._settings.port)
+        await self._server.set_ready([CONTROL_SERVICE], True)
+        return port
+
+    async def stop(self, *, ends_process: bool = False) -> None:
+        await (self._server.finish(STOP_GRACE_S) if ends_process else self._server.stop(STOP_GRACE_S))
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        await self._server.set_ready([INFERENCE_SERVICE], is_ready)

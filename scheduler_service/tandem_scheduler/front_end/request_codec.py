@@ -1,0 +1,58 @@
+"""Generate requests of the gRPC API as GenerationParams. Checks nothing, copies no repeated field."""
+
+from collections.abc import Iterable
+
+from tandem.v1 import inference_pb2
+from tandem_scheduler.front_end.generation_params import GenerationParams
+from tandem_shared.errors import FieldViolation, InvalidRequest
+from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
+
+DEFAULT_REPLY_BYTES = 4 * 1024 * 1024
+"""gRPC's own limit on what a client takes."""
+
+MAX_REPLY_BYTES = 8 * 1024 * 1024
+"""A reply is in memory several times before it leaves; what is larger has to be streamed."""
+
+MAX_LIMIT_DIGITS = 12
+
+AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+
+
+def params_of(
+    request: AnyGenerateRequest, max_reply_bytes: int | None, deadline: float | None = None
+) -> GenerationParams:
+    """max_reply_bytes: None where the output is streamed. deadline: of the call, on time.monotonic()."""
+    prompt, sampling, stopping, output = request.prompt, request.sampling, request.stopping, request.output
+    return GenerationParams(
+        prompt_text=prompt.text if prompt.HasField("text") else None,
+        prompt_token_ids=prompt.token_ids.ids if prompt.HasField("token_ids") else None,
+        request_id=request.request_id,
+        model=request.model,
+        temperature=sampling.temperature if sampling.HasField("temperature") else None,
+        top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        top_p=sampling.top_p if sampling.HasField("top_p") else None,
+        min_p=sampling.min_p if sampling.HasField("min_p") else None,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
+        stop_strings=stopping.stop_strings,
+        stop_token_ids=stopping.stop_token_ids,
+        ignore_eos=stopping.ignore_eos,
+        skip_special_tokens=output.skip_special_tokens if output.HasField("skip_special_tokens") else True,
+        num_logprobs=output.num_logprobs if output.HasField("num_logprobs") else None,
+        num_choices=request.num_choices if request.HasField("num_choices") else 1,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        max_reply_bytes=max_reply_bytes,
+        deadline=deadline,
+    )
+
+
+def reply_limit(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
+    """What the client of a call takes in one reply, by its metadata. Raises InvalidRequest."""
+    for key, value in metadata or ():
+        if key == MAX_REPLY_BYTES_KEY:
+            is_number = isinstance(value, str) and value.isascii() and value.isdigit()
+            if not is_number or len(value) > MAX_LIMIT_DIGITS:
+                raise InvalidRequest(FieldViolation(MAX_REPLY_BYTES_KEY, "must be a number of bytes"))
+            return min(int(value), MAX_REPLY_BYTES)
+    return DEFAULT_REPLY_BYTES

@@ -1,0 +1,133 @@
+"""The public inference RPCs: validate, submit, stream. A cancelled call aborts its request."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from tandem.v1 import inference_pb2
+from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.live_request import LiveRequest, reply_too_large
+from tandem_scheduler.front_end.reply_codec import stream_message, whole_reply
+from tandem_scheduler.front_end.request_codec import AnyGenerateRequest, params_of, reply_limit
+from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
+from tandem_scheduler.front_end.validation import check_model, check_request, check_token_ids
+from tandem_scheduler.front_end.wire_limits import (
+    TooLargeToDecode,
+    bounded_detokenize,
+    bounded_generate,
+    bounded_tokenize,
+)
+from tandem_shared.errors import WorkerUnavailable
+from tandem_shared.step_plan import WorkerInfo
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+SERVICE_NAME = "tandem.v1.InferenceService"
+
+MIN_TOKEN_LIMIT = 131_072
+"""Tokens that Tokenize gives and Detokenize takes, at most; or a context's, where that is more."""
+
+
+class InferenceServicer:
+    """Registers itself with add_to(): a whole reply is encoded part by part, and what arrives is measured first."""
+
+    def __init__(self, front_end: FrontEnd, served_model: str) -> None:
+        self._front_end = front_end
+        self._served_model = served_model
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        pb = inference_pb2
+        unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        generate = bounded_generate(pb.GenerateRequest.FromString, self._token_limit)
+        generate_stream = bounded_generate(pb.GenerateStreamRequest.FromString, self._token_limit)
+        detokenize = bounded_detokenize(pb.DetokenizeRequest.FromString, self._token_limit)
+        tokenize = bounded_tokenize(pb.TokenizeRequest.FromString)
+        encoded = pb.GenerateStreamResponse.SerializeToString
+        handlers: dict[str, Any] = {
+            "Generate": unary(self.Generate, generate, bytes),
+            "GenerateStream": streaming(self.GenerateStream, generate_stream, encoded),
+            "Tokenize": unary(self.Tokenize, tokenize, pb.TokenizeResponse.SerializeToString),
+            "Detokenize": unary(self.Detokenize, detokenize, pb.DetokenizeResponse.SerializeToString),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
+
+    async def Generate(self, request: inference_pb2.GenerateRequest | TooLargeToDecode, context: Context) -> bytes:
+        limit = reply_limit(context.invocation_metadata())
+        live = await self._open(request, limit, context)
+        try:
+            return await whole_reply(live, self._served_model, limit)
+        finally:
+            live.close()
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateStreamRequest | TooLargeToDecode, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+        live = await self._open(request, None, context)
+        try:
+            num_open = len(live.choices)
+            async for delta in live.deltas():
+                num_open -= delta.end is not None
+                yield stream_message(live, delta, is_last=not num_open)
+        finally:
+            live.close()
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest | TooLargeToDecode, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        if isinstance(request, TooLargeToDecode):
+            raise request.error
+        check_model(request.model, self._served_model)
+        add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        ids = await self._front_end.encoder.encode(
+            "text", request.text, max_tokens=self._token_limit(), add_special_tokens=add_special_tokens
+        )
+        return inference_pb2.TokenizeResponse(token_ids=ids.tolist())
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest | TooLargeToDecode, context: Context
+    ) -> inference_pb2.DetokenizeResponse:
+        if isinstance(request, TooLargeToDecode):
+            raise request.error
+        check_model(request.model, self._served_model)
+        decoder, limit = self._front_end.decoder, reply_limit(context.invocation_metadata())
+        vocab_size = decoder.tokenizer.get_vocab_size()
+        ids = await check_token_ids("token_ids", request.token_ids, self._token_limit(), vocab_size)
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        if decoder.min_text_bytes(ids, skip_special_tokens=skip) > limit:
+            raise reply_too_large(limit)
+        try:
+            text = await decoder.decode_away(ids.tolist(), skip_special_tokens=skip)
+        except BaseException as error:
+            raise text_failure("the tokenizer failed on the ids", error) from error
+        reply = inference_pb2.DetokenizeResponse(text=text)
+        if reply.ByteSize() > limit:
+            raise reply_too_large(limit)
+        return reply
+
+    async def _open(
+        self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None, context: Context
+    ) -> LiveRequest:
+        if isinstance(request, TooLargeToDecode):
+            raise request.error
+        self._front_end.refuse_if_draining()
+        params = params_of(request, max_reply_bytes, _deadline_of(context))
+        checked = await check_request(params, self._front_end.encoder, self._worker(), self._served_model)
+        return await self._front_end.open(checked)
+
+    def _worker(self) -> WorkerInfo:
+        worker = self._front_end.engine.state.worker
+        if worker is None:
+            raise WorkerUnavailable("no worker has been seen yet")
+        return worker
+
+    def _token_limit(self) -> int:
+        worker = self._front_end.engine.state.worker
+        return max(MIN_TOKEN_LIMIT, worker.max_model_len if worker is not None else 0)
+
+
+def _deadline_of(context: Context) -> float | None:
+    """When the call's deadline passes, in seconds of time.monotonic(); None where it has none."""
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s

@@ -1,0 +1,197 @@
+"""Tokens to text as they come, and stop strings in it. Knows one sequence's output, nothing of requests.
+
+Text is certain, and given out, once no later token can change it. What later tokens can change depends on the decoder:
+
+- Byte-level: a token is some bytes of UTF-8, so only an incomplete character at the end is uncertain. It decodes to
+  U+FFFD. Each certain text is decoded by itself.
+- Byte fallback (Llama 2 and its like): bytes that no token has are tokens of their own. A run of them is decoded
+  together, into U+FFFD for each if the run is no UTF-8, so all of it is uncertain until a token of another kind.
+- Others may treat the first token apart (a space left out), so text is decoded together with the tokens before it,
+  whose own text is then cut off. Where that does not begin the text, nothing less than all tokens gives the right text.
+"""
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from tokenizers import Tokenizer
+
+from tandem_scheduler.front_end.text.patient_threads import PatientThreads
+from tandem_scheduler.front_end.text.splitter import token_lengths
+from tandem_scheduler.front_end.text.stop_strings import START, StopStrings
+from tandem_shared.step_plan import Int32Array
+
+UNFINISHED = "\ufffd"
+
+LONGEST_CHARACTER = 4
+"""Bytes of a character of UTF-8."""
+
+MAX_UNCERTAIN = 16
+"""Byte-level tokens that may be uncertain together before a place to cut is looked for."""
+
+RELEASED_IDS = 512
+"""So many ids and more are decoded without the GIL, by a call that costs more for few."""
+
+DECODING_THREADS = 4
+
+T = TypeVar("T")
+
+
+class TextDecoder:
+    """The decoding side of one tokenizer: what all sequences share."""
+
+    def __init__(self, tokenizer: Tokenizer, lengths: Int32Array | None = None) -> None:
+        """lengths: those that text_splitter.token_lengths() gives, where they have been read already."""
+        self.tokenizer = tokenizer
+        self._threads = PatientThreads(DECODING_THREADS, "decoding")
+        decoder = tokenizer.decoder
+        state = json.loads(decoder.__getstate__()) if decoder is not None else {}
+        self.is_byte_level = state.get("type") == "ByteLevel"
+        parts = state.get("decoders", [state])
+        has_bytes = any(part.get("type") == "ByteFallback" for part in parts)
+        names = [f"<0x{byte:02X}>" for byte in range(256)] if has_bytes else []
+        self._byte_ids = frozenset(i for i in map(tokenizer.token_to_id, names) if i is not None)
+        added = tokenizer.get_added_tokens_decoder().items()
+        # Made here, because it takes too long for the event loop of a server that has calls.
+        self._token_sizes: Int32Array | None = None
+        if self.is_byte_level:
+            self._token_sizes = _sizes_of_tokens(tokenizer, token_lengths(tokenizer) if lengths is None else lengths)
+        self._special_ids = (
+            frozenset(token_id for token_id, token in added if token.special) if has_bytes else frozenset()
+        )
+
+    def min_text_bytes(self, token_ids: Int32Array, *, skip_special_tokens: bool) -> int:
+        """What the ids' text has at least, without decoding them; 0 where that is not known."""
+        if self._token_sizes is None:
+            return 0
+        sizes = self._token_sizes[token_ids]
+        return int(sizes[sizes > 0].sum() if skip_special_tokens else abs(sizes).sum())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        if len(token_ids) < RELEASED_IDS:
+            text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        else:
+            [text] = self.tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    async def decode_away(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The same in a thread, where it is long."""
+        if len(token_ids) < RELEASED_IDS:
+            return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return await self.away(lambda: self.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    async def away(self, function: Callable[..., T], *args: Any) -> T:
+        """Calls what decodes much text in a thread. A call that is cancelled before its turn leaves nothing behind."""
+        return await self._threads.call(function, *args)
+
+    def extends_a_run(self, token_id: int, *, skip_special_tokens: bool) -> bool:
+        """Whether a run of byte tokens goes on with this token: it is one, or a special token that is left out."""
+        return token_id in self._byte_ids or (skip_special_tokens and token_id in self._special_ids)
+
+
+def _sizes_of_tokens(tokenizer: Tokenizer, lengths: Int32Array) -> Int32Array:
+    """In bytes, of a byte-level vocabulary's tokens, where a character stands for a byte; those of special tokens are
+    negative.
+    """
+    sizes = lengths.copy()
+    for token_id, token in tokenizer.get_added_tokens_decoder().items():
+        if token_id < len(sizes):
+            sizes[token_id] = -len(token.content) if token.special else len(token.content)
+    return sizes
+
+
+class Detokenizer:
+    """The deltas that it gives, joined, are the text of the output, up to the first stop string."""
+
+    def __init__(
+        self, decoder: TextDecoder, stop_strings: StopStrings | None = None, *, skip_special_tokens: bool
+    ) -> None:
+        self._decoder = decoder
+        self._skip_special_tokens = skip_special_tokens
+        self._stop_strings = stop_strings or StopStrings(())
+        self._node = START
+        # Decoded, but perhaps the start of a stop string.
+        self._held = ""
+        self.matched_stop: str | None = None
+        # Tokens whose text is not certain, and those before them with their own text, which byte-level does not need.
+        self._uncertain: list[int] = []
+        self._context: list[int] = []
+        self._context_text = ""
+        # For decoders of which nothing is known.
+        self._all_ids = array("i")
+        self._num_decoded = 0
+
+    @property
+    def has_stop_strings(self) -> bool:
+        return bool(self._stop_strings)
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain now. After a match there is no more."""
+        self._uncertain.append(token_id)
+        decoder = self._decoder
+        if decoder.is_byte_level:
+            text = self._decode(self._uncertain)
+            if text and not text.endswith(UNFINISHED):
+                self._uncertain.clear()
+                return self._release(text)
+            return self._release(self._cut_uncertain()) if len(self._uncertain) >= MAX_UNCERTAIN else ""
+        self._all_ids.append(token_id)
+        if decoder.extends_a_run(token_id, skip_special_tokens=self._skip_special_tokens):
+            return ""
+        text = self._decode(self._context + self._uncertain)
+        if len(text) <= len(self._context_text) or text.endswith(UNFINISHED):
+            return ""
+        new_text = self._after_context(text)
+        self._context, self._uncertain = self._uncertain, []
+        self._context_text = self._decode(self._context)
+        return self._release(new_text)
+
+    def finish(self, last_token_ids: Sequence[int] = ()) -> str:
+        """The text of the last tokens, which is cheaper than adding them, and what was held back: a possible stop
+        string, an incomplete character.
+        """
+        if self.matched_stop is not None:
+            return ""
+        if not self._decoder.is_byte_level:
+            self._all_ids.extend(last_token_ids)
+        uncertain = [*self._context, *self._uncertain, *last_token_ids]
+        delta = self._release(self._after_context(self._decode(uncertain))) if uncertain else ""
+        if self.matched_stop is None:
+            delta += self._held
+        return delta
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+    def _after_context(self, text: str) -> str:
+        """What a text that was decoded together with the context has past it."""
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        return self._decode(self._all_ids)[self._num_decoded :]
+
+    def _cut_uncertain(self) -> str:
+        """The certain text of many byte-level tokens that end with bytes that are no character, which a model may give
+        for ever. A place where both sides together decode to the same as apart is no place inside a character; what
+        later tokens can change is in the last bytes.
+        """
+        text, ids = self._decode(self._uncertain), self._uncertain
+        for cut in range(len(ids) - LONGEST_CHARACTER, 0, -1):
+            certain = self._decode(ids[:cut])
+            if certain + self._decode(ids[cut:]) == text:
+                self._uncertain = ids[cut:]
+                return certain
+        return ""
+
+    def _release(self, text: str) -> str:
+        self._num_decoded += len(text)
+        if not self._stop_strings:
+            return text
+        self._node, stop, end = self._stop_strings.find(text, self._node)
+        all_held = self._held + text
+        if stop is not None:
+            self.matched_stop = stop
+            return all_held[: len(self._held) + end - len(stop)]
+        cut = len(all_held) - self._stop_strings.held(self._node)
+        self._held = all_held[cut:]
+        return all_held[:cut]

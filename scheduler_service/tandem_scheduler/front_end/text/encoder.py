@@ -1,0 +1,149 @@
+"""Text to token ids, off the event loop, with bounds: on each text, and on all that is being tokenized at once.
+
+Short texts have a thread of their own, so that none waits for a long one. A long text is tokenized in pieces
+(text_splitter.py), between which other long texts have their turn, until it has more tokens than are allowed. A text
+that can't be split safely is tokenized whole.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tandem_scheduler.front_end.text.patient_threads import PatientThreads
+from tandem_scheduler.front_end.text.splitter import pieces, read_traits
+from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
+from tandem_shared.errors import FieldViolation, InvalidRequest, QueueFull
+from tandem_shared.step_plan import Int32Array
+
+INLINE_CHARACTERS = 1024
+"""Texts up to this long take a millisecond or so and are tokenized in place."""
+
+PIECE_CHARACTERS = 32 * 1024
+"""Longer texts are split. A piece takes some 30 ms."""
+
+MAX_PIECE_CHARACTERS = 256 * 1024
+"""Without a place to cut. The library takes up to 200 bytes a character while it works, and one word that is this long
+takes half a second."""
+
+MAX_BYTES_AT_ONCE = 16 * 1024 * 1024
+"""Of the texts of one lane that are being tokenized or wait for it."""
+
+T = TypeVar("T")
+
+
+class _Lane:
+    """One thread, and a bound on the text that it reads or that waits for it."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = PatientThreads(1, name)
+        self._num_bytes = 0
+
+    async def run(self, num_bytes: int, work: Callable[["_Lane"], Any]) -> Any:
+        """Awaits work(lane). Raises QueueFull where the lane has too much to do."""
+        if self._num_bytes + num_bytes > max(num_bytes, MAX_BYTES_AT_ONCE):
+            raise QueueFull("too much text is being tokenized")
+        self._num_bytes += num_bytes
+        try:
+            return await work(self)
+        finally:
+            self._leave(num_bytes)
+
+    async def call(self, function: Callable[..., T], text: str, *args: Any) -> T:
+        """Has the thread call function(text, *args). If this is cancelled meanwhile, the thread still reads the text to
+        its end, so the text counts until then, whatever becomes of the work that it was part of.
+        """
+        reading = await self._thread.start(function, text, *args)
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            num_bytes = len(text.encode())
+            self._num_bytes += num_bytes
+            reading.add_done_callback(lambda _: self._leave(num_bytes))
+            raise
+
+    def _leave(self, num_bytes: int) -> None:
+        self._num_bytes -= num_bytes
+
+
+class TextEncoder:
+    """The encoding side of one tokenizer, for all calls of a front end."""
+
+    def __init__(self, tokenizer: Tokenizer, token_lengths: Int32Array | None = None) -> None:
+        """token_lengths: those that text_splitter.token_lengths() gives, where they have been read already."""
+        self._tokenizer = tokenizer
+        self._traits = read_traits(tokenizer, token_lengths)
+        self._short_texts = _Lane("short-texts")
+        self._long_texts = _Lane("long-texts")
+
+    async def encode(self, field: str, text: str, *, max_tokens: int, add_special_tokens: bool = True) -> Int32Array:
+        """Token ids, max_tokens at most. Raises InvalidRequest with `field` where the text has more or can't be
+        tokenized, QueueFull, and TextFailed.
+        """
+        num_bytes = self._check_size(field, text, max_tokens)
+        if len(text) <= INLINE_CHARACTERS:
+            ids = self._encode_now(text, add_special_tokens)
+        elif len(text) <= PIECE_CHARACTERS:
+            ids = await self._short_texts.run(
+                num_bytes, lambda lane: lane.call(self._encode_released, text, add_special_tokens)
+            )
+        else:
+            ids = await self._long_texts.run(
+                num_bytes, lambda lane: self._encode_long(lane, field, text, max_tokens, add_special_tokens)
+            )
+        if len(ids) > max_tokens:
+            raise _too_long(field, f"{len(ids)} tokens or more are over the {max_tokens} that are left for it")
+        return ids
+
+    def _check_size(self, field: str, text: str, max_tokens: int) -> int:
+        """The text's size in bytes. Raises InvalidRequest where that alone says that the text is too long."""
+        per_token = self._traits.max_bytes_per_token
+        # Counted in characters first: a count of bytes makes a copy.
+        num_bytes = len(text)
+        if per_token is None or num_bytes <= max_tokens * per_token:
+            try:
+                num_bytes = len(text.encode())
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(FieldViolation(field, "has characters that are no Unicode text")) from error
+        if per_token is not None and num_bytes > max_tokens * per_token:
+            raise _too_long(field, f"{num_bytes} bytes or more of text are over {max_tokens} tokens")
+        return num_bytes
+
+    async def _encode_long(
+        self, lane: _Lane, field: str, text: str, max_tokens: int, add_special_tokens: bool
+    ) -> Int32Array:
+        if not self._traits.can_split:
+            return await lane.call(self._encode_released, text, add_special_tokens)
+        parts: list[Int32Array] = []
+        num_tokens = 0
+        for piece in pieces(text, PIECE_CHARACTERS, MAX_PIECE_CHARACTERS):
+            if piece is None:
+                description = (
+                    f"has over {MAX_PIECE_CHARACTERS} characters without a space or a punctuation mark after a word"
+                )
+                raise InvalidRequest(FieldViolation(field, description))
+            parts.append(await lane.call(self._encode_released, piece, add_special_tokens))
+            num_tokens += len(parts[-1])
+            if num_tokens > max_tokens:
+                break
+        return np.concatenate(parts)
+
+    def _encode_now(self, text: str, add_special_tokens: bool) -> Int32Array:
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, np.int32)
+        except BaseException as error:
+            raise text_failure("the tokenizer failed on the text", error) from error
+
+    def _encode_released(self, text: str, add_special_tokens: bool) -> Int32Array:
+        """Without the GIL: of the library's calls only the batched ones let go of it."""
+        try:
+            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return np.array(encoding.ids, np.int32)
+        except BaseException as error:
+            raise text_failure("the tokenizer failed on the text", error) from error
+
+
+def _too_long(field: str, description: str) -> InvalidRequest:
+    return InvalidRequest(FieldViolation(field, description))

@@ -1,0 +1,327 @@
+"""Requests, checked once, here at the edge: plain parameters in, plain data out. What is wrong is said at once.
+
+Lengths come first: nothing that a client sends is looked at element by element, tokenized, hashed or quoted in an error
+before its length is known to be allowed.
+"""
+
+import asyncio
+import hashlib
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tandem_scheduler.core.types import SequenceRequest
+from tandem_scheduler.engine_interface import Submission
+from tandem_scheduler.front_end.generation_params import GenerationParams
+from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size
+from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncoder
+from tandem_shared.errors import FieldViolation, InvalidRequest
+from tandem_shared.step_plan import Int32Array, RowSampling, WorkerInfo
+
+MAX_CHOICES = 64
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_LENGTH = 1024
+MAX_STOP_STRINGS_LENGTH = 8192
+"""Of all stop strings together, in characters."""
+MAX_STOP_TOKEN_IDS = 128
+MAX_REQUEST_ID_BYTES = 256
+MAX_CACHE_SALT_BYTES = 1024
+MAX_VIOLATIONS = 10
+"""That are told, and that any text is made for."""
+
+MAX_QUOTED_CHARACTERS = 64
+IDS_AT_ONCE = 16_384
+"""Ids that are read between two turns of the event loop; a few milliseconds."""
+
+NO_IDS: Int32Array = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A checked request: its first choice, from which the others differ in their choice index alone."""
+
+    request_id: str
+    first: SequenceRequest
+    num_choices: int
+    fingerprint: str
+    """Of the worker that it was checked against"""
+    num_prompt_tokens: int
+    stop_strings: tuple[str, ...]
+    skip_special_tokens: bool
+    max_reply_bytes: int | None
+    """None where the output is streamed"""
+
+
+class _Violations:
+    def __init__(self) -> None:
+        self._found: list[FieldViolation] = []
+        self._num_untold = 0
+
+    def check(self, is_right: bool, field: str, description: str) -> bool:
+        if not is_right:
+            self.add(FieldViolation(field, description))
+        return is_right
+
+    def add(self, *violations: FieldViolation) -> None:
+        for violation in violations:
+            if len(self._found) < MAX_VIOLATIONS:
+                self._found.append(violation)
+            else:
+                self._num_untold += 1
+
+    def raise_any(self) -> None:
+        if self._num_untold:
+            self._found.append(FieldViolation("", f"and {self._num_untold} more"))
+        if self._found:
+            raise InvalidRequest(*self._found)
+
+
+def check_model(wanted: str, served: str) -> None:
+    if wanted not in ("", served):
+        raise InvalidRequest(FieldViolation("model", _not_served(wanted, served)))
+
+
+def check_request_id(request_id: str) -> None:
+    """Of a request that is to be found. Raises InvalidRequest."""
+    violations = _Violations()
+    _check_request_id(request_id, violations)
+    violations.raise_any()
+
+
+async def check_request(
+    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, served_model: str
+) -> GenerationRequest:
+    """Raises InvalidRequest with what is wrong; QueueFull and TextFailed where the prompt can't be tokenized."""
+    violations = _Violations()
+    is_served = params.model in ("", served_model)
+    violations.check(is_served, "model", "" if is_served else _not_served(params.model, served_model))
+    _check_request_id(params.request_id, violations)
+    sampling = _read_sampling(params, worker, violations)
+    _check_output(params, violations)
+    _check_stopping(params, worker, violations)
+    _check_reply_size(params, worker, violations)
+    if _has_long_prompt(params):
+        # It costs too much to read for a request that is wrong already.
+        _read_max_tokens(params, 0, worker, violations)
+        violations.raise_any()
+    prompt = await _read_prompt(params, encoder, worker, violations)
+    max_tokens = _read_max_tokens(params, len(prompt), worker, violations)
+    violations.raise_any()
+    request_id = params.request_id or uuid.uuid4().hex
+    if params.seed is None:
+        sampling["seed"] = xxhash.xxh64_intdigest(request_id.encode())
+    eos_token_ids = () if params.ignore_eos else worker.eos_token_ids
+    first = SequenceRequest(
+        sequence_id=0,
+        prompt_token_ids=prompt,
+        max_tokens=max_tokens,
+        sampling=RowSampling(**sampling, num_logprobs=params.num_logprobs),
+        stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
+        priority=params.priority,
+        cache_salt=_hashed(params.cache_salt),
+        deadline=params.deadline,
+    )
+    return GenerationRequest(
+        request_id=request_id,
+        first=first,
+        num_choices=params.num_choices,
+        fingerprint=worker.fingerprint,
+        num_prompt_tokens=len(prompt),
+        stop_strings=tuple(params.stop_strings),
+        skip_special_tokens=params.skip_special_tokens,
+        max_reply_bytes=params.max_reply_bytes,
+    )
+
+
+def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
+    """What would harm the requests of others, were the front end wrong that checked it. Raises InvalidRequest."""
+    violations, first, num_choices = _Violations(), submission.first, submission.num_choices
+    _check_num_choices(num_choices, violations)
+    is_handle = submission.first_handle + num_choices <= 2**64
+    violations.check(is_handle, "first_handle", "leaves too few handles for the choices")
+    _check_sampling(first.sampling, violations)
+    ids = first.prompt_token_ids
+    is_time = first.deadline is None or math.isfinite(first.deadline)
+    violations.check(is_time, "deadline", f"must be finite, is {first.deadline}")
+    is_known = worker is None or not len(ids) or (ids.min() >= 0 and ids.max() < worker.vocab_size)
+    violations.check(is_known, "prompt.token_ids", "has an id that is not in the vocabulary")
+    violations.raise_any()
+
+
+async def check_token_ids(field: str, token_ids: Sequence[int], max_count: int, vocab_size: int) -> Int32Array:
+    """The ids as an array. Raises InvalidRequest where there are too many, or one is not in the vocabulary."""
+    if len(token_ids) > max_count:
+        raise InvalidRequest(FieldViolation(field, f"{len(token_ids)} ids are more than {max_count}"))
+    array = await _read_ids(token_ids)
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(outside):
+        raise InvalidRequest(FieldViolation(field, f"{array[outside[0]]} is not in the vocabulary of {vocab_size}"))
+    return array.astype(np.int32)
+
+
+async def _read_ids(token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Lets others have their turn in between."""
+    array = np.empty(len(token_ids), np.int64)
+    for start in range(0, len(token_ids), IDS_AT_ONCE):
+        array[start : start + IDS_AT_ONCE] = token_ids[start : start + IDS_AT_ONCE]
+        if start:
+            await asyncio.sleep(0)
+    return array
+
+
+def _not_served(wanted: str, served: str) -> str:
+    return f"{_quoted(wanted)} is not served here; {served!r} is"
+
+
+def _quoted(text: str) -> str:
+    return repr(text) if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]!r}..."
+
+
+def _hashed(salt: str) -> str:
+    """Equal for equal salts and short, as the prefix cache keeps it; empty for none."""
+    return hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).hexdigest() if salt else ""
+
+
+def _is_short(text: str, max_bytes: int) -> bool:
+    """Looks at no text that is much too long."""
+    return len(text) <= max_bytes and len(text.encode(errors="surrogatepass")) <= max_bytes
+
+
+def _check_request_id(request_id: str, violations: _Violations) -> None:
+    if violations.check(
+        _is_short(request_id, MAX_REQUEST_ID_BYTES), "request_id", f"must have {MAX_REQUEST_ID_BYTES} bytes at most"
+    ):
+        violations.check(request_id.isprintable(), "request_id", "must have printable characters only")
+
+
+def _read_sampling(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> dict[str, Any]:
+    """RowSampling's fields, with the model's defaults, then the API's, where the request has none."""
+    defaults = {
+        "temperature": (worker.default_temperature, 1.0),
+        "top_k": (worker.default_top_k, 0),
+        "top_p": (worker.default_top_p, 1.0),
+        "min_p": (worker.default_min_p, 0.0),
+        "seed": (None, 0),
+    }
+    sampling: dict[str, Any] = {}
+    for name, (of_model, of_api) in defaults.items():
+        of_request = getattr(params, name)
+        default = of_api if of_model is None else of_model
+        sampling[name] = default if of_request is None else of_request
+    _check_sampling(RowSampling(**sampling, num_logprobs=params.num_logprobs), violations)
+    return sampling
+
+
+def _check_sampling(sampling: RowSampling, violations: _Violations) -> None:
+    temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
+    # Written so that NaN fails too.
+    is_temperature = 0 <= temperature < math.inf
+    violations.check(is_temperature, "sampling.temperature", f"must be 0 or more and finite, is {temperature}")
+    violations.check(0 <= sampling.top_k < 2**32, "sampling.top_k", "must be 0 to 2^32 - 1")
+    violations.check(0 < top_p <= 1, "sampling.top_p", f"must be in (0, 1], is {top_p}")
+    violations.check(0 <= min_p <= 1, "sampling.min_p", f"must be in [0, 1], is {min_p}")
+    violations.check(0 <= sampling.seed < 2**64, "sampling.seed", "must be 0 to 2^64 - 1")
+    is_count = 0 <= (sampling.num_logprobs or 0) <= MAX_LOGPROBS
+    violations.check(is_count, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
+
+
+def _check_num_choices(num_choices: int, violations: _Violations) -> None:
+    violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
+
+
+def _check_output(params: GenerationParams, violations: _Violations) -> None:
+    _check_num_choices(params.num_choices, violations)
+    violations.check(-(2**31) <= params.priority < 2**31, "priority", "must be a number of 32 bits")
+    violations.check(
+        _is_short(params.cache_salt, MAX_CACHE_SALT_BYTES),
+        "cache_salt",
+        f"must have {MAX_CACHE_SALT_BYTES} bytes at most",
+    )
+
+
+def _check_stopping(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
+    stops, stop_ids = params.stop_strings, params.stop_token_ids
+    if violations.check(len(stops) <= MAX_STOP_STRINGS, "stopping.stop_strings", f"must be {MAX_STOP_STRINGS} at most"):
+        for index, stop in enumerate(stops):
+            field = f"stopping.stop_strings[{index}]"
+            is_length = 1 <= len(stop) <= MAX_STOP_STRING_LENGTH
+            violations.check(is_length, field, f"must have 1 to {MAX_STOP_STRING_LENGTH} characters")
+        is_length = sum(map(len, stops)) <= MAX_STOP_STRINGS_LENGTH
+        violations.check(
+            is_length, "stopping.stop_strings", f"must have {MAX_STOP_STRINGS_LENGTH} characters at most, all together"
+        )
+    if violations.check(
+        len(stop_ids) <= MAX_STOP_TOKEN_IDS, "stopping.stop_token_ids", f"must be {MAX_STOP_TOKEN_IDS} at most"
+    ):
+        for index, token_id in enumerate(stop_ids):
+            is_token = 0 <= token_id < worker.vocab_size
+            violations.check(is_token, f"stopping.stop_token_ids[{index}]", f"{token_id} is not in the vocabulary")
+
+
+def _has_long_prompt(params: GenerationParams) -> bool:
+    return len(params.prompt_text or "") > INLINE_CHARACTERS or len(params.prompt_token_ids or ()) > IDS_AT_ONCE
+
+
+async def _read_prompt(
+    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, violations: _Violations
+) -> Int32Array:
+    """The prompt's ids; none where it is wrong."""
+    text, token_ids, limit = params.prompt_text, params.prompt_token_ids, worker.max_model_len
+    if (text is None) == (token_ids is None):
+        description = "has neither text nor token_ids" if text is None else "has both text and token_ids"
+        violations.check(False, "prompt", description)
+        return NO_IDS
+    try:
+        if text is not None:
+            prompt = await encoder.encode("prompt.text", text, max_tokens=limit)
+            field = "prompt.text"
+        else:
+            assert token_ids is not None
+            field = "prompt.token_ids"
+            prompt = await check_token_ids(field, token_ids, limit, worker.vocab_size)
+    except InvalidRequest as error:
+        violations.add(*error.violations)
+        return NO_IDS
+    violations.check(len(prompt) > 0, field, "is empty")
+    violations.check(
+        len(prompt) < limit, field, f"{len(prompt)} tokens leave no room for output in the context of {limit}"
+    )
+    return prompt
+
+
+def _read_max_tokens(
+    params: GenerationParams, num_prompt_tokens: int, worker: WorkerInfo, violations: _Violations
+) -> int:
+    room = worker.max_model_len - num_prompt_tokens
+    if params.max_tokens is None:
+        return room
+    field, limit = "stopping.max_tokens", worker.max_model_len
+    violations.check(params.max_tokens >= 1, field, "must be 1 or more")
+    violations.check(
+        params.max_tokens <= room or room <= 0,
+        field,
+        f"{params.max_tokens} after {num_prompt_tokens} prompt tokens is beyond the context of {limit}",
+    )
+    return params.max_tokens
+
+
+def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
+    """Of a reply that the request's own max_tokens lets grow too large. Where the context alone bounds the output it
+    will most likely end earlier, so that is left to be seen.
+    """
+    limit = params.max_reply_bytes
+    if limit is None or params.max_tokens is None or not 1 <= params.max_tokens <= worker.max_model_len:
+        return
+    size = params.num_choices * params.max_tokens * max_reply_size(worker.vocab_size, params.num_logprobs)
+    violations.check(
+        size <= limit,
+        "stopping.max_tokens",
+        f"a reply of up to {size} bytes is more than the {limit} that may be sent at once: {REPLY_ADVICE}",
+    )

@@ -1,0 +1,145 @@
+"""What a front-end process and the engine say to each other, to protobuf and back. Knows the wire's field names."""
+
+import numpy as np
+from google.rpc import status_pb2
+
+from tandem.internal.v1 import engine_pb2
+from tandem_scheduler.core.types import FinishReason, SequenceRequest
+from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_shared.errors import ProtocolError, TandemError
+from tandem_shared.rpc.rich_status import read_status, status_of
+from tandem_shared.step_codec import decode_info, decode_sampling, encode_info, encode_sampling, pack_ids, unpack_ids
+from tandem_shared.step_plan import RowLogprobs
+
+_REASONS = {
+    FinishReason.STOP: engine_pb2.END_REASON_STOP,
+    FinishReason.LENGTH: engine_pb2.END_REASON_LENGTH,
+    FinishReason.ABORT: engine_pb2.END_REASON_ABORT,
+    FinishReason.ERROR: engine_pb2.END_REASON_ERROR,
+}
+HANDLES = np.dtype("<u8")
+_REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
+
+
+def encode_submit(submission: Submission) -> engine_pb2.SubmitRequest:
+    first = submission.first
+    return engine_pb2.SubmitRequest(
+        request_id=submission.request_id,
+        first_handle=submission.first_handle,
+        num_choices=submission.num_choices,
+        fingerprint=submission.fingerprint,
+        prompt_token_ids=pack_ids(first.prompt_token_ids),
+        max_tokens=first.max_tokens,
+        sampling=encode_sampling(first.sampling),
+        stop_token_ids=first.stop_token_ids,
+        priority=first.priority,
+        cache_salt=first.cache_salt,
+        deadline=first.deadline,
+    )
+
+
+def decode_submit(message: engine_pb2.SubmitRequest) -> Submission:
+    first = SequenceRequest(
+        sequence_id=0,
+        prompt_token_ids=unpack_ids(message.prompt_token_ids),
+        max_tokens=message.max_tokens,
+        sampling=decode_sampling(message.sampling),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+        deadline=message.deadline if message.HasField("deadline") else None,
+    )
+    return Submission(
+        request_id=message.request_id,
+        first_handle=message.first_handle,
+        first=first,
+        num_choices=message.num_choices,
+        fingerprint=message.fingerprint,
+    )
+
+
+def encode_state(state: EngineState) -> engine_pb2.EngineState:
+    return engine_pb2.EngineState(
+        worker=encode_info(state.worker) if state.worker is not None else None,
+        is_ready=state.is_ready,
+        is_draining=state.is_draining,
+    )
+
+
+def decode_state(message: engine_pb2.EngineState) -> EngineState:
+    worker = decode_info(message.worker) if message.HasField("worker") else None
+    return EngineState(worker, message.is_ready, message.is_draining)
+
+
+def encode_outputs(batch: OutputBatch) -> engine_pb2.AttachResponse:
+    return engine_pb2.AttachResponse(
+        token_handles=np.array(batch.token_handles, HANDLES).tobytes(),
+        token_ids=pack_ids(batch.token_ids),
+        logprobs=_encode_logprobs(batch.logprobs) if batch.logprobs else None,
+        ends=[
+            engine_pb2.SequenceEnd(
+                handle=end.handle,
+                reason=_REASONS[end.reason],
+                num_cached_tokens=end.num_cached_tokens,
+                stop_token_id=end.stop_token_id,
+                error=encode_error(end.error) if end.error is not None else None,
+            )
+            for end in batch.ends
+        ],
+    )
+
+
+def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
+    return OutputBatch(
+        np.frombuffer(message.token_handles, HANDLES).tolist(),
+        unpack_ids(message.token_ids).tolist(),
+        _decode_logprobs(message.logprobs),
+        [
+            SequenceEnd(
+                end.handle,
+                _REASONS_BACK[end.reason],
+                end.num_cached_tokens,
+                end.stop_token_id if end.HasField("stop_token_id") else None,
+                decode_error(end.error) if end.HasField("error") else None,
+            )
+            for end in message.ends
+        ],
+    )
+
+
+def handles_in(message: engine_pb2.AttachResponse) -> list[int]:
+    """Of all sequences that a message speaks of, as far as it can be read."""
+    whole = len(message.token_handles) // HANDLES.itemsize * HANDLES.itemsize
+    tokens = np.frombuffer(message.token_handles[:whole], HANDLES).tolist()
+    return [*tokens, *message.logprobs.handles, *(end.handle for end in message.ends)]
+
+
+def encode_error(error: TandemError) -> bytes:
+    data: bytes = status_of(error).SerializeToString()
+    return data
+
+
+def decode_error(data: bytes) -> TandemError:
+    status = status_pb2.Status.FromString(data)
+    return read_status(status) or ProtocolError(f"an error that is none of Tandem's: {status.message}")
+
+
+def _encode_logprobs(reports: list[tuple[int, RowLogprobs]]) -> engine_pb2.TokenLogprobs:
+    return engine_pb2.TokenLogprobs(
+        handles=[handle for handle, _ in reports],
+        logprobs=[report.logprob for _, report in reports],
+        num_top=[len(report.top_token_ids) for _, report in reports],
+        top_token_ids=[token_id for _, report in reports for token_id in report.top_token_ids],
+        top_logprobs=[logprob for _, report in reports for logprob in report.top_logprobs],
+    )
+
+
+def _decode_logprobs(message: engine_pb2.TokenLogprobs) -> list[tuple[int, RowLogprobs]]:
+    top_token_ids, top_logprobs = tuple(message.top_token_ids), tuple(message.top_logprobs)
+    reports, start = [], 0
+    for handle, logprob, num_top in zip(message.handles, message.logprobs, message.num_top, strict=True):
+        top = slice(start, start + num_top)
+        # Rows are the worker's; nobody here asks for them.
+        reports.append((handle, RowLogprobs(0, logprob, top_token_ids[top], top_logprobs[top])))
+        start += num_top
+    return reports

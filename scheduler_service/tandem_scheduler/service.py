@@ -1,0 +1,161 @@
+"""Puts the scheduler service together: step loop, hub, and the front ends, here or in processes of their own."""
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from tandem_scheduler.control.servicer import ControlServicer
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.types import SchedulerConfig
+from tandem_scheduler.engine.hub import EngineHub
+from tandem_scheduler.engine.recorder import RecordingScheduler
+from tandem_scheduler.engine.step_loop import StepLoop
+from tandem_scheduler.engine.worker_client import GrpcWorkerClient, WorkerClient
+from tandem_scheduler.front_end.public_server import PublicServer
+from tandem_scheduler.model_check import ModelCheck
+from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
+from tandem_shared import VERSION
+from tandem_shared.config import SchedulerSettings, model_name
+from tandem_shared.errors import ConfigError, WorkerUnavailable
+from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
+from tandem_shared.rpc.server import read_pem
+from tandem_shared.rpc.session_secret import read_secret
+from tandem_shared.step_plan import WorkerInfo
+
+MIN_CPUS_FOR_PROCESSES = 8
+CPUS_PER_FRONT_END = 4
+MAX_DEFAULT_FRONT_ENDS = 4
+
+
+class FrontEnds(Protocol):
+    """All front ends of the service: one in this process, or a pool of processes."""
+
+    async def start(self) -> int:
+        """Listens; gives the port."""
+
+    async def stop(self, *, ends_process: bool = False) -> None:
+        """ends_process: the process ends next, and its connections with it, so they need not be closed."""
+
+
+class SchedulerService:
+    """The whole service, without the process around it."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        *,
+        client: WorkerClient | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address. Interceptors
+        run in this process alone, so with them there are no others.
+        """
+        self._settings = settings
+        self._client = client or GrpcWorkerClient(
+            settings.worker_address,
+            worker_credentials(settings),
+            secret=read_secret(settings.session_secret_file),
+        )
+        self._recorder: RecordingScheduler | None = None
+        self._hub = EngineHub()
+        self._tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
+        self.step_loop = StepLoop(
+            self._client,
+            _core_config(settings),
+            self._hub,
+            scheduler_id=uuid.uuid4().hex,
+            worker_wait_s=settings.worker_wait_s,
+            step_timeout_s=settings.step_timeout_s,
+            create_scheduler=self._create_scheduler,
+            check_worker=ModelCheck(settings, self._tokenizer_folder),
+        )
+        self._hub.connect(self.step_loop)
+        self._front_ends = self._create_front_ends(interceptors)
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listens and begins to look for the worker; gives the port."""
+        port = await self._front_ends.start()
+        self._running = asyncio.create_task(self.step_loop.run())
+        return port
+
+    async def wait(self) -> None:
+        """Returns only if the step loop fails, which is a bug: then raises why."""
+        assert self._running is not None, "start() comes first"
+        await asyncio.shield(self._running)
+
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None, *, ends_process: bool = False) -> None:
+        """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
+        UNAVAILABLE. ends_process: the caller ends the process next, and its connections with it.
+        """
+        drained = asyncio.create_task(self._hub.drain())
+        hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
+        await asyncio.wait([drained, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if drained.done():
+            drained.result()
+        else:
+            drained.cancel()
+            self._hub.end_all(WorkerUnavailable("the server is stopping"))
+        await self._front_ends.stop(ends_process=ends_process)
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        await self._client.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
+        settings = self._settings
+        control = ControlServicer(self._hub, model_name(settings), VERSION)
+        count = settings.api_server_count
+        if count is None:
+            count = 0 if interceptors else default_num_front_ends()
+        if count == 0:
+            return PublicServer(settings, self._tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
+        if interceptors:
+            raise ConfigError("interceptors need --api-server-count 0")
+        return FrontEndPool(settings, self._tokenizer_folder, self._hub, control, count)
+
+    def _create_scheduler(self, config: SchedulerConfig, worker: WorkerInfo) -> Scheduler:
+        if not self._settings.record:
+            return Scheduler(config, worker)
+        self._recorder = RecordingScheduler(config, worker, Path(self._settings.record))
+        return self._recorder
+
+
+def default_num_front_ends() -> int:
+    """None where CPUs are few or a port can't be shared."""
+    if sys.platform != "linux":
+        return 0
+    num_cpus = len(os.sched_getaffinity(0))
+    return 0 if num_cpus < MIN_CPUS_FOR_PROCESSES else min(num_cpus // CPUS_PER_FRONT_END, MAX_DEFAULT_FRONT_ENDS)
+
+
+def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_chunk_tokens=settings.max_chunk_tokens,
+        max_plans_in_flight=settings.max_plans_in_flight,
+        max_num_waiting=settings.max_num_waiting,
+        max_num_waiting_tokens=settings.max_num_waiting_tokens,
+        enable_prefix_caching=settings.enable_prefix_caching,
+    )
+
+
+def worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
+    """For TLS to the worker, with the scheduler's own certificate where it has one; None for none."""
+    if not settings.worker_ca:
+        return None
+    authority, key, chain = read_pem("--worker-ca", settings.worker_ca), None, None
+    if settings.worker_tls_cert:
+        key = read_pem("--worker-tls-key", settings.worker_tls_key)
+        chain = read_pem("--worker-tls-cert", settings.worker_tls_cert)
+    return grpc.ssl_channel_credentials(authority, key, chain)

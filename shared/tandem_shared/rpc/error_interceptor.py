@@ -1,0 +1,178 @@
+"""The way of every call into the server: a place at the gate, then its request read and parsed, then its method.
+
+Errors leave here and nowhere else, as gRPC statuses with google.rpc details. gRPC is told that each method takes a
+stream of bytes. So a call that is refused a place was neither read nor parsed, and bytes that are no message are an
+error like any other; in gRPC's own deserialiser they would end INTERNAL.
+
+Services of small requests, such as health, have limits of their own: whoever fills the server with other calls leaves
+these alone, and their messages are decoded only where they are small.
+"""
+
+import asyncio
+import inspect
+import logging
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from tandem_shared.errors import FieldViolation, InvalidRequest, TandemError
+from tandem_shared.rpc.call_gate import CallGate
+from tandem_shared.rpc.read_gate import ReadGate
+from tandem_shared.rpc.rich_status import DETAILS_METADATA_KEY, code_of, status_of
+
+logger = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Metadata = tuple[tuple[str, bytes], ...]
+End = tuple[grpc.StatusCode, str, Metadata]
+Parse = Callable[[bytes], Any]
+ReadRequest = Callable[[AsyncIterator[bytes], str], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """What the calls of some services share."""
+
+    calls: CallGate = field(default_factory=CallGate)
+    reads: ReadGate = field(default_factory=ReadGate)
+    max_request_bytes: int = sys.maxsize
+    # Else only the first, as a stream that is trusted may be silent for long.
+    bounds_each_message: bool = False
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps TandemError to its status, bytes that are no message to INVALID_ARGUMENT, and our bugs to INTERNAL."""
+
+    def __init__(
+        self,
+        limits: CallLimits | None = None,
+        small_limits: CallLimits | None = None,
+        small_services: Collection[str] = (),
+    ) -> None:
+        """small_services: the full names of those that small_limits are for."""
+        self._limits = limits or CallLimits()
+        self._small_limits = small_limits or self._limits
+        self._small_services = frozenset(small_services)
+        self.calls: set[asyncio.Task[Any]] = set()
+        """The tasks of the calls that run. One ends when its call's status has been sent."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        call = asyncio.current_task()
+        assert call is not None, "gRPC runs each call in a task of its own"
+        self.calls.add(call)
+        call.add_done_callback(self.calls.discard)
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        read = _read_stream if handler.request_streaming else _read_one
+        service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
+        limits = self._small_limits if service in self._small_services else self._limits
+        read_request = read(handler.request_deserializer or bytes, limits)
+        behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if not handler.response_streaming:
+            make, wrapped = grpc.stream_unary_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
+        elif inspect.isasyncgenfunction(behavior):
+            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_generator(behavior, read_request, limits)
+        else:
+            # It writes its responses to the context, as the standard health service's Watch does.
+            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
+        return make(wrapped, None, handler.response_serializer)
+
+
+def _wrap_awaited(
+    behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest, limits: CallLimits
+) -> Callable[..., Any]:
+    async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
+        try:
+            with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
+                return await behavior(await read_request(requests, context.peer()), context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            end = _end_of(error)
+        await _abort(context, end)
+
+    return awaited
+
+
+def _wrap_generator(behavior: Callable[..., Any], read_request: ReadRequest, limits: CallLimits) -> Callable[..., Any]:
+    async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        try:
+            with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
+                async with aclosing(behavior(await read_request(requests, context.peer()), context)) as responses:
+                    async for response in responses:
+                        yield response
+            return
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            end = _end_of(error)
+        await _abort(context, end)
+
+    return generator
+
+
+async def _abort(context: Context, end: End) -> None:
+    """Raises what ends the call. Where it is gone, and gRPC has yet to say so, that is what a cancelled one raises: a
+    call's deadline passes for gRPC at the moment at which it passes for the scheduler.
+    """
+    try:
+        await context.abort(*end)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
+
+
+def _end_of(error: Exception) -> End:
+    """What to abort a call with once the error is forgotten.
+
+    gRPC's state of a call and the exception of its abort refer to each other. An error in between, whose traceback has
+    the request, would stay until cycles are collected.
+    """
+    if isinstance(error, TandemError):
+        status = status_of(error)
+        return code_of(error), status.message, ((DETAILS_METADATA_KEY, status.SerializeToString()),)
+    logger.error("unexpected error", exc_info=error)
+    return grpc.StatusCode.INTERNAL, "internal error; the server's log has more", ()
+
+
+def _read_one(parse: Parse, limits: CallLimits) -> ReadRequest:
+    async def read_one(requests: AsyncIterator[bytes], peer: str) -> Any:
+        data = await limits.reads.read(peer, requests)
+        if data is None:
+            raise InvalidRequest(FieldViolation("", "the call ended before its request"))
+        return _parsed(parse, data, limits)
+
+    return read_one
+
+
+def _read_stream(parse: Parse, limits: CallLimits) -> ReadRequest:
+    async def parsed(requests: AsyncIterator[bytes], peer: str) -> AsyncIterator[Any]:
+        data = await limits.reads.read(peer, requests)
+        while data is not None:
+            yield _parsed(parse, data, limits)
+            data = await (limits.reads.read(peer, requests) if limits.bounds_each_message else anext(requests, None))
+
+    async def read_stream(requests: AsyncIterator[bytes], peer: str) -> AsyncIterator[Any]:
+        return parsed(requests, peer)
+
+    return read_stream
+
+
+def _parsed(parse: Parse, data: bytes, limits: CallLimits) -> Any:
+    if len(data) > limits.max_request_bytes:
+        raise InvalidRequest(FieldViolation("", f"has more than {limits.max_request_bytes} bytes"))
+    try:
+        return parse(data)
+    except DecodeError:
+        owner = getattr(parse, "__self__", None)
+        name = owner.DESCRIPTOR.name if owner is not None else "message of this method"
+        raise InvalidRequest(FieldViolation("", f"the bytes are no {name}")) from None

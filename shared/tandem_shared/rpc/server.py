@@ -1,0 +1,193 @@
+"""The gRPC server that both services run in: health, reflection, channelz, TLS, errors, signals.
+
+Knows nothing of what the services do. Liveness is the health of the empty service name: SERVING while the process
+lives. Readiness is the health of each service's own name.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+import grpc
+from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tandem_shared.config import ServiceSettings
+from tandem_shared.errors import ConfigError
+from tandem_shared.host.process import raise_descriptor_limit
+from tandem_shared.rpc.call_gate import CallGate
+from tandem_shared.rpc.error_interceptor import CallLimits, ErrorInterceptor
+from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, server_options
+from tandem_shared.rpc.read_gate import ReadGate
+
+logger = logging.getLogger(__name__)
+
+RESERVED_DESCRIPTORS = 128
+"""File descriptors that connections leave to the process: its own channels, files, libraries."""
+
+DEFAULT_MAX_OPEN_CALLS = 1024
+
+READ_BYTES = 256 * 2**20
+"""What requests that are being read may hold together; of one connection, an eighth."""
+
+MIN_READING, MIN_READING_PER_CONNECTION = 8, 2
+"""Requests that are read at once however large they may be."""
+
+SMALL_REQUEST_BYTES = 4096
+"""The longest request of a health, reflection, channelz or control service has a name or two."""
+
+MAX_SMALL_CALLS, MAX_SMALL_CALLS_PER_CONNECTION = 512, 64
+MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION = 16, 4
+"""Calls to those services: open at once, and being read. A probe ends at once; who watches health keeps a call open."""
+
+LAST_WORDS_S = 0.1
+"""For what was sent last to reach the clients, before the process takes the connections with it."""
+
+ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
+Register = Callable[[grpc.aio.Server], None]
+
+
+class Server:
+    """A server of some services, not ready until told so."""
+
+    def __init__(
+        self,
+        services: dict[str, Register],
+        *,
+        small_services: Collection[str] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        credentials: grpc.ServerCredentials | None = None,
+        shares_port: bool = False,
+        max_request_bytes: int = MAX_MESSAGE_BYTES,
+        max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
+        num_unshared_calls: int = 0,
+    ) -> None:
+        """services: full name -> what adds its servicer to a server. small_services: those of them whose requests are
+        all small; like health, they have limits apart from the others. Interceptors run inside the error mapping.
+        shares_port: other servers listen where this one does, and the system deals out the connections.
+        max_request_bytes: gRPC refuses a larger message with RESOURCE_EXHAUSTED. max_open_calls: past it, and of one
+        connection past its share, calls are refused with QueueFull. num_unshared_calls: one connection alone may have
+        as many, be it more than its share.
+        """
+        self._services = tuple(services)
+        self._credentials = credentials
+        num_descriptors = raise_descriptor_limit()
+        options = server_options(
+            max_request_bytes=max_request_bytes,
+            max_open_calls=max_open_calls,
+            max_connections=max(num_descriptors - RESERVED_DESCRIPTORS, num_descriptors // 2),
+            shares_port=shares_port,
+        )
+        own_names = [
+            health.SERVICE_NAME,
+            channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
+            reflection.SERVICE_NAME,
+        ]
+        self._first = ErrorInterceptor(
+            _limits(CallGate(max_open_calls, num_unshared=num_unshared_calls), max_request_bytes),
+            _small_limits(),
+            [*small_services, *own_names],
+        )
+        self._server = grpc.aio.server(interceptors=[self._first, *interceptors], options=options)
+        for register in services.values():
+            register(self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        channelz.add_channelz_servicer(self._server)
+        reflection.enable_server_reflection([*services, *own_names], self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens; gives the port. ConfigError where the address can't be had."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"can't listen on {address}: {error}") from error
+        await self._health.set("", ServingStatus.SERVING)
+        await self.set_ready(self._services, False)
+        # What start-up made stays: collections, which hold up all threads, need not look at it again.
+        gc.freeze()
+        await self._server.start()
+        logger.info("listening on %s:%d%s", host, bound, " with TLS" if self._credentials else "")
+        return bound
+
+    async def set_ready(self, services: Iterable[str], is_ready: bool) -> None:
+        for service in services:
+            await self._health.set(service, ServingStatus.SERVING if is_ready else ServingStatus.NOT_SERVING)
+
+    async def finish(self, grace_s: float) -> None:
+        """Prepares the end of the process, which is to leave() next: calls that run have grace_s to end, and new ones
+        are still answered. gRPC is not stopped: it would end CANCELLED what arrives meanwhile, which clients do not try
+        again, while what ends with the process ends UNAVAILABLE.
+        """
+        await self._health.enter_graceful_shutdown()
+        if running := set(self._first.calls):
+            await asyncio.wait(running, timeout=grace_s)
+        await asyncio.sleep(LAST_WORDS_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls; those that run have grace_s to end. For a process that goes on afterwards; one
+        that ends should finish().
+        """
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def _limits(calls: CallGate, max_request_bytes: int) -> CallLimits:
+    max_reading = max(MIN_READING, READ_BYTES // max_request_bytes)
+    per_connection = max(MIN_READING_PER_CONNECTION, max_reading // 8)
+    return CallLimits(calls, ReadGate(max_reading, per_connection))
+
+
+def _small_limits() -> CallLimits:
+    return CallLimits(
+        CallGate(MAX_SMALL_CALLS, max_per_connection=MAX_SMALL_CALLS_PER_CONNECTION),
+        ReadGate(MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION),
+        SMALL_REQUEST_BYTES,
+        bounds_each_message=True,
+    )
+
+
+def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials | None:
+    """TLS as the settings say, or None. With a client authority, clients must show a certificate of it."""
+    if not settings.tls_cert:
+        return None
+    pair = (read_pem("--tls-key", settings.tls_key), read_pem("--tls-cert", settings.tls_cert))
+    client_ca = read_pem("--tls-client-ca", settings.tls_client_ca) if settings.tls_client_ca else None
+    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
+
+
+def read_pem(flag: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag}: {error}") from error
+
+
+def write_port_file(path: str, port: int) -> None:
+    """Whole or not at all, for whoever waits for it."""
+    if path:
+        partial = Path(f"{path}.{os.getpid()}")
+        partial.write_text(f"{port}\n")
+        partial.replace(path)
+
+
+class StopSignals:
+    """SIGTERM and SIGINT of this process: the first asks for an orderly end, a second for one at once."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()

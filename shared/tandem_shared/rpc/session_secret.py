@@ -1,0 +1,49 @@
+"""The secret that a scheduler shows its worker, from a file that both read. Knows files, nothing of sessions."""
+
+import os
+import secrets
+import stat
+import threading
+from pathlib import Path
+
+from tandem_shared.errors import ConfigError
+
+SECRET_METADATA_KEY = "tandem-session-secret-bin"
+MIN_BYTES, MAX_BYTES = 16, 4096
+
+
+def read_secret(path: str) -> bytes:
+    """The file's contents without white space at the ends; made, readable for this user alone, where there is no file.
+
+    No path is no secret. Raises ConfigError.
+    """
+    if not path:
+        return b""
+    try:
+        _create(Path(path))
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"--session-secret-file {path}: is no regular file")
+        with open(path, "rb") as file:
+            secret = file.read(MAX_BYTES + 1).strip()
+    except OSError as error:
+        raise ConfigError(f"--session-secret-file: {error}") from error
+    if not MIN_BYTES <= len(secret) <= MAX_BYTES:
+        raise ConfigError(f"--session-secret-file {path}: must hold {MIN_BYTES} to {MAX_BYTES} bytes")
+    return secret
+
+
+def _create(path: Path) -> None:
+    """Whole or not at all, as two services may start at once."""
+    if path.exists():
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        os.link(partial, path)
+    except FileExistsError:
+        # The other service was first.
+        pass
+    finally:
+        partial.unlink()

@@ -1,0 +1,158 @@
+"""Frozen settings from command-line flags and environment variables: a flag wins over its variable.
+
+Knows how to read, check and describe the fields of a settings dataclass, not what they mean. A field named
+`max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS. An empty variable is an unset one.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from tandem_shared.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "TANDEM_"
+MAX_NUMBER = 2**31 - 1
+"""The largest value of a setting that has no limit of its own: tokens, blocks and rows are counted in int32."""
+_SERVICE_VARIABLE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+_LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
+"""What Kubernetes, like Docker's old links, calls the variables of a Service, and the value of its NAME_PORT."""
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of a settings dataclass, with what --help says of it and the values it takes."""
+    metadata = {"text": text, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
+    """Adds a flag for each field but those in `without`; one that two classes share is added once."""
+    known = set(without)
+    for settings_class in classes:
+        for field in dataclasses.fields(settings_class):
+            if field.name in known:
+                continue
+            known.add(field.name)
+            details = [field.metadata["text"]]
+            if field.metadata["unit"]:
+                details.append(f"in {field.metadata['unit']}")
+            if field.metadata["choices"]:
+                details.append(f"one of {', '.join(field.metadata['choices'])}")
+            default = "none" if field.default in (None, "") else field.default
+            details.append(f"default {default}; environment {variable_of(field.name)}")
+            parser.add_argument(
+                flag_of(field.name),
+                default=None,
+                dest=field.name,
+                metavar=_value_type(settings_class, field.name).__name__.upper(),
+                help="; ".join(details).replace("%", "%%"),
+            )
+
+
+def read_settings(settings_class: type[T], arguments: argparse.Namespace, environment: Mapping[str, str]) -> T:
+    """Builds the settings; ConfigError names the flag or variable that is wrong."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+        raw, source = getattr(arguments, field.name, None), flag_of(field.name)
+        variable = variable_of(field.name)
+        if raw is None and _is_ours(variable, environment.get(variable, "")):
+            raw, source = environment[variable], variable
+        if raw is not None:
+            values[field.name] = _convert(raw, source, _value_type(settings_class, field.name), field.metadata)
+    return settings_class(**values)
+
+
+def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:
+    """A misspelt variable is an error, not a setting that silently keeps its default."""
+    known = {variable_of(field.name) for cls in classes for field in dataclasses.fields(cls)}
+    for name, value in environment.items():
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and _is_ours(name, value):
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"unknown environment variable {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _is_ours(name: str, value: str) -> bool:
+    """Whether a variable is meant as a setting: not if it is empty, nor if it is one of those that Kubernetes gives
+    every container for each Service of the namespace, such as `tandem` or `tandem-worker`.
+    """
+    is_link = name.endswith("_PORT") and _LINK_ADDRESS.match(value)
+    return bool(value) and not is_link and not _SERVICE_VARIABLE.fullmatch(name)
+
+
+def to_arguments(settings: Any) -> list[str]:
+    """The flags that give these settings again."""
+    arguments = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            arguments += [flag_of(field.name), str(value).lower() if isinstance(value, bool) else str(value)]
+    return arguments
+
+
+def option_names(names: Iterable[str]) -> set[str]:
+    """The environment variables of some fields."""
+    return {variable_of(name) for name in names}
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def _value_type(settings_class: type, name: str) -> type:
+    """int of a field `int` or `int | None`."""
+    hint = typing.get_type_hints(settings_class)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return typing.cast(type, hint)
+
+
+def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any]) -> Any:
+    value: Any
+    if value_type is bool:
+        if raw.lower() not in ("true", "false"):
+            raise ConfigError(f"{source} must be true or false, is {raw!r}")
+        return raw.lower() == "true"
+    try:
+        value = value_type(raw)
+    except ValueError:
+        raise ConfigError(f"{source} must be of type {value_type.__name__}, is {raw!r}") from None
+    minimum, maximum, choices = metadata["minimum"], metadata["maximum"], metadata["choices"]
+    if value_type is not str and maximum is None:
+        maximum = MAX_NUMBER
+    # Written so that NaN fails too.
+    if minimum is not None and not value >= minimum:
+        raise ConfigError(f"{source} must be at least {minimum}, is {raw}")
+    if maximum is not None and not value <= maximum:
+        raise ConfigError(f"{source} must be at most {maximum}, is {raw}")
+    if choices and value not in choices:
+        raise ConfigError(f"{source} must be one of {', '.join(choices)}, is {raw!r}")
+    return value
+
+
+def split_keywords(values: Mapping[str, object], first: type[T], second: type[U]) -> tuple[T, U]:
+    """Two settings from keyword arguments, each taking the fields that it has. ConfigError for one that neither has."""
+    fields = [{field.name for field in dataclasses.fields(cls)} for cls in (first, second)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields[0] | fields[1]:
+            raise ConfigError(f"unknown setting {name}")
+    one, other = ({name: value for name, value in values.items() if name in known} for known in fields)
+    return first(**one), second(**other)

@@ -1,0 +1,210 @@
+"""Step plans, results and worker infos to protobuf and back. Knows the wire's field names, not their rules."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tandem.internal.v1 import worker_pb2
+from tandem_shared.errors import InvalidPlan, ProtocolError
+from tandem_shared.step_plan import (
+    Int32Array,
+    NewRow,
+    RowFault,
+    RowLogprobs,
+    RowSampling,
+    StepPlan,
+    StepResult,
+    StepTimes,
+    WorkerInfo,
+)
+
+PROTOCOL_VERSION = 2
+
+IDS = np.dtype("<i4")
+"""How token and block ids travel. Varints would cost both ends a loop over the ids, which prompts have many of."""
+
+
+def pack_ids(ids: Int32Array | Sequence[int]) -> bytes:
+    return np.asarray(ids, IDS).tobytes()
+
+
+def unpack_ids(data: bytes) -> Int32Array:
+    """Raises ProtocolError where the bytes are no whole number of ids."""
+    if len(data) % IDS.itemsize:
+        raise ProtocolError(f"{len(data)} bytes are no whole number of ids")
+    return np.frombuffer(data, IDS).astype(np.int32)
+
+
+def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
+    return worker_pb2.StepPlan(
+        step_id=plan.step_id,
+        removed_rows=plan.removed_rows.tolist(),
+        added_rows=[_encode_row(row) for row in plan.added_rows],
+        appended_block_rows=plan.appended_block_rows.tolist(),
+        appended_block_ids=plan.appended_block_ids.tolist(),
+        chunk_rows=plan.chunk_rows.tolist(),
+        chunk_num_tokens=plan.chunk_num_tokens.tolist(),
+    )
+
+
+def decode_plan(message: worker_pb2.StepPlan) -> StepPlan:
+    """InvalidPlan where the bytes of its ids are cut."""
+    return StepPlan(
+        step_id=message.step_id,
+        removed_rows=_ints(message.removed_rows),
+        added_rows=tuple(map(_decode_row, message.added_rows)),
+        appended_block_rows=_ints(message.appended_block_rows),
+        appended_block_ids=_ints(message.appended_block_ids),
+        chunk_rows=_ints(message.chunk_rows),
+        chunk_num_tokens=_ints(message.chunk_num_tokens),
+    )
+
+
+def encode_result(result: StepResult) -> worker_pb2.StepResult:
+    times = result.times
+    return worker_pb2.StepResult(
+        step_id=result.step_id,
+        num_token_ids=bytes(result.num_token_ids),
+        token_ids=pack_ids(result.token_ids),
+        faults=[worker_pb2.RowFault(row=f.row, code=worker_pb2.RowFaultCode.ValueType(f.code)) for f in result.faults],
+        logprobs=[
+            worker_pb2.RowLogprobs(
+                row=r.row, logprob=r.logprob, top_token_ids=r.top_token_ids, top_logprobs=r.top_logprobs
+            )
+            for r in result.logprobs
+        ],
+        times=worker_pb2.StepTimes(
+            received_ns=times.received_ns,
+            prepared_ns=times.prepared_ns,
+            sampled_ns=times.sampled_ns,
+            sent_ns=times.sent_ns,
+            gpu_duration_ns=times.gpu_duration_ns,
+            gpu_idle_ns=times.gpu_idle_ns,
+        ),
+    )
+
+
+def decode_result(message: worker_pb2.StepResult) -> StepResult:
+    times = message.times
+    return StepResult(
+        step_id=message.step_id,
+        num_token_ids=list(message.num_token_ids),
+        token_ids=unpack_ids(message.token_ids).tolist(),
+        faults=tuple(RowFault(fault.row, fault.code) for fault in message.faults),
+        logprobs=tuple(
+            RowLogprobs(report.row, report.logprob, tuple(report.top_token_ids), tuple(report.top_logprobs))
+            for report in message.logprobs
+        ),
+        times=StepTimes(
+            received_ns=times.received_ns,
+            prepared_ns=times.prepared_ns,
+            sampled_ns=times.sampled_ns,
+            sent_ns=times.sent_ns,
+            gpu_duration_ns=times.gpu_duration_ns,
+            gpu_idle_ns=times.gpu_idle_ns,
+        ),
+    )
+
+
+def encode_info(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
+    return worker_pb2.GetWorkerInfoResponse(
+        protocol_version=info.protocol_version,
+        worker_instance_id=info.worker_instance_id,
+        fingerprint=info.fingerprint,
+        model=info.model,
+        dtype=info.dtype,
+        device=info.device,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        num_blocks=info.num_blocks,
+        block_size_tokens=info.block_size,
+        max_num_rows=info.max_num_rows,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        eos_token_ids=info.eos_token_ids,
+        default_temperature=info.default_temperature,
+        default_top_k=info.default_top_k,
+        default_top_p=info.default_top_p,
+        default_min_p=info.default_min_p,
+        tokenizer_digest=info.tokenizer_digest,
+    )
+
+
+def decode_info(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
+    return WorkerInfo(
+        protocol_version=message.protocol_version,
+        worker_instance_id=message.worker_instance_id,
+        fingerprint=message.fingerprint,
+        model=message.model,
+        dtype=message.dtype,
+        device=message.device,
+        vocab_size=message.vocab_size,
+        max_model_len=message.max_model_len,
+        num_blocks=message.num_blocks,
+        block_size=message.block_size_tokens,
+        max_num_rows=message.max_num_rows,
+        max_num_batched_tokens=message.max_num_batched_tokens,
+        eos_token_ids=tuple(message.eos_token_ids),
+        default_temperature=message.default_temperature if message.HasField("default_temperature") else None,
+        default_top_k=message.default_top_k if message.HasField("default_top_k") else None,
+        default_top_p=message.default_top_p if message.HasField("default_top_p") else None,
+        default_min_p=message.default_min_p if message.HasField("default_min_p") else None,
+        tokenizer_digest=message.tokenizer_digest,
+    )
+
+
+def encode_sampling(sampling: RowSampling) -> worker_pb2.RowSampling:
+    return worker_pb2.RowSampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        choice_index=sampling.choice_index,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def decode_sampling(message: worker_pb2.RowSampling) -> RowSampling:
+    return RowSampling(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        seed=message.seed,
+        choice_index=message.choice_index,
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+    )
+
+
+def _encode_row(row: NewRow) -> worker_pb2.NewRow:
+    return worker_pb2.NewRow(
+        row=row.row,
+        sequence_id=row.sequence_id,
+        token_ids=pack_ids(row.token_ids),
+        num_prompt_tokens=row.num_prompt_tokens,
+        num_computed_tokens=row.num_computed_tokens,
+        num_cached_tokens=row.num_cached_tokens,
+        block_ids=pack_ids(row.block_ids),
+        sampling=encode_sampling(row.sampling),
+    )
+
+
+def _decode_row(message: worker_pb2.NewRow) -> NewRow:
+    try:
+        return NewRow(
+            row=message.row,
+            sequence_id=message.sequence_id,
+            token_ids=unpack_ids(message.token_ids),
+            num_prompt_tokens=message.num_prompt_tokens,
+            num_computed_tokens=message.num_computed_tokens,
+            num_cached_tokens=message.num_cached_tokens,
+            block_ids=unpack_ids(message.block_ids),
+            sampling=decode_sampling(message.sampling),
+        )
+    except ProtocolError as error:
+        raise InvalidPlan(f"added row {message.row}: {error}") from error
+
+
+def _ints(values: Iterable[int]) -> Int32Array:
+    # By way of uint32: a number past int32 then turns negative, which validation refuses, instead of raising here.
+    return np.array(list(values), np.uint32).astype(np.int32)

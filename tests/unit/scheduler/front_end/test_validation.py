@@ -1,0 +1,193 @@
+"""The checks on plain parameters, away from any wire: lengths before elements, and what leaves the edge."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tandem_scheduler.engine_interface import Submission
+from tandem_scheduler.front_end.generation_params import GenerationParams
+from tandem_scheduler.front_end.text.encoder import TextEncoder
+from tandem_scheduler.front_end.validation import (
+    MAX_VIOLATIONS,
+    GenerationRequest,
+    check_model,
+    check_request,
+    check_submission,
+)
+from tandem_shared.errors import InvalidRequest
+from tandem_shared.step_plan import RowSampling
+from tests.builders import create_request, worker_info
+from tests.tokenizers import embedded
+from tests.unit.scheduler.front_end.test_text_encoder import WatchedTokenizer
+
+WORKER = worker_info(vocab_size=1024, max_model_len=512)
+ENCODER = TextEncoder(embedded())
+GOOD = GenerationParams(prompt_token_ids=[1, 2, 3], max_tokens=8)
+
+
+class Unreadable(Sequence[Any]):
+    """Has a length; who looks at an element fails."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("an element was read")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("the elements were read")
+
+
+async def check(params: GenerationParams) -> GenerationRequest:
+    return await check_request(params, ENCODER, WORKER, "served")
+
+
+async def violations_of(**changes: Any) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        await check(replace(GOOD, **changes))
+    return {violation.field: violation.description for violation in caught.value.violations}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("prompt.token_ids", {"prompt_token_ids": Unreadable(513)}),
+        ("stopping.stop_strings", {"stop_strings": Unreadable(65)}),
+        ("stopping.stop_token_ids", {"stop_token_ids": Unreadable(129)}),
+    ],
+)
+async def test_of_too_many_elements_none_is_read(field: str, changes: dict[str, Any]) -> None:
+    assert list(await violations_of(**changes)) == [field]
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("request_id", {"request_id": "x" * 257}),
+        ("request_id", {"request_id": "é" * 129}),
+        ("request_id", {"request_id": "a\nb"}),
+        ("request_id", {"request_id": "\ud800"}),
+        ("cache_salt", {"cache_salt": "x" * 1025}),
+        ("model", {"model": "x" * 10_000_000}),
+        ("stopping.stop_strings", {"stop_strings": ["x" * 1024] * 8 + ["x"]}),
+        ("priority", {"priority": 2**31}),
+        ("sampling.seed", {"seed": 2**64}),
+        ("sampling.seed", {"seed": -1}),
+        ("sampling.top_k", {"top_k": -1}),
+        ("output.num_logprobs", {"num_logprobs": -1}),
+        ("prompt.token_ids", {"prompt_token_ids": [1, -1]}),
+        ("stopping.stop_token_ids[1]", {"stop_token_ids": [1, -1]}),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_a_bad_field_is_named(field: str, changes: dict[str, Any]) -> None:
+    found = await violations_of(**changes)
+    assert list(found) == [field]
+    assert len(found[field]) < 200
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"request_id": "é" * 128},
+        {"cache_salt": "x" * 1024},
+        {"stop_strings": ["x" * 1024] * 8, "stop_token_ids": [1] * 128},
+        {"priority": -(2**31), "seed": 2**64 - 1, "top_k": 2**32 - 1, "num_logprobs": 20, "num_choices": 64},
+        {"prompt_token_ids": [1] * 511, "max_tokens": 1},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+async def test_the_limits_themselves_are_fine(changes: dict[str, Any]) -> None:
+    await check(replace(GOOD, **changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("model", {"model": "other"}),
+        ("request_id", {"request_id": "a\nb"}),
+        ("stopping.stop_strings[0]", {"stop_strings": [""]}),
+        ("stopping.max_tokens", {"max_tokens": 0}),
+        ("stopping.max_tokens", {"max_tokens": 513}),
+        ("stopping.max_tokens", {"max_tokens": 100, "max_reply_bytes": 10}),
+    ],
+    ids=str,
+)
+async def test_the_long_prompt_of_a_request_that_is_wrong_already_is_not_tokenized(
+    field: str, changes: dict[str, Any]
+) -> None:
+    watched = WatchedTokenizer(embedded())
+    long = replace(GOOD, prompt_token_ids=None, prompt_text="Good morrow, cousin. " * 50)
+    with pytest.raises(InvalidRequest) as caught:
+        await check_request(replace(long, **changes), TextEncoder(watched), WORKER, "served")
+    assert [violation.field for violation in caught.value.violations] == [field]
+    assert watched.texts == []
+
+
+async def test_a_short_prompts_faults_are_told_with_all_others() -> None:
+    found = await violations_of(prompt_token_ids=None, prompt_text="", model="other", request_id="a\nb")
+    assert list(found) == ["model", "request_id", "prompt.text"]
+
+
+async def test_ten_violations_are_told_and_the_others_counted() -> None:
+    found = await violations_of(stop_token_ids=[5000] * 100, stop_strings=[""] * 50)
+    assert len(found) == MAX_VIOLATIONS + 1
+    assert found[""] == f"and {150 - MAX_VIOLATIONS} more"
+
+
+def test_a_long_name_is_not_quoted_whole() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_model("\u4e16" * 10_000_000, "served")
+    assert sys.getsizeof(str(caught.value)) < 1000
+
+
+async def test_a_salt_leaves_as_a_short_hash_that_tells_salts_apart() -> None:
+    salts = ["", "a", "b", "a" * 1024]
+    hashed = [(await check(replace(GOOD, cache_salt=salt))).first.cache_salt for salt in salts]
+    assert hashed[0] == "" and all(len(salt) == 32 for salt in hashed[1:])
+    assert len(set(hashed)) == 4
+    assert (await check(replace(GOOD, cache_salt="a"))).first.cache_salt == hashed[1]
+
+
+async def test_a_reply_that_cannot_fit_is_refused_where_the_request_says_so() -> None:
+    """32 choices of 900 tokens with 20 log-probabilities are 6.7 MB."""
+    large = {"num_choices": 32, "max_tokens": 400, "num_logprobs": 20, "max_reply_bytes": 2**21}
+    found = await violations_of(**large)
+    assert list(found) == ["stopping.max_tokens"] and "GenerateStream" in found["stopping.max_tokens"]
+    for changes in (
+        {"max_tokens": None},
+        {"num_logprobs": None},
+        {"max_reply_bytes": None},
+        {"max_reply_bytes": 2**23},
+    ):
+        await check(replace(GOOD, **large | changes))
+
+
+GOOD_SUBMISSION = Submission("r", 0, create_request(prompt=[1, 1023], max_tokens=8), 64, "fake-model")
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("num_choices", {"num_choices": 0}),
+        ("num_choices", {"num_choices": 65}),
+        ("first_handle", {"first_handle": 2**64 - 1}),
+        ("sampling.temperature", {"first": create_request(sampling=RowSampling(temperature=float("-inf")))}),
+        ("sampling.top_p", {"first": create_request(sampling=RowSampling(top_p=float("nan")))}),
+        ("output.num_logprobs", {"first": create_request(sampling=RowSampling(num_logprobs=21))}),
+        ("prompt.token_ids", {"first": create_request(prompt=[1024])}),
+        ("prompt.token_ids", {"first": create_request(prompt=[-1])}),
+        ("deadline", {"first": create_request(deadline=float("nan"))}),
+    ],
+)
+def test_a_submission_that_would_harm_others_is_refused(field: str, changes: dict[str, Any]) -> None:
+    check_submission(GOOD_SUBMISSION, WORKER)
+    with pytest.raises(InvalidRequest) as caught:
+        check_submission(replace(GOOD_SUBMISSION, **changes), WORKER)
+    assert [violation.field for violation in caught.value.violations] == [field]

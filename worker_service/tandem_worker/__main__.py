@@ -1,0 +1,28 @@
+"""tandem-worker: a supervisor (tandem_shared/host/supervisor.py) with the worker service (process.py) as its child.
+
+A rank of a group that something else has started, torchrun or rank 0, is the service itself: what started it sees to
+its end. Nothing here imports torch or grpc unless it is needed, as the supervisor stays for as long as the service.
+"""
+
+import os
+import sys
+
+from tandem_shared.config import WorkerSettings, read_command_line
+from tandem_shared.host.log import configure_logging
+from tandem_shared.host.supervisor import Supervisor
+from tandem_shared.settings import to_arguments
+
+
+def main() -> None:
+    settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
+    configure_logging(settings.log_level)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from tandem_worker.service.process import run_and_exit
+
+        run_and_exit(settings)
+    command = [sys.executable, "-m", "tandem_worker.service.process", *to_arguments(settings)]
+    sys.exit(Supervisor("worker", command).run())
+
+
+if __name__ == "__main__":
+    main()

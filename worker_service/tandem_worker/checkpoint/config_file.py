@@ -1,0 +1,87 @@
+"""Reads the JSON files of a model folder. Whatever is wrong in one is a ModelError that names the file and the key."""
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tandem_shared.errors import ModelError
+from tandem_shared.model_folder import read_json_bytes
+
+T = TypeVar("T", list[Any], dict[str, Any])
+
+MAX_NUMBER = 1e15
+MAX_SIZE = 2**24
+"""No size of a known model comes within a factor of ten of it; float32 counts positions exactly up to it."""
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = 200
+brief = _shortened.repr
+"""repr(), but short however large or deep the value is."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object."""
+    try:
+        values = json.loads(read_json_bytes(path))
+    except RecursionError:
+        raise ModelError(f"{path}: is nested too deeply") from None
+    except MemoryError:
+        raise ModelError(f"{path}: there is too little memory to read it") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds no JSON object")
+    return values
+
+
+class ConfigFile:
+    """Reads keys of one file, or of an object in it, where `values` is given. null counts as a key left out."""
+
+    def __init__(self, path: Path, values: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self.values = read_json(path) if values is None else values
+
+    def fail(self, key: str, problem: str) -> ModelError:
+        return ModelError(f"{self.path}: {key}: {problem}")
+
+    def part(self, values: dict[str, Any]) -> "ConfigFile":
+        """A reader of `values`, which stand in the same file."""
+        return ConfigFile(self.path, values)
+
+    def number(
+        self, key: str, default: float | None = None, *, minimum: float = 0.0, maximum: float = MAX_NUMBER
+    ) -> float:
+        """A number above zero and within the limits."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.fail(key, "is missing")
+        # Written so that NaN fails too.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.fail(key, f"must be a positive number, is {brief(value)}")
+        if not minimum <= value <= maximum:
+            raise self.fail(key, f"must be {minimum} to {maximum}, is {brief(value)}")
+        return value
+
+    def whole(self, key: str, default: int | None = None, *, maximum: int = MAX_SIZE) -> int:
+        value = self.number(key, default, maximum=maximum)
+        if value != math.floor(value):
+            raise self.fail(key, f"must be a whole number, is {value!r}")
+        return int(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.fail(key, f"must be true or false, is {brief(value)}")
+        return value
+
+    def typed(self, key: str, kind: type[T]) -> T:
+        """The key's list or object; an empty one where it is left out."""
+        value = self.values.get(key)
+        value = kind() if value is None else value
+        if not isinstance(value, kind):
+            raise self.fail(key, f"must be a {kind.__name__}, is {brief(value)}")
+        return value

@@ -1,0 +1,167 @@
+"""What a model folder says of generation: sampling defaults, and which tokens end a sequence. Knows no torch.
+
+As in vLLM, a sequence ends at any of generation_config.json's eos_token_id (config.json's where that has none) and at
+the tokenizer's own eos_token, which is the only one that some folders have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem_shared.model_folder import TOKENIZER_FILE, exists
+from tandem_worker.checkpoint.config_file import ConfigFile, brief
+
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+IGNORED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "constraints": (),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "frequency_penalty": (0,),
+    "guidance_scale": (1,),
+    "max_length": (20,),
+    "max_new_tokens": (),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "suppress_tokens": (),
+    "token_healing": (False,),
+    "top_h": (),
+    "typical_p": (1,),
+    "watermarking_config": (),
+}
+"""Keys of generation_config.json that change outputs and that Tandem doesn't apply -> values that change nothing.
+
+null and what is empty change nothing either.
+"""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the model asks of requests that don't say, None where it asks nothing."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    warnings: tuple[str, ...] = ()
+    """What the folder asks and Tandem does not do, for the log"""
+
+
+def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefaults:
+    """Raises ModelError, naming file and key."""
+    path = folder / GENERATION_FILE
+    file = ConfigFile(path, None if exists(path) else {})
+    has_eos = file.values.get("eos_token_id") is not None
+    eos_token_ids = _read_eos(file if has_eos else ConfigFile(folder / "config.json"), vocab_size)
+    of_tokenizer, warnings = _read_tokenizer_eos(folder, vocab_size)
+    eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *of_tokenizer]))
+    warnings += _ignored_keys(file)
+    if not file.flag("do_sample", True):
+        return GenerationDefaults(eos_token_ids, temperature=0.0, warnings=warnings)
+    # What the wire's float and uint32 hold, and what a row's sampling accepts.
+    limits: dict[str, tuple[type, float, float]] = {
+        "temperature": (float, 0, 3e38),
+        "top_k": (int, 0, 2**32 - 1),
+        "top_p": (float, 1e-30, 1),
+        "min_p": (float, 0, 1),
+    }
+    for key, (kind, least, most) in limits.items():
+        value = file.values.get(key)
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if value is not None and not (is_number and least <= value <= most):
+            raise file.fail(key, f"{brief(value)} is out of range")
+    sampling = {key: file.values.get(key) for key in limits}
+    return GenerationDefaults(eos_token_ids, **sampling, warnings=warnings)
+
+
+def _read_eos(file: ConfigFile, vocab_size: int) -> tuple[int, ...]:
+    eos = file.values.get("eos_token_id")
+    eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    for token_id in eos_token_ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise file.fail("eos_token_id", f"{brief(token_id)} is not in the vocabulary of {vocab_size}")
+    return eos_token_ids
+
+
+def _ignored_keys(file: ConfigFile) -> tuple[str, ...]:
+    asked = [
+        f"{key} {brief(value)}"
+        for key, harmless in IGNORED.items()
+        if (value := file.values.get(key)) not in (None, [], {}, "", *harmless)
+    ]
+    return (f"{file.path}: not supported yet, and ignored: {', '.join(asked)}",) if asked else ()
+
+
+def _read_tokenizer_eos(folder: Path, vocab_size: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The id of tokenizer_config.json's eos_token, if there is one; and warnings."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    if not exists(path):
+        return (), ()
+    file = ConfigFile(path)
+    token = file.values.get("eos_token")
+    if token is None:
+        return (), ()
+    # Of an AddedToken, all its fields are written.
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise file.fail("eos_token", f"must be a string or an object with 'content', is {brief(token)}")
+    token_id = _find_token(folder, file, content)
+    if token_id is None:
+        return (), (f"{path}: eos_token: {brief(content)} is not in the tokenizer, and stops nothing",)
+    if token_id >= vocab_size:
+        problem = f"{brief(content)} has the id {token_id}, which the model's vocabulary of {vocab_size} does not reach"
+        return (), (f"{path}: eos_token: {problem}",)
+    return (token_id,), ()
+
+
+def _find_token(folder: Path, tokenizer_config: ConfigFile, content: str) -> int | None:
+    for file, key, token_id in _tokens_named(folder, tokenizer_config, content):
+        if type(token_id) is not int or token_id < 0:
+            raise file.fail(key, f"{brief(content)} has the id {brief(token_id)}")
+        return token_id
+    return None
+
+
+def _tokens_named(folder: Path, tokenizer_config: ConfigFile, content: str) -> Iterator[tuple[ConfigFile, str, Any]]:
+    """The ids of a token, and where they stand: in tokenizer.json, where added tokens come before the vocabulary, or in
+    tokenizer_config.json.
+    """
+    if exists(folder / TOKENIZER_FILE):
+        file = ConfigFile(folder / TOKENIZER_FILE)
+        for token in file.typed("added_tokens", list):
+            if isinstance(token, dict) and token.get("content") == content:
+                yield file, "added_tokens", token.get("id")
+        vocabulary = file.typed("model", dict).get("vocab")
+        if isinstance(vocabulary, dict) and content in vocabulary:
+            yield file, "model", vocabulary[content]
+        elif isinstance(vocabulary, list):
+            # A Unigram's: pairs of token and score, in the order of their ids.
+            for token_id, pair in enumerate(vocabulary):
+                if isinstance(pair, list) and pair[:1] == [content]:
+                    yield file, "model", token_id
+    for key, token in tokenizer_config.typed("added_tokens_decoder", dict).items():
+        if isinstance(token, dict) and token.get("content") == content:
+            yield tokenizer_config, "added_tokens_decoder", int(key) if key.isdecimal() and len(key) < 20 else key

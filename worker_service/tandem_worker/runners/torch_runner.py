@@ -1,0 +1,142 @@
+"""Executes step plans in plain torch: batch update, forward pass, sampling. Queues nothing and decides nothing.
+
+What a CPU runs, and the reference for runners/cuda_runner.py. A decoding row's input is its own last sampled
+token, which stays on the device; so a step can be queued before the one before it has ended.
+"""
+
+import time
+
+import numpy as np
+import torch
+
+from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tandem_worker.layers.attention import AttentionMetadata, ChunkMetadata, group_decodes
+from tandem_worker.models.qwen3 import Qwen3
+from tandem_worker.runners.batch import Batch, StepWork
+from tandem_worker.runners.row_options import RowOptions
+from tandem_worker.runners.sampler import sample
+from tandem_worker.runners.step_results import PendingStep, Timing, report_logprobs
+from tandem_worker.runners.transfers import to_host
+
+
+class TorchRunner:
+    """A model, its KV pool and the persistent batch, on one device."""
+
+    def __init__(self, model: Qwen3, cache: torch.Tensor, batch: Batch, info: WorkerInfo) -> None:
+        """cache (layers, 2, blocks, block_size, KV heads, head_dim)"""
+        self.info = info
+        self.model = model
+        self.cache = cache
+        self._batch = batch
+        self._device = cache.device
+        self._options = RowOptions(batch.num_rows, self._device)
+        # Of the step that is queued last.
+        self._ended: torch.cuda.Event | None = None
+        self._last_token = torch.zeros(batch.num_rows, dtype=torch.int64, device=self._device)
+        self.progress = 0
+        if self._device.type == "cpu":
+            # On a GPU a layer that is launched is not one that has run.
+            model.after_layer = self._note_layer
+
+    def reset(self) -> None:
+        self._batch.reset()
+        self._ended = None
+
+    def close(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _note_layer(self) -> None:
+        self.progress += 1
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> PendingStep:
+        """Applies the plan and queues its work; InvalidPlan, with nothing applied, if the batch can't follow it."""
+        work = self._batch.apply(plan)
+        self._options.set(plan.added_rows)
+        token_ids, metadata, sampling_indices = self._prepare(work)
+        prepared_ns = time.time_ns()
+        started = self._record_event()
+        (hidden,) = self.model(self.cache, (self.model.embed(token_ids), metadata))
+        rows = work.sampling_rows
+        logits = widened(self.model.compute_logits(hidden[sampling_indices]))
+        sampled = self._sample(rows, logits)
+        num_logprobs = self._options.num_logprobs[rows].tolist()
+        logprobs = report_logprobs(logits, sampled.clamp(min=0), num_logprobs)
+        token_ids = to_host(sampled)
+        previous_ended, self._ended = self._ended, self._record_event()
+        timing = Timing(prepared_ns, started, self._ended, previous_ended)
+        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, num_logprobs, logprobs)
+
+    def _prepare(self, work: StepWork) -> tuple[torch.Tensor, AttentionMetadata, torch.Tensor]:
+        """Token ids (tokens,), attention metadata, and which tokens are sampled from."""
+        batch, block_size = self._batch, self._batch.block_size
+        ids, positions, slots, chunks = [], [], [], []
+        last_index = np.zeros(batch.num_rows, np.int64)
+        start = 0
+        for row, first, count in zip(
+            work.chunk_rows.tolist(), work.chunk_starts.tolist(), work.chunk_counts.tolist(), strict=True
+        ):
+            end = first + count
+            ids.append(batch.token_ids[row][first:end])
+            positions.append(np.arange(first, end, dtype=np.int32))
+            slots.append(batch.slots(row, first, count))
+            table = self._to_device(batch.block_tables[row, : -(-end // block_size)])
+            chunks.append(ChunkMetadata(start, count, end, table))
+            start += count
+            last_index[row] = start - 1
+        # Longest context first, so that rows of like length stand together. The batch has counted this step's token.
+        decode_rows = work.decode_rows[np.argsort(-batch.num_computed[work.decode_rows], kind="stable")]
+        context_lens = batch.num_computed[decode_rows]
+        num_blocks = -(-context_lens // block_size)
+        decode_positions = context_lens - 1
+        decode_blocks = batch.block_tables[decode_rows, decode_positions // block_size]
+        positions.append(decode_positions)
+        slots.append(decode_blocks * block_size + decode_positions % block_size)
+        last_index[decode_rows] = start + np.arange(len(decode_rows))
+        most_blocks = int(num_blocks.max(initial=0))
+        last_tokens = self._last_token[self._to_device(decode_rows)]
+        token_ids = torch.cat([self._to_device(np.concatenate(ids)), last_tokens]) if ids else last_tokens
+        metadata = AttentionMetadata(
+            positions=self._to_device(np.concatenate(positions)),
+            slot_mapping=self._to_device(np.concatenate(slots)),
+            chunks=tuple(chunks),
+            decode_start=start,
+            decode_block_tables=self._to_device(batch.block_tables[decode_rows, :most_blocks]),
+            decode_context_lens=self._to_device(context_lens),
+            decode_groups=group_decodes(num_blocks.tolist(), block_size),
+        )
+        sampling_indices = self._to_device(last_index[work.sampling_rows])
+        return token_ids, metadata, sampling_indices
+
+    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
+        """logits (rows, vocab) -> token ids (rows,), -1 where they are not finite."""
+        device_rows = self._to_device(rows)
+        # The token stands after all that is computed.
+        positions = self._to_device(self._batch.num_computed[rows])
+        sampled = sample(
+            logits,
+            self._options.of(device_rows, positions),
+            any_random=bool(self._options.is_random[rows].any()),
+            any_truncated=bool(self._options.is_truncated[rows].any()),
+        )
+        is_bad = logits.isnan().any(-1) | ~logits.amax(-1).isfinite()
+        sampled = self.model.communicator.agree(sampled.masked_fill(is_bad, -1))
+        self._last_token[device_rows] = sampled.clamp(min=0)
+        return sampled
+
+    def _record_event(self) -> torch.cuda.Event | None:
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        # From pageable memory: the driver copies arrays this small before it returns, and does not wait for the device.
+        return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)
+
+
+def widened(logits: torch.Tensor) -> torch.Tensor:
+    """float32 or wider, as sampling wants them."""
+    return logits if logits.dtype == torch.float64 else logits.float()

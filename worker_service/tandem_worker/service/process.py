@@ -1,0 +1,137 @@
+"""The worker service as a process. tandem-worker (__main__.py) keeps one running; a launched rank is one itself."""
+
+import asyncio
+import faulthandler
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from tandem_shared.config import WorkerSettings, read_command_line
+from tandem_shared.errors import ConfigError, ModelError
+from tandem_shared.host.log import configure_logging
+from tandem_shared.host.process import leave
+from tandem_shared.host.supervisor import tell_supervisor
+from tandem_shared.rpc.server import Server, StopSignals, server_credentials, write_port_file
+from tandem_shared.rpc.session_secret import read_secret
+from tandem_worker import PARENT_PID
+from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+"""How long calls may go on once the service has been told to stop."""
+STEP_GRACE_S = 5.0
+"""How long steps may go on, after that."""
+EXIT_BROKEN = 70
+"""Exit status of a worker in which a step has failed: start another."""
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+SWITCH_INTERVAL_S = 2e-4
+"""How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
+
+
+async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
+    server = Server(
+        {SERVICE_NAME: servicer.add_to},
+        credentials=server_credentials(settings),
+    )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    signals = StopSignals()
+    port = await server.start(settings.host, settings.port)
+    await server.set_ready([SERVICE_NAME], True)
+    write_port_file(settings.port_file, port)
+    tell_supervisor(port)
+    stopping = asyncio.create_task(signals.first.wait())
+    failing = asyncio.create_task(servicer.run_until_failure(lambda: server.set_ready([SERVICE_NAME], False)))
+    await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
+    if failing.done():
+        await server.stop(2 * LAST_WORD_GRACE_S)
+        # Where all threads stand, for whoever looks for the fault; the reason comes last.
+        faulthandler.dump_traceback()
+        _exit(f"the worker ends: {failing.result()}", EXIT_BROKEN)
+    failing.cancel()
+    logger.info("stopping")
+    await server.stop(STOP_GRACE_S)
+    if not await servicer.close(STEP_GRACE_S):
+        _exit(f"a step has not ended in {STEP_GRACE_S:.0f} s", 1)
+
+
+def _exit(reason: str, status: int) -> NoReturn:
+    """At once: whatever a thread is waiting for, nothing can be ended in order."""
+    logger.critical("%s", reason)
+    leave(status)
+
+
+def check_exposure(settings: WorkerSettings) -> None:
+    """Raises ConfigError where anyone in reach of the port could take the worker."""
+    if settings.host not in LOOPBACK_HOSTS and not settings.session_secret_file and not settings.tls_client_ca:
+        raise ConfigError(
+            f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
+            "same --session-secret-file, or the worker --tls-client-ca"
+        )
+
+
+def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] = WorkerServicer) -> None:
+    """Serves a model, or its part of one, until the end."""
+    check_exposure(settings)
+    options = {"secret": read_secret(settings.session_secret_file), "step_timeout_s": settings.step_timeout_s}
+    # torch is imported only now, so that --help and wrong flags answer at once.
+    from tandem_worker.startup import build_runner, check_model
+
+    world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    if world_size not in (None, str(settings.tp_size)):
+        raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
+    if settings.tp_size == 1:
+        asyncio.run(serve(settings, make_servicer(build_runner(settings), **options)))
+        return
+    from tandem_worker.ranks.communicator import Communicator
+    from tandem_worker.ranks.rank_group import (
+        STOP,
+        Follower,
+        Leader,
+        LeadingRunner,
+        join_group,
+        leave_group,
+        tell_failures,
+    )
+
+    # Before there are others who would say the same.
+    check_model(settings)
+    rank = join_group(settings, PARENT_PID)
+    communicator = Communicator(rank.shard)
+    if rank.shard.rank > 0:
+        follower, runner = Follower(rank), build_runner(settings, communicator)
+        follower.run(runner)
+        leave_group(runner)
+        return
+    leader = Leader(rank)
+    leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
+    try:
+        servicer = make_servicer(leading_runner, **options)
+        tell_failures(servicer.fail_from_thread)
+        asyncio.run(serve(settings, servicer))
+    finally:
+        leader.send(STOP)
+        leave_group(leading_runner)
+        leader.join()
+
+
+def run_and_exit(settings: WorkerSettings) -> NoReturn:
+    """Ends the process with status 2 where the settings or the model are wrong."""
+    try:
+        run(settings)
+    except (ConfigError, ModelError) as error:
+        print(f"tandem-worker: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def main() -> None:
+    settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
+    configure_logging(settings.log_level)
+    run_and_exit(settings)
+
+
+if __name__ == "__main__":
+    main()

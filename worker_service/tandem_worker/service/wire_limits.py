@@ -1,0 +1,63 @@
+"""Plans that are larger than any for this worker's batch are refused undecoded.
+
+Decoding holds the event loop. The ids of new rows are bytes, which are only copied; but thirty million row numbers, or
+as many empty rows, are no larger and take many seconds and gigabytes.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tandem.internal.v1 import worker_pb2
+from tandem_shared.errors import InvalidPlan
+from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
+from tandem_shared.step_plan import WorkerInfo
+
+SMALL_BYTES = 16 * 1024
+"""A message of at most so many bytes is decoded without a look at its parts."""
+
+OTHER_FIELDS = 64
+"""How many fields a plan may have beside its new rows. It has six, each of which may come in several parts."""
+
+ROW_BYTES = 1024
+"""How many bytes a new row may have beside its token ids and block ids."""
+
+NUMBER_BYTES = 32
+"""How many bytes a plan may have for each row and each token of a step: the numbers of the rows that are removed, that
+get a block or that compute.
+"""
+
+PLAN_TAG = worker_pb2.ExecuteStepsRequest.PLAN_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+ADDED_ROWS_TAG = worker_pb2.StepPlan.ADDED_ROWS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+
+T = TypeVar("T")
+
+
+def bounded_plan(decode: Callable[[bytes], T], info: WorkerInfo) -> Callable[[bytes], T]:
+    """A decoder of ExecuteStepsRequest that measures it first. It raises InvalidPlan."""
+    # A row's table has no more blocks than the row has tokens.
+    max_row_bytes = ROW_BYTES + 8 * info.max_model_len
+    max_other_bytes = SMALL_BYTES + NUMBER_BYTES * (info.max_num_rows + info.max_num_batched_tokens)
+    max_fields = info.max_num_rows + OTHER_FIELDS
+
+    def is_too_large(data: bytes) -> bool:
+        num_other = 0
+        try:
+            for tag, start, end in fields(data, 0, len(data), OTHER_FIELDS):
+                if tag != PLAN_TAG:
+                    num_other += end - start
+                    continue
+                for part, at, stop in fields(data, start, end, max_fields):
+                    if part != ADDED_ROWS_TAG:
+                        num_other += stop - at
+                    elif stop - at > max_row_bytes:
+                        return True
+        except TooManyFields:
+            return True
+        return num_other > max_other_bytes
+
+    def decode_bounded(data: bytes) -> T:
+        if len(data) > SMALL_BYTES and is_too_large(data):
+            raise InvalidPlan("is larger than any plan for this batch")
+        return decode(data)
+
+    return decode_bounded
