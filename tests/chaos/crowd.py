@@ -22,9 +22,9 @@ import grpc
 from tandem.v1 import inference_pb2_grpc
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.rich_status import error_of
-from tests.builders import create_request
 from tests.e2e.services import REPOSITORY, generate_request
-from tests.fake_worker import expected_tokens
+from tests.support.builders import create_request
+from tests.support.fake_worker import expected_tokens
 
 MODULE = "tests.chaos.crowd"
 VOCAB_SIZE = 1024

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.e2e.conftest import VOCAB_SIZE
 from tests.e2e.services import Engine
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tandem_shared.step_codec import PROTOCOL_VERSION
 from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tandem_worker.service.process import serve
 from tandem_worker.service.servicer import WorkerServicer
-from tests.fake_worker import FakePendingStep, FakeRunner
+from tests.support.fake_worker import FakePendingStep, FakeRunner
 
 MODULE = "tests.chaos.fake_service"
 BLOCK_SIZE = 16

@@ -24,7 +24,7 @@ from benchmarks.common import REPOSITORY
 from tandem_shared.model_folder import resolve_model
 from tests.chaos.load import MAX_FAULTS
 from tests.chaos.part import Form, Found, Part, Row
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"

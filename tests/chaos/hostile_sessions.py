@@ -26,11 +26,11 @@ from tandem_scheduler.core.types import SchedulerConfig
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_plan, unpack_ids
 from tandem_shared.step_plan import PADDING_BLOCK, NewRow, RowSampling, StepPlan, WorkerInfo
-from tests.builders import create_request
 from tests.chaos.hostile_bytes import draw, hostile, mutated, swept
 from tests.chaos.statuses import TABLE
-from tests.engine import Engine
-from tests.fake_worker import BrokenPlan, FakeRunner
+from tests.support.builders import create_request
+from tests.support.engine import Engine
+from tests.support.fake_worker import BrokenPlan, FakeRunner
 
 RPC = "/tandem.internal.v1.WorkerService/ExecuteSteps"
 WAIT_S = 30.0

@@ -18,10 +18,10 @@ from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.servicer import InferenceServicer
 from tandem_scheduler.front_end.text.detokenizer import UNFINISHED
 from tandem_shared.step_plan import RowSampling, WorkerInfo
-from tests.builders import create_request
 from tests.chaos.simulated_front_end import SimulatedFrontEnd
 from tests.chaos.simulated_worker import FLAWS, Flaw, now
-from tests.fake_worker import expected_tokens
+from tests.support.builders import create_request
+from tests.support.fake_worker import expected_tokens
 
 VOCAB_SIZE = 1024
 """Of the embedded model's tokenizer."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tandem_scheduler.core.suspects import PROBE_ID
 from tandem_shared.errors import SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
 from tandem_shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
-from tests.fake_worker import BrokenPlan, FakeRunner
+from tests.support.fake_worker import BrokenPlan, FakeRunner
 
 MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (
     lambda result: dataclasses.replace(result, step_id=result.step_id + 1),

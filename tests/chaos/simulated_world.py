@@ -17,13 +17,13 @@ from tandem_scheduler.front_end import live_request
 from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
 from tandem_shared.errors import TandemError, WorkerUnavailable
 from tandem_shared.step_plan import RowSampling, StepPlan, WorkerInfo
-from tests.builders import worker_info
 from tests.chaos.simulated_calls import VOCAB_SIZE, Call, WrongAnswer, make_request
 from tests.chaos.simulated_checks import WatchedSink, check_books, check_end, check_error, watched_log
 from tests.chaos.simulated_faults import FAULTS
 from tests.chaos.simulated_front_end import RemoteFrontEnd, SimulatedFrontEnd
 from tests.chaos.simulated_worker import Flaw, SimulatedWorker, now, random_size
-from tests.tokenizers import embedded
+from tests.support.builders import worker_info
+from tests.support.tokenizers import embedded
 
 TOKENIZER = embedded()
 

@@ -27,8 +27,8 @@ from tandem_shared.rpc.server import Server
 from tandem_shared.step_plan import RowSampling, WorkerInfo
 from tandem_worker.runners.runner import Runner
 from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
-from tests.builders import worker_info
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import worker_info
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 HOST = "127.0.0.1"
 INFERENCE = "tandem.v1.InferenceService"

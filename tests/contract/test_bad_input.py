@@ -18,7 +18,7 @@ from tests.contract.services import (
     true_tokens,
     violations,
 )
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 MAX_MODEL_LEN = 512
 NUM_BLOCKS = 17

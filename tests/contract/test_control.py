@@ -22,7 +22,7 @@ from tests.contract.services import (
     stream_request,
     true_tokens,
 )
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 ABORT = inference_pb2.FINISH_REASON_ABORT
 

@@ -8,9 +8,9 @@ import pytest
 from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
 from tandem_shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
-from tests.builders import create_request
 from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import create_request
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 
 class Listener:

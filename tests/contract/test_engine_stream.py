@@ -21,8 +21,8 @@ from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine
 from tandem_shared.errors import QueueFull, SequenceFailed
 from tandem_shared.rpc.grpc_options import LOCAL_OPTIONS
 from tandem_shared.step_codec import pack_ids
-from tests.builders import create_request
 from tests.contract.services import wait_until
+from tests.support.builders import create_request
 
 Response = engine_pb2.AttachResponse
 

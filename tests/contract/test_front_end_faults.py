@@ -16,8 +16,8 @@ from tandem_scheduler.front_end.servicer import InferenceServicer
 from tandem_scheduler.front_end.text.detokenizer import TextDecoder
 from tandem_shared.errors import InvalidRequest, TextFailed
 from tests.contract.services import Services, StreamedOutput, details, model_info, stream_request, true_tokens
-from tests.fake_worker import FakeRunner
-from tests.tokenizers import embedded
+from tests.support.fake_worker import FakeRunner
+from tests.support.tokenizers import embedded
 from tests.unit.scheduler.front_end.test_text_encoder import PanicException, WatchedTokenizer
 
 GOOD = stream_request([4, 5, 6], 40)

@@ -36,7 +36,7 @@ from tests.contract.services import (
 )
 from tests.contract.test_inference import spanning_stop
 from tests.contract.test_worker_loss import gated_runner, kill_worker, open_gate
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 STOP = inference_pb2.FINISH_REASON_STOP
 MANY = 100_000

@@ -20,7 +20,7 @@ from tests.contract.services import (
     true_tokens,
     violations,
 )
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH

@@ -13,7 +13,7 @@ from tandem_scheduler.front_end.servicer import MIN_TOKEN_LIMIT
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
 from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
 from tests.contract.services import Services, model_info, read_stream, stream_request, true_tokens, violations
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 LARGE_OUTPUT: dict[str, Any] = {"num_choices": 64, "max_tokens": 330, "num_logprobs": 20}
 """A reply of some 4.5 MB."""

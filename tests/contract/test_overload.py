@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.v1 import inference_pb2_grpc
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.contract.services import WAIT_S, Services, model_info, stream_request
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GRPC_PATIENCE_S = 30.0

@@ -10,7 +10,7 @@ import pytest
 
 from tandem_shared.rpc.grpc_options import is_local
 from tests.contract.services import Services, model_info
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")

@@ -20,8 +20,8 @@ from tandem_shared.errors import ConfigError, WorkerUnavailable
 from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
 from tandem_shared.rpc.server import Server, server_credentials
 from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
-from tests.builders import worker_info
-from tests.fake_worker import FakeRunner
+from tests.support.builders import worker_info
+from tests.support.fake_worker import FakeRunner
 
 
 def make_server(**options: Any) -> Server:

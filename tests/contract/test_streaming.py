@@ -8,7 +8,7 @@ import pytest
 
 from tandem.v1 import inference_pb2_grpc
 from tests.contract.services import Services, StreamedOutput, model_info, read_stream, stream_request, true_tokens
-from tests.fake_worker import FakeRunner
+from tests.support.fake_worker import FakeRunner
 
 
 async def test_a_reader_that_keeps_up_gets_one_token_a_message() -> None:

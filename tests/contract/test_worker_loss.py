@@ -22,7 +22,7 @@ from tests.contract.services import (
     true_tokens,
     wait_until,
 )
-from tests.fake_worker import FakePendingStep, FakeRunner
+from tests.support.fake_worker import FakePendingStep, FakeRunner
 
 MANY = 100_000
 

@@ -21,8 +21,8 @@ from tandem_shared.step_codec import PROTOCOL_VERSION, encode_plan, unpack_ids
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, StepResult
 from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
 from tandem_worker.service.session import MAX_PLANS_WAITING
-from tests.builders import worker_info
-from tests.fake_worker import FakeRunner
+from tests.support.builders import worker_info
+from tests.support.fake_worker import FakeRunner
 
 WAIT_S = 10
 

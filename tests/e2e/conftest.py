@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.services import Engine
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 VOCAB_SIZE = 1024
 """As many as the embedded model's tokenizer has, which stands in for the random model's."""

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.conftest import VOCAB_SIZE, StartEngine
 from tests.e2e.services import Engine, generate_request, random_prompt
 from tests.e2e.waiting import WAIT_S, wait_until
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 NUM_LONG_PROMPT_TOKENS = 40_000
 

@@ -19,7 +19,7 @@ from tandem.v1 import inference_pb2
 from tests.e2e.hosts import entering, ip, network_namespaces
 from tests.e2e.services import REPOSITORY, Engine, Service, generate_request, random_prompt
 from tests.e2e.waiting import WAIT_S, wait_until
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 NUM_TOKENS = 40
 VOCAB_SIZE = 1027

@@ -16,8 +16,8 @@ from tandem_shared.step_plan import RowSampling
 from tandem_worker.runners.sampler import gumbel_noise
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
-from tests.engine import run
-from tests.model_factory import save_random_model
+from tests.support.engine import run
+from tests.support.model_factory import save_random_model
 
 pytestmark = [
     pytest.mark.gpu,

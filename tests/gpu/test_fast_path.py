@@ -24,8 +24,8 @@ from tandem_worker.runners.cuda_runner import CudaRunner
 from tandem_worker.runners.runner import Runner
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
-from tests.engine import Engine
-from tests.model_factory import save_random_model
+from tests.support.engine import Engine
+from tests.support.model_factory import save_random_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,8 +22,8 @@ from tandem_shared.step_plan import RowSampling, StepPlan
 from tandem_worker.runners.runner import PendingStep
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
-from tests.engine import run
-from tests.model_factory import save_random_model
+from tests.support.engine import run
+from tests.support.model_factory import save_random_model
 
 NUM_REQUESTS = 64
 NUM_OUTPUT_TOKENS = 40

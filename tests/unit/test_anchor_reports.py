@@ -23,9 +23,9 @@ import pytest
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import FinishReason, SchedulerConfig
 from tandem_shared.errors import InvalidRequest
-from tests.builders import create_request, create_requests, worker_info
-from tests.engine import Engine, run
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import create_request, create_requests, worker_info
+from tests.support.engine import Engine, run
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 LARGE, FIRST, SECOND = range(100, 103)
 

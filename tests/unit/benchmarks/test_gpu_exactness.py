@@ -24,8 +24,8 @@ from benchmarks.gpu_exactness import (
 )
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
-from tests.engine import run
-from tests.model_factory import save_random_model
+from tests.support.engine import run
+from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_exactness import make_runner
 
 TOLERANCE = 0.1

@@ -9,7 +9,7 @@ from tandem_scheduler.engine import step_loop
 from tests.chaos.simulated_calls import LENGTH, STOP, make_truth
 from tests.chaos.simulation import simulate
 from tests.chaos.virtual_time import NothingCanHappen, run_virtually
-from tests.tokenizers import embedded
+from tests.support.tokenizers import embedded
 
 
 def test_hours_pass_at_once_and_in_order() -> None:

@@ -15,8 +15,8 @@ from benchmarks.teacher_forcing import teacher_forced_logits
 from tandem_shared.errors import ConfigError, ModelError
 from tandem_worker.runners.batch import Batch
 from tandem_worker.startup import _largest_step
-from tests.builders import worker_info
-from tests.model_factory import save_random_model
+from tests.support.builders import worker_info
+from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_exactness import make_runner
 
 

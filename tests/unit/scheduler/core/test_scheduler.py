@@ -10,9 +10,9 @@ from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS, MAX_VANISHED_TRIAL
 from tandem_scheduler.core.types import FinishReason, SchedulerConfig, SequenceRequest
 from tandem_shared.errors import ConfigError, InvalidRequest, ProtocolError, QueueFull, RequestIdInUse
 from tandem_shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
-from tests.builders import create_request, create_requests, worker_info
-from tests.engine import Engine, run
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import create_request, create_requests, worker_info
+from tests.support.engine import Engine, run
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 A, B, C, FIRST, SECOND, THIRD, LATE, LOW, OLD, NEW, MORE, LARGE, SMALL, LONG = range(100, 114)
 

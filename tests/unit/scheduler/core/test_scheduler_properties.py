@@ -25,9 +25,9 @@ from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS
 from tandem_scheduler.core.types import FinishedSequence, FinishReason, SchedulerConfig, SequenceRequest
 from tandem_shared.errors import InvalidRequest, QueueFull, RequestIdInUse
 from tandem_shared.step_plan import RowSampling, WorkerInfo
-from tests.builders import GREEDY, create_request, worker_info
-from tests.engine import Engine
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import GREEDY, create_request, worker_info
+from tests.support.engine import Engine
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 VOCAB_SIZE = 16
 SEQUENCE_IDS = list(range(8))

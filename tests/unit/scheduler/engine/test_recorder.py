@@ -14,9 +14,9 @@ from tandem_scheduler.core.types import Load, SchedulerConfig
 from tandem_scheduler.engine.recorder import VERSION, RecordingError, RecordingScheduler, replay
 from tandem_shared.errors import InvalidRequest, RequestIdInUse
 from tandem_shared.step_plan import RowSampling
-from tests.builders import create_request, create_requests, worker_info
-from tests.engine import Engine
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import create_request, create_requests, worker_info
+from tests.support.engine import Engine
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 LOGPROBS = 100
 

@@ -12,8 +12,8 @@ from tandem_scheduler.engine.chunk_pace import FIRST_TOKENS_ON_CPU
 from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_shared.errors import DeadlinePassed, WorkerUnavailable
 from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
-from tests.builders import create_request, create_requests, worker_info
-from tests.fake_worker import FakeRunner, expected_tokens
+from tests.support.builders import create_request, create_requests, worker_info
+from tests.support.fake_worker import FakeRunner, expected_tokens
 
 
 class FlakySession:

@@ -18,7 +18,7 @@ from tandem_scheduler.front_end.text.detokenizer import (
     TextDecoder,
 )
 from tandem_scheduler.front_end.text.stop_strings import START, StopStrings
-from tests.tokenizers import CountingTokenizer, byte_fallback, embedded
+from tests.support.tokenizers import CountingTokenizer, byte_fallback, embedded
 
 TOKENIZER = embedded()
 DECODER = TextDecoder(TOKENIZER)

@@ -18,8 +18,8 @@ from tandem_scheduler.front_end.text.detokenizer import RELEASED_IDS, TextDecode
 from tandem_scheduler.front_end.validation import check_request
 from tandem_shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
 from tandem_shared.step_plan import RowLogprobs
-from tests.builders import worker_info
-from tests.tokenizers import CountingTokenizer, embedded
+from tests.support.builders import worker_info
+from tests.support.tokenizers import CountingTokenizer, embedded
 from tests.unit.scheduler.front_end.test_text_encoder import PanicException
 
 POISON = 500

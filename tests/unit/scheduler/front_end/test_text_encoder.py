@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tandem_scheduler.front_end.text import encoder as text_encoder
 from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, PIECE_CHARACTERS, TextEncoder
 from tandem_shared.errors import InvalidRequest, QueueFull, TextFailed
-from tests.tokenizers import embedded, qwen3_like
+from tests.support.tokenizers import embedded, qwen3_like
 
 SHORT = "Good morrow, cousin. " * 100
 LONG = "Good morrow, cousin. " * 10_000

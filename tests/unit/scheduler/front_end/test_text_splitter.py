@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from tandem_scheduler.front_end.text.splitter import BREAK, NFC_SHRINKS_BY, UNKNOWN, WORD, pieces, read_traits
-from tests.tokenizers import byte_fallback, embedded, qwen3_like
+from tests.support.tokenizers import byte_fallback, embedded, qwen3_like
 
 TOKENIZERS = {"embedded": embedded(), "like Qwen3's": qwen3_like()}
 if "QWEN3_TOKENIZER" in os.environ:

@@ -19,8 +19,8 @@ from tandem_scheduler.front_end.validation import (
 )
 from tandem_shared.errors import InvalidRequest
 from tandem_shared.step_plan import RowSampling
-from tests.builders import create_request, worker_info
-from tests.tokenizers import embedded
+from tests.support.builders import create_request, worker_info
+from tests.support.tokenizers import embedded
 from tests.unit.scheduler.front_end.test_text_encoder import WatchedTokenizer
 
 WORKER = worker_info(vocab_size=1024, max_model_len=512)

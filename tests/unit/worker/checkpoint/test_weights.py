@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tandem_shared.errors import ModelError
 from tandem_worker.checkpoint.weights import CheckpointTarget, load_weights
 from tandem_worker.ranks.shard import Shard
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 from tests.unit.shared.test_model_folder import SPECIAL, make_special
 from tests.unit.worker.ranks.test_shard import load
 from tests.unit.worker.runners.test_exactness import make_runner

@@ -121,8 +121,8 @@ def test_a_lost_group_ends_its_process_whatever_became_of_the_server(state: str)
     """In a process of its own: the real fail(), before there is an event loop, after it, and while it runs."""
     program = f"""
 import asyncio, os, threading
-from tests.builders import worker_info
-from tests.fake_worker import FakeRunner
+from tests.support.builders import worker_info
+from tests.support.fake_worker import FakeRunner
 from tandem_worker.ranks import rank_group
 from tandem_worker.service.servicer import WorkerServicer
 

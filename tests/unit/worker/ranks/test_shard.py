@@ -16,7 +16,7 @@ from tandem_worker.layers.operations import TorchOperations
 from tandem_worker.models.qwen3 import Qwen3
 from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.ranks.shard import Shard
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     # A vocabulary that nothing divides, of which the last of four ranks has less than the others.

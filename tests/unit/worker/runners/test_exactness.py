@@ -16,7 +16,7 @@ from tandem_shared.model_folder import resolve_model
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 
 YARN = {
     "rope_type": "yarn",

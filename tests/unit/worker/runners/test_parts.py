@@ -13,7 +13,7 @@ from tandem_worker.runners.batch import StepWork
 from tandem_worker.runners.cuda_runner import deal_chunks
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_batch import ints
 
 PREFIX = np.arange(48, dtype=np.int32) * 5 % 256

@@ -9,7 +9,7 @@ import torch
 
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
 from tandem_worker.runners.torch_runner import TorchRunner
-from tests.model_factory import save_random_model
+from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_exactness import make_runner, reference_logits
 
 PROMPT_LENS = (150, 33, 1)

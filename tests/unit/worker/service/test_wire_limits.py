@@ -9,7 +9,7 @@ from tandem_shared.errors import InvalidPlan
 from tandem_shared.step_codec import encode_plan
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
 from tandem_worker.service.wire_limits import SMALL_BYTES, bounded_plan
-from tests.builders import worker_info
+from tests.support.builders import worker_info
 
 INFO = worker_info(max_num_rows=64, max_model_len=2048, max_num_batched_tokens=4096)
 decode = bounded_plan(worker_pb2.ExecuteStepsRequest.FromString, INFO)

@@ -27,7 +27,7 @@ from tandem_shared.step_plan import (
     StepResult,
     WorkerInfo,
 )
-from tests.builders import VOCAB_SIZE, worker_info
+from tests.support.builders import VOCAB_SIZE, worker_info
 
 Chain = npt.NDArray[np.uint64]
 """Entry p stands for the tokens 0 to p of a sequence, all of them. 0 is an unwritten slot."""
