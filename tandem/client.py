@@ -93,11 +93,11 @@ class TandemClient:
         request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
         return _call(self._inference.Detokenize, request, metadata=REPLY_LIMIT).text
 
+    def model_info(self) -> inference_pb2.GetModelInfoResponse:
+        return _call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest())
+
     def server_info(self) -> control_pb2.GetServerInfoResponse:
         return _call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
-
-    def model_info(self) -> control_pb2.GetModelInfoResponse:
-        return _call(self._control.GetModelInfo, control_pb2.GetModelInfoRequest())
 
     def load(self) -> control_pb2.GetLoadResponse:
         return _call(self._control.GetLoad, control_pb2.GetLoadRequest())

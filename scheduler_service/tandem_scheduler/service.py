@@ -21,7 +21,7 @@ from tandem_scheduler.front_end.public_server import PublicServer
 from tandem_scheduler.model_check import ModelCheck
 from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
 from tandem_shared import VERSION
-from tandem_shared.config import SchedulerSettings, model_name
+from tandem_shared.config import SchedulerSettings
 from tandem_shared.errors import ConfigError, WorkerUnavailable
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem_shared.rpc.server import read_pem
@@ -113,7 +113,7 @@ class SchedulerService:
 
     def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
         settings = self._settings
-        control = ControlServicer(self._hub, model_name(settings), VERSION)
+        control = ControlServicer(self._hub, VERSION)
         count = settings.api_server_count
         if count is None:
             count = 0 if interceptors else default_num_front_ends()

@@ -25,39 +25,35 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xf0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12,\n\x0cworker_state\x18\x05 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12)\n\x06uptime\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x06\x10\x07R\x0cscheduler_idR\rsession_epochR\x12worker_instance_id\"\x15\n\x13GetModelInfoRequest\"\x8b\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\"\x10\n\x0eGetLoadRequest\"\xab\x03\n\x0fGetLoadResponse\x12\x1d\n\x15num_waiting_sequences\x18\x01 \x01(\r\x12\x1d\n\x15num_running_sequences\x18\x02 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x06 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\r\x12\x1b\n\x13num_steps_in_flight\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\n \x01(\x04\x12\x19\n\x11num_worker_losses\x18\x0b \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x0c \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\r \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x0e \x01(\x04\x12\x1c\n\x14num_overshoot_tokens\x18\x0f \x01(\x04\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x19\n\x17ResetPrefixCacheRequest\"8\n\x18ResetPrefixCacheResponse\x12\x1c\n\x14num_forgotten_blocks\x18\x01 \x01(\r*w\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x15\n\x11WORKER_STATE_LOST\x10\x03\x32\xcc\x03\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.tandem.v1.GetServerInfoRequest\x1a .tandem.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.tandem.v1.GetModelInfoRequest\x1a\x1f.tandem.v1.GetModelInfoResponse\x12@\n\x07GetLoad\x12\x19.tandem.v1.GetLoadRequest\x1a\x1a.tandem.v1.GetLoadResponse\x12:\n\x05\x41\x62ort\x12\x17.tandem.v1.AbortRequest\x1a\x18.tandem.v1.AbortResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12[\n\x10ResetPrefixCache\x12\".tandem.v1.ResetPrefixCacheRequest\x1a#.tandem.v1.ResetPrefixCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xf0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12,\n\x0cworker_state\x18\x05 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12)\n\x06uptime\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x06\x10\x07R\x0cscheduler_idR\rsession_epochR\x12worker_instance_id\"\x10\n\x0eGetLoadRequest\"\xab\x03\n\x0fGetLoadResponse\x12\x1d\n\x15num_waiting_sequences\x18\x01 \x01(\r\x12\x1d\n\x15num_running_sequences\x18\x02 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x06 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\r\x12\x1b\n\x13num_steps_in_flight\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\n \x01(\x04\x12\x19\n\x11num_worker_losses\x18\x0b \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x0c \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\r \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x0e \x01(\x04\x12\x1c\n\x14num_overshoot_tokens\x18\x0f \x01(\x04\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x19\n\x17ResetPrefixCacheRequest\"8\n\x18ResetPrefixCacheResponse\x12\x1c\n\x14num_forgotten_blocks\x18\x01 \x01(\r*w\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x15\n\x11WORKER_STATE_LOST\x10\x03\x32\xfb\x02\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.tandem.v1.GetServerInfoRequest\x1a .tandem.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.tandem.v1.GetLoadRequest\x1a\x1a.tandem.v1.GetLoadResponse\x12:\n\x05\x41\x62ort\x12\x17.tandem.v1.AbortRequest\x1a\x18.tandem.v1.AbortResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12[\n\x10ResetPrefixCache\x12\".tandem.v1.ResetPrefixCacheRequest\x1a#.tandem.v1.ResetPrefixCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=1121
-  _globals['_WORKERSTATE']._serialized_end=1240
+  _globals['_WORKERSTATE']._serialized_start=956
+  _globals['_WORKERSTATE']._serialized_end=1075
   _globals['_GETSERVERINFOREQUEST']._serialized_start=70
   _globals['_GETSERVERINFOREQUEST']._serialized_end=92
   _globals['_GETSERVERINFORESPONSE']._serialized_start=95
   _globals['_GETSERVERINFORESPONSE']._serialized_end=335
-  _globals['_GETMODELINFOREQUEST']._serialized_start=337
-  _globals['_GETMODELINFOREQUEST']._serialized_end=358
-  _globals['_GETMODELINFORESPONSE']._serialized_start=361
-  _globals['_GETMODELINFORESPONSE']._serialized_end=500
-  _globals['_GETLOADREQUEST']._serialized_start=502
-  _globals['_GETLOADREQUEST']._serialized_end=518
-  _globals['_GETLOADRESPONSE']._serialized_start=521
-  _globals['_GETLOADRESPONSE']._serialized_end=948
-  _globals['_ABORTREQUEST']._serialized_start=950
-  _globals['_ABORTREQUEST']._serialized_end=984
-  _globals['_ABORTRESPONSE']._serialized_start=986
-  _globals['_ABORTRESPONSE']._serialized_end=1001
-  _globals['_DRAINREQUEST']._serialized_start=1003
-  _globals['_DRAINREQUEST']._serialized_end=1017
-  _globals['_DRAINRESPONSE']._serialized_start=1019
-  _globals['_DRAINRESPONSE']._serialized_end=1034
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1036
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1061
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1063
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1119
-  _globals['_CONTROLSERVICE']._serialized_start=1243
-  _globals['_CONTROLSERVICE']._serialized_end=1703
+  _globals['_GETLOADREQUEST']._serialized_start=337
+  _globals['_GETLOADREQUEST']._serialized_end=353
+  _globals['_GETLOADRESPONSE']._serialized_start=356
+  _globals['_GETLOADRESPONSE']._serialized_end=783
+  _globals['_ABORTREQUEST']._serialized_start=785
+  _globals['_ABORTREQUEST']._serialized_end=819
+  _globals['_ABORTRESPONSE']._serialized_start=821
+  _globals['_ABORTRESPONSE']._serialized_end=836
+  _globals['_DRAINREQUEST']._serialized_start=838
+  _globals['_DRAINREQUEST']._serialized_end=852
+  _globals['_DRAINRESPONSE']._serialized_start=854
+  _globals['_DRAINRESPONSE']._serialized_end=869
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=871
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=896
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=898
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=954
+  _globals['_CONTROLSERVICE']._serialized_start=1078
+  _globals['_CONTROLSERVICE']._serialized_end=1457
 # @@protoc_insertion_point(module_scope)

@@ -3,11 +3,9 @@
 isort:skip_file
 What an operator asks of a running scheduler service. Apart from inference, so that access can differ."""
 
-from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
-from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -87,58 +85,6 @@ class GetServerInfoResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
-
-@_typing.final
-class GetModelInfoRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetModelInfoRequest: _TypeAlias = GetModelInfoRequest  # noqa: Y015
-
-@_typing.final
-class GetModelInfoResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MODEL_FIELD_NUMBER: _builtins.int
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
-    DTYPE_FIELD_NUMBER: _builtins.int
-    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
-    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
-    EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    model: _builtins.str
-    fingerprint: _builtins.str
-    """Equal for equal config, dtype and weights."""
-    dtype: _builtins.str
-    vocab_size: _builtins.int
-    max_model_len: _builtins.int
-    """Prompt and output tokens together, at most."""
-    @_builtins.property
-    def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        model: _builtins.str = ...,
-        fingerprint: _builtins.str = ...,
-        dtype: _builtins.str = ...,
-        vocab_size: _builtins.int = ...,
-        max_model_len: _builtins.int = ...,
-        eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "model", b"model", "vocab_size", b"vocab_size"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
 
 @_typing.final
 class GetLoadRequest(_message.Message):

@@ -39,11 +39,6 @@ class ControlServiceStub(object):
                 request_serializer=tandem_dot_v1_dot_control__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_control__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
-        self.GetModelInfo = channel.unary_unary(
-                '/tandem.v1.ControlService/GetModelInfo',
-                request_serializer=tandem_dot_v1_dot_control__pb2.GetModelInfoRequest.SerializeToString,
-                response_deserializer=tandem_dot_v1_dot_control__pb2.GetModelInfoResponse.FromString,
-                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/tandem.v1.ControlService/GetLoad',
                 request_serializer=tandem_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
@@ -71,13 +66,6 @@ class ControlServiceServicer(object):
 
     def GetServerInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetModelInfo(self, request, context):
-        """UNAVAILABLE until a worker has been seen.
-        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -117,11 +105,6 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=tandem_dot_v1_dot_control__pb2.GetServerInfoRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_control__pb2.GetServerInfoResponse.SerializeToString,
-            ),
-            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetModelInfo,
-                    request_deserializer=tandem_dot_v1_dot_control__pb2.GetModelInfoRequest.FromString,
-                    response_serializer=tandem_dot_v1_dot_control__pb2.GetModelInfoResponse.SerializeToString,
             ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
@@ -171,33 +154,6 @@ class ControlService(object):
             '/tandem.v1.ControlService/GetServerInfo',
             tandem_dot_v1_dot_control__pb2.GetServerInfoRequest.SerializeToString,
             tandem_dot_v1_dot_control__pb2.GetServerInfoResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetModelInfo(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/tandem.v1.ControlService/GetModelInfo',
-            tandem_dot_v1_dot_control__pb2.GetModelInfoRequest.SerializeToString,
-            tandem_dot_v1_dot_control__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

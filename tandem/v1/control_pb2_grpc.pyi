@@ -32,8 +32,6 @@ class ControlServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControlServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetServerInfoRequest, _control_pb2.GetServerInfoResponse]
-    GetModelInfo: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetModelInfoRequest, _control_pb2.GetModelInfoResponse]
-    """UNAVAILABLE until a worker has been seen."""
     GetLoad: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetLoadRequest, _control_pb2.GetLoadResponse]
     Abort: _grpc.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]
     """Ends a live request with FINISH_REASON_ABORT. NOT_FOUND if no request of that id is live."""
@@ -48,8 +46,6 @@ class ControlServiceStub:
 class ControlServiceAsyncStub(ControlServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_control_pb2.GetServerInfoRequest, _control_pb2.GetServerInfoResponse]  # type: ignore[assignment]
-    GetModelInfo: _aio.UnaryUnaryMultiCallable[_control_pb2.GetModelInfoRequest, _control_pb2.GetModelInfoResponse]  # type: ignore[assignment]
-    """UNAVAILABLE until a worker has been seen."""
     GetLoad: _aio.UnaryUnaryMultiCallable[_control_pb2.GetLoadRequest, _control_pb2.GetLoadResponse]  # type: ignore[assignment]
     Abort: _aio.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a live request with FINISH_REASON_ABORT. NOT_FOUND if no request of that id is live."""
@@ -67,14 +63,6 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetServerInfoResponse, _abc.Awaitable[_control_pb2.GetServerInfoResponse]]: ...
-
-    @_abc_1.abstractmethod
-    def GetModelInfo(
-        self,
-        request: _control_pb2.GetModelInfoRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_control_pb2.GetModelInfoResponse, _abc.Awaitable[_control_pb2.GetModelInfoResponse]]:
-        """UNAVAILABLE until a worker has been seen."""
 
     @_abc_1.abstractmethod
     def GetLoad(

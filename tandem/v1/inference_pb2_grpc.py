@@ -54,6 +54,11 @@ class InferenceServiceStub(object):
                 request_serializer=tandem_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
                 _registered_method=True)
+        self.GetModelInfo = channel.unary_unary(
+                '/tandem.v1.InferenceService/GetModelInfo',
+                request_serializer=tandem_dot_v1_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_inference__pb2.GetModelInfoResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -95,6 +100,13 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetModelInfo(self, request, context):
+        """Says what model is served. UNAVAILABLE until a worker has been seen.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -117,6 +129,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Detokenize,
                     request_deserializer=tandem_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
+            'GetModelInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelInfo,
+                    request_deserializer=tandem_dot_v1_dot_inference__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_inference__pb2.GetModelInfoResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,6 +244,33 @@ class InferenceService(object):
             '/tandem.v1.InferenceService/Detokenize',
             tandem_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
             tandem_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.InferenceService/GetModelInfo',
+            tandem_dot_v1_dot_inference__pb2.GetModelInfoRequest.SerializeToString,
+            tandem_dot_v1_dot_inference__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

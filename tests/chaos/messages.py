@@ -26,7 +26,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
-from tandem.v1 import control_pb2
+from tandem.v1 import control_pb2, inference_pb2
 from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.step_codec import decode_info
@@ -246,7 +246,7 @@ def _try_calls(
             stack.callback(addresses[ATTACH].close)
         else:
             del addresses[ATTACH]
-        model = engine.control.GetModelInfo(control_pb2.GetModelInfoRequest(), timeout=WAIT_S)
+        model = engine.inference.GetModelInfo(inference_pb2.GetModelInfoRequest(), timeout=WAIT_S)
         makers = right_messages(opening, model.fingerprint)
         num_drains = max(5, count // NUM_DRAINS_SHARE)
         raws = draw(raw_calls, max(5, count // NUM_RAW_SHARE), seed)

@@ -30,14 +30,14 @@ ABORT = inference_pb2.FINISH_REASON_ABORT
 async def test_server_and_model_info() -> None:
     async with Services(FakeRunner(model_info(eos_token_ids=(0, 7)))) as services:
         server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
-        model = await services.control.GetModelInfo(control_pb2.GetModelInfoRequest())
+        model = await services.inference.GetModelInfo(inference_pb2.GetModelInfoRequest())
     assert server.version == VERSION and server.protocol_version == PROTOCOL_VERSION
     # Who knows these could take the session: they are in no public answer.
     names = set(control_pb2.GetServerInfoResponse.DESCRIPTOR.fields_by_name)
     assert not names & {"scheduler_id", "session_epoch", "worker_instance_id"}
     assert server.worker_state == control_pb2.WORKER_STATE_READY and not server.draining
     assert server.uptime.ToMilliseconds() > 0
-    assert model == control_pb2.GetModelInfoResponse(
+    assert model == inference_pb2.GetModelInfoResponse(
         model=MODEL,
         fingerprint="fake-model",
         dtype="float32",
@@ -55,7 +55,7 @@ async def test_before_a_worker_is_seen() -> None:
     assert await services.load() == control_pb2.GetLoadResponse()
     health = [await services.health_of(name) for name in ("", CONTROL, INFERENCE)]
     assert health == ["SERVING", "SERVING", "NOT_SERVING"]
-    calls = [services.control.GetModelInfo(control_pb2.GetModelInfoRequest()), services.stream(stream_request())]
+    calls = [services.inference.GetModelInfo(inference_pb2.GetModelInfoRequest()), services.stream(stream_request())]
     for call in calls:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call

@@ -173,7 +173,7 @@ async def test_the_rest_of_control_is_one_answer() -> None:
         assert await first.load() == await second.load()
         infos = [await each.control.GetServerInfo(control_pb2.GetServerInfoRequest()) for each in (first, second)]
         assert len({(info.version, info.worker_state, info.draining) for info in infos}) == 1
-        models = [await each.control.GetModelInfo(control_pb2.GetModelInfoRequest()) for each in (first, second)]
+        models = [await each.inference.GetModelInfo(inference_pb2.GetModelInfoRequest()) for each in (first, second)]
         assert models[0] == models[1] and models[0].fingerprint == "fake-model"
 
 
@@ -378,7 +378,10 @@ async def test_before_a_worker_is_seen() -> None:
             "SERVING",
             "NOT_SERVING",
         ]
-        calls = [services.control.GetModelInfo(control_pb2.GetModelInfoRequest()), services.stream(stream_request())]
+        calls = [
+            services.inference.GetModelInfo(inference_pb2.GetModelInfoRequest()),
+            services.stream(stream_request()),
+        ]
         for call in calls:
             error = await error_of(call)
             assert error.code() == grpc.StatusCode.UNAVAILABLE and retry_delay_s(error) > 0

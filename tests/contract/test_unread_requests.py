@@ -29,6 +29,7 @@ SMALL_METHODS = [
     "/grpc.channelz.v1.Channelz/GetServers",
     "/tandem.v1.ControlService/GetLoad",
     "/tandem.v1.ControlService/Abort",
+    "/tandem.v1.InferenceService/GetModelInfo",
     REFLECTION,
 ]
 DATA, HEADERS, SETTINGS_KIND, WINDOW_UPDATE = 0, 1, 4, 8

@@ -270,7 +270,7 @@ async def test_with_no_live_request_another_model_is_taken() -> None:
         await kill_worker(services)
         await services.start_worker(gated_runner(1, MANY, fingerprint="other-model", block_size=32, num_blocks=65))
         await services.wait_health("SERVING")
-        info = await services.control.GetModelInfo(control_pb2.GetModelInfoRequest())
+        info = await services.inference.GetModelInfo(inference_pb2.GetModelInfoRequest())
         assert info.fingerprint == "other-model"
         assert (await services.load()).num_total_blocks == 64
         request = stream_request(range(1, 100), 50)

@@ -29,7 +29,7 @@ def test_describe_shows_methods_and_fields(engine: Engine) -> None:
         engine.scheduler.address, "describe", "tandem.v1.SamplingParams"
     )
     assert "rpc ExecuteSteps ( stream" in grpcurl(engine.worker.address, "describe", WORKER)
-    assert "uint64 step_id = 1;" in grpcurl(engine.worker.address, "describe", "tandem.v1.StepPlan")
+    assert "uint64 step_id = 1;" in grpcurl(engine.worker.address, "describe", "tandem.internal.v1.StepPlan")
 
 
 @pytest.mark.parametrize("service", ["", INFERENCE, "tandem.v1.ControlService"])
@@ -58,6 +58,12 @@ def test_worker_info_answers(engine: Engine) -> None:
     assert info["dtype"] == "float32"
     assert info["device"] == "cpu"
     assert info["fingerprint"]
+
+
+def test_any_client_learns_the_model(engine: Engine) -> None:
+    [info] = json_stream(grpcurl(engine.scheduler.address, f"{INFERENCE}/GetModelInfo"))
+    assert info["model"] == "embedded" and info["dtype"] == "float32"
+    assert info["vocab_size"] > 0 and info["max_model_len"] > 0
 
 
 def test_a_generation_streams_text(engine: Engine) -> None:

@@ -23,12 +23,6 @@ class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
         response: control_pb2.GetServerInfoResponse = await _forward(self._scheduler.GetServerInfo, request)
         return response
 
-    async def GetModelInfo(
-        self, request: control_pb2.GetModelInfoRequest, context: Context
-    ) -> control_pb2.GetModelInfoResponse:
-        response: control_pb2.GetModelInfoResponse = await _forward(self._scheduler.GetModelInfo, request)
-        return response
-
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
         response: control_pb2.GetLoadResponse = await _forward(self._scheduler.GetLoad, request)
         return response

@@ -10,16 +10,14 @@ from google.protobuf.duration_pb2 import Duration
 from tandem.v1 import control_pb2, control_pb2_grpc
 from tandem_scheduler.engine.hub import EngineHub
 from tandem_scheduler.front_end.validation import check_request_id
-from tandem_shared.errors import WorkerUnavailable
 from tandem_shared.step_codec import PROTOCOL_VERSION
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, hub: EngineHub, served_model: str, version: str) -> None:
+    def __init__(self, hub: EngineHub, version: str) -> None:
         self._hub = hub
-        self._served_model = served_model
         self._version = version
         self._started = time.monotonic()
 
@@ -41,21 +39,6 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             worker_state=state,
             uptime=uptime,
             draining=self._hub.is_draining,
-        )
-
-    async def GetModelInfo(
-        self, request: control_pb2.GetModelInfoRequest, context: Context
-    ) -> control_pb2.GetModelInfoResponse:
-        worker = self._hub.step_loop.worker
-        if worker is None:
-            raise WorkerUnavailable("no worker has been seen yet")
-        return control_pb2.GetModelInfoResponse(
-            model=self._served_model,
-            fingerprint=worker.fingerprint,
-            dtype=worker.dtype,
-            vocab_size=worker.vocab_size,
-            max_model_len=worker.max_model_len,
-            eos_token_ids=worker.eos_token_ids,
         )
 
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:

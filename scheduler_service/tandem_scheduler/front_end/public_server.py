@@ -45,7 +45,7 @@ class PublicServer:
                 INFERENCE_SERVICE: inference.add_to,
                 CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
             },
-            small_services=[CONTROL_SERVICE],
+            small_calls=[CONTROL_SERVICE, f"{INFERENCE_SERVICE}/GetModelInfo"],
             interceptors=interceptors,
             credentials=server_credentials(settings),
             shares_port=shares_port,

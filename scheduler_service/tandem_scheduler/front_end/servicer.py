@@ -50,6 +50,9 @@ class InferenceServicer:
             "GenerateStream": streaming(self.GenerateStream, generate_stream, encoded),
             "Tokenize": unary(self.Tokenize, tokenize, pb.TokenizeResponse.SerializeToString),
             "Detokenize": unary(self.Detokenize, detokenize, pb.DetokenizeResponse.SerializeToString),
+            "GetModelInfo": unary(
+                self.GetModelInfo, pb.GetModelInfoRequest.FromString, pb.GetModelInfoResponse.SerializeToString
+            ),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
@@ -105,6 +108,19 @@ class InferenceServicer:
         if reply.ByteSize() > limit:
             raise reply_too_large(limit)
         return reply
+
+    async def GetModelInfo(
+        self, request: inference_pb2.GetModelInfoRequest, context: Context
+    ) -> inference_pb2.GetModelInfoResponse:
+        worker = self._worker()
+        return inference_pb2.GetModelInfoResponse(
+            model=self._served_model,
+            fingerprint=worker.fingerprint,
+            dtype=worker.dtype,
+            vocab_size=worker.vocab_size,
+            max_model_len=worker.max_model_len,
+            eos_token_ids=worker.eos_token_ids,
+        )
 
     async def _open(
         self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None, context: Context

@@ -52,12 +52,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self,
         limits: CallLimits | None = None,
         small_limits: CallLimits | None = None,
-        small_services: Collection[str] = (),
+        small_calls: Collection[str] = (),
     ) -> None:
-        """small_services: the full names of those that small_limits are for."""
+        """small_calls: the full names of the services, or of methods as SERVICE/METHOD, that small_limits are for."""
         self._limits = limits or CallLimits()
         self._small_limits = small_limits or self._limits
-        self._small_services = frozenset(small_services)
+        self._small_calls = frozenset(small_calls)
         self.calls: set[asyncio.Task[Any]] = set()
         """The tasks of the calls that run. One ends when its call's status has been sent."""
 
@@ -74,8 +74,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         read = _read_stream if handler.request_streaming else _read_one
-        service = handler_call_details.method.rpartition("/")[0].removeprefix("/")
-        limits = self._small_limits if service in self._small_services else self._limits
+        method = handler_call_details.method.removeprefix("/")
+        is_small = not self._small_calls.isdisjoint((method, method.rpartition("/")[0]))
+        limits = self._small_limits if is_small else self._limits
         read_request = read(handler.request_deserializer or bytes, limits)
         behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if not handler.response_streaming:

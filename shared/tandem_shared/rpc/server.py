@@ -59,7 +59,7 @@ class Server:
         self,
         services: dict[str, Register],
         *,
-        small_services: Collection[str] = (),
+        small_calls: Collection[str] = (),
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
         shares_port: bool = False,
@@ -67,8 +67,9 @@ class Server:
         max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
         num_unshared_calls: int = 0,
     ) -> None:
-        """services: full name -> what adds its servicer to a server. small_services: those of them whose requests are
-        all small; like health, they have limits apart from the others. Interceptors run inside the error mapping.
+        """services: full name -> what adds its servicer to a server. small_calls: names of
+        services, or of methods as SERVICE/METHOD, whose requests are all small; like health, they have limits apart
+        from the others. Interceptors run inside the error mapping.
         shares_port: other servers listen where this one does, and the system deals out the connections.
         max_request_bytes: gRPC refuses a larger message with RESOURCE_EXHAUSTED. max_open_calls: past it, and of one
         connection past its share, calls are refused with QueueFull. num_unshared_calls: one connection alone may have
@@ -91,7 +92,7 @@ class Server:
         self._first = ErrorInterceptor(
             _limits(CallGate(max_open_calls, num_unshared=num_unshared_calls), max_request_bytes),
             _small_limits(),
-            [*small_services, *own_names],
+            [*small_calls, *own_names],
         )
         self._server = grpc.aio.server(interceptors=[self._first, *interceptors], options=options)
         for register in services.values():

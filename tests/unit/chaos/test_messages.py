@@ -6,7 +6,7 @@ import pytest
 from google.protobuf.message import Message
 
 from tandem.internal.v1 import worker_pb2
-from tandem.v1 import control_pb2, inference_pb2
+from tandem.v1 import inference_pb2
 from tests.chaos.hostile_bytes import BYTES, VARINT, draw, fields_of, hostile, mutated, varint, wire_field
 from tests.chaos.hostile_sessions import Script
 from tests.chaos.raw_calls import _kinds
@@ -14,7 +14,7 @@ from tests.chaos.statuses import REFUSED, SERVICES, TABLE, allowed, refusal_of
 from tests.contract.services import stream_request
 from tests.support.builders import worker_info
 
-MODEL = control_pb2.GetModelInfoResponse(model="m", vocab_size=1024, max_model_len=512)
+MODEL = inference_pb2.GetModelInfoResponse(model="m", vocab_size=1024, max_model_len=512)
 CACHED = worker_pb2.NewRow(num_cached_tokens=1, num_computed_tokens=1)
 SCRIPT = Script(worker_info(num_blocks=200, max_model_len=512))
 
