@@ -7,10 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.chaos.part import Form
-from tests.chaos.parts import PARTS
-from tests.chaos.results import FOLDER, ChaosError, join, run_part
-from tests.chaos.table import DOCUMENT, fill, table
+from tests.chaos.harness.definitions import Form
+from tests.chaos.harness.parts import PARTS
+from tests.chaos.harness.results import FOLDER, ChaosError, join, run_part
+from tests.chaos.harness.table import DOCUMENT, fill, table
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.chaos.part import Form, Part
-from tests.chaos.parts import PARTS
-from tests.chaos.results import FOLDER
-from tests.chaos.table import BEGIN, DOCUMENT, END, table
+from tests.chaos.harness.definitions import Form, Part
+from tests.chaos.harness.parts import PARTS
+from tests.chaos.harness.results import FOLDER
+from tests.chaos.harness.table import BEGIN, DOCUMENT, END, table
 
 
 def try_out(part: Part, form: Form) -> None:

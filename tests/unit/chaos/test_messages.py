@@ -7,10 +7,10 @@ from google.protobuf.message import Message
 
 from tandem.internal.v1 import worker_pb2
 from tandem.v1 import inference_pb2
-from tests.chaos.hostile_bytes import BYTES, VARINT, draw, fields_of, hostile, mutated, varint, wire_field
-from tests.chaos.hostile_sessions import Script
-from tests.chaos.raw_calls import _kinds
-from tests.chaos.statuses import REFUSED, SERVICES, TABLE, allowed, refusal_of
+from tests.chaos.messages.hostile_bytes import BYTES, VARINT, draw, fields_of, hostile, mutated, varint, wire_field
+from tests.chaos.messages.hostile_sessions import Script
+from tests.chaos.messages.raw_calls import _kinds
+from tests.chaos.messages.statuses import REFUSED, SERVICES, TABLE, allowed, refusal_of
 from tests.contract.services import stream_request
 from tests.support.builders import worker_info
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.mutation_list import MUTATIONS, Mutation
-from tests.chaos.mutations import find, mutate
-from tests.chaos.parts import PARTS
+from tests.chaos.harness.parts import PARTS
+from tests.chaos.mutations.mutation_list import MUTATIONS, Mutation
+from tests.chaos.mutations.part import find, mutate
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

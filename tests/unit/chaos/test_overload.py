@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.chaos.admission import read_recording
-from tests.chaos.fairness import fairness, jain_index
-from tests.chaos.overload import what_is_full
+from tests.chaos.admission.part import read_recording
+from tests.chaos.overload.fairness import fairness, jain_index
+from tests.chaos.overload.part import what_is_full
 
 
 def test_jain_index() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.chaos import results, table
-from tests.chaos.part import Form, Part, Row
-from tests.chaos.results import ChaosError, join, run_part
+from tests.chaos.harness import results, table
+from tests.chaos.harness.definitions import Form, Part, Row
+from tests.chaos.harness.results import ChaosError, join, run_part
 
 COMMIT = "a" * 40
 

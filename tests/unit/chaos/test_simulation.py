@@ -6,9 +6,9 @@ import time
 import pytest
 
 from tandem_scheduler.engine import step_loop
-from tests.chaos.simulated_calls import LENGTH, STOP, make_truth
-from tests.chaos.simulation import simulate
-from tests.chaos.virtual_time import NothingCanHappen, run_virtually
+from tests.chaos.simulation.calls import LENGTH, STOP, make_truth
+from tests.chaos.simulation.part import simulate
+from tests.chaos.simulation.virtual_time import NothingCanHappen, run_virtually
 from tests.support.tokenizers import embedded
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.chaos.trend import t_quantile, trend
+from tests.chaos.soak.trend import t_quantile, trend
 
 SECONDS = np.arange(1200.0)
 

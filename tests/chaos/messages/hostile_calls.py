@@ -1,0 +1,130 @@
+"""Hostile calls of every RPC: what is sent, with which metadata. Knows no service."""
+
+import copy
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+from hypothesis import strategies as st
+
+from tandem.internal.v1 import engine_pb2, worker_pb2
+from tandem.v1 import control_pb2, inference_pb2
+from tests.chaos.messages.hostile_bytes import draw, hostile, swept
+from tests.chaos.messages.hostile_sessions import RPC as EXECUTE_STEPS
+from tests.chaos.messages.statuses import ATTACH, SERVICES, request_class
+from tests.e2e.services import generate_request
+
+STREAM = "/tandem.v1.InferenceService/GenerateStream"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call. kind: what is hostile in it."""
+
+    rpc: str
+    kind: str
+    payloads: tuple[bytes, ...]
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+
+
+metadata = st.tuples(
+    st.sampled_from(["tandem-max-reply-bytes", "x-custom", "x-custom-bin", "tandem-session-secret-bin", "user-agent"]),
+    st.sampled_from(["", "0", "-1", "1", "8388608", "9" * 40, "1e9", " ", "~" * 3000]),
+).map(lambda pair: (pair[0], pair[1].encode() if pair[0].endswith("-bin") else pair[1]))
+
+
+Makers = dict[type[Message], list[Callable[[], Message]]]
+
+
+def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
+    """Right messages of each request that has fields; what is hostile is made of them."""
+
+    def generate() -> inference_pb2.GenerateStreamRequest:
+        request = generate_request([5, 6, 7], 4, temperature=0.8, seed=3)
+        request.stopping.stop_strings.append("never")
+        request.stopping.stop_token_ids.append(9)
+        request.sampling.min_p = 0.1
+        request.output.num_logprobs = 2
+        request.num_choices = 2
+        request.cache_salt = "salt"
+        request.priority = 1
+        return request
+
+    def submit() -> engine_pb2.AttachRequest:
+        request = engine_pb2.SubmitRequest(
+            request_id="attached",
+            first_handle=1,
+            num_choices=2,
+            prompt_token_ids=b"\1\0\0\0\2\0\0\0",
+            max_tokens=3,
+            sampling=worker_pb2.RowSampling(temperature=0.5, top_p=1.0, seed=1, num_logprobs=1),
+            stop_token_ids=[9],
+            fingerprint=fingerprint,
+        )
+        return engine_pb2.AttachRequest(submit=request)
+
+    stop = engine_pb2.AttachRequest(stop=engine_pb2.StopSequence(handle=1, num_output_tokens=2))
+    close = engine_pb2.AttachRequest(close=engine_pb2.CloseRequest(first_handle=1))
+    alive = engine_pb2.AttachRequest(alive=engine_pb2.Alive(process_id=1))
+    detokenize = inference_pb2.DetokenizeRequest(token_ids=[1, 2, 3], skip_special_tokens=False)
+    return {
+        inference_pb2.GenerateStreamRequest: [generate],
+        inference_pb2.GenerateRequest: [
+            lambda: inference_pb2.GenerateRequest.FromString(generate().SerializeToString())
+        ],
+        inference_pb2.TokenizeRequest: [lambda: inference_pb2.TokenizeRequest(text="Hello, world <|im_end|>")],
+        inference_pb2.DetokenizeRequest: [lambda: copy.deepcopy(detokenize)],
+        control_pb2.AbortRequest: [lambda: control_pb2.AbortRequest(request_id="nobody")],
+        engine_pb2.AttachRequest: [
+            submit, submit, lambda: copy.deepcopy(stop), lambda: copy.deepcopy(close), lambda: copy.deepcopy(alive),
+        ],
+        worker_pb2.ExecuteStepsRequest: [lambda: worker_pb2.ExecuteStepsRequest(open=opening)],
+    }  # fmt: skip
+
+
+def cases_of(rpc: str, makers: Makers) -> st.SearchStrategy[Case]:
+    request = request_class(rpc)
+    own = makers.get(request, [request])
+    message = st.one_of([hostile(make) for make in own])
+    one = message.map(lambda drawn: Case(rpc, drawn[0], (drawn[1],)))
+    if SERVICES[rpc[1:].partition("/")[0]].methods_by_name[rpc.rpartition("/")[2]].client_streaming:
+        right = st.sampled_from([make().SerializeToString() for make in own])
+        several = st.lists(message.map(lambda drawn: drawn[1]) | right, max_size=6)
+        one = one | several.map(lambda payloads: Case(rpc, "stream", tuple(payloads)))
+    plain = own[0]().SerializeToString()
+    compressible = (b"\x7a\x80\x10" + b"z" * 2048,)
+    odd = st.one_of(
+        st.just(Case(rpc, "no message", ())),
+        st.just(Case(rpc, "two messages", (plain, plain))),
+        st.just(Case(rpc, "compressed", compressible)),
+        st.just(Case(rpc, "huge metadata", (plain,), (("x-huge", "h" * 20_000),))),
+        st.sampled_from(["x", "/", "/x", "%00"]).map(lambda tail: Case(f"{rpc}{tail}", "unknown method", (plain,))),
+        st.lists(metadata, min_size=1, max_size=3).map(lambda pairs: Case(rpc, "metadata", (plain,), tuple(pairs))),
+    )
+    return st.integers(0, 19).flatmap(lambda number: one if number else odd)
+
+
+def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> list[Case]:
+    """As many of each RPC, in any order; of those of inference and ExecuteSteps five times as many, and those first in
+    which a field of a generate request is at some limit.
+    """
+    at_limits = [
+        Case(rpc, "at a limit", (payload,))
+        for rpc, request in ((STREAM, inference_pb2.GenerateStreamRequest), (ATTACH, engine_pb2.AttachRequest))
+        for _, payload in swept(makers[request][0])
+        if rpc in rpcs
+    ]
+    count -= len(at_limits)
+    weights = {rpc: 5 if "Inference" in rpc or rpc in (ATTACH, EXECUTE_STEPS) else 1 for rpc in rpcs}
+    unit = count / sum(weights.values())
+    cases = [
+        case
+        for index, rpc in enumerate(rpcs)
+        for case in draw(cases_of(rpc, makers), max(1, math.ceil(unit * weights[rpc])), 1000 * seed + index)
+    ]
+    random.Random(seed).shuffle(cases)
+    cases = cases[:count] + at_limits
+    random.Random(seed).shuffle(cases)
+    return cases

@@ -1,0 +1,290 @@
+"""Clients that send the same requests again and again, each answer held against the truth, token by token.
+
+The truth is what the engine gave for the same request when nothing disturbed it.
+"""
+
+import asyncio
+import itertools
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem_shared.errors import RetryLater
+from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
+from tandem_shared.rpc.rich_status import error_of
+from tests.chaos.support.poisoned_worker import POISONS
+from tests.e2e.services import generate_request, random_prompt
+
+KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
+LOGPROB_TOLERANCE = 1e-5
+"""float32 on the wire, of sums whose order follows the batch."""
+PAUSE_S = 0.1
+"""Before a request that was refused is sent again."""
+MAX_FAULTS = 20
+
+
+class WrongStream(Exception):
+    """A stream that is not its request's true one."""
+
+
+@dataclass
+class Answer:
+    """What a request's messages add up to, by choice."""
+
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)
+    finishes: dict[int, int] = field(default_factory=dict)
+    num_output_tokens: int | None = None
+
+    def add(self, message: inference_pb2.GenerateStreamResponse) -> None:
+        choice = message.choice_index
+        if choice in self.finishes:
+            raise WrongStream(f"news of choice {choice} after its end")
+        self.token_ids.setdefault(choice, []).extend(message.token_ids)
+        self.logprobs.setdefault(choice, []).extend(each.logprob for each in message.logprobs)
+        if message.HasField("finish"):
+            self.finishes[choice] = message.finish.reason
+        if message.HasField("usage"):
+            self.num_output_tokens = message.usage.num_output_tokens
+
+    def check(self, truth: "Answer", *, is_ended: bool) -> None:
+        """Raises WrongStream where this is no beginning of the truth or, once ended, not all of it."""
+        for choice, tokens in self.token_ids.items():
+            expected = truth.token_ids.get(choice, [])
+            if tokens != expected[: len(tokens)]:
+                at = next(
+                    i for i, (got, right) in enumerate(zip(tokens, [*expected, None], strict=False)) if got != right
+                )
+                raise WrongStream(
+                    f"choice {choice}: from token {at} on {tokens[at : at + 8]}, not {expected[at : at + 8]}"
+                )
+            for at, (got, right) in enumerate(zip(self.logprobs[choice], truth.logprobs[choice], strict=False)):
+                if abs(got - right) > LOGPROB_TOLERANCE:
+                    raise WrongStream(f"choice {choice}: log-probability {got} of token {at}, not {right}")
+        if is_ended and (self.token_ids, self.finishes) != (truth.token_ids, truth.finishes):
+            raise WrongStream(f"ended with {self.lengths} tokens, not {truth.lengths}")
+        if is_ended and {c: len(p) for c, p in self.logprobs.items()} != {c: len(p) for c, p in truth.logprobs.items()}:
+            raise WrongStream("log-probabilities are missing, or there are too many")
+        if is_ended and self.num_output_tokens != truth.num_output_tokens:
+            raise WrongStream(f"usage says {self.num_output_tokens} tokens, not {truth.num_output_tokens}")
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        return {choice: len(tokens) for choice, tokens in self.token_ids.items()}
+
+
+def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
+    """The request of one client: of unequal lengths, each kind in turn, with no token that is poison in its prompt."""
+    kind = KINDS[number % len(KINDS)]
+    request = generate_request(
+        random_prompt(5 + 7 * (number % 40), min(POISONS), seed=number),
+        num_tokens + 5 * (number % 40),
+        temperature=0.8 if kind in ("seeded", "two choices") else 0.0,
+        seed=number,
+    )
+    if kind == "two choices":
+        request.num_choices = 2
+    if kind == "log-probabilities":
+        request.output.num_logprobs = 3
+    return request
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A call that ended otherwise than with its answer, and whose request is sent again."""
+
+    number: int
+    """Of the client."""
+    connection: int
+    code: str
+    details: str
+    began_at: float
+    num_tokens: int
+    retry_after_s: float | None
+    """What the server advised."""
+
+
+class Load:
+    """Streams in an event loop of its own, in a thread of its own. A context manager; learns the truth at the start."""
+
+    def __init__(
+        self,
+        address: str,
+        num_streams: int,
+        *,
+        num_tokens: int,
+        num_connections: int = 1,
+        may_end: Collection[grpc.StatusCode] = (),
+        timeout_s: float = 600.0,
+    ) -> None:
+        """num_connections: the streams take turns on them. may_end: codes that a stream may end with; its request is
+        sent again, with its id, until it has its answer. timeout_s: the deadline of each call.
+        """
+        self.counts: Counter[str] = Counter()
+        self.ends: Counter[str] = Counter()
+        """By code, those that are in may_end too."""
+        self.faults: list[str] = []
+        """What was wrong, the first MAX_FAULTS of it."""
+        self.arrivals: list[float] = []
+        """When (time.monotonic) each message with tokens came, of any stream."""
+        self.longest_gap_s = 0.0
+        """Between two messages with tokens of one stream."""
+        self.heard_at = [0.0] * num_streams
+        self.num_ends = [0] * num_streams
+        """Of each stream: when the last of its messages with tokens came, and how often it ended with an error."""
+        self.endings: list[Ending] = []
+        """Those whose codes are in may_end, since whoever reads them cleared it."""
+        self.open_since: dict[int, float] = {}
+        """When (time.monotonic) the call that each client waits for began."""
+        self.answers_of: Counter[int] = Counter()
+        """By client."""
+        self._address = address
+        self.num_connections = num_connections
+        self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
+        self._truth: list[Answer] = []
+        self._may_end = set(may_end)
+        self._timeout_s = timeout_s
+        self._is_last = False
+        self._serial = itertools.count()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._streams: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        self._run(self._open())
+        self._truth = self._run(self._learn())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_last = True
+        self._run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def start(self) -> None:
+        async def start() -> None:
+            self._streams = [asyncio.create_task(self._go_on(number)) for number in range(len(self._requests))]
+
+        self._run(start())
+
+    def finish(self, timeout_s: float = 600.0) -> None:
+        """Lets each client get the answer that it waits for, then no more are sent."""
+        self._is_last = True
+
+        async def wait() -> None:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*self._streams)
+
+        self._run(wait())
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """As a results file has it."""
+        return {
+            "streams": len(self._requests),
+            "answers": self.counts["answers"],
+            "tokens": self.counts["tokens"],
+            "longest_gap_s": round(self.longest_gap_s, 3),
+            "ended": dict(self.ends),
+            "wrong": self.counts["wrong"],
+            "faults": self.faults,
+        }
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _open(self) -> None:
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [grpc.aio.insecure_channel(self._address, options) for _ in range(self.num_connections)]
+        self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
+
+    async def _learn(self) -> list[Answer]:
+        truth = [Answer() for _ in self._requests]
+        await asyncio.gather(
+            *(self._ask(number, request, truth[number], None) for number, request in enumerate(self._requests))
+        )
+        for request, answer in zip(self._requests, truth, strict=True):
+            lengths = dict.fromkeys(range(request.num_choices or 1), request.stopping.max_tokens)
+            assert answer.lengths == lengths, f"undisturbed, a request had {answer.lengths} tokens, not {lengths}"
+        return truth
+
+    async def _close(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.gather(*self._streams, return_exceptions=True)
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+    async def _ask(
+        self, number: int, request: inference_pb2.GenerateStreamRequest, answer: Answer, truth: Answer | None
+    ) -> None:
+        """Fills the answer, which is held against the truth if there is one."""
+        before = math.inf
+        stub = self._stubs[number % self.num_connections]
+        async for message in stub.GenerateStream(request, timeout=self._timeout_s):
+            answer.add(message)
+            if truth is not None:
+                if message.token_ids:
+                    now = self.heard_at[number] = time.monotonic()
+                    self.arrivals.append(now)
+                    self.longest_gap_s = max(self.longest_gap_s, now - before)
+                    before = now
+                    self.counts["tokens"] += len(message.token_ids)
+                answer.check(truth, is_ended=False)
+        if truth is not None:
+            answer.check(truth, is_ended=True)
+
+    async def _go_on(self, number: int) -> None:
+        while not self._is_last:
+            request = inference_pb2.GenerateStreamRequest()
+            request.CopyFrom(self._requests[number])
+            request.request_id = f"load-{number}-{next(self._serial)}"
+            while not await self._try_once(number, request):
+                await asyncio.sleep(PAUSE_S)
+
+    async def _try_once(self, number: int, request: inference_pb2.GenerateStreamRequest) -> bool:
+        """Whether there is nothing more to try."""
+        answer = Answer()
+        began_at = self.open_since[number] = time.monotonic()
+        try:
+            await self._ask(number, request, answer, self._truth[number])
+        except grpc.aio.AioRpcError as error:
+            self.ends[error.code().name] += 1
+            self.num_ends[number] += 1
+            if error.code() in self._may_end:
+                self.endings.append(self._ending(number, error, began_at, answer))
+                return False
+            self._note(f"{request.request_id} ended {error.code().name}: {error.details()}")
+        except WrongStream as error:
+            self.counts["wrong"] += 1
+            self._note(f"{request.request_id}: {error}")
+        else:
+            self.counts["answers"] += 1
+            self.answers_of[number] += 1
+        finally:
+            del self.open_since[number]
+        return True
+
+    def _ending(self, number: int, error: grpc.aio.AioRpcError, began_at: float, answer: Answer) -> Ending:
+        told = error_of(error)
+        return Ending(
+            number,
+            number % self.num_connections,
+            error.code().name,
+            error.details() or "",
+            began_at,
+            sum(map(len, answer.token_ids.values())),
+            told.retry_after_s if isinstance(told, RetryLater) else None,
+        )
+
+    def _note(self, fault: str) -> None:
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(fault)
