@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.kills.part import next_token_at, rows, waits
+from tests.chaos.kills.rows import rows
+from tests.chaos.kills.waits import next_token_at, waits
 
 ARRIVALS = [0.1, 0.2, 0.3, 0.4, 0.45, 5.0, 5.1, 5.2, 9.0, 9.1]
 
