@@ -1,5 +1,9 @@
 """The errors that Tandem raises on purpose. Anything else that escapes is a bug and ends as INTERNAL.
 
+The tree states the gRPC status of each class and the google.rpc details beside ErrorInfo. ErrorInfo's reason is the
+name of the class as UPPER_SNAKE_CASE, for example QUEUE_FULL; protos list the reasons, in tandem.v1.ErrorReason and for
+the internal services in tandem.internal.v1.ErrorReason. tandem_shared/rpc/rich_status.py writes and reads the statuses.
+
 TandemError
 ├── InvalidRequest            INVALID_ARGUMENT, BadRequest field violations
 ├── RequestIdInUse            ALREADY_EXISTS
@@ -9,38 +13,40 @@ TandemError
 │   ├── Draining              UNAVAILABLE, RetryInfo
 │   └── WorkerUnavailable     UNAVAILABLE, RetryInfo
 ├── RequestTooSlow            DEADLINE_EXCEEDED: the request did not arrive in time
-├── DeadlinePassed            DEADLINE_EXCEEDED: the call's deadline passed before its turn came
-├── Unauthenticated           UNAUTHENTICATED: the caller has not shown who it is
-├── SequenceFailed            INTERNAL: the worker could not compute this one sequence
+├── DeadlinePassed            DEADLINE_EXCEEDED: the call's deadline passed before the request was started
+├── SequenceFailed            INTERNAL: the engine failed on this one request
 ├── TextFailed                INTERNAL: the tokenizer failed on this one request
 ├── OutputTooLarge            RESOURCE_EXHAUSTED: a reply, or what a slow reader left, is past its limit
-├── WorkerFailed              INTERNAL: a step failed, and the worker ends
-├── SessionRefused            FAILED_PRECONDITION: wrong protocol version or worker instance
-├── SessionTaken              ABORTED: another scheduler, or a newer epoch, holds the session
-├── InvalidPlan               INVALID_ARGUMENT: the batch cannot follow the plan
-├── UnexpectedMessage         INVALID_ARGUMENT: a stream's message that may not come there
 ├── ProtocolError             INTERNAL: one of our own processes broke the protocol
-├── ModelError                the model folder cannot be served; names file and key
-└── ConfigError               a setting is wrong; names it
+├── Unauthenticated           UNAUTHENTICATED (internal): the caller did not show the session secret
+├── SessionRefused            FAILED_PRECONDITION (internal): wrong protocol version or worker instance
+├── SessionTaken              ABORTED (internal): another scheduler, or a newer epoch, holds the session
+├── InvalidPlan               INVALID_ARGUMENT (internal): the batch cannot follow the plan
+├── UnexpectedMessage         INVALID_ARGUMENT (internal): a stream's message that may not come there
+├── WorkerFailed              INTERNAL (internal): a step failed, and the worker ends
+├── ModelError                never sent: the model folder cannot be served; names file and key
+└── ConfigError               never sent: a setting is wrong; names it
 """
 
 from dataclasses import dataclass
 
 
 class TandemError(Exception):
-    """Base of all of them. Its text is for the user."""
+    """The base class of all errors. The text of an error is for the user."""
 
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """`field` is the request field's path in protobuf JSON style, for example `sampling.top_p`."""
+    """One thing that is wrong with a request. `field` is the path of the field, for example `sampling.top_p`; empty for
+    the request as a whole.
+    """
 
     field: str
     description: str
 
 
 class InvalidRequest(TandemError):
-    """The request is wrong, and would be tomorrow."""
+    """The request breaks a rule of the API, and would do so again."""
 
     def __init__(self, *violations: FieldViolation) -> None:
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
@@ -48,7 +54,7 @@ class InvalidRequest(TandemError):
 
 
 class RequestIdInUse(TandemError):
-    """A live request has this id."""
+    """A live request has the same id."""
 
 
 class RequestNotFound(TandemError):
@@ -56,7 +62,7 @@ class RequestNotFound(TandemError):
 
 
 class RetryLater(TandemError):
-    """Base of the refusals that pass with time; `retry_after_s` is the advice given in RetryInfo."""
+    """The base class of refusals that pass with time. `retry_after_s` is the advice, in seconds, given in RetryInfo."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
@@ -64,7 +70,7 @@ class RetryLater(TandemError):
 
 
 class QueueFull(RetryLater):
-    """The bounded queue is full."""
+    """Too many requests wait, or too many calls are open."""
 
 
 class Draining(RetryLater):
@@ -72,7 +78,7 @@ class Draining(RetryLater):
 
 
 class WorkerUnavailable(RetryLater):
-    """No worker with the right model came back in the stated time."""
+    """There is no worker that could run the request, or the server is stopping."""
 
 
 class RequestTooSlow(TandemError):
@@ -80,19 +86,19 @@ class RequestTooSlow(TandemError):
 
 
 class DeadlinePassed(TandemError):
-    """The call's deadline passed before its turn came."""
+    """The call's deadline passed before the request was started."""
 
 
 class Unauthenticated(TandemError):
-    """The caller has not shown who it is."""
+    """The caller did not show the session secret."""
 
 
 class WorkerFailed(TandemError):
-    """A step failed on the worker, which ends: its last word."""
+    """A step failed, and the worker's process ends; the text says why."""
 
 
 class SequenceFailed(TandemError):
-    """This sequence could not be computed; others were."""
+    """The engine failed on this request; other requests go on."""
 
 
 class TextFailed(TandemError):
@@ -100,32 +106,32 @@ class TextFailed(TandemError):
 
 
 class OutputTooLarge(TandemError):
-    """A reply is larger than its client takes, or too much output waits for its reader."""
+    """A reply is larger than its client takes, or the reader of a stream is too far behind."""
 
 
 class SessionRefused(TandemError):
-    """The session does not fit this worker."""
+    """The session asks for another protocol version or worker instance."""
 
 
 class SessionTaken(TandemError):
-    """The session belongs to another."""
+    """Another scheduler, or a newer epoch of the same one, holds the session."""
 
 
 class InvalidPlan(TandemError):
-    """The batch cannot follow this plan; nothing of it was applied."""
+    """The worker's batch cannot follow the plan, of which nothing was applied."""
 
 
 class ModelError(TandemError):
-    """The model folder cannot be served."""
+    """The model folder cannot be served. The text names the file and the key."""
 
 
 class ConfigError(TandemError):
-    """A setting is missing, unknown or out of range."""
+    """A setting is missing, unknown or out of range. The text names it."""
 
 
 class UnexpectedMessage(TandemError):
-    """A caller's stream has a message that may not come there; the stream can't go on."""
+    """A stream holds a message that may not come at this place."""
 
 
 class ProtocolError(TandemError):
-    """What one of our own services or processes told another breaks the protocol between them."""
+    """A message from one of our own processes breaks the protocol between them."""

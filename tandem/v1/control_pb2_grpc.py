@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class ControlServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """What an operator asks of a running scheduler service. It is apart from InferenceService so that access to the two
+    can differ. Errors are as described at InferenceService.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,30 +64,35 @@ class ControlServiceStub(object):
 
 
 class ControlServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """What an operator asks of a running scheduler service. It is apart from InferenceService so that access to the two
+    can differ. Errors are as described at InferenceService.
+    """
 
     def GetServerInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the version and state of the server.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLoad(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns how busy the engine is, and what it has done so far.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a live request with FINISH_REASON_ABORT. NOT_FOUND if no request of that id is live.
+        """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
+        NOT_FOUND if no live request has the id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops taking requests: new ones get UNAVAILABLE with RetryInfo. Returns once those that run have
-        ended; a deadline that passes first leaves the server draining.
+        """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
+        are open have ended. If the call's deadline passes first, the server stays draining.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,7 +142,9 @@ def add_ControlServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ControlService(object):
-    """Missing associated documentation comment in .proto file."""
+    """What an operator asks of a running scheduler service. It is apart from InferenceService so that access to the two
+    can differ. Errors are as described at InferenceService.
+    """
 
     @staticmethod
     def GetServerInfo(request,

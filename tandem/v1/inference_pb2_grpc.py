@@ -26,7 +26,12 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The public API: text or token ids in, text and token ids out.
+
+    Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
+    BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
+    deadline passes, aborts its request.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,46 +67,53 @@ class InferenceServiceStub(object):
 
 
 class InferenceServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The public API: text or token ids in, text and token ids out.
+
+    Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
+    BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
+    deadline passes, aborts its request.
+    """
 
     def Generate(self, request, context):
         """Runs a request to its end and returns all of its output at once.
 
-        A reply that the client could not take is not made: by default that is one of more than 4 MiB,
-        gRPC's own limit. A client that takes more says so in bytes in the call's metadata, as
-        tandem-max-reply-bytes; 8 MiB is the most. Where max_tokens lets the reply grow past the limit,
-        not counting its text, the request is INVALID_ARGUMENT; one that does grow past it ends
-        RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+        A reply has a limit, as a client refuses what is larger than it takes: 4 MiB, gRPC's own default. A client that
+        takes more, or less, says how many bytes in the call's metadata, as tandem-max-reply-bytes; 8 MiB is the most. A
+        request whose max_tokens lets the reply grow past the limit, its text not counted, is INVALID_ARGUMENT. A reply
+        that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Runs a request and streams its output as it is made. A message holds the news of one choice:
-        one token when the reader keeps up, several when it is behind, 64 at most. A request whose reader
-        is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED.
+        """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
+        reader keeps up, several when it is behind, 64 at most. A request whose reader is 16 MiB of tokens and
+        log-probabilities behind ends RESOURCE_EXHAUSTED; so may those furthest behind when all readers together hold too
+        much back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """As many tokens as the context has, or 131072 if that is more, are the most that Tokenize gives and
-        Detokenize takes. Detokenize's reply has the limit of Generate's.
+        """Turns a text into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
+        INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
+        INVALID_ARGUMENT. The reply's size is limited as Generate's is.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Says what model is served. UNAVAILABLE until a worker has been seen.
+        """Returns which model is served. UNAVAILABLE until a worker has been seen.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,7 +156,12 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """Missing associated documentation comment in .proto file."""
+    """The public API: text or token ids in, text and token ids out.
+
+    Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
+    BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
+    deadline passes, aborts its request.
+    """
 
     @staticmethod
     def Generate(request,

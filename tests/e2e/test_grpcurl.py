@@ -89,6 +89,8 @@ def test_a_bad_request_is_refused_with_its_fields(engine: Engine) -> None:
         grpcurl(engine.scheduler.address, f"{INFERENCE}/GenerateStream", data=json.dumps(request))
     assert "Code: InvalidArgument" in caught.value.output
     assert "google.rpc.BadRequest" in caught.value.output
+    assert '"reason":"INVALID_REQUEST"' in caught.value.output.replace('": "', '":"')
+    assert '"domain":"tandem.v1"' in caught.value.output.replace('": "', '":"')
     for field in ("sampling.top_p", "stopping.max_tokens"):
         assert field in caught.value.output
 

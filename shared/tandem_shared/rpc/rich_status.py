@@ -1,5 +1,6 @@
 """Tandem's errors as gRPC statuses with google.rpc details, and back. The server writes what the client reads."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,19 +13,22 @@ from tandem_shared import errors
 from tandem_shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemError
 
 DETAILS_METADATA_KEY = "grpc-status-details-bin"
-ERROR_DOMAIN = "tandem"
+
+DOMAIN, INTERNAL_DOMAIN = "tandem.v1", "tandem.internal.v1"
+"""The domain of ErrorInfo is the package whose enum ErrorReason lists the reason. It is as unique as the name of the API,
+and claims no Internet domain, as Tandem has none."""
 
 MAX_TEXT_BYTES = 1024
-"""Of an error's text. It travels twice, once percent-encoded, which may triple it, in metadata for which a client
-takes 8 KiB; past that the client sees RESOURCE_EXHAUSTED in place of the error."""
+"""The longest text of an error. It is sent twice, once percent-encoded, which may triple it, in metadata of which a
+client takes 8 KiB. Past that the client sees RESOURCE_EXHAUSTED in place of the error."""
 
 MAX_VIOLATION_BYTES = 512
 MAX_VIOLATIONS_BYTES = 2048
-"""Of the text of one violation, and of all together; those that don't fit are counted in one more."""
+"""The longest text of one violation, and of all together. Violations that don't fit are counted in one more."""
 
 ELLIPSIS = "..."
 
-STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
+PUBLIC_STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.RequestIdInUse: grpc.StatusCode.ALREADY_EXISTS,
     errors.RequestNotFound: grpc.StatusCode.NOT_FOUND,
@@ -33,27 +37,53 @@ STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.WorkerUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.RequestTooSlow: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    errors.WorkerFailed: grpc.StatusCode.INTERNAL,
     errors.SequenceFailed: grpc.StatusCode.INTERNAL,
     errors.TextFailed: grpc.StatusCode.INTERNAL,
     errors.OutputTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ProtocolError: grpc.StatusCode.INTERNAL,
+}
+"""The errors that clients of the public API may see. Internal services return them too."""
+
+INTERNAL_STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.SessionRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SessionTaken: grpc.StatusCode.ABORTED,
     errors.InvalidPlan: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnexpectedMessage: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.ProtocolError: grpc.StatusCode.INTERNAL,
+    errors.WorkerFailed: grpc.StatusCode.INTERNAL,
 }
+"""The errors that only internal services return."""
+
+
+def reason_of(error_class: type[TandemError]) -> str:
+    """The reason in ErrorInfo: the name of the class as UPPER_SNAKE_CASE."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_class.__name__).upper()
+
+
+STATUS_CODES = PUBLIC_STATUS_CODES | INTERNAL_STATUS_CODES
+
+CLASSES = {
+    (domain, reason_of(error_class)): error_class
+    for domain, codes in ((DOMAIN, PUBLIC_STATUS_CODES), (INTERNAL_DOMAIN, INTERNAL_STATUS_CODES))
+    for error_class in codes
+}
+"""The class of an error by ErrorInfo's domain and reason."""
 
 
 def code_of(error: TandemError) -> grpc.StatusCode:
-    """Of the error's class, or of the nearest one that it derives from."""
-    return next((STATUS_CODES[c] for c in type(error).__mro__ if c in STATUS_CODES), grpc.StatusCode.INTERNAL)
+    """The gRPC status of an error. INTERNAL for one that is not meant to be sent."""
+    error_class = _sent_class(error)
+    return STATUS_CODES[error_class] if error_class is not None else grpc.StatusCode.INTERNAL
 
 
 def status_of(error: TandemError) -> status_pb2.Status:
-    """ErrorInfo always; BadRequest for a wrong request; RetryInfo where waiting helps."""
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN)]
+    """The status of an error: with ErrorInfo for one that is meant to be sent, BadRequest for an invalid request, and
+    RetryInfo where waiting helps.
+    """
+    details: list[Message] = []
+    if (error_class := _sent_class(error)) is not None:
+        domain = DOMAIN if error_class in PUBLIC_STATUS_CODES else INTERNAL_DOMAIN
+        details.append(error_details_pb2.ErrorInfo(reason=reason_of(error_class), domain=domain))
     if isinstance(error, InvalidRequest):
         violations = [
             error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
@@ -73,7 +103,7 @@ def status_of(error: TandemError) -> status_pb2.Status:
 
 
 def error_of(error: grpc.RpcError) -> Exception:
-    """The TandemError that a server sent; `error` itself where it is none."""
+    """The TandemError that a server sent, or `error` itself if its status is not one of Tandem's."""
     trailing: Any = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
     status = status_pb2.Status()
     for key, value in trailing or ():
@@ -83,7 +113,7 @@ def error_of(error: grpc.RpcError) -> Exception:
 
 
 def read_status(status: status_pb2.Status) -> TandemError | None:
-    """The error that status_of() wrote; None where it was none of Tandem's."""
+    """The error that status_of() wrote, or None if the status is not one of Tandem's."""
     info, bad_request, retry = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
@@ -92,10 +122,9 @@ def read_status(status: status_pb2.Status) -> TandemError | None:
     for detail in status.details:
         for message in (info, bad_request, retry):
             detail.Unpack(message)
-    classes = {error_class.__name__: error_class for error_class in STATUS_CODES}
-    if info.domain != ERROR_DOMAIN or info.reason not in classes:
+    error_class = CLASSES.get((info.domain, info.reason))
+    if error_class is None:
         return None
-    error_class = classes[info.reason]
     if error_class is InvalidRequest:
         return InvalidRequest(*(FieldViolation(v.field, v.description) for v in bad_request.field_violations))
     if issubclass(error_class, RetryLater):
@@ -103,7 +132,13 @@ def read_status(status: status_pb2.Status) -> TandemError | None:
     return error_class(status.message)
 
 
+def _sent_class(error: TandemError) -> type[TandemError] | None:
+    """The error's class, or the nearest class it derives from, that has a status."""
+    return next((each for each in type(error).__mro__ if each in STATUS_CODES), None)
+
+
 def _fitting(violations: Sequence[FieldViolation]) -> list[FieldViolation]:
+    """As many violations as fit MAX_VIOLATIONS_BYTES, and one that counts the rest."""
     fitting: list[FieldViolation] = []
     num_bytes = 0
     for violation in violations:
@@ -117,7 +152,9 @@ def _fitting(violations: Sequence[FieldViolation]) -> list[FieldViolation]:
 
 
 def _shortened(text: str, max_bytes: int) -> str:
-    """Changes nothing the second time: an error may pass several processes."""
+    """The text, cut to about max_bytes of UTF-8. A text that was cut is not cut again: an error may pass several
+    processes.
+    """
     data = text.encode(errors="replace")
     is_short = len(data) <= max_bytes + len(ELLIPSIS)
     return text if is_short else data[:max_bytes].decode(errors="ignore") + ELLIPSIS

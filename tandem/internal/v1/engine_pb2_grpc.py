@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class EngineServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """What a front-end process asks of the scheduler process beside it. Internal: both are of one installation, the
+    scheduler process starts the other, and they speak over a Unix domain socket.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,11 +44,13 @@ class EngineServiceStub(object):
 
 
 class EngineServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """What a front-end process asks of the scheduler process beside it. Internal: both are of one installation, the
+    scheduler process starts the other, and they speak over a Unix domain socket.
+    """
 
     def Attach(self, request_iterator, context):
-        """One stream is one front end; its end aborts what of the front end is live. When the scheduler process is
-        about to leave it ends the stream, and the front end follows.
+        """Connects a front end with the engine. One stream is one front end: when it ends, everything of the front end that
+        is live is aborted. When the scheduler process is about to leave it ends the stream, and the front end leaves too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -69,7 +73,9 @@ def add_EngineServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EngineService(object):
-    """Missing associated documentation comment in .proto file."""
+    """What a front-end process asks of the scheduler process beside it. Internal: both are of one installation, the
+    scheduler process starts the other, and they speak over a Unix domain socket.
+    """
 
     @staticmethod
     def Attach(request_iterator,

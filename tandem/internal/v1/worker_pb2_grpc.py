@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """What a scheduler service asks of a worker service. Internal: both are of one version of Tandem, and speak the same
+    protocol_version. Where callers must show the session secret, it is in the metadata tandem-session-secret-bin.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,23 +49,28 @@ class WorkerServiceStub(object):
 
 
 class WorkerServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """What a scheduler service asks of a worker service. Internal: both are of one version of Tandem, and speak the same
+    protocol_version. Where callers must show the session secret, it is in the metadata tandem-session-secret-bin.
+    """
 
     def GetWorkerInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns what the worker is and what it can hold.
+        UNAUTHENTICATED: the session secret is missing or wrong.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExecuteSteps(self, request_iterator, context):
-        """One stream is one session. The first request opens it and is answered by `opened`; each later one
-        is a plan, run strictly in order and answered exactly once by its result. Closing the stream ends the
-        session at once: what was not answered by then is dropped.
-        FAILED_PRECONDITION: another protocol version or worker instance. ABORTED: another scheduler holds
-        the session, or took it over. UNAUTHENTICATED: the session secret, in the metadata
-        tandem-session-secret-bin, is missing or another. INVALID_ARGUMENT: a plan that the batch cannot
-        follow, of which nothing was applied, or a message that may not come there. INTERNAL with ErrorInfo's
-        reason WorkerFailed: a step failed, for the stated reason, and the worker's process ends.
+        """Runs steps. One stream is one session. The first request opens it and is answered by `opened`; each later one is a
+        plan. Plans run strictly in order, and each is answered exactly once, by its result. Closing the stream ends the
+        session at once: plans that have no result yet are dropped.
+
+        UNAUTHENTICATED: the session secret is missing or wrong.
+        FAILED_PRECONDITION: another protocol version or worker instance is asked for.
+        ABORTED: another scheduler, or a newer epoch of the same one, holds the session or took it over.
+        INVALID_ARGUMENT: the batch cannot follow a plan, of which nothing was applied; or a message may not come there.
+        INTERNAL with the reason WORKER_FAILED: a step failed, as the message says, and the worker's process ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,7 +98,9 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """Missing associated documentation comment in .proto file."""
+    """What a scheduler service asks of a worker service. Internal: both are of one version of Tandem, and speak the same
+    protocol_version. Where callers must show the session secret, it is in the metadata tandem-session-secret-bin.
+    """
 
     @staticmethod
     def GetWorkerInfo(request,
