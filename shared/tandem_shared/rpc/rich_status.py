@@ -15,7 +15,7 @@ from tandem_shared.errors import FieldViolation, InvalidRequest, RetryLater, Tan
 DETAILS_METADATA_KEY = "grpc-status-details-bin"
 
 DOMAIN, INTERNAL_DOMAIN = "tandem.v1", "tandem.internal.v1"
-"""The domain of ErrorInfo is the package whose enum ErrorReason lists the reason. It is as unique as the name of the API,
+"""The domain of ErrorInfo is the package whose enum ErrorReason lists the reason. It is as unique as the API's name,
 and claims no Internet domain, as Tandem has none."""
 
 MAX_TEXT_BYTES = 1024
