@@ -11,6 +11,7 @@ from typing import Protocol
 import grpc
 
 from tandem_scheduler.control.servicer import ControlServicer
+from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig
 from tandem_scheduler.engine.hub import EngineHub
@@ -123,7 +124,7 @@ class SchedulerService:
             raise ConfigError("interceptors need --api-server-count 0")
         return FrontEndPool(settings, self._tokenizer_folder, self._hub, control, count)
 
-    def _create_scheduler(self, config: SchedulerConfig, worker: WorkerInfo) -> Scheduler:
+    def _create_scheduler(self, config: SchedulerConfig, worker: WorkerInfo) -> SchedulerInterface:
         if not self._settings.record:
             return Scheduler(config, worker)
         self._recorder = RecordingScheduler(config, worker, Path(self._settings.record))

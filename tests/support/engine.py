@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
-from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.types import FinishedSequence, SequenceRequest, StepOutputs
 from tandem_shared.step_plan import StepPlan
 from tandem_worker.runners.runner import PendingStep, Runner
@@ -12,7 +12,7 @@ from tandem_worker.runners.runner import PendingStep, Runner
 class Engine:
     """Launches plans and delivers their results one by one, so that a test chooses the interleaving."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: SchedulerInterface, runner: Runner) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.in_flight: deque[PendingStep] = deque()
@@ -70,7 +70,7 @@ class Engine:
         raise AssertionError(f"{self.scheduler.num_unfinished} sequences have not ended in {max_steps} steps")
 
 
-def run(scheduler: Scheduler, runner: Runner, requests: Iterable[SequenceRequest]) -> dict[int, list[int]]:
+def run(scheduler: SchedulerInterface, runner: Runner, requests: Iterable[SequenceRequest]) -> dict[int, list[int]]:
     """Runs requests to their ends; gives each sequence's output tokens."""
     engine = Engine(scheduler, runner)
     engine.add(*requests)

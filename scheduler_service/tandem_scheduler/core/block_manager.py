@@ -87,6 +87,12 @@ class BlockManager:
             parent = block
         return hits
 
+    def longest_prefix(self, token_ids: "array[int]", salt: str) -> int:
+        """How many tokens at the start of token_ids are in cached blocks. Changes nothing."""
+        keys: list[int] = []
+        self.extend_keys(keys, token_ids, salt)
+        return len(self.match(keys, token_ids, salt)) * self.block_size
+
     def num_evictable_among(self, hits: Iterable[CachedBlock]) -> int:
         """How many of the hits count as available now and will not once acquired."""
         return sum(self._num_references[hit.block_id] == 0 for hit in hits)

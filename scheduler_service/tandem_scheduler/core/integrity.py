@@ -6,17 +6,16 @@ from collections.abc import Collection, Iterable
 from tandem_scheduler.core.residency import Residency
 from tandem_scheduler.core.rows import Rows
 from tandem_scheduler.core.sequence import Sequence, SequenceState
+from tandem_scheduler.core.steps_in_flight import StepsInFlight
 
 
 def check_integrity(
     live: Collection[Sequence],
     queue: Iterable[Sequence],
     residency: Residency,
-    in_flight: list[list[Sequence]],
+    in_flight: StepsInFlight,
 ) -> None:
-    """Raises AssertionError where the books don't balance. queue may hold entries that no longer wait; in_flight
-    has the sequences of each step under way.
-    """
+    """Raises AssertionError where the books don't balance. queue may hold entries that no longer wait."""
     rows, blocks = residency.rows, residency.blocks
     running = rows.running()
     blocks.check_integrity(Counter(block_id for sequence in running for block_id in sequence.block_table))
@@ -27,7 +26,7 @@ def check_integrity(
     assert set(waiting) == {s for s in live if s.state is SequenceState.WAITING}, "queue and states differ"
     assert set(residency.prefilling) == {s for s in running if not rows.is_decoding[s.row]}, "rows and prefills differ"
     for sequence in live:
-        num_outstanding = sum(sequence in step for step in in_flight)
+        num_outstanding = in_flight.count(sequence)
         if sequence.state is SequenceState.RUNNING:
             _check_running(sequence, rows, blocks.block_size, num_outstanding)
         else:

@@ -1,24 +1,46 @@
-"""The scheduler: events in, step plans out. Pure and deterministic: equal calls give equal plans.
+"""The scheduler: events in, step plans out. Pure and deterministic: equal calls give equal plans. It knows nothing of
+text, clients or the wire, and has no clock.
 
-There is no prefill phase and no decode phase: each sequence's computed tokens catch up with its length, and
-each step shares one token budget, decoding rows first. schedule() may run again before update(): a sequence
-has scheduled tokens (in plans) and confirmed ones (in results). Knows nothing of text, clients
-or the wire, and has no clock.
+Theory of operation
+-------------------
+There is no prefill phase and no decode phase. A sequence is a list of known tokens, prompt and output, and in each step
+its computed tokens (those whose KV exists) catch up with the known ones. A step has one token budget: first each
+decoding row computes its one missing token, then prompts under way compute a chunk each, then waiting sequences are
+admitted. A sequence that was preempted is a longer prompt, and nothing else.
+
+schedule() makes a plan and update() takes its result. schedule() may run again before update(), so up to
+max_plans_in_flight steps are planned ahead, each as if those before it gave every decoding row its token. The token
+itself stays on the worker, as the row's next input. A row therefore has two lengths: scheduled (Rows.next_position) and
+confirmed (Sequence.token_ids).
+
+How many tokens come is known at planning, so a sequence that ends by length leaves its row with the plan of its last
+token, and is DRAINING until the results are in. Which tokens come is not known: what ends by a token or from outside
+may already be in later plans, and what they computed past the end is dropped as overshoot. A result finds its sequences
+by the list that was made with its plan, as a row may have another owner by then.
+
+Blocks are freed in one place, Residency.vacate(), and at once, even if steps in flight still write them: plans run in
+order, so whoever gets a block writes it later. Where a decoding row finds no block, the last sequence in order, which
+may be that row's own, goes back to the queue with all of its tokens. The first in order never does, so there is always
+progress: a sequence that does not fit the pool alone is refused when it comes.
+
+check_integrity() states the invariants: each row and each block reference has one owner, a sequence is where its state
+says, and free, cached and used blocks add up.
 """
 
-import math
 from array import array
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict
 
 import numpy as np
 
+from tandem_scheduler.core.admission import Admission
 from tandem_scheduler.core.integrity import check_integrity
 from tandem_scheduler.core.plan_builder import PlanBuilder
 from tandem_scheduler.core.residency import Residency
 from tandem_scheduler.core.sequence import Sequence, SequenceState
-from tandem_scheduler.core.suspects import PROBE_ID, Suspects, create_probe
+from tandem_scheduler.core.steps_in_flight import StepsInFlight
+from tandem_scheduler.core.suspects import PROBE_ID, Suspects
 from tandem_scheduler.core.types import (
+    Counters,
     FinishedSequence,
     FinishReason,
     Load,
@@ -27,17 +49,8 @@ from tandem_scheduler.core.types import (
     StepOutputs,
 )
 from tandem_scheduler.core.waiting_queue import WaitingQueue
-from tandem_shared.errors import FieldViolation, InvalidRequest, ProtocolError, RequestIdInUse
+from tandem_shared.errors import FieldViolation, InvalidRequest, RequestIdInUse
 from tandem_shared.step_plan import Int32Array, StepPlan, StepResult, WorkerInfo
-
-
-@dataclass(frozen=True, slots=True)
-class _StepInFlight:
-    """Whose results a plan will bring, rows ascending: never looked up through the rows' present owners."""
-
-    step_id: int
-    rows: list[int]
-    sequences: list[Sequence]
 
 
 class Scheduler:
@@ -45,20 +58,15 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
         self.config = config
+        self.counters = Counters()
+        self.num_decoding_rows = 0
+        """Rows that the newest plan decodes; no plan holds that number."""
         self._live: dict[int, Sequence] = {}
-        # The time that expire() was told last.
-        self._now = -math.inf
-        self._queue = WaitingQueue(config.max_num_waiting, config.max_num_waiting_tokens)
         self._num_arrivals = 0
-        self._num_steps = 0
-        self._num_preemptions = 0
-        self._num_losses = 0
-        self._num_prompt_tokens = 0
-        self._num_cached_prompt_tokens = 0
-        self._num_output_tokens = 0
-        self._num_overshoot_tokens = 0
         self._is_attached = True
+        self._queue = WaitingQueue(config.max_num_waiting, config.max_num_waiting_tokens)
         self._suspects = Suspects(config.max_plans_in_flight)
+        self._admission = Admission(self._queue, self._suspects, self.counters, config.admission_watermark)
         self._start_session(worker)
 
     # Events
@@ -71,7 +79,7 @@ class Scheduler:
         self._queue.refuse_if_full(sequences)
         for sequence in sequences:
             self._num_arrivals += 1
-            self._num_prompt_tokens += sequence.num_prompt_tokens
+            self.counters.num_prompt_tokens += sequence.num_prompt_tokens
             self._live[sequence.sequence_id] = sequence
             self._queue.push_new(sequence, len(self._live))
 
@@ -92,13 +100,12 @@ class Scheduler:
 
     def expire(self, now: float) -> list[FinishedSequence]:
         """Ends the waiting sequences whose deadlines have passed, so that no later plan starts them."""
-        self._now = now
         return [self._finish(sequence, FinishReason.EXPIRED) for sequence in self._queue.expired(now)]
 
     def discount(self, num_tokens: int) -> None:
         """Output tokens that turned out to be past a stop are overshoot. Changes no plan."""
-        self._num_output_tokens -= num_tokens
-        self._num_overshoot_tokens += num_tokens
+        self.counters.num_output_tokens -= num_tokens
+        self.counters.num_overshoot_tokens += num_tokens
 
     def reset_prefix_cache(self) -> int:
         """Forgets cached blocks that no sequence uses; gives their number."""
@@ -111,7 +118,7 @@ class Scheduler:
         here, because they take workers down.
         """
         self._is_attached = False
-        self._num_losses += 1
+        self.counters.num_worker_losses += 1
         held = sorted(self._held(), key=lambda sequence: sequence.arrival)
         present = [sequence for sequence in held if sequence.state is not SequenceState.FINISHED]
         tried = self._suspects.judge_loss(present)
@@ -151,7 +158,7 @@ class Scheduler:
         """
         if not self._is_attached or len(self._in_flight) >= self.config.max_plans_in_flight:
             return None
-        plan = PlanBuilder(self._max_num_batched_tokens)
+        plan = PlanBuilder(self._residency, self._max_num_batched_tokens, self.config.max_chunk_tokens)
         self._grow_decoding_rows(plan)
         decoding = self._residency.rows.decoding()
         plan.budget -= len(decoding)
@@ -159,8 +166,8 @@ class Scheduler:
             plan.budget = min(plan.budget, max_prompt_tokens)
         for sequence in self._residency.prefilling:
             if plan.budget > 0:
-                self._schedule_chunk(plan, sequence)
-        self._admit(plan)
+                plan.add_chunk(sequence)
+        self._admission.admit(plan, self._residency, self._held)
         if not len(decoding) and not plan.chunks:
             return None
         step_plan = self._close(plan, decoding)
@@ -169,18 +176,10 @@ class Scheduler:
 
     def update(self, result: StepResult) -> StepOutputs:
         """Takes a step's result. Results come in the order of the plans and fit them; ProtocolError if not."""
-        if not self._in_flight or self._in_flight[0].step_id != result.step_id:
-            raise ProtocolError(f"result of step {result.step_id}, which is not the oldest in flight")
-        step = self._in_flight[0]
-        faults = {fault.row: fault.code for fault in result.faults}
-        expected = [int(row not in faults) for row in step.rows]
-        if result.num_token_ids != expected or len(result.token_ids) != sum(expected):
-            raise ProtocolError(f"result of step {result.step_id} does not fit its plan")
-        if not {*faults, *(report.row for report in result.logprobs)} <= set(step.rows):
-            raise ProtocolError(f"result of step {result.step_id} speaks of rows that did not sample")
-        self._in_flight.popleft()
+        step = self._in_flight.pop(result)
         self._suspects.has_result = True
         outputs = StepOutputs(step.step_id)
+        faults = {fault.row: fault.code for fault in result.faults}
         owners = dict(zip(step.rows, step.sequences, strict=True)) if faults or result.logprobs else {}
         for row, code in faults.items():
             sequence = owners.pop(row)
@@ -204,11 +203,7 @@ class Scheduler:
 
     def longest_prefix(self, token_ids: Int32Array, cache_salt: str = "") -> int:
         """Tokens at the start of token_ids whose KV is cached."""
-        blocks = self._residency.blocks
-        keys: list[int] = []
-        tokens = array("i", token_ids.tolist())
-        blocks.extend_keys(keys, tokens, cache_salt)
-        return len(blocks.match(keys, tokens, cache_salt)) * blocks.block_size
+        return self._residency.blocks.longest_prefix(array("i", token_ids.tolist()), cache_salt)
 
     def load(self) -> Load:
         blocks = self._residency.blocks
@@ -221,19 +216,12 @@ class Scheduler:
             num_used_blocks=blocks.num_used,
             block_size=blocks.block_size,
             num_steps_in_flight=len(self._in_flight),
-            num_steps=self._num_steps,
-            num_preemptions=self._num_preemptions,
-            num_worker_losses=self._num_losses,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_cached_prompt_tokens=self._num_cached_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
-            num_overshoot_tokens=self._num_overshoot_tokens,
+            **asdict(self.counters),
         )
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books don't balance."""
-        steps = [step.sequences for step in self._in_flight]
-        check_integrity(self._live.values(), self._queue.entries, self._residency, steps)
+        check_integrity(self._live.values(), self._queue.entries, self._residency, self._in_flight)
         new = [sequence.num_prompt_tokens for sequence in self._live.values() if sequence.num_cached_tokens is None]
         assert (self._queue.num_new, self._queue.num_new_tokens) == (len(new), sum(new)), "new sequences are miscounted"
 
@@ -246,66 +234,26 @@ class Scheduler:
         # In order, so that a victim never has a block appended in this very plan.
         for sequence in sorted(map(rows.owner, full.tolist()), key=lambda sequence: sequence.order):
             while sequence.state is SequenceState.RUNNING and residency.blocks.num_available == 0:
-                self._preempt(max(rows.running(), key=lambda running: running.order))
+                victim = max(rows.running(), key=lambda running: running.order)
+                self._preempt(victim)
+                plan.preempted.append(victim)
             if sequence.state is SequenceState.RUNNING:
                 plan.appended_rows.append(sequence.row)
                 plan.appended_ids.append(residency.grow(sequence))
 
-    def _admit(self, plan: PlanBuilder) -> None:
-        """Admits waiting sequences, strictly in order: one that must wait is not overtaken."""
-        while plan.budget > 0 and (sequence := self._queue.first()) is not None:
-            if sequence.request.has_expired(self._now):
-                # It was preempted for this very plan; expire() ends it before the next.
-                return
-            if self._suspects.needs_probe(sequence):
-                self._probe(plan)
-            if sequence.num_outstanding or not self._suspects.may_enter(sequence, self._held):
-                return
-            new_row = self._residency.try_enter(sequence, self.config.admission_watermark)
-            if new_row is None:
-                return
-            self._queue.pop()
-            if sequence.num_cached_tokens is None:
-                self._queue.note_no_longer_new(sequence)
-                sequence.num_cached_tokens = new_row.num_cached_tokens
-                self._num_cached_prompt_tokens += new_row.num_cached_tokens
-            self._suspects.note_admitted(sequence)
-            plan.added.append(new_row)
-            self._schedule_chunk(plan, sequence)
-
-    def _probe(self, plan: PlanBuilder) -> None:
-        """Adds a sequence of our own, whose result shows that the session can compute."""
-        probe = create_probe()
-        new_row = self._residency.try_enter(probe, 0.0)
-        if new_row is not None:
-            self._suspects.is_probed = True
-            plan.added.append(new_row)
-            self._schedule_chunk(plan, probe)
-
-    def _schedule_chunk(self, plan: PlanBuilder, sequence: Sequence) -> None:
-        num_left = len(sequence.token_ids) - sequence.num_computed_tokens
-        num_tokens = min(num_left, plan.budget, self.config.max_chunk_tokens or num_left)
-        plan.budget -= num_tokens
-        plan.chunks[sequence.row] = num_tokens
-        self._residency.compute(sequence, num_tokens)
-        if num_tokens == num_left:
-            plan.completed.append(sequence)
-
     def _close(self, plan: PlanBuilder, decoding: Int32Array) -> StepPlan:
-        """Numbers the plan and notes whose results it will bring."""
+        """Numbers the plan and notes the sequences whose results it will bring."""
         rows = decoding.tolist()
         if plan.completed:
             rows = sorted(rows + [sequence.row for sequence in plan.completed])
         sequences = list(map(self._residency.rows.owner, rows))
-        self._in_flight.append(_StepInFlight(self._next_step_id, rows, sequences))
-        step_plan = plan.build(self._next_step_id, self._residency.removed_rows)
-        self._residency.removed_rows.clear()
-        self._next_step_id += 1
-        self._num_steps += 1
-        return step_plan
+        step_id = self._in_flight.push(rows, sequences)
+        self.counters.num_steps += 1
+        self.num_decoding_rows = len(decoding)
+        return plan.build(step_id)
 
     def _advance(self, plan: PlanBuilder, decoding: Int32Array) -> None:
-        """Moves every row on, past the plan: ends by length are known now, before any result."""
+        """Moves every row past what the plan computes. Ends by length are known here, before any result."""
         rows = self._residency.rows
         is_last = rows.next_position[decoding] == rows.last_position[decoding]
         drained = list(map(rows.owner, decoding[is_last].tolist()))
@@ -329,7 +277,7 @@ class Scheduler:
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             state = sequence.state
             if state is SequenceState.FINISHED:
-                self._num_overshoot_tokens += 1
+                self.counters.num_overshoot_tokens += 1
                 continue
             sequence.token_ids.append(token_id)
             outputs.sequence_ids.append(sequence.sequence_id)
@@ -342,7 +290,7 @@ class Scheduler:
                 sequence.num_outstanding -= 1
             elif len(sequence.token_ids) == sequence.max_len:
                 outputs.finished.append(self._finish(sequence, FinishReason.LENGTH))
-        self._num_output_tokens += len(outputs.token_ids)
+        self.counters.num_output_tokens += len(outputs.token_ids)
 
     def _checked(self, request: SequenceRequest, arrival: int) -> Sequence:
         if request.sequence_id in self._live:
@@ -357,14 +305,13 @@ class Scheduler:
         return sequence
 
     def _held(self) -> set[Sequence]:
-        """By the worker: running, or ended and still in a step that is in flight."""
-        in_flight = {sequence for step in self._in_flight for sequence in step.sequences}
-        return in_flight.union(self._residency.rows.running())
+        """The sequences that the worker holds: they run, or have ended and are still in a step in flight."""
+        return self._in_flight.sequences().union(self._residency.rows.running())
 
     def _preempt(self, sequence: Sequence) -> None:
         """Sends a sequence back to wait with all its tokens; it will be computed again."""
-        self._num_preemptions += 1
-        sequence.num_outstanding = sum(sequence in step.sequences for step in self._in_flight)
+        self.counters.num_preemptions += 1
+        sequence.num_outstanding = self._in_flight.count(sequence)
         sequence.move_to(SequenceState.WAITING)
         self._residency.vacate(sequence)
         self._queue.push(sequence, len(self._live))
@@ -397,6 +344,5 @@ class Scheduler:
         self._max_num_batched_tokens = min(config.max_num_batched_tokens, worker.max_num_batched_tokens)
         num_rows = min(config.max_num_seqs, worker.max_num_rows, self._max_num_batched_tokens)
         self._residency = Residency(worker, num_rows, enable_prefix_caching=config.enable_prefix_caching)
-        self._next_step_id = 1
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight = StepsInFlight()
         self._suspects.start_session()

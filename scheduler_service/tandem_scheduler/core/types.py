@@ -99,9 +99,25 @@ class StepOutputs:
     finished: list[FinishedSequence] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Counters:
+    """What a scheduler has counted since its start; none ever falls but num_output_tokens, by what proves overshoot."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_worker_losses: int = 0
+    num_prompt_tokens: int = 0
+    """Tokens of all prompts that were taken."""
+    num_cached_prompt_tokens: int = 0
+    """Those of them that the prefix cache had at the first admission."""
+    num_output_tokens: int = 0
+    num_overshoot_tokens: int = 0
+    """Tokens that were computed past a sequence's end, and dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Gauges, then counters since the start. total = free + cached + used blocks; block 0 is not counted."""
+    """The state of now, then the Counters. total = free + cached + used blocks; block 0 is not counted."""
 
     num_waiting_sequences: int
     num_running_sequences: int

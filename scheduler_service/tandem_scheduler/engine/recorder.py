@@ -14,20 +14,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import xxhash
 
 from tandem_scheduler.core.scheduler import Scheduler
-from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
+from tandem_scheduler.core.types import Counters, FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_shared.errors import TandemError
 from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
 
 FORMAT = "tandem-schedule"
-VERSION = 3
+VERSION = 4
 _BUFFER_BYTES = 1 << 20
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -35,53 +36,62 @@ class RecordingError(TandemError):
     """The file is no recording, or a broken one."""
 
 
-class RecordingScheduler(Scheduler):
-    """A scheduler that writes its calls to a file. The file is buffered: close() writes the tail."""
+class RecordingScheduler:
+    """A scheduler whose calls are written to a file. The file is buffered: close() writes the tail.
+
+    A call that ended nothing because no deadline had passed is not written, as there is one before each plan.
+    """
 
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo, path: Path) -> None:
-        super().__init__(config, worker)
+        self._scheduler = scheduler = Scheduler(config, worker)
         self._file = open(path, "w", buffering=_BUFFER_BYTES, encoding="utf-8", opener=_open_private)  # noqa: SIM115
         self._write({"format": FORMAT, "version": VERSION, "config": asdict(config), "worker": asdict(worker)})
+        self.add = self._recorded(scheduler.add)
+        self.abort = self._recorded(scheduler.abort)
+        self.stop = self._recorded(scheduler.stop)
+        self.expire = self._recorded(scheduler.expire)
+        self.schedule = self._recorded(scheduler.schedule)
+        self.update = self._recorded(scheduler.update)
+        self.lose_worker = self._recorded(scheduler.lose_worker)
+        self.attach_worker = self._recorded(scheduler.attach_worker)
+        self.reset_prefix_cache = self._recorded(scheduler.reset_prefix_cache)
+        # What follows changes no later answer of the others.
+        self.discount = scheduler.discount
+        self.load = scheduler.load
+        self.check_integrity = scheduler.check_integrity
+
+    @property
+    def counters(self) -> Counters:
+        return self._scheduler.counters
+
+    @property
+    def num_decoding_rows(self) -> int:
+        return self._scheduler.num_decoding_rows
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._scheduler.num_unfinished
 
     def close(self) -> None:
         self._file.close()
 
-    def add(self, *requests: SequenceRequest) -> None:
-        self._record("add", super().add, *requests)
+    def _recorded(self, method: Callable[P, T]) -> Callable[P, T]:
+        """The method, with each call and its answer, or the name of its error, written to the file."""
+        name = method.__name__
 
-    def abort(self, sequence_id: int) -> FinishedSequence | None:
-        return self._record("abort", super().abort, sequence_id)
+        def call(*arguments: P.args, **keywords: P.kwargs) -> T:
+            assert not keywords, f"{name} is called with {[*keywords]} by name, which a recording does not hold"
+            line = {"call": name, "arguments": [_to_json(argument) for argument in arguments]}
+            try:
+                answer = method(*arguments, **keywords)
+            except (TandemError, ValueError) as error:
+                self._write(line | {"error": type(error).__name__})
+                raise
+            if answer or name != "expire":
+                self._write(line | {"answer": _to_json(answer)})
+            return answer
 
-    def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
-        return self._record("stop", super().stop, sequence_id, num_output_tokens)
-
-    def expire(self, now: float) -> list[FinishedSequence]:
-        return self._record("expire", super().expire, now)
-
-    def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
-        return self._record("schedule", super().schedule, max_prompt_tokens)
-
-    def update(self, result: StepResult) -> StepOutputs:
-        return self._record("update", super().update, result)
-
-    def lose_worker(self, failure: str = "") -> list[FinishedSequence]:
-        return self._record("lose_worker", super().lose_worker, failure)
-
-    def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
-        return self._record("attach_worker", super().attach_worker, worker)
-
-    def reset_prefix_cache(self) -> int:
-        return self._record("reset_prefix_cache", super().reset_prefix_cache)
-
-    def _record(self, name: str, method: Callable[..., T], *arguments: Any) -> T:
-        line = {"call": name, "arguments": [_to_json(argument) for argument in arguments]}
-        try:
-            answer = method(*arguments)
-        except (TandemError, ValueError) as error:
-            self._write(line | {"error": type(error).__name__})
-            raise
-        self._write(line | {"answer": _to_json(answer)})
-        return answer
+        return call
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
@@ -146,7 +156,10 @@ def _call(scheduler: Scheduler, name: str, arguments: list[Any]) -> dict[str, An
     if name not in _ARGUMENTS:
         raise RecordingError(f"{name!r} is no call to a scheduler")
     decoders = _ARGUMENTS[name] * len(arguments) if name == "add" else _ARGUMENTS[name]
-    decoded = [decode(argument) for decode, argument in zip(decoders, arguments, strict=True)]
+    if len(arguments) > len(decoders):
+        raise RecordingError(f"{name} takes {len(decoders)} arguments at most, not {len(arguments)}")
+    # A call may have left out its last argument, which has a default.
+    decoded = [decode(argument) for decode, argument in zip(decoders, arguments, strict=False)]
     try:
         answer = getattr(scheduler, name)(*decoded)
     except (TandemError, ValueError) as error:

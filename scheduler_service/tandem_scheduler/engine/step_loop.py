@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_scheduler.engine.chunk_pace import ChunkPace
@@ -26,7 +27,7 @@ LAST_WORD_WAIT_S = 0.5
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
 
-CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], Scheduler]
+CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], SchedulerInterface]
 CheckWorker = Callable[[WorkerInfo], str]
 """Why a worker is not the one to use; empty where it is."""
 
@@ -76,7 +77,7 @@ class StepLoop:
     ) -> None:
         self.scheduler_id = scheduler_id
         self.epoch = 0
-        self.scheduler: Scheduler | None = None
+        self.scheduler: SchedulerInterface | None = None
         self.worker: WorkerInfo | None = None
         self.is_connected = False
         self._client = client

@@ -240,8 +240,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("tandem_scheduler/engine/step_loop.py", "failure = str(error)", 'failure = ""', "kills"),
     Mutation(
         "tandem_scheduler/core/scheduler.py",
-        "self._in_flight: deque[_StepInFlight] = deque()",
-        "self._in_flight: deque[_StepInFlight] = getattr(self, '_in_flight', deque())",
+        "self._in_flight = StepsInFlight()",
+        "self._in_flight = getattr(self, '_in_flight', StepsInFlight())",
         "kills",
     ),
     Mutation(
