@@ -1,7 +1,14 @@
-# Everything runs from .venv, which the first target that needs it makes.
+# Everything runs from .venv. `make demo` installs there what the services need, the other targets the development
+# tools as well.
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO_STAMP := .venv/.demo
 STAMP := .venv/.installed
+
+# Where machines without a GPU get torch from: PyPI's torch for Linux brings gigabytes of CUDA packages.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+GPU := $(shell command -v nvidia-smi)
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 
 # What `make bench` measures on a GPU. Folders in build/models that are not there get random weights of the size that
 # names them; they need the tokenizer.json of a Qwen3.
@@ -13,21 +20,38 @@ BENCH_FLAGS ?=
 # What bench-scaling measures; numbers of ranks that there are too few GPUs for are left out.
 SCALING_MODELS ?= build/models/8b build/models/32b
 TP_SIZES ?= 1 2 4 8
-GPU := $(shell command -v nvidia-smi)
 
 .PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; make PYTHON=...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+# $(call install,EXTRA) installs Tandem with an extra. Without a GPU torch comes first, and alone, from TORCH_INDEX_URL.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; make PYTHON=...")'
+	@echo "Installing Tandem[$(1)] into .venv"
+	@$(PYTHON) -m venv .venv
+	$(if $(GPU),,@if problem=$$($(BIN)/python -c '$(OPEN_URL)' "$(TORCH_INDEX_URL)/torch/" 2>&1); then \
+		echo "No GPU found; taking torch for CPUs from $(TORCH_INDEX_URL)"; \
+		$(PIP_INSTALL) --no-deps --index-url "$(TORCH_INDEX_URL)" torch; \
+	else \
+		echo "$$problem" | tail -n 1; \
+		echo "Can't reach $(TORCH_INDEX_URL); taking torch from pip's own index (make TORCH_INDEX_URL=... names another)"; \
+	fi)
+	$(PIP_INSTALL) --editable '.[$(1)]'
+endef
+OPEN_URL := import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 
-demo: $(STAMP)  ## Both services on this machine's CPU, streaming text from the embedded model
-	$(BIN)/python -m tandem.demo
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	$(call install,worker)
+	@touch $@
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,dev)
+	@touch $(DEMO_STAMP) $@
+
+demo: $(DEMO_STAMP)  ## Both services on this machine, streaming text from the embedded model
+	$(BIN)/tandem demo
 
 test: check  ## The checks, then the tests (10 minutes at most on 2 cores)
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Tandem, as a user imports it: a client of a running server, and LLM, which runs one of its own."""
+"""What a user imports: TandemClient, which calls a running server, and LLM, which runs a server of its own."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ _MODULES = {"LLM": "tandem.llm", "SamplingParams": "tandem.sampling_params", "Ta
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: the services import the stubs inside this package and need none of the rest."""
+    """Imports a name when it is first used: the services import only the stubs inside this package."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,4 +1,7 @@
-"""The command `tandem`: serve, generate, demo. Exit status 0 is success, 1 a failure, 2 a wrong command line."""
+"""The command `tandem`: serve, generate, demo.
+
+Exit status 0 is success, 1 a failure, 2 a wrong command line or a missing extra of the package, 130 an interrupt.
+"""
 
 import argparse
 import os
@@ -9,6 +12,7 @@ from collections.abc import Sequence
 import grpc
 
 from tandem.client import TandemClient
+from tandem.demo import run_demo
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
 from tandem.terminal import stream_text
@@ -40,28 +44,32 @@ def _build_parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser(
         "serve",
-        help="run both services on this machine",
+        help="run a scheduler and a worker service on this machine",
         description="Runs a worker and a scheduler service; a worker that dies is started again. "
-        "--port and the TLS flags are the scheduler's; the worker takes a free port of this machine.",
+        "--port and the TLS flags are for the scheduler; the worker listens on a free port, on this machine only.",
         allow_abbrev=False,
     )
-    serve.add_argument("served", metavar="MODEL", help="model folder, hub id, or 'embedded'")
+    serve.add_argument(
+        "served", metavar="MODEL", help="a model folder, a hub id, or 'embedded' for the package's own model"
+    )
     add_options(serve, SchedulerSettings, WorkerSettings, without=("model", "port_file", "worker_address", "worker_ca"))
     serve.set_defaults(run=_serve)
 
-    generate = commands.add_parser("generate", help="stream a generation from a running server", allow_abbrev=False)
-    generate.add_argument("prompt", help="text to go on from")
+    generate = commands.add_parser("generate", help="stream text from a running server", allow_abbrev=False)
+    generate.add_argument("prompt", help="text that the model continues")
     generate.add_argument("--address", default="127.0.0.1:50051", help="HOST:PORT of the server; default %(default)s")
-    generate.add_argument("--max-tokens", type=int, default=128, help="output tokens, at most; default %(default)s")
-    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("seed", int)):
-        generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
     generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated"
+        "--max-tokens", type=int, default=128, help="the largest number of output tokens; default %(default)s"
     )
-    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("seed", int)):
+        generate.add_argument(f"--{name}", type=kind, help="default: what the model recommends")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    generate.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-sequence token")
     generate.set_defaults(run=_generate)
 
-    demo = commands.add_parser("demo", help="both services and one generation, from the embedded model")
+    demo = commands.add_parser("demo", help="start both services, stream text from the package's own model, stop them")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -70,7 +78,7 @@ def _serve(options: argparse.Namespace) -> int:
     options.model = options.served
     scheduler = read_settings(SchedulerSettings, options, os.environ)
     check_tls(scheduler)
-    # The worker is this machine's own affair: a free port, no TLS.
+    # The worker's only client is the scheduler beside it, so it takes a free port and no TLS.
     private = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
     worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in private}, port="0")
     environment = {name: value for name, value in os.environ.items() if name not in option_names(private)}
@@ -107,9 +115,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from tandem.demo import run_demo
-
-    # So that SIGTERM stops the services and removes their folder too.
+    # SIGTERM, like Ctrl-C, stops the services and removes their temporary folder.
     signal.signal(signal.SIGTERM, _interrupt)
     run_demo()
     return 0

@@ -1,4 +1,4 @@
-"""A client of a scheduler service. Replies are tandem.v1 messages, errors those of tandem_shared.errors."""
+"""A client of a scheduler service. It returns tandem.v1 messages and raises the errors of tandem_shared.errors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,23 +13,23 @@ from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, client_options
 from tandem_shared.rpc.rich_status import error_of
 
 Prompt = str | Sequence[int]
-"""Text, or token ids."""
+"""Text, or the ids of its tokens."""
 
 T = TypeVar("T")
 
 Metadata = tuple[tuple[str, str], ...]
 
 REPLY_LIMIT: Metadata = ((MAX_REPLY_BYTES_KEY, str(MAX_MESSAGE_BYTES)),)
-"""What this client takes, so that a server need not refuse what is over gRPC's own limit."""
+"""Tells the server how large a reply this client takes; without it, servers keep to gRPC's default of 4 MiB."""
 
 
 class TandemClient:
-    """One connection; safe to share between threads. What a server refuses raises its TandemError; failures of the
-    transport, deadlines among them, raise grpc.RpcError.
+    """One connection to a server. Threads may share it. A request that the server refuses raises the TandemError that
+    the server sent; failures of the transport, passed deadlines among them, raise grpc.RpcError.
     """
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """address is HOST:PORT. With credentials, TLS is spoken."""
+        """address is HOST:PORT. With credentials the connection uses TLS. Connects when first used."""
         options = client_options(address)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options)
@@ -57,12 +57,14 @@ class TandemClient:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> inference_pb2.GenerateResponse:
-        """Runs a prompt to its end. timeout_s is the deadline, after which the server drops the request."""
+        """Returns the whole output of a prompt. After timeout_s seconds the server drops the request. A request of a
+        lower priority number is served earlier. Only requests with an equal cache_salt share cached prefixes.
+        """
         fields = _fields(prompt, params, request_id, priority, cache_salt)
         return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s, REPLY_LIMIT)
 
     def start_generate(self, prompt: Prompt, params: SamplingParams | None = None) -> "PendingReply":
-        """generate() that does not wait."""
+        """Starts a generation and returns at once. The reply is fetched from what this returns."""
         request = inference_pb2.GenerateRequest(**_fields(prompt, params, None, None, None))
         return PendingReply(self._inference.Generate.future(request, metadata=REPLY_LIMIT))
 
@@ -76,7 +78,7 @@ class TandemClient:
         cache_salt: str | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[inference_pb2.GenerateStreamResponse]:
-        """Yields the output as it comes. Closing the iterator aborts the request."""
+        """Yields the output while it is generated. Closing the iterator aborts the request."""
         fields = _fields(prompt, params, request_id, priority, cache_salt)
         call = self._inference.GenerateStream(inference_pb2.GenerateStreamRequest(**fields), timeout=timeout_s)
         try:
@@ -106,24 +108,24 @@ class TandemClient:
         _call(self._control.Abort, control_pb2.AbortRequest(request_id=request_id))
 
     def drain(self, timeout_s: float | None = None) -> None:
-        """Returns when the live requests have ended; new ones are refused from the call on."""
+        """Makes the server refuse new requests, and returns once the running ones have ended."""
         _call(self._control.Drain, control_pb2.DrainRequest(), timeout_s)
 
     def reset_prefix_cache(self) -> int:
-        """Gives the number of blocks forgotten."""
+        """Empties the server's prefix cache; returns the number of KV blocks that were in it."""
         response = _call(self._control.ResetPrefixCache, control_pb2.ResetPrefixCacheRequest())
         return response.num_forgotten_blocks
 
 
 class PendingReply:
-    """A generation that runs on the server."""
+    """A generation under way on the server."""
 
     def __init__(self, call: Any) -> None:
         """call is a grpc.Future of the reply."""
         self._call = call
 
     def result(self) -> inference_pb2.GenerateResponse:
-        """Waits for the reply; raises what generate() raises."""
+        """Waits for the reply and returns it; raises what generate() raises."""
         try:
             response: inference_pb2.GenerateResponse = self._call.result()
         except grpc.RpcError as error:
@@ -131,11 +133,11 @@ class PendingReply:
         return response
 
     def cancel(self) -> None:
-        """The server aborts the request. One that has ended stays as it is."""
+        """Aborts the request, unless it has ended."""
         self._call.cancel()
 
     def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """callback is called once, in another thread, when the reply or an error is there."""
+        """Calls callback once, in another thread, when the request has ended, whether with a reply or an error."""
         self._call.add_done_callback(lambda _: callback())
 
 
@@ -146,7 +148,7 @@ def _fields(
     priority: int | None,
     cache_salt: str | None,
 ) -> dict[str, Any]:
-    """The fields that both generate requests have. InvalidRequest, naming the field, for what does not fit the wire."""
+    """The fields that both generate requests have. Raises InvalidRequest for a value that its field can't hold."""
     params = params or SamplingParams()
     fields = {
         "prompt": {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}},

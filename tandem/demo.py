@@ -1,6 +1,4 @@
-"""make demo: both services on free ports, a generation streamed to the terminal, its speed, and nothing left behind."""
-
-import sys
+"""The command `tandem demo`: starts both services on free ports, streams one generation to the terminal, stops them."""
 
 from tandem.client import TandemClient
 from tandem.processes import Services
@@ -14,14 +12,14 @@ STARTUP_TIMEOUT_S = 120.0
 
 
 def run_demo() -> None:
+    """Prints the services' addresses, the generated text and its speed. Raises what Services raises."""
+    services = Services(WorkerSettings(port=0, log_level="warning"), SchedulerSettings(port=0, log_level="warning"))
     print("starting the worker and the scheduler service with the embedded model ...", flush=True)
-    worker = WorkerSettings(port=0, log_level="warning")
-    scheduler = SchedulerSettings(port=0, log_level="warning")
-    with Services(worker, scheduler) as services:
+    with services:
         services.wait_until_ready(STARTUP_TIMEOUT_S)
         print(f"worker at {services.worker_address}, scheduler at {services.address}\n", flush=True)
         with TandemClient(services.address) as client:
-            # The first request of a process pays for what is made on first use.
+            # A process's first request takes longer, as some things are made when they are first used.
             client.generate(PROMPT, SamplingParams(max_tokens=2))
             client.reset_prefix_cache()
             params = SamplingParams(
@@ -30,9 +28,3 @@ def run_demo() -> None:
             print(PROMPT, end="", flush=True)
             print(f"\n\n{stream_text(client, PROMPT, params)}", flush=True)
     print("both services are stopped")
-
-
-if __name__ == "__main__":
-    from tandem.cli import main
-
-    sys.exit(main(["demo"]))

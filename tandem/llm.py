@@ -1,4 +1,4 @@
-"""Offline use: both services as children of this process, behind one object."""
+"""Use without a server: LLM runs both services as child processes and sends them requests."""
 
 import tempfile
 import threading
@@ -16,17 +16,19 @@ STARTUP_TIMEOUT_S = 600.0
 
 
 class LLM:
-    """A model to generate with. Use it as a context manager, or close() it: that stops the services. On Linux they
-    also stop with the thread that made this object.
+    """A model to generate with. Leaving it as a context manager, or close(), stops the services. On Linux they also
+    stop when the thread that made this object ends.
     """
 
     def __init__(self, model: str = "embedded", **settings: object) -> None:
-        """settings: fields of WorkerSettings and SchedulerSettings by name; an unknown one raises ConfigError.
+        """model is a folder, a hub id, or "embedded" for the package's own model. settings are fields of WorkerSettings
+        and SchedulerSettings, by name; environment variables are not read.
 
-        TANDEM_* variables are not read.
+        Raises ConfigError for an unknown setting, and where the extra tandem-llm[worker] is not installed. Raises
+        ServiceFailed, with what the services logged, if they do not start.
         """
         worker, scheduler = split_keywords({"model": model, "port": 0, **settings}, WorkerSettings, SchedulerSettings)
-        # What the services log is shown only if they fail.
+        # The services log to this file, which is shown only if they fail.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
         self._services = Services(worker, scheduler, self._log)
         try:
@@ -58,8 +60,8 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[inference_pb2.GenerateResponse]:
-        """One reply a prompt, in their order. A prompt is text or token ids. An interrupt, or a prompt that fails,
-        aborts the others.
+        """Returns one reply for each prompt, in the order of the prompts. A prompt is text or a sequence of token ids.
+        If one fails, or at an interrupt, all others are aborted.
         """
         is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         every: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item, assignment]

@@ -1,9 +1,9 @@
-"""Both services as child processes of this one: start, wait until ready, stop, leave nothing.
+"""Both services as child processes of this one: starts them, waits until they are ready, stops them.
 
-The worker is a supervisor with the worker service as its child, so it comes back by itself. Ports are free ones, told
-through files. The children have their settings as flags alone: TANDEM_* variables are for whoever made the settings.
-On Linux the children die with the thread that started them, so that not even kill -9 leaves them behind: start them
-from one that lives as long as they should.
+The worker's process is a supervisor, which starts the worker service again whenever it ends. The services listen on
+free ports, which they write into files. They get their settings as flags alone; whoever made the settings has read the
+TANDEM_* variables. On Linux the kernel kills the children when the thread that started them ends, so that not even
+kill -9 leaves them behind: start them from a thread that lives as long as they should.
 """
 
 import signal
@@ -16,28 +16,30 @@ from typing import IO, NoReturn
 
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import TandemError
+from tandem_shared.extras import require_extra
 from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import child_environment, die_with_parent
-from tandem_shared.rpc.health_probe import health_status
 from tandem_shared.settings import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 START_TIMEOUT_S = 4 * 3600.0
-"""A service that does not listen after so long will not. A large model may first come from the hub."""
+"""How long a service may take until it listens: a large model may have to be downloaded first."""
 STOP_TIMEOUT_S = 40.0
-"""Longer than a worker of several ranks gives itself, and its supervisor gives it."""
+"""How long a service may take to end. Longer than a worker of several ranks, and its supervisor, wait before they
+kill what is left.
+"""
 HURRY_TIMEOUT_S = 10.0
-"""For a service that has been told a second time to end, and so waits for no request."""
+"""How long a service may take to end after a second signal, which tells it to wait for no request."""
 KILL_TIMEOUT_S = 10.0
 POLL_S = 0.05
 
 
 class ServiceFailed(TandemError):
-    """A service process did not start, or ended on its own."""
+    """A service process did not start, or ended without being told to."""
 
 
 class Services:
-    """A worker and a scheduler process. A context manager: leaving it stops both."""
+    """A worker and a scheduler process, as a context manager: entering it starts both, leaving it stops both."""
 
     def __init__(
         self,
@@ -47,16 +49,18 @@ class Services:
         worker_program: Sequence[str] = ("tandem_worker",),
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
-        """log takes what both print; None is this process's stderr. worker_program: a module that takes the worker's
-        flags, and the arguments that it wants before them. start_timeout_s: how long each may take until it listens.
+        """log is a file for what both services print; None is this process's stderr. worker_program is a module that
+        takes the worker's flags, and the arguments that come before those. start_timeout_s is how long each service
+        may take until it listens. Raises ConfigError where the extra that the services need is not installed.
         """
+        require_extra("worker")
         self._worker_program = worker_program
         self._worker_host, self._scheduler_host = _connectable(worker.host), _connectable(scheduler.host)
         self._drain_grace_s = scheduler.drain_grace_s
         self._log = log
         self._start_timeout_s = start_timeout_s
         self._folder = PrivateFolder()
-        # Where none is named, one that this process's user alone can read.
+        # Unless the settings name a file for the secret, it is in a folder that only this process's user can read.
         named = worker.session_secret_file or scheduler.session_secret_file
         self.session_secret_file = named or str(self._folder.path / "session-secret")
         self._worker_settings, self._scheduler_settings = (
@@ -69,6 +73,7 @@ class Services:
         self.address = ""
 
     def __enter__(self) -> "Services":
+        """Returns once both services listen. Raises ServiceFailed if one does not."""
         try:
             self._start_worker()
             self._start_scheduler()
@@ -81,7 +86,10 @@ class Services:
         self.stop()
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Until the scheduler serves with its worker. ServiceFailed if a process ends, or time does."""
+        """Waits until the scheduler has its worker. Raises ServiceFailed if a process ends, or after timeout_s."""
+        # Needs a package that a client alone does not have.
+        from tandem_shared.rpc.health_probe import health_status
+
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.check_alive()
@@ -91,20 +99,20 @@ class Services:
         raise ServiceFailed(f"the services are not ready after {timeout_s} s")
 
     def check_alive(self) -> None:
-        """ServiceFailed if a process has ended. That of a worker is its supervisor's end."""
+        """Raises ServiceFailed if a process has ended. The worker's process is the supervisor."""
         for name, process in (("worker", self.worker), ("scheduler", self.scheduler)):
             if process is not None and process.poll() is not None:
                 raise ServiceFailed(f"the {name} ended with status {process.returncode}")
 
     def wait(self) -> NoReturn:
-        """Until a service ends on its own: then raises ServiceFailed."""
+        """Waits until a service ends by itself, and then raises ServiceFailed."""
         while True:
             self.check_alive()
             time.sleep(POLL_S)
 
     def stop(self) -> None:
-        """The scheduler first, so that it has its worker while it drains. An interrupt meanwhile cuts the drain short;
-        one more kills what is left.
+        """Stops the scheduler, which first finishes the running requests, and then the worker. An interrupt meanwhile
+        ends the requests at once; a second one kills the processes.
         """
         try:
             _end(self.scheduler, self._drain_grace_s + STOP_TIMEOUT_S)
@@ -126,13 +134,13 @@ class Services:
         self.address = f"{self._scheduler_host}:{port}"
 
     def _start(self, module: str, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
-        """A running service and the port that it listens on."""
+        """Starts a service; returns its process and the port that it listens on."""
         port_file = self._folder.path / f"{module}.port"
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, "--port-file", str(port_file)],
             stderr=self._log,
             env=child_environment(),
-            # Out of the terminal's reach: Ctrl-C is ours, and we stop them in order.
+            # Ctrl-C in a terminal reaches only this process, which then stops the services in order.
             start_new_session=True,
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
@@ -151,7 +159,7 @@ class Services:
 
 
 def _end(process: "subprocess.Popen[bytes] | None", timeout_s: float) -> None:
-    """Asks it to end, and waits for so long. At an interrupt it is asked again, which tells it not to wait either."""
+    """Tells a process to end and waits for that. At an interrupt it is told again: then it waits for no request."""
     if process is None or process.poll() is not None:
         return
     process.send_signal(signal.SIGTERM)
@@ -164,13 +172,13 @@ def _end(process: "subprocess.Popen[bytes] | None", timeout_s: float) -> None:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether it has ended."""
+    """Kills a process; returns whether it has ended."""
     process.kill()
     return _wait(process, KILL_TIMEOUT_S)
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
-    """Whether it has ended."""
+    """Waits for a process to end; returns whether it has."""
     try:
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -179,6 +187,6 @@ def _wait(process: "subprocess.Popen[bytes]", timeout_s: float) -> bool:
 
 
 def _connectable(host: str) -> str:
-    """Where to reach what listens on a host."""
+    """The host under which a client on this machine reaches a server that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

@@ -10,18 +10,19 @@ from tandem_shared.errors import FieldViolation, InvalidRequest
 
 _MAX_UINT32, _MAX_UINT64 = 2**32 - 1, 2**64 - 1
 _MAX_FLOAT, _MIN_FLOAT = 3.4e38, 1.2e-38
-"""What the wire's float holds, and the least that it doesn't round to 0."""
+"""The largest and the smallest positive number of the wire's float, a little rounded: smaller ones may become 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """None takes the model's own default, then the API's (see protos/tandem/v1/inference.proto).
+    """A field that is None takes the model's default or, where the model has none, the API's, which
+    protos/tandem/v1/inference.proto gives.
 
-    Raises InvalidRequest, as a server would, naming every field whose value no server takes.
+    Raises InvalidRequest, which names every field whose value no server takes.
     """
 
     n: int | None = None
-    """Independent outputs for the prompt."""
+    """The number of independent outputs of the prompt."""
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -32,7 +33,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool | None = None
     logprobs: int | None = None
-    """Report each token's log-probability, and those of this many likeliest tokens."""
+    """With a number, each token's log-probability is reported, and those of that many most likely tokens."""
     skip_special_tokens: bool | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ def _whole(minimum: int, maximum: int = _MAX_UINT32, hint: str = "") -> Callable
 def _number(minimum: float, maximum: float, text: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # Written so that NaN fails too.
+        # NaN fails too, as no comparison with it is true.
         return "" if is_number and minimum <= value <= maximum else f"must be {text}, is {value!r}"
 
     return _unless_none(check)
@@ -120,4 +121,6 @@ _CHECKS: dict[str, Callable[[Any], str]] = {
     "logprobs": _whole(0),
     "skip_special_tokens": _unless_none(_flag),
 }
-"""Field -> what is wrong with a value, "" if nothing is. Only what no server could take: its own limits are its own."""
+"""Field -> a function that says what is wrong with a value, "" if nothing is. Only values that no server could take are
+wrong here; a server's own limits are checked by the server.
+"""

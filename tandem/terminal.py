@@ -1,4 +1,4 @@
-"""A generation shown as it comes, and how fast it came."""
+"""Shows a generation in a terminal while it runs, and measures its speed."""
 
 import time
 
@@ -7,7 +7,7 @@ from tandem.sampling_params import SamplingParams
 
 
 def stream_text(client: TandemClient, prompt: Prompt, params: SamplingParams) -> str:
-    """Prints the text of the first choice; gives a line on its speed."""
+    """Prints the output's text as it arrives; returns a line that says how fast it came."""
     started = first_at = last_at = time.perf_counter()
     num_tokens = num_first = 0
     for delta in client.generate_stream(prompt, params):
@@ -17,7 +17,7 @@ def stream_text(client: TandemClient, prompt: Prompt, params: SamplingParams) ->
         num_tokens += len(delta.token_ids)
         print(delta.text_delta, end="", flush=True)
     speed = f"{num_tokens} tokens: TTFT {(first_at - started) * 1e3:.1f} ms"
-    # What came with the first message took no time of its own.
+    # The time before the first message is the TTFT, so that message's tokens are left out of the rate.
     if num_tokens > num_first:
         speed += f", then {(num_tokens - num_first) / (last_at - first_at):.0f} tokens/s"
     return speed

@@ -4,17 +4,19 @@ import asyncio
 import logging
 import sys
 
-from tandem_scheduler.service import SchedulerService
 from tandem_shared.config import SchedulerSettings, read_command_line
 from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.host.log import configure_logging
 from tandem_shared.host.process import leave
-from tandem_shared.rpc.server import StopSignals, write_port_file
 
 logger = logging.getLogger(__name__)
 
 
 async def serve(settings: SchedulerSettings) -> None:
+    # Imported once main() has made sure that the packages of the extra are there.
+    from tandem_scheduler.service import SchedulerService
+    from tandem_shared.rpc.server import StopSignals, write_port_file
+
     service = SchedulerService(settings)
     signals = StopSignals()
     stopped = asyncio.create_task(signals.first.wait())
@@ -36,7 +38,9 @@ async def serve(settings: SchedulerSettings) -> None:
 
 
 def main() -> None:
-    settings = read_command_line(SchedulerSettings, "tandem-scheduler", "Schedules requests onto a worker service.")
+    settings = read_command_line(
+        SchedulerSettings, "tandem-scheduler", "Schedules requests onto a worker service.", extra="scheduler"
+    )
     configure_logging(settings.log_level)
     try:
         asyncio.run(serve(settings))

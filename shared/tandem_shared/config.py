@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
+from tandem_shared.extras import require_extra
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 from tandem_shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
@@ -128,9 +129,16 @@ class WorkerSettings(ServiceSettings):
 
 
 def read_command_line(
-    settings_class: type[T], program: str, description: str, arguments: Sequence[str] | None = None
+    settings_class: type[T],
+    program: str,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    extra: str | None = None,
 ) -> T:
-    """Settings from the command line and the environment. Exits with status 2 and one line where they are wrong."""
+    """Settings from the command line and the environment. Exits with status 2 and one line where they are wrong, or
+    where the package's extra that the program needs is not installed.
+    """
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     add_options(parser, settings_class)
     namespace = parser.parse_args(arguments)
@@ -138,6 +146,8 @@ def read_command_line(
         refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings))
         settings = read_settings(settings_class, namespace, os.environ)
         check_tls(settings)
+        if extra is not None:
+            require_extra(extra)
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.support.requirements import PYPROJECT, declared_requirements
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
@@ -153,11 +154,8 @@ class Engine:
 
 
 def requirements() -> list[str]:
-    """What building the project and installing it with its worker takes."""
-    pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    project = pyproject["project"]
-    build = pyproject["build-system"]["requires"]
-    return sorted({*project["dependencies"], *project["optional-dependencies"]["worker"], *build, "wheel"})
+    """What building the package and installing it with its worker takes."""
+    return sorted({*declared_requirements("worker"), *PYPROJECT["build-system"]["requires"], "wheel"})
 
 
 def download_wheels(folder: Path) -> None:

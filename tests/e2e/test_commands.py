@@ -29,9 +29,7 @@ def run_tandem(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_demo_streams_text_and_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tandem.demo"], stdout=subprocess.PIPE, text=True, env=environment
-    ) as demo:
+    with subprocess.Popen([*TANDEM, "demo"], stdout=subprocess.PIPE, text=True, env=environment) as demo:
         assert demo.stdout is not None
         output, children = "", {}
         for line in demo.stdout:

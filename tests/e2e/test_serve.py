@@ -122,7 +122,7 @@ def is_used(folder: Path) -> bool:
 def test_a_terminated_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, "-m", "tandem.demo"], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "tandem.cli", "demo"], stdout=subprocess.PIPE, text=True, env=environment
     ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:

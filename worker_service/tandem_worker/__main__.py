@@ -14,7 +14,9 @@ from tandem_shared.settings import to_arguments
 
 
 def main() -> None:
-    settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
+    settings = read_command_line(
+        WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.", extra="worker"
+    )
     configure_logging(settings.log_level)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from tandem_worker.service.process import run_and_exit
