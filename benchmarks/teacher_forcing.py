@@ -36,7 +36,7 @@ def teacher_forced_logits(runner: TorchRunner, token_ids: list[int], num_prefill
         decode_context_lens=nothing,
         decode_groups=(),
     )
-    hidden = runner.model(runner.cache, (runner.model.embed_tokens[ids[:num_prefill]], chunk))
+    hidden = runner.model(runner.cache, (runner.model.embed_tokens(ids[:num_prefill]), chunk))
     for position in range(num_prefill, len(token_ids)):
         here = slice(position, position + 1)
         step = AttentionMetadata(
@@ -48,8 +48,8 @@ def teacher_forced_logits(runner: TorchRunner, token_ids: list[int], num_prefill
             decode_context_lens=positions[here] + 1,
             decode_groups=(DecodeGroup(1, len(table)),),
         )
-        hidden += runner.model(runner.cache, (runner.model.embed_tokens[ids[here]], step))
-    return widened(runner.model.compute_logits(torch.cat(hidden)))
+        hidden += runner.model(runner.cache, (runner.model.embed_tokens(ids[here]), step))
+    return widened(runner.model.compute_local_logits(torch.cat(hidden)))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.teacher_forcing import teacher_forced_logits
 from tandem_shared.errors import ConfigError, ModelError
 from tandem_worker.runners.batch import Batch
-from tandem_worker.startup import _largest_step
+from tandem_worker.runners.memory import largest_step
 from tests.support.builders import worker_info
 from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_exactness import make_runner
@@ -39,7 +39,7 @@ def test_the_largest_step_fills_the_token_budget(
     budget: int, num_rows: int, max_model_len: int, expected: list[int]
 ) -> None:
     info = worker_info(max_num_batched_tokens=budget, max_num_rows=num_rows, max_model_len=max_model_len)
-    plan = _largest_step(info)
+    plan = largest_step(info)
     assert plan.chunk_num_tokens.tolist() == expected
     blocks = np.concatenate([new.block_ids for new in plan.added_rows])
     assert sorted(blocks.tolist()) == list(range(1, len(blocks) + 1))
@@ -53,7 +53,7 @@ def test_the_largest_step_fills_the_token_budget(
 def test_the_largest_step_runs_where_several_prompts_fill_it(tmp_path: Path) -> None:
     folder = save_random_model(tmp_path)
     runner = make_runner(folder, max_model_len=24, max_num_seqs=4, max_num_batched_tokens=64, block_size=4)
-    plan = _largest_step(runner.info)
+    plan = largest_step(runner.info)
     assert plan.chunk_num_tokens.sum() == 64
     assert runner.execute(plan).wait().num_token_ids == [1] * 4
 

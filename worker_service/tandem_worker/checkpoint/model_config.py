@@ -1,19 +1,11 @@
-"""What config.json says of a Qwen3 model, checked. Knows no torch.
-
-A key that is left out has the default of transformers' Qwen3Config or Qwen3MoeConfig; sizes and rope_theta must be
-given.
-"""
+"""A decoder's shape as config.json gives it, checked, and how the keys that families share are read. Knows no torch."""
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from tandem_worker.checkpoint.config_file import MAX_SIZE, ConfigFile, brief
 
-DENSE, MOE = ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 MAX_LAYERS = 1024
-MAX_EXPERTS = 4096
-DENSE_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -30,9 +22,10 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A mixture-of-experts' shape: which layers have it in the MLP's place, and what it is there."""
+    """The shape of a mixture of experts."""
 
     layers: tuple[int, ...]
+    """The layers that have it in the MLP's place"""
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
@@ -41,7 +34,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3's shape. Names are config.json's."""
+    """A decoder's shape. Names are config.json's. A family that needs more can derive its own."""
 
     vocab_size: int
     hidden_size: int
@@ -65,12 +58,14 @@ class ModelConfig:
         return max(self.max_position_embeddings, int(self.yarn.factor * self.yarn.original_max_position_embeddings))
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """Raises ModelError, naming file and key, where the model is not one that Tandem runs."""
-    file = ConfigFile(folder / "config.json")
-    architecture = _read_architecture(file)
-    _refuse_what_is_not_supported(file)
-    num_heads, num_kv_heads, head_dim = _read_heads(file, architecture)
+def read_decoder_config(
+    file: ConfigFile, *, default_num_kv_heads: int, default_head_dim: int, moe: MoEConfig | None = None
+) -> ModelConfig:
+    """A config of keys that decoders with rotary embeddings share; sizes and rope_theta must be given. The defaults are
+    the family's, for keys that are left out. Raises ModelError, naming file and key.
+    """
+    _refuse_unsupported(file)
+    num_heads, num_kv_heads, head_dim = _read_heads(file, default_num_kv_heads, default_head_dim)
     rope = _rope_of(file)
     max_position_embeddings = file.whole("max_position_embeddings")
     return ModelConfig(
@@ -86,19 +81,12 @@ def read_model_config(folder: Path) -> ModelConfig:
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=file.flag("tie_word_embeddings", False),
         yarn=_read_yarn(rope, max_position_embeddings),
-        moe=_read_moe(file) if architecture == MOE else None,
+        moe=moe,
     )
 
 
-def _read_architecture(file: ConfigFile) -> str:
-    architectures = file.typed("architectures", list)
-    for architecture in ARCHITECTURES:
-        if architecture in architectures:
-            return architecture
-    raise file.fail("architectures", f"{brief(architectures)} is not supported; {' and '.join(ARCHITECTURES)} are")
-
-
-def _refuse_what_is_not_supported(file: ConfigFile) -> None:
+def _refuse_unsupported(file: ConfigFile) -> None:
+    """Raises ModelError where the config asks for what no family has here."""
     for key in ("quantization_config", "compression_config"):
         if quantization := file.values.get(key):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -112,19 +100,14 @@ def _refuse_what_is_not_supported(file: ConfigFile) -> None:
         raise file.fail("layer_types", f"{brief(kinds)} are not supported; full_attention is")
 
 
-def _read_heads(file: ConfigFile, architecture: str) -> tuple[int, int, int]:
+def _read_heads(file: ConfigFile, default_num_kv_heads: int, default_head_dim: int) -> tuple[int, int, int]:
     """num_attention_heads, num_key_value_heads, head_dim."""
     num_heads = file.whole("num_attention_heads")
-    default_kv_heads = {DENSE: 32, MOE: 4}[architecture]
-    if "num_key_value_heads" in file.values:
-        default_kv_heads = num_heads
-    num_kv_heads = file.whole("num_key_value_heads", default_kv_heads)
+    # As in transformers, null means one KV head for each query head.
+    default = num_heads if "num_key_value_heads" in file.values else default_num_kv_heads
+    num_kv_heads = file.whole("num_key_value_heads", default)
     if num_heads % num_kv_heads:
         raise file.fail("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads, {num_heads}")
-    default_head_dim = DENSE_HEAD_DIM
-    if architecture == MOE:
-        # Qwen3MoeConfig has no head_dim; its attention falls back on this.
-        default_head_dim = file.whole("hidden_size") // num_heads
     head_dim = file.whole("head_dim", default_head_dim)
     if head_dim % 2:
         raise file.fail("head_dim", f"must be even, is {head_dim}")
@@ -132,34 +115,16 @@ def _read_heads(file: ConfigFile, architecture: str) -> tuple[int, int, int]:
 
 
 def _rope_of(file: ConfigFile) -> ConfigFile:
-    """transformers 5 writes rope_parameters, 4 wrote rope_theta and rope_scaling.
+    """A reader of the rotary embedding's keys: transformers 5 writes rope_parameters, 4 wrote rope_theta and
+    rope_scaling.
 
-    Of both, rope_scaling counts, as in transformers: it is what recipes for YaRN tell people to add.
+    Where there are both, rope_scaling counts, as in transformers: it is what recipes for YaRN tell people to add.
     """
     scaling, parameters = file.typed("rope_scaling", dict), file.typed("rope_parameters", dict)
     shared = {key: file.values.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     if "rope_theta" in parameters:
         shared["rope_theta"] = parameters["rope_theta"]
     return file.part({**shared, **(scaling or parameters)})
-
-
-def _read_moe(file: ConfigFile) -> MoEConfig:
-    dense_layers, step = file.typed("mlp_only_layers", list), file.whole("decoder_sparse_step", 1)
-    if not all(type(layer) is int for layer in dense_layers):
-        raise file.fail("mlp_only_layers", f"must be whole numbers, is {brief(dense_layers)}")
-    # transformers 5 writes num_local_experts, 4 wrote num_experts.
-    key = "num_local_experts" if "num_local_experts" in file.values else "num_experts"
-    num_experts, num_chosen = file.whole(key, maximum=MAX_EXPERTS), file.whole("num_experts_per_tok")
-    if num_chosen > num_experts:
-        raise file.fail("num_experts_per_tok", f"{num_chosen} is more than {key}, {num_experts}")
-    layers = range(file.whole("num_hidden_layers", maximum=MAX_LAYERS))
-    return MoEConfig(
-        layers=tuple(layer for layer in layers if layer not in dense_layers and (layer + 1) % step == 0),
-        num_experts=num_experts,
-        num_experts_per_tok=num_chosen,
-        moe_intermediate_size=file.whole("moe_intermediate_size"),
-        norm_topk_prob=file.flag("norm_topk_prob", False),
-    )
 
 
 def _read_yarn(rope: ConfigFile, max_position_embeddings: int) -> YarnScaling | None:
@@ -189,4 +154,5 @@ def _read_yarn(rope: ConfigFile, max_position_embeddings: int) -> YarnScaling | 
 
 
 def _mscale(factor: float, scale: float) -> float:
+    """YaRN's factor of attention, as its paper gives it for a factor of length."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -18,6 +18,7 @@ from tandem_shared.model_folder import check_regular, exists
 from tandem_shared.rust_panic import is_rust_panic
 from tandem_worker.checkpoint.config_file import ConfigFile, brief
 from tandem_worker.checkpoint.model_config import ModelConfig
+from tandem_worker.checkpoint.targets import CheckpointTarget
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +36,6 @@ NOT_YET = "quantised models are not supported yet"
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """transformers 5 may save one tensor of all experts -> their own weights, which it holds one above the other."""
-
-
-@dataclass(frozen=True)
-class CheckpointTarget:
-    """What a rank holds of a checkpoint's tensor."""
-
-    view: torch.Tensor
-    """Where it goes; may be empty"""
-    shape: tuple[int, ...]
-    """The whole tensor's in the checkpoint"""
-    part: tuple[slice, ...]
-    """Where it lies in the whole tensor: one slice for each dimension"""
 
 
 @dataclass(frozen=True)

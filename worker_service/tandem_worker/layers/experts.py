@@ -1,4 +1,4 @@
-"""A mixture of experts (Shazeer et al. 2017) in plain torch, as Qwen3-MoE has it."""
+"""A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538) in plain torch, as Qwen3-MoE has it."""
 
 from dataclasses import dataclass
 
@@ -17,12 +17,16 @@ class Experts:
     down: torch.Tensor
     """(experts, hidden_size, inner)"""
     num_chosen: int
+    """The number of experts that compute a token"""
     is_normalised: bool
     """Whether the chosen experts' weights are made to add up to 1"""
 
 
 def route(x: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, hidden_size) -> of each token the experts' weights, of x's type, and which they are, (tokens, chosen)"""
+    """The weights, of x's type, and the numbers of the experts that each token is routed to, (tokens, chosen) both.
+
+    x (tokens, hidden_size).
+    """
     weights, chosen = linear(x, experts.router).softmax(-1, dtype=torch.float32).topk(experts.num_chosen)
     if experts.is_normalised:
         weights = weights / weights.sum(-1, keepdim=True)

@@ -39,9 +39,9 @@ from tandem_shared.host.process import child_environment, die_with_parent, end_w
 from tandem_shared.settings import to_arguments
 from tandem_shared.step_codec import decode_plan, encode_plan
 from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tandem_worker.device import device_of
 from tandem_worker.ranks.shard import Shard
 from tandem_worker.runners.runner import PendingStep, Runner
-from tandem_worker.startup import device_of
 
 logger = logging.getLogger(__name__)
 

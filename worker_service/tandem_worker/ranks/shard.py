@@ -1,4 +1,6 @@
-"""Which part of a Qwen3 each rank of a tensor-parallel group holds (Shoeybi et al. 2019). Knows no torch."""
+"""Which part of a model each rank of a tensor-parallel group holds (Shoeybi et al. 2019, arXiv:1909.08053). Knows no
+torch.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -6,21 +8,37 @@ from tandem_shared.errors import ConfigError
 from tandem_worker.checkpoint.model_config import ModelConfig
 
 VOCAB_MULTIPLE = 8
-"""Of a rank's share of the vocabulary, so that rows of its bfloat16 logits start at 16 bytes."""
+"""A rank's share of the vocabulary is a multiple of this, so that rows of its bfloat16 logits start at 16 bytes."""
+
+
+@dataclass(frozen=True)
+class ShardedDimension:
+    """A dimension of a checkpoint's tensor that the ranks divide."""
+
+    length: int
+    """The length in the checkpoint"""
+    part: slice
+    """The range that this rank holds"""
+
+    @property
+    def num_local(self) -> int:
+        return int(self.part.stop - self.part.start)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's place in its group. Query heads, the inner columns of the MLP and of each expert, and the vocabulary are
-    dealt out evenly, in order; KV heads too, or each to as many ranks as there are more of than KV heads. The
-    vocabulary is padded.
+    """A rank's place in its group, and what follows from it.
+
+    Query heads, the inner columns of the MLP and of each expert, and the vocabulary are divided evenly, in order, the
+    vocabulary with padding at its end. KV heads are divided too; where there are fewer of them than ranks, each is held
+    by several ranks.
     """
 
     rank: int = 0
     size: int = 1
 
     def check(self, config: ModelConfig) -> None:
-        """ConfigError where the model can't be cut into so many parts."""
+        """Raises ConfigError where the group can't divide the model."""
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         if num_heads % self.size:
             raise self._fail(f"does not divide num_attention_heads, {num_heads}")
@@ -32,7 +50,7 @@ class Shard:
             raise self._fail(f"does not divide moe_intermediate_size, {config.moe.moe_intermediate_size}")
 
     def cut(self, config: ModelConfig) -> ModelConfig:
-        """The rank's own numbers of heads, KV heads, inner columns and (padded) vocabulary."""
+        """The config with this rank's own numbers of heads, KV heads, inner columns and (padded) vocabulary."""
         moe = config.moe
         return replace(
             config,
@@ -43,26 +61,31 @@ class Shard:
             moe=moe and replace(moe, moe_intermediate_size=moe.moe_intermediate_size // self.size),
         )
 
-    def part(self, length: int) -> slice:
-        """This rank's of `length` things that are dealt out."""
-        return self._part(length, length // self.size)
+    def divide(self, count: int, width: int = 1) -> ShardedDimension:
+        """A dimension of `count` equal units, such as heads of head_dim `width`, which the group's size divides."""
+        return _in_units(self._part(count, count // self.size), count, width)
+
+    def divide_kv_heads(self, num_kv_heads: int, head_dim: int) -> ShardedDimension:
+        """The outputs of a projection to keys or values."""
+        if num_kv_heads >= self.size:
+            return self.divide(num_kv_heads, head_dim)
+        first = self.rank * num_kv_heads // self.size
+        return _in_units(slice(first, first + 1), num_kv_heads, head_dim)
 
     def vocab_part(self, vocab_size: int) -> slice:
         """This rank's token ids; the last ranks may have fewer than the others, or none."""
         return self._part(vocab_size, self.vocab_share(vocab_size))
 
     def vocab_share(self, vocab_size: int) -> int:
-        """Each rank's token ids, with the padding."""
+        """The number of token ids of each rank, padding included."""
         return vocab_size if self.size == 1 else -(-vocab_size // self.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def _part(self, length: int, share: int) -> slice:
         return slice(min(self.rank * share, length), min((self.rank + 1) * share, length))
 
-    def kv_heads(self, num_kv_heads: int) -> slice:
-        if num_kv_heads >= self.size:
-            return self.part(num_kv_heads)
-        first = self.rank * num_kv_heads // self.size
-        return slice(first, first + 1)
-
     def _fail(self, problem: str) -> ConfigError:
         return ConfigError(f"--tp-size {self.size} {problem}")
+
+
+def _in_units(part: slice, count: int, width: int) -> ShardedDimension:
+    return ShardedDimension(count * width, slice(part.start * width, part.stop * width))

@@ -21,7 +21,7 @@ from tandem_worker.kernels.prefill_attention import QUERIES, cut_tiles
 from tandem_worker.kernels.sampling import MAX_TOP_K, SamplingKernels
 from tandem_worker.kernels.step_input import begin_decode, embed
 from tandem_worker.layers.triton_operations import MixedMetadata, TritonOperations
-from tandem_worker.models.qwen3 import Qwen3
+from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.cuda_graphs import MAX_PADDING, Graphs, batch_sizes, token_counts
 from tandem_worker.runners.row_options import RowOptions
@@ -59,7 +59,7 @@ class CudaRunner:
     """A model, its KV pool and the persistent batch, on one GPU. The model's operations are TritonOperations."""
 
     def __init__(
-        self, model: Qwen3, cache: torch.Tensor, batch: Batch, info: WorkerInfo, *, use_graphs: bool = True
+        self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo, *, use_graphs: bool = True
     ) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim). Captures the graphs, unless there are to be none:
         then steps run the same kernels, padded to the same sizes, one launch after the other.
@@ -84,7 +84,7 @@ class CudaRunner:
         self._context_lens = zeros(num_rows)
         self.last_tokens = zeros(num_rows)
         self._sampled = zeros(num_rows)
-        dtype, max_tokens = model.embed_tokens.dtype, batch.max_num_batched_tokens
+        dtype, max_tokens = model.embed_tokens.weight.dtype, batch.max_num_batched_tokens
         # Of steps with chunks: embeddings, to which the layers add in place.
         peers = model.communicator.peer_all_reduce
         self._hidden = (
@@ -96,7 +96,7 @@ class CudaRunner:
         # Of this rank's part of the vocabulary; all of it is put together in `logits` for the samplers that need it.
         self._local_logits = self.logits
         if communicator.shard.size > 1:
-            self._local_logits = self.logits.new_zeros(num_rows, model.local_config.vocab_size)
+            self._local_logits = self.logits.new_zeros(num_rows, model.lm_head.num_rows)
             self._plain_sampling = SamplingKernels(
                 num_rows, info.vocab_size, device, communicator.shard, communicator.all_gather
             )
@@ -215,10 +215,10 @@ class CudaRunner:
         return host
 
     def _forward_decode(self, size: int) -> None:
-        rows = self._rows[:size]
+        rows, embedding = self._rows[:size], self.model.embed_tokens
         x = begin_decode(
-            rows, self._updates, self._block_tables, self._context_lens, self.last_tokens, self.model.embed_tokens,
-            self.model.first_token,
+            rows, self._updates, self._block_tables, self._context_lens, self.last_tokens, embedding.weight,
+            embedding.first_token,
         )  # fmt: skip
         self.model.communicator.all_reduce(x)
         metadata = self._operations.plan_decode(rows, self._context_lens, self._block_tables)
@@ -320,11 +320,10 @@ class CudaRunner:
         parts = _split(self._input, self._mixed_sections(shape))
         updates, _, _, context_lens, decode_rows, ids, positions, slots, *part_tiles = parts
         nobody = decode_rows[:0]
-        begin_decode(nobody, updates, self._block_tables, self._context_lens, self.last_tokens, self.model.embed_tokens)
+        embedding = self.model.embed_tokens
+        begin_decode(nobody, updates, self._block_tables, self._context_lens, self.last_tokens, embedding.weight)
         self._context_lens.copy_(context_lens)
-        x = embed(
-            ids, self.last_tokens, self.model.embed_tokens, self._hidden[: shape.num_tokens], self.model.first_token
-        )
+        x = embed(ids, self.last_tokens, embedding.weight, self._hidden[: shape.num_tokens], embedding.first_token)
         self.model.communicator.all_reduce(x)
         decode = None
         if shape.num_decode_rows:
@@ -348,7 +347,7 @@ class CudaRunner:
     # Sampling
 
     def _gather_logits(self, size: int) -> None:
-        self.model.gather_logits(self._local_logits[:size], self.logits[:size])
+        self.model.lm_head.gather_logits(self._local_logits[:size], self.logits[:size])
 
     def _sampler_kind(self, rows: Int32Array) -> str:
         """The cheapest sampler that does what all the rows ask."""

@@ -11,7 +11,7 @@ import torch
 
 from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tandem_worker.layers.attention import AttentionMetadata, ChunkMetadata, group_decodes
-from tandem_worker.models.qwen3 import Qwen3
+from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.sampler import sample
@@ -22,7 +22,7 @@ from tandem_worker.runners.transfers import to_host
 class TorchRunner:
     """A model, its KV pool and the persistent batch, on one device."""
 
-    def __init__(self, model: Qwen3, cache: torch.Tensor, batch: Batch, info: WorkerInfo) -> None:
+    def __init__(self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim)"""
         self.info = info
         self.model = model
@@ -57,9 +57,10 @@ class TorchRunner:
         token_ids, metadata, sampling_indices = self._prepare(work)
         prepared_ns = time.time_ns()
         started = self._record_event()
-        (hidden,) = self.model(self.cache, (self.model.embed(token_ids), metadata))
+        (hidden,) = self.model(self.cache, (self.model.embed_tokens(token_ids), metadata))
         rows = work.sampling_rows
-        logits = widened(self.model.compute_logits(hidden[sampling_indices]))
+        local_logits = self.model.compute_local_logits(hidden[sampling_indices])
+        logits = widened(self.model.lm_head.gather_logits(local_logits))
         sampled = self._sample(rows, logits)
         num_logprobs = self._options.num_logprobs[rows].tolist()
         logprobs = report_logprobs(logits, sampled.clamp(min=0), num_logprobs)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tandem_shared.errors import ModelError
-from tandem_worker.checkpoint.model_config import read_model_config
+from tandem_worker.models.registry import read_model_config
 from tests.unit.shared.test_model_folder import SPECIAL, make_special
 
 CONFIG: dict[str, Any] = {

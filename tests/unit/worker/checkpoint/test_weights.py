@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tandem_shared.errors import ModelError
-from tandem_worker.checkpoint.weights import CheckpointTarget, load_weights
+from tandem_worker.checkpoint.targets import CheckpointTarget
+from tandem_worker.checkpoint.weights import load_weights
 from tandem_worker.ranks.shard import Shard
 from tests.support.model_factory import save_random_model
 from tests.unit.shared.test_model_folder import SPECIAL, make_special

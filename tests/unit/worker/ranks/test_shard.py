@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 
 from tandem_shared.errors import ConfigError
-from tandem_worker.checkpoint.model_config import read_model_config
 from tandem_worker.checkpoint.weights import load_weights
 from tandem_worker.layers.operations import TorchOperations
 from tandem_worker.models.qwen3 import Qwen3
+from tandem_worker.models.registry import read_model_config
 from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.ranks.shard import Shard
 from tests.support.model_factory import save_random_model
@@ -34,8 +34,7 @@ def load(folder: Path, shard: Shard) -> tuple[Qwen3, int]:
     model = Qwen3(config, TorchOperations(), 64, torch.float32, Communicator(shard))
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else None
-    loaded = load_weights(folder, model.checkpoint_targets(), tied)
+    loaded = load_weights(folder, model.checkpoint_targets(), model.tied_weights)
     return model, loaded.num_bytes
 
 

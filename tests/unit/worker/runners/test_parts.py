@@ -81,7 +81,7 @@ def run_in_parts(
     decode_rows = work.decode_rows
     for chunks in deal_chunks(work, part_tokens):
         ids, metadata, _ = runner._prepare(make_work(*chunks, decode_rows))
-        inputs.append((runner.model.embed(ids), metadata))
+        inputs.append((runner.model.embed_tokens(ids), metadata))
         positions = metadata.positions[len(tokens_of(*chunks)) :].tolist()
         tokens.append([*tokens_of(*chunks), *zip(decode_rows.tolist(), positions, strict=True)])
         decode_rows = decode_rows[:0]

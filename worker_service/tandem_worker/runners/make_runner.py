@@ -1,0 +1,30 @@
+"""Chooses the runner for a model."""
+
+import torch
+
+from tandem_shared.step_plan import WorkerInfo
+from tandem_worker.layers.operations import TorchOperations
+from tandem_worker.models.model import Model
+from tandem_worker.runners.batch import Batch
+from tandem_worker.runners.runner import Runner
+from tandem_worker.runners.torch_runner import TorchRunner
+
+
+def make_runner(model: Model, cache: torch.Tensor, info: WorkerInfo, *, use_graphs: bool) -> Runner:
+    """The fast runner where the model's operations are kernels, the plain one where they are plain torch.
+
+    cache (layers, 2, blocks, block_size, KV heads, head_dim). use_graphs: the fast runner captures CUDA graphs.
+    """
+    batch = Batch(
+        num_rows=info.max_num_rows,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        max_model_len=info.max_model_len,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        vocab_size=info.vocab_size,
+    )
+    if isinstance(model.operations, TorchOperations):
+        return TorchRunner(model, cache, batch, info)
+    from tandem_worker.runners.cuda_runner import CudaRunner
+
+    return CudaRunner(model, cache, batch, info, use_graphs=use_graphs)
