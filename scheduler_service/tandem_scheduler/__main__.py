@@ -17,7 +17,7 @@ async def serve(settings: SchedulerSettings) -> None:
     from tandem_scheduler.service import SchedulerService
     from tandem_shared.rpc.server import StopSignals, write_port_file
 
-    service = SchedulerService(settings)
+    service = SchedulerService(settings, ends_process=True)
     signals = StopSignals()
     stopped = asyncio.create_task(signals.first.wait())
     starting = asyncio.create_task(service.start())
@@ -30,7 +30,7 @@ async def serve(settings: SchedulerSettings) -> None:
     failed = asyncio.create_task(service.wait())
     await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
     logger.info("stopping")
-    await service.stop(settings.drain_grace_s, signals.second, ends_process=True)
+    await service.stop(settings.drain_grace_s, signals.second)
     has_failed = failed.done() and not failed.cancelled()
     if has_failed:
         logger.critical("the step loop failed", exc_info=failed.exception())

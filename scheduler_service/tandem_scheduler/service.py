@@ -40,8 +40,8 @@ class FrontEnds(Protocol):
     async def start(self) -> int:
         """Listens; gives the port."""
 
-    async def stop(self, *, ends_process: bool = False) -> None:
-        """ends_process: the process ends next, and its connections with it, so they need not be closed."""
+    async def stop(self) -> None:
+        """Ends the calls that are left, whose requests have ended."""
 
 
 class SchedulerService:
@@ -53,11 +53,14 @@ class SchedulerService:
         *,
         client: WorkerClient | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        ends_process: bool = False,
     ) -> None:
         """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address. Interceptors
-        run in this process alone, so with them there are no others.
+        run in this process alone, so with them there are no front-end processes. ends_process: the caller ends the
+        process after stop(), and its connections with it, so that they need not be closed.
         """
         self._settings = settings
+        self._ends_process = ends_process
         self._client = client or GrpcWorkerClient(
             settings.worker_address,
             worker_credentials(settings),
@@ -91,9 +94,9 @@ class SchedulerService:
         assert self._running is not None, "start() comes first"
         await asyncio.shield(self._running)
 
-    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None, *, ends_process: bool = False) -> None:
+    async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
         """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
-        UNAVAILABLE. ends_process: the caller ends the process next, and its connections with it.
+        UNAVAILABLE.
         """
         drained = asyncio.create_task(self._hub.drain())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
@@ -104,7 +107,7 @@ class SchedulerService:
         else:
             drained.cancel()
             self._hub.end_all(WorkerUnavailable("the server is stopping"))
-        await self._front_ends.stop(ends_process=ends_process)
+        await self._front_ends.stop()
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -119,7 +122,14 @@ class SchedulerService:
         if count is None:
             count = 0 if interceptors else default_num_front_ends()
         if count == 0:
-            return PublicServer(settings, self._tokenizer_folder, self._hub.attach, control, interceptors=interceptors)
+            return PublicServer(
+                settings,
+                self._tokenizer_folder,
+                self._hub.attach,
+                control,
+                interceptors=interceptors,
+                ends_process=self._ends_process,
+            )
         if interceptors:
             raise ConfigError("interceptors need --api-server-count 0")
         return FrontEndPool(settings, self._tokenizer_folder, self._hub, control, count)

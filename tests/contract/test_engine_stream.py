@@ -53,7 +53,7 @@ class Listener:
 
     async def on_state(self, state: EngineState) -> None:
         self.states.append(state)
-        if self._fails_at_states and len(self.states) > 1:
+        if self._fails_at_states:
             raise RuntimeError("a server's fault")
 
 

@@ -1,51 +1,29 @@
 """The control RPCs in a front-end process: the scheduler process answers them, whichever front end is asked."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 
-from tandem.v1 import control_pb2, control_pb2_grpc
+from tandem.v1 import control_pb2
 from tandem_shared.errors import WorkerUnavailable
 from tandem_shared.rpc.rich_status import error_of
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"]
 
 
-class ControlForwarder(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, scheduler: Any) -> None:
-        """scheduler: the ControlService stub of the scheduler process."""
-        self._scheduler = scheduler
-
-    async def GetServerInfo(
-        self, request: control_pb2.GetServerInfoRequest, context: Context
-    ) -> control_pb2.GetServerInfoResponse:
-        response: control_pb2.GetServerInfoResponse = await _forward(self._scheduler.GetServerInfo, request)
-        return response
-
-    async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
-        response: control_pb2.GetLoadResponse = await _forward(self._scheduler.GetLoad, request)
-        return response
-
-    async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
-        response: control_pb2.AbortResponse = await _forward(self._scheduler.Abort, request)
-        return response
-
-    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
-        response: control_pb2.DrainResponse = await _forward(self._scheduler.Drain, request)
-        return response
-
-    async def ResetPrefixCache(
-        self, request: control_pb2.ResetPrefixCacheRequest, context: Context
-    ) -> control_pb2.ResetPrefixCacheResponse:
-        response: control_pb2.ResetPrefixCacheResponse = await _forward(self._scheduler.ResetPrefixCache, request)
-        return response
+def create_forwarder(scheduler: Any) -> Any:
+    """A servicer of ControlService that forwards every call. scheduler: the service's stub in the scheduler process."""
+    names = [rpc.name for rpc in SERVICE.methods]
+    return SimpleNamespace(**{name: functools.partial(_forward, getattr(scheduler, name)) for name in names})
 
 
-async def _forward(method: Callable[[Any], Any], request: Any) -> Any:
+async def _forward(call: Callable[[Any], Any], request: Any, context: Any) -> Any:
     """A call that is cancelled, or whose deadline passes, cancels the one that it makes."""
     try:
-        return await method(request)
+        return await call(request)
     except grpc.aio.AioRpcError as error:
         if error.code() == grpc.StatusCode.UNAVAILABLE and error_of(error) is error:
             raise WorkerUnavailable("the server is stopping") from error

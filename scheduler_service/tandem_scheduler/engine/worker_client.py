@@ -11,7 +11,7 @@ from google.rpc import status_pb2
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_shared.errors import InvalidPlan, ProtocolError, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
 from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS
-from tandem_shared.rpc.rich_status import read_status
+from tandem_shared.rpc.rich_status import error_of, read_status
 from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
 from tandem_shared.step_codec import PROTOCOL_VERSION, decode_info, decode_result, encode_plan
 from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
@@ -145,5 +145,11 @@ def _error_of_last_word(data: bytes) -> TandemError:
     return error if isinstance(error, WorkerFailed | InvalidPlan) else WorkerUnavailable(status.message)
 
 
-def _why(error: Exception) -> str:
-    return error.details() or str(error.code()) if isinstance(error, grpc.aio.AioRpcError) else repr(error)
+def _why(error: grpc.aio.AioRpcError | asyncio.InvalidStateError | TimeoutError) -> str:
+    """Why a stream ended or was refused, in words: the worker's own where it said something."""
+    if isinstance(error, TimeoutError):
+        return f"no answer in {CONNECT_TIMEOUT_S:g} s"
+    if isinstance(error, asyncio.InvalidStateError):
+        return "the stream has ended"
+    details = error.details() or str(error.code())
+    return details if error_of(error) is not error else f"the link to the worker is lost ({details})"

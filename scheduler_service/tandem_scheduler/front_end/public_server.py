@@ -35,9 +35,11 @@ class PublicServer:
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         shares_port: bool = False,
+        ends_process: bool = False,
     ) -> None:
-        """Raises ConfigError and ModelError."""
+        """Raises ConfigError and ModelError. ends_process: the process ends after stop(), with all its connections."""
         self._settings = settings
+        self._ends_process = ends_process
         self.front_end = FrontEnd(load_tokenizer(tokenizer_folder), self._set_ready)
         inference = InferenceServicer(self.front_end, model_name(settings))
         self._server = Server(
@@ -62,8 +64,9 @@ class PublicServer:
         await self._server.set_ready([CONTROL_SERVICE], True)
         return port
 
-    async def stop(self, *, ends_process: bool = False) -> None:
-        await (self._server.finish(STOP_GRACE_S) if ends_process else self._server.stop(STOP_GRACE_S))
+    async def stop(self) -> None:
+        """The calls whose requests have ended may send their last words."""
+        await (self._server.finish(STOP_GRACE_S) if self._ends_process else self._server.stop(STOP_GRACE_S))
 
     async def _set_ready(self, is_ready: bool) -> None:
         await self._server.set_ready([INFERENCE_SERVICE], is_ready)

@@ -93,8 +93,8 @@ class FrontEndPool:
             await self.stop()
             raise
 
-    async def stop(self, *, ends_process: bool = False) -> None:
-        """They end the calls that are left, and leave. They have all connections, whatever becomes of this process."""
+    async def stop(self) -> None:
+        """The front-end processes end the calls that are left, and leave; those that don't are killed."""
         tasks = [*self._keepers, *([self._watching] if self._watching else [])]
         for task in tasks:
             task.cancel()

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem_scheduler.control.forwarder import ControlForwarder
+from tandem_scheduler.control.forwarder import create_forwarder
 from tandem_scheduler.front_end.public_server import PublicServer
 from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine
 from tandem_shared.config import SchedulerSettings, read_command_line
@@ -40,8 +40,9 @@ async def serve(settings: FrontEndSettings) -> None:
         settings,
         Path(settings.tokenizer),
         lambda _: engine,
-        ControlForwarder(engine.control),
+        create_forwarder(engine.control),
         shares_port=True,
+        ends_process=True,
     )
     await server.start()
     status = 0
@@ -54,7 +55,7 @@ async def serve(settings: FrontEndSettings) -> None:
         logger.exception("the stream to the scheduler process failed")
         status = 1
     server.front_end.end_all(WorkerUnavailable("the server is stopping"))
-    await server.stop(ends_process=True)
+    await server.stop()
     leave(status)
 
 

@@ -73,7 +73,7 @@ class RemoteEngine:
 
     async def run(self, listener: EngineListener) -> None:
         """Says that the front end takes calls; hands on what comes until the stream ends, and with it the engine."""
-        await listener.on_state(self.state)
+        await tell_state(listener, self.state)
         beating = asyncio.create_task(self._beat(listener))
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
