@@ -10,7 +10,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_scheduler.engine.worker_client import GrpcWorkerClient
@@ -22,6 +25,13 @@ from tandem_shared.rpc.server import Server, server_credentials
 from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
 from tests.support.builders import worker_info
 from tests.support.fake_worker import FakeRunner
+
+STANDARD_SERVICES = (
+    "grpc.channelz.v1.Channelz",
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+)
 
 
 def make_server(**options: Any) -> Server:
@@ -36,6 +46,33 @@ async def running(server: Server) -> AsyncIterator[int]:
         yield await server.start("127.0.0.1", 0)
     finally:
         await server.stop(0)
+
+
+async def test_reflection_v1_is_what_its_published_proto_says() -> None:
+    """The requests and replies are bytes and a pool of its own here, as of a client that knows v1 alone."""
+    list_services, symbol = b"\x3a\x00", b"grpc.reflection.v1.ServerReflection"
+    file_containing_symbol = b"\x22" + bytes([len(symbol)]) + symbol
+    async with running(make_server()) as port, grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+        call = channel.stream_stream("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")(
+            iter([file_containing_symbol, list_services])
+        )
+        described, listed = [reply async for reply in call]
+    files = reflection_pb2.ServerReflectionResponse.FromString(described).file_descriptor_response.file_descriptor_proto
+    assert len(files) == 1 and b"v1alpha" not in files[0]
+    pool = DescriptorPool()
+    pool.AddSerializedFile(files[0])
+    fields = pool.FindMessageTypeByName("grpc.reflection.v1.ServerReflectionRequest").fields_by_name
+    assert {name: field.number for name, field in fields.items()} == {
+        "host": 1,
+        "file_by_filename": 3,
+        "file_containing_symbol": 4,
+        "file_containing_extension": 5,
+        "all_extension_numbers_of_type": 6,
+        "list_services": 7,
+    }
+    reply = GetMessageClass(pool.FindMessageTypeByName("grpc.reflection.v1.ServerReflectionResponse"))
+    names = {service.name for service in reply.FromString(listed).list_services_response.service}
+    assert names == {SERVICE_NAME, *STANDARD_SERVICES}
 
 
 async def test_a_server_that_finishes_waits_for_what_runs_and_answers_what_comes() -> None:

@@ -22,7 +22,7 @@ from tests.contract.test_hostile_connections import PREFACE, SETTINGS, frame
 
 LONG_S = 1000.0
 TOKENIZE = "/tandem.v1.InferenceService/Tokenize"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+REFLECTION = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 SMALL_METHODS = [
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/Watch",
@@ -31,6 +31,7 @@ SMALL_METHODS = [
     "/tandem.v1.ControlService/Abort",
     "/tandem.v1.InferenceService/GetModelInfo",
     REFLECTION,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 ]
 DATA, HEADERS, SETTINGS_KIND, WINDOW_UPDATE = 0, 1, 4, 8
 INITIAL_WINDOW_SIZE = 4

@@ -1,4 +1,4 @@
-"""The real grpcurl, as a user would call it. It finds the services by reflection alone."""
+"""The real grpcurl and buf, as a user would call them. They find the services by reflection alone."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PROGRAM = Path(sys.executable).with_name("grpcurl")
+PROGRAM, BUF = (Path(sys.executable).with_name(name) for name in ("grpcurl", "buf"))
 TIMEOUT_S = 60
 
 
@@ -25,6 +25,13 @@ def grpcurl(address: str, *arguments: str, data: str | None = None, flags: tuple
     if done.returncode != 0:
         raise GrpcurlError(done.stdout)
     return done.stdout
+
+
+def buf_curl(address: str, *arguments: str, path: str = "", version: str) -> str:
+    """What `buf curl` prints of http://ADDRESS/path when it asks for that version of reflection alone."""
+    flags = ["--protocol", "grpc", "--http2-prior-knowledge", "--reflect-protocol", f"grpc-{version}"]
+    command = [str(BUF), "curl", *flags, *arguments, f"http://{address}/{path}"]
+    return subprocess.run(command, capture_output=True, check=True, text=True, timeout=TIMEOUT_S).stdout
 
 
 def json_stream(output: str) -> list[dict[str, Any]]:

@@ -5,10 +5,15 @@ import json
 import pytest
 
 from tests.e2e.conftest import StartEngine
-from tests.e2e.grpcurl import GrpcurlError, grpcurl, json_stream
+from tests.e2e.grpcurl import GrpcurlError, buf_curl, grpcurl, json_stream
 from tests.e2e.services import INFERENCE, WORKER, Engine
 
-STANDARD_SERVICES = {"grpc.health.v1.Health", "grpc.channelz.v1.Channelz", "grpc.reflection.v1alpha.ServerReflection"}
+STANDARD_SERVICES = {
+    "grpc.health.v1.Health",
+    "grpc.channelz.v1.Channelz",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +25,18 @@ def test_list_names_every_service(engine: Engine) -> None:
     own = {INFERENCE, "tandem.v1.ControlService"}
     assert set(grpcurl(engine.scheduler.address, "list").split()) == own | STANDARD_SERVICES
     assert set(grpcurl(engine.worker.address, "list").split()) == {WORKER} | STANDARD_SERVICES
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_buf_finds_everything_by_either_version_of_reflection(engine: Engine, version: str) -> None:
+    for service in engine.scheduler, engine.worker:
+        services = buf_curl(service.address, "--list-services", version=version).split()
+        assert set(services) >= STANDARD_SERVICES
+        assert f"grpc.reflection.{version}.ServerReflection/ServerReflectionInfo" in buf_curl(
+            service.address, "--list-methods", version=version
+        )
+    info = json.loads(buf_curl(engine.scheduler.address, path=f"{INFERENCE}/GetModelInfo", version=version))
+    assert info["model"] == "embedded"
 
 
 def test_describe_shows_methods_and_fields(engine: Engine) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from tandem_shared.config import ServiceSettings
 from tandem_shared.errors import ConfigError
@@ -24,6 +23,7 @@ from tandem_shared.rpc.call_gate import CallGate
 from tandem_shared.rpc.error_interceptor import CallLimits, ErrorInterceptor
 from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, server_options
 from tandem_shared.rpc.read_gate import ReadGate
+from tandem_shared.rpc.reflection import SERVICE_NAMES, add_reflection
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +87,11 @@ class Server:
         own_names = [
             health.SERVICE_NAME,
             channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name,
-            reflection.SERVICE_NAME,
         ]
         self._first = ErrorInterceptor(
             _limits(CallGate(max_open_calls, num_unshared=num_unshared_calls), max_request_bytes),
             _small_limits(),
-            [*small_calls, *own_names],
+            [*small_calls, *own_names, *SERVICE_NAMES],
         )
         self._server = grpc.aio.server(interceptors=[self._first, *interceptors], options=options)
         for register in services.values():
@@ -100,7 +99,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         channelz.add_channelz_servicer(self._server)
-        reflection.enable_server_reflection([*services, *own_names], self._server)
+        add_reflection([*services, *own_names], self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Listens; gives the port. ConfigError where the address can't be had."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
 from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
@@ -16,8 +17,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_shared.rpc import reflection
 
-FILES = (inference_pb2, control_pb2, engine_pb2, worker_pb2, health_pb2, reflection_pb2, channelz_pb2)
+FILES = (inference_pb2, control_pb2, engine_pb2, worker_pb2, health_pb2, reflection, reflection_pb2, channelz_pb2)
 SERVICES: dict[str, ServiceDescriptor] = {
     service.full_name: service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()
 }
@@ -44,6 +46,7 @@ TABLE: dict[str, set[StatusCode]] = {
     "/tandem.internal.v1.WorkerService/ExecuteSteps": ALWAYS | {StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED},
     "/grpc.health.v1.Health/Check": ALWAYS | NOT_FOUND,
     "/grpc.health.v1.Health/Watch": ALWAYS | DEADLINE,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": ALWAYS,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": ALWAYS,
     "/grpc.channelz.v1.Channelz/GetTopChannels": ALWAYS,
     "/grpc.channelz.v1.Channelz/GetServers": ALWAYS,
@@ -72,7 +75,7 @@ AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStrea
 
 def request_class(rpc: str) -> Any:
     service, _, method = rpc[1:].partition("/")
-    return SERVICES[service].methods_by_name[method].input_type._concrete_class
+    return GetMessageClass(SERVICES[service].methods_by_name[method].input_type)
 
 
 def allowed(rpc: str, kind: str, payload: bytes | None, model: inference_pb2.Usage | Any) -> set[StatusCode]:
