@@ -84,6 +84,13 @@ def test_the_wheel_installs_nothing_but_tandem(wheel: Path) -> None:
     assert {name.parent.name for name in names if name.name == "py.typed"} == packages
 
 
+def test_the_wheel_holds_the_protos(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist() if name.endswith(".proto")}
+    protos = ROOT / "protos"
+    assert held == {str(path.relative_to(protos)): path.read_bytes() for path in protos.rglob("*.proto")}
+
+
 def test_the_demo_runs_beside_folders_of_the_users(with_worker: Installation) -> None:
     done = with_worker.run("tandem", "demo")
     assert re.search(r"ROMEO:\n.*\n200 tokens: TTFT \d", done.stdout, re.DOTALL), done.stdout
