@@ -79,7 +79,7 @@ def main() -> None:
         if peers is not None:
             if shape[1] == WIDTH:
                 x = peers.hidden[: shape[0]]
-            ways |= {name: (way, x) for name, way in peers.ways.items() if way.takes(x)}
+            ways |= {name: (way, x) for name, way in peers.algorithms.items() if way.takes(x)}
             chosen = peers.choose(x) or chosen
         row = rows[str(num_bytes)] = {}
         for name, (way, buffer) in ways.items():

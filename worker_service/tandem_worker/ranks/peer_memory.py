@@ -1,7 +1,7 @@
-"""All-reduces over memory that the GPUs of one host reach each other's, such as NVLink connects.
+"""All-reduces between GPUs of one host that reach each other's memory, as over NVLink.
 
-Small messages go by a kernel (kernels/all_reduce.py), in one shot or in two. Large ones are moved by the GPUs' copy
-engines, which takes no processor from the matrix products beside it, and far less power than NCCL's kernels.
+Small tensors are summed by a kernel (kernels/all_reduce.py), in one shot or in two. Large ones are moved by the GPUs'
+copy engines, which takes no processor from the matrix products beside it, and far less power than NCCL's kernels.
 """
 
 import itertools
@@ -20,69 +20,70 @@ from tandem_worker.ranks.shard import Shard
 logger = logging.getLogger(__name__)
 
 KERNEL_BYTES = 8 << 20
-"""Up to which the kernels are faster than copies and NCCL: measured for two ranks (docs/performance.md)."""
+"""The largest tensors for which the kernels beat copies and NCCL, measured for two ranks (docs/performance.md)."""
 
 
 def max_one_shot_bytes(num_ranks: int) -> int:
-    """Up to which one shot is to be taken, and two above. Two ranks send as much in either, so one shot is faster. For
-    more it is where benchmarks/scaling_model.py has them equal, not measured.
+    """The largest tensors that are summed in one shot; larger ones take two. Two ranks send as much in either way, so
+    one shot is faster. For more ranks this is where benchmarks/scaling_model.py has the two equal: it is not measured.
     """
     return KERNEL_BYTES if num_ranks == 2 else 256 << 10 if num_ranks <= 4 else 64 << 10
 
 
 class CopyAllReduce:
-    """Of rows of a buffer that all ranks have. Each rank adds up its share of the rows, then fetches the others'."""
+    """Sums rows of a buffer that every rank has. Each rank adds up its share of the rows, then fetches the others'."""
 
     def __init__(self, shard: Shard, buffers: Sequence[torch.Tensor], barrier: Barrier) -> None:
-        """buffers: each rank's, (rows, width), as this rank reaches it."""
+        """buffers: every rank's buffer, (rows, width), as this rank reaches it."""
         self._shard, self._buffers, self._barrier = shard, buffers, barrier
         self._own = buffers[shard.rank]
         num_rows, width = self._own.shape
         self._received = self._own.new_empty(shard.size - 1, -(-num_rows // shard.size), width)
 
     def takes(self, x: torch.Tensor) -> bool:
+        """Whether x are rows of this rank's buffer."""
         first = x.data_ptr() - self._own.data_ptr()
         return x.is_contiguous() and x.dim() == 2 and first >= 0 and first + x.nbytes <= self._own.nbytes
 
     def __call__(self, x: torch.Tensor) -> None:
-        """x, which takes(x), are some of this rank's rows; the other ranks give the same ones of theirs."""
+        """Sums x in place: rows of this rank's buffer, the same rows on every rank."""
         rank, size = self._shard.rank, self._shard.size
         first = (x.data_ptr() - self._own.data_ptr()) // (self._own.stride(0) * x.itemsize)
         shares = x.tensor_split(size)
         starts = list(itertools.accumulate(map(len, shares), initial=first))
         others = [(rank + step) % size for step in range(1, size)]
-        mine = shares[rank]
+        own_share = shares[rank]
         self._barrier()
         for received, other in zip(self._received, others, strict=True):
-            received[: len(mine)].copy_(self._buffers[other][starts[rank] : starts[rank] + len(mine)])
+            received[: len(own_share)].copy_(self._buffers[other][starts[rank] : starts[rank] + len(own_share)])
         for received in self._received:
-            mine.add_(received[: len(mine)])
+            own_share.add_(received[: len(own_share)])
         self._barrier()
         for other in others:
             shares[other].copy_(self._buffers[other][starts[other] : starts[other] + len(shares[other])])
-        # Until all have fetched, nobody may write over its rows.
+        # No rank may overwrite its rows before all ranks have fetched them.
         self._barrier()
 
 
 class PeerAllReduce:
-    """The best way for what there is to sum."""
+    """Sums each tensor by the algorithm that suits it best. See communicator.PeerAllReduce."""
 
-    def __init__(self, ways: dict[str, InboxAllReduce | CopyAllReduce], hidden: torch.Tensor) -> None:
-        """Of the ways, "copies" among them, the first that takes something is the best for it."""
-        self.ways, self.hidden = ways, hidden
+    def __init__(self, algorithms: dict[str, InboxAllReduce | CopyAllReduce], hidden: torch.Tensor) -> None:
+        """algorithms: from the fastest on, by name, "copies" among them. hidden is the buffer that "copies" sums."""
+        self.algorithms, self.hidden = algorithms, hidden
 
     def choose(self, x: torch.Tensor) -> str | None:
-        """Which of the ways."""
-        return next((name for name, way in self.ways.items() if way.takes(x)), None)
+        """The name of the first algorithm that can sum x, or None."""
+        return next((name for name, algorithm in self.algorithms.items() if algorithm.takes(x)), None)
 
     def sum(self, x: torch.Tensor) -> bool:
         name = self.choose(x)
         if name is not None:
-            self.ways[name](x)
+            self.algorithms[name](x)
         return name is not None
 
     def sum_beside(self, x: torch.Tensor) -> bool:
-        copies = self.ways["copies"]
+        copies = self.algorithms["copies"]
         is_taken = copies.takes(x)
         if is_taken:
             copies(x)
@@ -92,14 +93,15 @@ class PeerAllReduce:
 def connect_peers(
     communicator: Communicator, num_ranks_here: int, max_tokens: int, hidden_size: int, device: torch.device
 ) -> PeerAllReduce | None:
-    """None where the group is spread over hosts, or a GPU of it does not reach another's memory. All ranks call it.
+    """Sets up the sums over peer memory; all ranks call it. None where the group is spread over hosts, or one of its
+    GPUs does not reach another's memory.
 
-    Large messages are those in the result's `hidden`, (max_tokens, hidden_size) bfloat16.
+    The result's `hidden` is (max_tokens, hidden_size) bfloat16.
     """
     shard = communicator.shard
-    mine = torch.cuda.current_device()
+    own_device = torch.cuda.current_device()
     is_possible = num_ranks_here == shard.size <= torch.cuda.device_count() and all(
-        torch.cuda.can_device_access_peer(mine, other) for other in range(shard.size) if other != mine
+        torch.cuda.can_device_access_peer(own_device, other) for other in range(shard.size) if other != own_device
     )
     if not communicator.smallest(int(is_possible), device):
         here = f"LOCAL_WORLD_SIZE says {num_ranks_here} of {shard.size} ranks are here"
@@ -109,7 +111,7 @@ def connect_peers(
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
     def share(*shape: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Zeros of each rank, as this rank reaches them."""
+        """A tensor of zeros on every rank, as this rank reaches each of them."""
         own = symmetric_memory.empty(shape, dtype=dtype, device=device).zero_()
         handle = symmetric_memory.rendezvous(own, dist.group.WORLD)  # type: ignore[arg-type]
         return [own if rank == shard.rank else handle.get_buffer(rank, shape, dtype) for rank in range(shard.size)]
@@ -119,12 +121,12 @@ def connect_peers(
         return InboxAllReduce(shard, inboxes, max_bytes, in_two_shots=in_two_shots)
 
     one_shot_bytes = max_one_shot_bytes(shard.size)
-    ways: dict[str, InboxAllReduce | CopyAllReduce] = {"one_shot": connect(one_shot_bytes, in_two_shots=False)}
+    algorithms: dict[str, InboxAllReduce | CopyAllReduce] = {"one_shot": connect(one_shot_bytes, in_two_shots=False)}
     if one_shot_bytes < KERNEL_BYTES:
-        ways["two_shots"] = connect(KERNEL_BYTES, in_two_shots=True)
+        algorithms["two_shots"] = connect(KERNEL_BYTES, in_two_shots=True)
     flags = share(shard.size, dtype=torch.int64)
     hidden = share(max_tokens, hidden_size, dtype=torch.bfloat16)
-    # No rank writes before all have zeroed theirs.
+    # No rank may write before all ranks have zeroed their memory.
     communicator.smallest(0, device)
-    ways["copies"] = CopyAllReduce(shard, hidden, Barrier(shard, flags))
-    return PeerAllReduce(ways, hidden[shard.rank])
+    algorithms["copies"] = CopyAllReduce(shard, hidden, Barrier(shard, flags))
+    return PeerAllReduce(algorithms, hidden[shard.rank])

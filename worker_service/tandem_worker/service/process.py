@@ -86,17 +86,11 @@ def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] =
         asyncio.run(serve(settings, make_servicer(build_runner(settings), **options)))
         return
     from tandem_worker.ranks.communicator import Communicator
-    from tandem_worker.ranks.rank_group import (
-        STOP,
-        Follower,
-        Leader,
-        LeadingRunner,
-        join_group,
-        leave_group,
-        tell_failures,
-    )
+    from tandem_worker.ranks.group_failure import tell_failures
+    from tandem_worker.ranks.plan_channel import STOP, Follower, Leader, LeadingRunner
+    from tandem_worker.ranks.rank_group import join_group, leave_group
 
-    # Before there are others who would say the same.
+    # A model that is refused is refused once, before there are other ranks.
     check_model(settings)
     rank = join_group(settings, PARENT_PID)
     communicator = Communicator(rank.shard)
