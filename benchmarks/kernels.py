@@ -21,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.common import header, write_json
 from tandem_worker.kernels.decode_attention import DecodeAttention
 from tandem_worker.kernels.linear import few_token_linear, is_few, skinny_linear
-from tandem_worker.kernels.prefill_attention import cut_tiles, prefill_attention
+from tandem_worker.kernels.prefill_attention import prefill_attention
+from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.kernels.sampling import SamplingKernels
 
 DEVICE = torch.device("cuda")

@@ -13,7 +13,8 @@ from tandem_worker.kernels.decode_attention import DecodeAttention
 from tandem_worker.kernels.experts import mix_experts_grouped
 from tandem_worker.kernels.linear import SKINNY_OUTPUTS, few_token_linear, is_skinny, skinny_linear
 from tandem_worker.kernels.norm import rms_norm, silu_mul
-from tandem_worker.kernels.prefill_attention import cut_tiles, prefill_attention
+from tandem_worker.kernels.prefill_attention import prefill_attention
+from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.kernels.step_input import begin_decode, embed
 from tandem_worker.kernels.store_kv import store_kv
 from tandem_worker.layers.rotary import apply_rotary

@@ -5,18 +5,17 @@ q is normalised and rotated here, k has been by store_kv. The work is cut into t
 other's, so that there is no padding but in a chunk's last tile.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from tandem_worker.kernels.gdc import wait_for_predecessor
 from tandem_worker.kernels.launcher import Kernel, supports_pdl
+from tandem_worker.kernels.query_tiles import TILE_QUERIES
 from tandem_worker.kernels.store_kv import normalize_and_rotate
 
-QUERIES = 128
-"""Of a tile."""
 KEYS = 128
+"""Keys that a program takes in at a time."""
 LOG2_E = 1.4426950408889634
 
 
@@ -142,22 +141,6 @@ def _prefill_attention(
 _kernel = Kernel(_prefill_attention)
 
 
-def cut_tiles(rows: np.ndarray, starts: np.ndarray, counts: np.ndarray, first_token: int = 0) -> np.ndarray:
-    """Chunks, packed one after the other from first_token on, as tiles of QUERIES queries: (tiles, 5) int32 of row,
-    index of the first token in the step, number of queries, position of the first, position of the chunk's first.
-
-    rows, starts (position of the first token) and counts (chunks,).
-    """
-    num_tiles = -(-counts // QUERIES)
-    chunk = np.repeat(np.arange(len(rows)), num_tiles)
-    offset = (np.arange(len(chunk)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * QUERIES
-    first = first_token + (np.cumsum(counts) - counts)[chunk] + offset
-    count = np.minimum(counts[chunk] - offset, QUERIES)
-    tiles = np.stack([rows[chunk], first, count, starts[chunk] + offset, starts[chunk]], 1)
-    # The longest first, so that the GPU ends evenly.
-    return tiles[np.argsort(-tiles[:, 3], kind="stable")].astype(np.int32)
-
-
 def prefill_attention(
     qkv: torch.Tensor, q_norm: torch.Tensor, eps: float, rotary: torch.Tensor, cache: torch.Tensor,
     block_tables: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor,
@@ -165,7 +148,7 @@ def prefill_attention(
     """Writes the tiles' tokens of out, (tokens, heads * head_dim).
 
     qkv (tokens, heads + 2 KV heads, head_dim), its k normalised and rotated; rotary (positions, 2, head_dim // 2);
-    tiles as cut_tiles gives them, or without queries.
+    tiles (tiles, TILE_FIELDS) int32 as query_tiles.cut_tiles gives them, padding tiles among them.
     """
     _, num_all, head_dim = qkv.shape
     num_kv_heads = cache.shape[3]
@@ -173,6 +156,6 @@ def prefill_attention(
     _kernel(
         (num_heads, len(tiles), 1), qkv, q_norm, rotary, cache[0], cache[1], block_tables, tiles, out,
         block_tables.stride(0), eps, head_dim**-0.5 * LOG2_E,
-        H=num_heads, KVH=num_kv_heads, D=head_dim, BLOCK_SIZE=cache.shape[2], QUERIES=QUERIES, KEYS=KEYS,
+        H=num_heads, KVH=num_kv_heads, D=head_dim, BLOCK_SIZE=cache.shape[2], QUERIES=TILE_QUERIES, KEYS=KEYS,
         PDL=supports_pdl(qkv.device), num_warps=8, num_stages=3,
     )  # fmt: skip

@@ -26,7 +26,7 @@ class MixedMetadata:
     block_tables: torch.Tensor
     """(all rows, most blocks of one) int32"""
     tiles: torch.Tensor
-    """(tiles, 5) int32: the chunks, as prefill_attention.cut_tiles gives them"""
+    """(tiles, TILE_FIELDS) int32: the chunks' queries, see query_tiles.cut_tiles"""
     decode: DecodeRows | None
     """None where no row decodes"""
 

@@ -1,5 +1,6 @@
-"""Steps that go through the layers in parts: what is dealt to which, and the same hidden states as in one."""
+"""A step that is computed as two micro-batches gives the same hidden states as one that is computed whole."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tandem_shared.config import WorkerSettings
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
 from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.runners.batch import StepWork
-from tandem_worker.runners.cuda_runner import deal_chunks
+from tandem_worker.runners.step_shapes import deal_chunks
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
 from tests.support.model_factory import save_random_model
@@ -27,20 +28,6 @@ def tokens_of(rows: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> list[
 
 def make_work(rows: np.ndarray, starts: np.ndarray, counts: np.ndarray, decode_rows: np.ndarray) -> StepWork:
     return StepWork(rows, starts, counts, decode_rows, sampling_rows=ints())
-
-
-def test_parts_have_the_steps_tokens_in_their_order() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        num_chunks, num_decodes = int(rng.integers(1, 7)), int(rng.integers(0, 5))
-        rows, starts = rng.permutation(20)[:num_chunks], rng.integers(0, 50, num_chunks)
-        counts = rng.integers(1, 40, num_chunks)
-        total = int(counts.sum()) + num_decodes
-        first = int(rng.integers(num_decodes, total + 1))
-        work = make_work(rows, starts, counts, rng.permutation(20)[:num_decodes])
-        parts = [tokens_of(*part) for part in deal_chunks(work, (first, total - first + int(rng.integers(0, 9))))]
-        assert [len(part) for part in parts] == [first - num_decodes, total - first]
-        assert parts[0] + parts[1] == tokens_of(rows, starts, counts)
 
 
 def new_row(row: int, token_ids: np.ndarray, block_ids: list[int], num_cached: int = 0) -> NewRow:
@@ -68,44 +55,44 @@ class Event:
         pass
 
 
-class Beside(Communicator):
+class SideCommunicator(Communicator):
+    """A group of one rank, for which an all-reduce beside other work is over at once."""
+
     def begin_all_reduce(self, x: torch.Tensor) -> Any:
         return Event()
 
 
-def run_in_parts(
-    runner: TorchRunner, work: StepWork, part_tokens: tuple[int, ...]
+def run_in_micro_batches(
+    runner: TorchRunner, work: StepWork, micro_batch_tokens: tuple[int, ...]
 ) -> dict[tuple[int, int], torch.Tensor]:
     """The hidden state of each token, by row and position."""
     inputs, tokens = [], []
     decode_rows = work.decode_rows
-    for chunks in deal_chunks(work, part_tokens):
+    for chunks in deal_chunks(work, micro_batch_tokens):
         ids, metadata, _ = runner._prepare(make_work(*chunks, decode_rows))
         inputs.append((runner.model.embed_tokens(ids), metadata))
         positions = metadata.positions[len(tokens_of(*chunks)) :].tolist()
         tokens.append([*tokens_of(*chunks), *zip(decode_rows.tolist(), positions, strict=True)])
         decode_rows = decode_rows[:0]
     hidden = runner.model(runner.cache, *inputs)
-    return {
-        token: x for part, of_part in zip(tokens, hidden, strict=True) for token, x in zip(part, of_part, strict=True)
-    }
+    return dict(zip(itertools.chain(*tokens), itertools.chain(*hidden), strict=True))
 
 
-def test_hidden_states_are_those_of_one_part(tmp_path: Path) -> None:
+def test_hidden_states_are_those_of_a_whole_step(tmp_path: Path) -> None:
     """Wherever the step is cut, also within what one prompt finds of another."""
     folder = save_random_model(tmp_path, dtype="float64")
     settings = WorkerSettings(model=str(folder), device="cpu", dtype="float64", num_blocks=16, num_threads=1)
     num_tokens = 1 + 28 + 9
     expected = None
     for first in (num_tokens, 1, 5, 20, 29, 33):
-        runner = build_runner(settings, Beside())
+        runner = build_runner(settings, SideCommunicator())
         assert isinstance(runner, TorchRunner)
         *before, last = plans()
         for plan in before:
             runner.execute(plan).wait()
-        parts = (first, num_tokens - first) if first < num_tokens else (first,)
+        micro_batches = (first, num_tokens - first) if first < num_tokens else (first,)
         with torch.inference_mode():
-            hidden = run_in_parts(runner, runner._batch.apply(last), parts)
+            hidden = run_in_micro_batches(runner, runner._batch.apply(last), micro_batches)
         assert len(hidden) == num_tokens
         expected = expected or hidden
         for token, x in hidden.items():
