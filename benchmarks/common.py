@@ -28,9 +28,9 @@ from tandem.processes import Services
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.model_folder import ALL_FILES, resolve_model
+from tandem_shared.options import split_keywords
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY, read_secret
-from tandem_shared.settings import split_keywords
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"

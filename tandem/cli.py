@@ -18,7 +18,7 @@ from tandem.sampling_params import SamplingParams
 from tandem.terminal import stream_text
 from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
 from tandem_shared.errors import ConfigError, TandemError
-from tandem_shared.settings import add_options, option_names, read_settings, refuse_unknown_variables
+from tandem_shared.options import add_options, option_names, read_settings, refuse_unknown_variables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from tandem.processes import ServiceFailed, Services
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import inference_pb2
 from tandem_shared.config import SchedulerSettings, WorkerSettings
-from tandem_shared.settings import split_keywords
+from tandem_shared.options import split_keywords
 
 MAX_CONCURRENT_REQUESTS = 256
 STARTUP_TIMEOUT_S = 600.0

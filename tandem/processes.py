@@ -19,7 +19,7 @@ from tandem_shared.errors import TandemError
 from tandem_shared.extras import require_extra
 from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import child_environment, die_with_parent
-from tandem_shared.settings import to_arguments
+from tandem_shared.options import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 START_TIMEOUT_S = 4 * 3600.0

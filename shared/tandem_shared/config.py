@@ -1,4 +1,7 @@
-"""The settings of both services, and the one way in which a command reads them. Names are vLLM's where it has them."""
+"""The settings of both services, with what --help says of them, and how a command reads them.
+
+A setting that vLLM has too has the name that it has there.
+"""
 
 import argparse
 import os
@@ -11,39 +14,45 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
+from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
-from tandem_shared.settings import add_options, option, read_settings, refuse_unknown_variables
 
 MAX_PORT = 65535
 STEP_TIMEOUT_S = 60.0
 MAX_ROWS = 65536
 _HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
-"""Where the hub's cache has a commit of a repository, OWNER--NAME or NAME alone."""
+"""The path of a commit of the repository OWNER/NAME, or NAME alone, in the hub's cache. The group is NAME."""
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """What both services have."""
+    """The settings that both services have."""
 
-    model: str = option("embedded", "model folder, hub id, or 'embedded' for the small model inside the package")
-    served_model_name: str = option("", "name that requests give; the folder's or hub id's last part if empty")
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every interface")
+    model: str = option(
+        "embedded", "model to serve: a folder, a Hugging Face hub id, or 'embedded' for the small model in the package"
+    )
+    served_model_name: str = option(
+        "", "name under which clients know the model; if not given, the last part of the folder or hub id"
+    )
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 listens on every interface")
     port: int = option(0, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
-    port_file: str = option("", "file to write the bound port to, once it listens")
-    tls_cert: str = option("", "PEM file of the server's certificate chain; with it, only TLS is spoken")
+    port_file: str = option("", "file that the port is written to once the service listens")
+    tls_cert: str = option("", "PEM file of the server's certificate chain; if given, the server speaks only TLS")
     tls_key: str = option("", "PEM file of the certificate's private key")
-    tls_client_ca: str = option("", "PEM file of the authority that client certificates must come from")
+    tls_client_ca: str = option("", "PEM file of the authority that must have signed the certificates of clients")
     session_secret_file: str = option(
         "",
-        "file with the secret that a scheduler shows its worker, the same for both; made where there is none",
+        "file with the secret that the scheduler shows its worker, the same for both; created if it does not exist",
     )
     step_timeout_s: float = option(
         STEP_TIMEOUT_S,
-        "a step that does not get on for so long has failed (the worker ends), or its worker is lost",
+        "time without progress after which a step has failed: the worker ends, the scheduler takes it as lost",
         unit="seconds",
         minimum=0.1,
     )
-    log_level: str = option("info", "least severe messages to log", choices=("debug", "info", "warning", "error"))
+    log_level: str = option(
+        "info", "least severe messages that are logged", choices=("debug", "info", "warning", "error")
+    )
 
 
 T = TypeVar("T", bound=ServiceSettings)
@@ -51,47 +60,61 @@ T = TypeVar("T", bound=ServiceSettings)
 
 @dataclass(frozen=True)
 class SchedulerSettings(ServiceSettings):
-    """The scheduler service."""
+    """The settings of the scheduler service."""
 
     port: int = option(50051, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
     worker_address: str = option("127.0.0.1:50052", "HOST:PORT of the worker service")
-    worker_ca: str = option("", "PEM file of the authority of the worker's certificate; with it, TLS is spoken to it")
-    worker_tls_cert: str = option("", "PEM file of the certificate chain that the scheduler shows to its worker")
-    worker_tls_key: str = option("", "PEM file of that certificate's private key")
-    tokenizer: str = option("", "folder with tokenizer.json; the model's if empty")
-    max_num_seqs: int = option(256, "sequences running at once, at most", minimum=1, maximum=MAX_ROWS)
-    max_num_batched_tokens: int = option(8192, "token budget of a step", unit="tokens", minimum=1)
-    max_chunk_tokens: int | None = option(
-        None, "prompt tokens of one sequence in one step, at most; the budget if none", unit="tokens", minimum=1
+    worker_ca: str = option(
+        "", "PEM file of the authority that signed the worker's certificate; if given, the scheduler speaks TLS to it"
     )
-    max_plans_in_flight: int = option(2, "step plans sent ahead of their results", minimum=1, maximum=4)
-    max_num_waiting: int = option(4096, "sequences that wait for their first step, at most", minimum=1)
+    worker_tls_cert: str = option("", "PEM file of the certificate chain that the scheduler shows its worker")
+    worker_tls_key: str = option("", "PEM file of that certificate's private key")
+    tokenizer: str = option("", "folder with tokenizer.json; the model's if not given")
+    max_num_seqs: int = option(
+        256, "most sequences that run at once; a request has one for each choice", minimum=1, maximum=MAX_ROWS
+    )
+    max_num_batched_tokens: int = option(8192, "most tokens that a step computes", unit="tokens", minimum=1)
+    max_chunk_tokens: int | None = option(
+        None,
+        "most prompt tokens of one sequence in a step; --max-num-batched-tokens if not given",
+        unit="tokens",
+        minimum=1,
+    )
+    max_plans_in_flight: int = option(2, "most step plans that are sent and have no result yet", minimum=1, maximum=4)
+    max_num_waiting: int = option(
+        4096, "most sequences that wait for their first step; further requests are refused", minimum=1
+    )
     max_num_waiting_tokens: int = option(
-        2**22, "prompt tokens of sequences that wait for their first step, at most", unit="tokens", minimum=1
+        2**22,
+        "most prompt tokens of sequences that wait for their first step; further requests are refused",
+        unit="tokens",
+        minimum=1,
     )
     max_request_bytes: int = option(
         DEFAULT_MAX_REQUEST_BYTES,
-        "size of a request, at most; the default holds a prompt of a million token ids",
+        "size of the largest request that is taken; the default holds a prompt of a million token ids",
         unit="bytes",
         minimum=1024,
         maximum=MAX_MESSAGE_BYTES,
     )
-    enable_prefix_caching: bool = option(True, "reuse the KV of equal prompt prefixes (true or false)")
-    worker_wait_s: float = option(60.0, "how long requests wait for a lost worker", unit="seconds", minimum=0)
+    enable_prefix_caching: bool = option(True, "whether requests share the KV of equal prompt prefixes (true or false)")
+    worker_wait_s: float = option(
+        60.0, "how long requests wait for a lost worker before they fail", unit="seconds", minimum=0
+    )
     api_server_count: int | None = option(
         None,
-        "front-end processes beside the scheduler's own; 0 is none; a quarter of the CPUs, 4 at most, if not given, and"
-        " 0 under 8 CPUs",
+        "front-end processes; with 0, the scheduler process serves clients itself; if not given, a quarter of the CPUs"
+        " but at most 4, and 0 with fewer than 8 CPUs",
         minimum=0,
         maximum=64,
     )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
-    record: str = option("", "file to record the scheduler's events and plans in, for replay")
+    record: str = option("", "file that the scheduler's events and plans are recorded in, for replay")
 
 
 @dataclass(frozen=True)
 class WorkerSettings(ServiceSettings):
-    """The worker service."""
+    """The settings of the worker service."""
 
     port: int = option(50052, "port to listen on; 0 takes a free one", minimum=0, maximum=MAX_PORT)
     device: str = option(
@@ -102,16 +125,28 @@ class WorkerSettings(ServiceSettings):
         "type of weights and activations; auto is bfloat16 on a GPU, float32 on a CPU",
         choices=("auto", "float64", "float32", "bfloat16"),
     )
-    block_size: int = option(16, "KV block size", unit="tokens", minimum=1, maximum=1024)
-    num_blocks: int | None = option(None, "KV blocks; measured if none", minimum=2)
-    kv_cache_memory_gib: float = option(1.0, "KV pool on a CPU, where num_blocks is none", unit="GiB", minimum=0)
-    gpu_memory_utilization: float = option(
-        0.9, "share of the GPU's memory for weights, activations and KV pool", minimum=0.05, maximum=1.0
+    block_size: int = option(16, "size of a KV block", unit="tokens", minimum=1, maximum=1024)
+    num_blocks: int | None = option(None, "number of KV blocks; if not given, as many as the memory allows", minimum=2)
+    kv_cache_memory_gib: float = option(
+        1.0, "size of the KV pool on a CPU, unless --num-blocks is given", unit="GiB", minimum=0
     )
-    max_model_len: int | None = option(None, "context; the model's own if none", unit="tokens", minimum=1)
-    max_num_seqs: int = option(256, "rows of the batch", minimum=1, maximum=MAX_ROWS)
-    max_num_batched_tokens: int = option(8192, "tokens in a step, at most", unit="tokens", minimum=1)
-    tp_size: int = option(1, "tensor-parallel size: processes that share the model, one a GPU", minimum=1, maximum=64)
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory that weights, activations and KV pool may take", minimum=0.05, maximum=1.0
+    )
+    max_model_len: int | None = option(
+        None,
+        "most tokens of prompt and output together; the model's own context if not given",
+        unit="tokens",
+        minimum=1,
+    )
+    max_num_seqs: int = option(256, "rows of the batch: most sequences that run at once", minimum=1, maximum=MAX_ROWS)
+    max_num_batched_tokens: int = option(8192, "most tokens that a step computes", unit="tokens", minimum=1)
+    tp_size: int = option(
+        1,
+        "tensor-parallel size: number of processes that share the model, each with a GPU of its own",
+        minimum=1,
+        maximum=64,
+    )
     kernels: str = option(
         "auto",
         "what computes on a GPU: Triton kernels with cuBLAS, or plain torch; auto takes the kernels where they can run",
@@ -119,12 +154,14 @@ class WorkerSettings(ServiceSettings):
     )
     all_reduce: str = option(
         "auto",
-        "how ranks on GPUs add up: auto is over peer memory where they reach each other's, else by NCCL; nccl always",
+        "how GPUs sum over the ranks; auto takes peer memory if the GPUs reach each other's, else NCCL",
         choices=("auto", "nccl"),
     )
-    enforce_eager: bool = option(False, "no CUDA graphs: every kernel is launched by itself (true or false)")
+    enforce_eager: bool = option(
+        False, "whether every kernel is launched by itself, without CUDA graphs (true or false)"
+    )
     num_threads: int | None = option(
-        None, "CPU threads of a forward pass; torch's choice if none", minimum=1, maximum=4096
+        None, "CPU threads that compute a forward pass; torch's choice if not given", minimum=1, maximum=4096
     )
 
 
@@ -136,8 +173,8 @@ def read_command_line(
     *,
     extra: str | None = None,
 ) -> T:
-    """Settings from the command line and the environment. Exits with status 2 and one line where they are wrong, or
-    where the package's extra that the program needs is not installed.
+    """Reads settings from the command line and the environment. Exits with status 2 and one line on stderr if they are
+    wrong, or if the extra of the package that the program needs is not installed.
     """
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     add_options(parser, settings_class)
@@ -155,6 +192,7 @@ def read_command_line(
 
 
 def check_tls(settings: ServiceSettings) -> None:
+    """Raises ConfigError if one of several settings that need each other is missing."""
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise ConfigError("--tls-cert and --tls-key go together")
     if settings.tls_client_ca and not settings.tls_cert:
@@ -167,10 +205,10 @@ def check_tls(settings: ServiceSettings) -> None:
 
 
 def model_name(settings: ServiceSettings) -> str:
-    """The name under which the model is served: the last part of the hub id or of the folder's path.
+    """The name under which the model is served: served_model_name if given, else the last part of the hub id or folder.
 
-    A folder of the hub's cache is called after its commit, so it is named by its repository; one given as '.' or '..'
-    by what it is called where it lies.
+    A folder in the hub's cache is named after its commit, so its repository's name is taken instead. A folder given as
+    '.' or '..' has the last part of its real path.
     """
     if settings.served_model_name:
         return settings.served_model_name

@@ -10,7 +10,7 @@ import sys
 from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.host.log import configure_logging
 from tandem_shared.host.supervisor import Supervisor
-from tandem_shared.settings import to_arguments
+from tandem_shared.options import to_arguments
 
 
 def main() -> None:

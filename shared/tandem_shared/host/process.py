@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from tandem_shared.settings import ENVIRONMENT_PREFIX
+from tandem_shared.options import ENVIRONMENT_PREFIX
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36

@@ -10,7 +10,7 @@ import pytest
 
 from tandem_shared.config import SchedulerSettings, WorkerSettings, model_name, read_command_line
 from tandem_shared.errors import ConfigError
-from tandem_shared.settings import refuse_unknown_variables, to_arguments, variable_of
+from tandem_shared.options import refuse_unknown_variables, to_arguments, variable_of
 
 
 def read(*arguments: str) -> WorkerSettings:
@@ -91,7 +91,7 @@ def test_a_variable_of_the_other_service_is_no_mistake(monkeypatch: pytest.Monke
 def test_help_says_units_defaults_and_variables(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     text = " ".join(done.stdout.split())
-    assert "token budget" in text or "tokens in a step" in text
+    assert "most tokens that a step computes [in tokens;" in text
     assert "in tokens; default 8192; environment TANDEM_MAX_NUM_BATCHED_TOKENS" in text
 
 

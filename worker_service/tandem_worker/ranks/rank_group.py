@@ -22,7 +22,7 @@ from tandem_shared.config import WorkerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import child_environment, die_with_parent, end_with_parent
-from tandem_shared.settings import to_arguments
+from tandem_shared.options import to_arguments
 from tandem_worker.device import device_of
 from tandem_worker.ranks.group_failure import fail
 from tandem_worker.ranks.shard import Shard

@@ -26,9 +26,9 @@ from tandem_shared.config import SchedulerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import child_environment
+from tandem_shared.options import to_arguments
 from tandem_shared.rpc.error_interceptor import ErrorInterceptor
 from tandem_shared.rpc.grpc_options import LOCAL_OPTIONS
-from tandem_shared.settings import to_arguments
 
 MODULE = "tandem_scheduler.processes.front_end_side.front_end_process"
 MIN_BACKOFF_S = 0.05

@@ -18,7 +18,7 @@ from tandem_shared.config import SchedulerSettings, read_command_line
 from tandem_shared.errors import ConfigError, ModelError, WorkerUnavailable
 from tandem_shared.host.log import configure_logging
 from tandem_shared.host.process import end_with_parent, leave
-from tandem_shared.settings import option
+from tandem_shared.options import option
 
 CONNECT_TIMEOUT_S = 30.0
 

@@ -1,7 +1,8 @@
-"""Frozen settings from command-line flags and environment variables: a flag wins over its variable.
+"""Reads frozen settings from command-line flags and environment variables. A flag wins over its variable.
 
-Knows how to read, check and describe the fields of a settings dataclass, not what they mean. A field named
-`max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS. An empty variable is an unset one.
+This file knows how to read, check and describe the fields of a settings dataclass, not what they mean; config.py has
+the dataclasses. A field named `max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS. An empty
+variable counts as not set.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from tandem_shared.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "TANDEM_"
 MAX_NUMBER = 2**31 - 1
-"""The largest value of a setting that has no limit of its own: tokens, blocks and rows are counted in int32."""
+"""The largest value of a number without a maximum of its own, as tokens, blocks and rows are counted in int32."""
 _SERVICE_VARIABLE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""What Kubernetes, like Docker's old links, calls the variables of a Service, and the value of its NAME_PORT."""
+"""The names of the variables that Kubernetes, like Docker's old links, sets for a Service; the value of NAME_PORT."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -35,37 +36,43 @@ def option(
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A field of a settings dataclass, with what --help says of it and the values it takes."""
+    """Makes a field of a settings dataclass. text is what --help says of it; its value is in `unit` and limited by
+    minimum, maximum and choices.
+    """
     metadata = {"text": text, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
-    """Adds a flag for each field but those in `without`; one that two classes share is added once."""
+    """Adds a flag for each field except those in `without`. A field that two classes share is added once."""
     known = set(without)
     for settings_class in classes:
         for field in dataclasses.fields(settings_class):
             if field.name in known:
                 continue
             known.add(field.name)
-            details = [field.metadata["text"]]
-            if field.metadata["unit"]:
-                details.append(f"in {field.metadata['unit']}")
-            if field.metadata["choices"]:
-                details.append(f"one of {', '.join(field.metadata['choices'])}")
-            default = "none" if field.default in (None, "") else field.default
-            details.append(f"default {default}; environment {variable_of(field.name)}")
             parser.add_argument(
                 flag_of(field.name),
                 default=None,
                 dest=field.name,
                 metavar=_value_type(settings_class, field.name).__name__.upper(),
-                help="; ".join(details).replace("%", "%%"),
+                help=_help_of(field).replace("%", "%%"),
             )
 
 
+def _help_of(field: "dataclasses.Field[Any]") -> str:
+    """What --help says, such as "size of a KV block [in tokens; default 16; environment TANDEM_BLOCK_SIZE]"."""
+    details = [f"in {field.metadata['unit']}"] if field.metadata["unit"] else []
+    if field.metadata["choices"]:
+        details.append(f"one of {', '.join(field.metadata['choices'])}")
+    if field.default not in (None, ""):
+        details.append(f"default {str(field.default).lower() if isinstance(field.default, bool) else field.default}")
+    details.append(f"environment {variable_of(field.name)}")
+    return f"{field.metadata['text']} [{'; '.join(details)}]"
+
+
 def read_settings(settings_class: type[T], arguments: argparse.Namespace, environment: Mapping[str, str]) -> T:
-    """Builds the settings; ConfigError names the flag or variable that is wrong."""
+    """Builds the settings. Raises ConfigError, which names the flag or variable that is wrong."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         raw, source = getattr(arguments, field.name, None), flag_of(field.name)
@@ -78,7 +85,7 @@ def read_settings(settings_class: type[T], arguments: argparse.Namespace, enviro
 
 
 def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:
-    """A misspelt variable is an error, not a setting that silently keeps its default."""
+    """Raises ConfigError for a variable TANDEM_* that is no setting of these classes, such as a misspelt one."""
     known = {variable_of(field.name) for cls in classes for field in dataclasses.fields(cls)}
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known and _is_ours(name, value):
@@ -87,15 +94,15 @@ def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[t
 
 
 def _is_ours(name: str, value: str) -> bool:
-    """Whether a variable is meant as a setting: not if it is empty, nor if it is one of those that Kubernetes gives
-    every container for each Service of the namespace, such as `tandem` or `tandem-worker`.
+    """Whether a variable is meant as a setting. It is not if it is empty, or if Kubernetes made it, which gives every
+    container some for each Service of its namespace, such as one called `tandem` or `tandem-worker`.
     """
     is_link = name.endswith("_PORT") and _LINK_ADDRESS.match(value)
     return bool(value) and not is_link and not _SERVICE_VARIABLE.fullmatch(name)
 
 
 def to_arguments(settings: Any) -> list[str]:
-    """The flags that give these settings again."""
+    """The flags with which a command reads equal settings."""
     arguments = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -118,7 +125,7 @@ def variable_of(name: str) -> str:
 
 
 def _value_type(settings_class: type, name: str) -> type:
-    """int of a field `int` or `int | None`."""
+    """The type of a field's values: int for `int` and for `int | None`."""
     hint = typing.get_type_hints(settings_class)[name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
@@ -149,7 +156,9 @@ def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any
 
 
 def split_keywords(values: Mapping[str, object], first: type[T], second: type[U]) -> tuple[T, U]:
-    """Two settings from keyword arguments, each taking the fields that it has. ConfigError for one that neither has."""
+    """Makes two settings of keyword arguments, each of the fields that it has. Raises ConfigError for a keyword that
+    neither has.
+    """
     fields = [{field.name for field in dataclasses.fields(cls)} for cls in (first, second)]  # type: ignore[arg-type]
     for name in values:
         if name not in fields[0] | fields[1]:
