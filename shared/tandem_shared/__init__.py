@@ -1,3 +1,3 @@
-"""What both services say: step plans, configuration, errors, server scaffolding, logs. Never imports torch."""
+"""What services and client share: step plans, settings, errors, gRPC servers, processes. Never imports torch."""
 
 VERSION = "0.1.0"

@@ -1,6 +1,7 @@
-"""The package's extras, and a check that what they install is there.
+"""The extras of the package, and a check that an extra is installed.
 
-`pip install tandem-llm` brings the client alone. What a service imports besides comes with the extra of its name.
+`pip install tandem-llm` installs what the client needs. What a service needs beside that comes with the extra of its
+name.
 """
 
 import importlib.util
@@ -17,13 +18,13 @@ _SCHEDULER_MODULES = (
     "xxhash",
 )
 MODULES_OF_EXTRA = {"scheduler": _SCHEDULER_MODULES, "worker": (*_SCHEDULER_MODULES, "safetensors", "torch")}
-"""Extra -> the modules of the packages that pyproject.toml lists for it."""
+"""The modules that each extra brings: those of the packages that pyproject.toml lists for it."""
 
 
 def require_extra(extra: str) -> None:
     """Raises ConfigError, which says what to install, unless all modules of the extra can be found.
 
-    Nothing is imported, so this takes no time even where the extra brings torch.
+    It imports none of them, so it is quick even for an extra with torch.
     """
     missing = [name for name in MODULES_OF_EXTRA[extra] if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,7 +1,7 @@
-"""Where a model's files are: a folder, the one inside the package, or a download from the hub. Reads no weights.
+"""Finds a model's files, in a folder, in the package or on the Hugging Face hub, and reads its JSON files.
 
-Only regular files of a folder are opened (symbolic links to them are: the hub's cache has nothing else). Opening a FIFO
-would wait for a writer for ever, and reading a device may never end.
+Only regular files are opened, and symbolic links to them, which the hub's cache consists of. Opening a FIFO would wait
+for a writer for ever, and reading a device may never end.
 """
 
 import importlib.resources
@@ -19,16 +19,17 @@ EMBEDDED_MODEL = "embedded"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = [TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "config.json"]
 MAX_JSON_BYTES = 64 << 20
-"""How large any JSON file of a model may be. The largest real ones are vocabularies, of some ten MiB, and to read a
-file may take many times its size in memory.
+"""The size limit of a model's JSON files. The largest real ones are vocabularies of some ten MiB. Parsing a file may
+take many times its size in memory.
 """
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 
 def resolve_model(name: str, files: list[str]) -> Path:
-    """The folder of a model: `name` if that is a folder, the embedded model, else the hub's files of that id.
+    """The folder of a model. `name` is a folder, "embedded", or a hub id, of which `files` (names and patterns) are
+    downloaded.
 
-    Raises ModelError where there is none.
+    Raises ModelError if there is no such folder and no such model on the hub.
     """
     folder = Path(name)
     try:
@@ -41,7 +42,7 @@ def resolve_model(name: str, files: list[str]) -> Path:
         return Path(str(importlib.resources.files("tandem"))) / "embedded_model"
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name[:200] or repr(name)}: no such folder, and no hub id of the form OWNER/NAME")
-    # Slow to import, and most models are folders.
+    # Imported here because the import is slow and most models are folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -52,9 +53,10 @@ def resolve_model(name: str, files: list[str]) -> Path:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file, open for reading. ModelError, naming it, where it is missing, unreadable or no regular file."""
+    """The file, open for reading. Raises ModelError, naming the file, if it is missing, unreadable or not regular."""
     try:
-        # A device is not even opened; the second look is at what was opened, should the name have changed hands.
+        # Checked before opening, as opening a device may have effects, and again after, as the name may by then belong
+        # to another file.
         _check_regular(path, path.stat().st_mode)
         file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115 (the caller closes it)
     except (OSError, ValueError) as error:
@@ -68,8 +70,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_json_bytes(path: Path) -> bytes:
-    """The contents of one of a model's JSON files. Raises ModelError, which names the file, where open_regular() does
-    and where the file is larger than MAX_JSON_BYTES.
+    """The contents of one of a model's JSON files. Raises ModelError, which names the file, if open_regular() does or
+    the file is larger than MAX_JSON_BYTES.
     """
     with open_regular(path) as file:
         try:
@@ -82,12 +84,12 @@ def read_json_bytes(path: Path) -> bytes:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of that name, be it a dangling symbolic link: reading that is an error."""
+    """Whether the name exists. It does if it is a dangling symbolic link, so that reading it is an error."""
     return os.path.lexists(path)
 
 
 def check_regular(path: Path) -> None:
-    """Raises as open_regular does, for a file that a library opens by its name."""
+    """Raises what open_regular() raises. For a file that a library opens by its name."""
     open_regular(path).close()
 
 
@@ -101,9 +103,9 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """A digest (xxh3_128, hexadecimal) of tokenizer.json's bytes, "" where the folder has none.
+    """The xxh3_128 digest of tokenizer.json's bytes in hexadecimal, "" if the folder has no such file.
 
-    Two services with equal digests read the same ids out of a text. Raises what read_json_bytes() raises.
+    Services with equal digests turn a text into the same ids. Raises what read_json_bytes() raises.
     """
     path = folder / TOKENIZER_FILE
     return xxhash.xxh3_128_hexdigest(read_json_bytes(path)) if exists(path) else ""

@@ -1,9 +1,10 @@
-"""Panics of libraries written in Rust. Knows no such library."""
+"""Recognises panics of libraries written in Rust, such as tokenizers and safetensors."""
 
 
 def is_rust_panic(error: BaseException) -> bool:
-    """Whether it is a library's panic, which pyo3 makes a BaseException of, so that `except Exception` misses it.
+    """Whether an exception is the panic of a library in Rust.
 
-    Each library has a class of its own, and exports none.
+    pyo3 raises a panic as a BaseException, which `except Exception` does not catch. Each library has its own class for
+    it and exports none, so the class is recognised by its name.
     """
     return type(error).__name__ == "PanicException"

@@ -1,4 +1,6 @@
-"""Step plans, results and worker infos to protobuf and back. Knows the wire's field names, not their rules."""
+"""Converts step plans, step results and worker infos to protobuf and back. worker.proto states their rules, which this
+file does not check.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +23,7 @@ from tandem_shared.step_plan import (
 PROTOCOL_VERSION = 2
 
 IDS = np.dtype("<i4")
-"""How token and block ids travel. Varints would cost both ends a loop over the ids, which prompts have many of."""
+"""The type of token and block ids on the wire. Varints would cost both ends a loop over the many ids of a prompt."""
 
 
 def pack_ids(ids: Int32Array | Sequence[int]) -> bytes:
@@ -29,9 +31,9 @@ def pack_ids(ids: Int32Array | Sequence[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> Int32Array:
-    """Raises ProtocolError where the bytes are no whole number of ids."""
+    """Raises ProtocolError if the bytes are not a whole number of ids."""
     if len(data) % IDS.itemsize:
-        raise ProtocolError(f"{len(data)} bytes are no whole number of ids")
+        raise ProtocolError(f"{len(data)} bytes are not a whole number of ids")
     return np.frombuffer(data, IDS).astype(np.int32)
 
 
@@ -48,7 +50,7 @@ def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
 
 
 def decode_plan(message: worker_pb2.StepPlan) -> StepPlan:
-    """InvalidPlan where the bytes of its ids are cut."""
+    """Raises InvalidPlan if the bytes of its ids are not a whole number of ids."""
     return StepPlan(
         step_id=message.step_id,
         removed_rows=_ints(message.removed_rows),
@@ -206,5 +208,5 @@ def _decode_row(message: worker_pb2.NewRow) -> NewRow:
 
 
 def _ints(values: Iterable[int]) -> Int32Array:
-    # By way of uint32: a number past int32 then turns negative, which validation refuses, instead of raising here.
+    # Through uint32, a number beyond int32 becomes negative, which the batch's checks refuse, and nothing raises here.
     return np.array(list(values), np.uint32).astype(np.int32)

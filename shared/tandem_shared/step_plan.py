@@ -1,7 +1,7 @@
 """The step protocol as plain data: what the scheduler core plans and what a worker answers.
 
-Knows nothing of protobuf (see tandem_shared/step_codec.py), tensors or time. The rules that a plan obeys are
-stated in protos/tandem/internal/v1/worker.proto.
+protos/tandem/internal/v1/worker.proto states what the fields mean and the rules that a plan obeys. step_codec.py
+converts to protobuf and back.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ import numpy.typing as npt
 Int32Array = npt.NDArray[np.int32]
 
 PADDING_BLOCK = 0
-"""Block 0 takes the writes of padding and inactive rows; it is never handed out."""
+"""The KV block that padding tokens and inactive rows are stored in. No sequence ever gets it."""
 
 FAULT_NAN_LOGITS = 1
-"""RowFaultCode.ROW_FAULT_CODE_NAN_LOGITS."""
+"""The RowFault code of a row whose logits hold NaN or nothing finite."""
 
 
 def _no_ints() -> Int32Array:
@@ -24,7 +24,9 @@ def _no_ints() -> Int32Array:
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How a row turns logits into a token. temperature 0 is greedy, top_k 0 is all, num_logprobs None is no report."""
+    """How a row samples. temperature 0 is greedy, top_k 0 does not limit, num_logprobs None reports no
+    log-probabilities.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
@@ -37,8 +39,8 @@ class RowSampling:
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A sequence that enters the worker's batch. Positions below num_cached_tokens are never written; sequence_id is
-    for logs and errors.
+    """A sequence that enters the worker's batch at `row`. token_ids is (num_tokens,), block_ids is (num_blocks,).
+    Positions below num_cached_tokens are in shared blocks and never written. sequence_id is for logs and errors.
     """
 
     row: int
@@ -53,7 +55,9 @@ class NewRow:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Changes to the persistent batch, applied in the order of the fields, then one forward pass."""
+    """Changes to the persistent batch, applied in the order of the fields, then one forward pass. appended_block_rows
+    and appended_block_ids are parallel, and so are chunk_rows and chunk_num_tokens.
+    """
 
     step_id: int
     removed_rows: Int32Array = field(default_factory=_no_ints)
@@ -66,7 +70,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A fault of one row: its sequence ends, the others go on."""
+    """A row that could not sample. Its sequence ends with an error; the other rows go on."""
 
     row: int
     code: int
@@ -74,7 +78,7 @@ class RowFault:
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """Log-probability of a row's sampled token and of the likeliest tokens, likeliest first."""
+    """The natural log-probabilities of a row's sampled token and of the likeliest tokens, likeliest first."""
 
     row: int
     logprob: float
@@ -84,7 +88,9 @@ class RowLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Unix times of the worker's clock in nanoseconds, and durations: the step's on the GPU, and its idling before."""
+    """When a step was run, in nanoseconds of Unix time by the worker's clock, and in nanoseconds how long it took on
+    the GPU and how long the GPU had idled before it.
+    """
 
     received_ns: int = 0
     prepared_ns: int = 0
@@ -96,7 +102,9 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """num_token_ids holds, for each row that sampled, rows ascending, how many of token_ids are its own (0 or 1)."""
+    """What a step brought. For each row that sampled, in ascending order of rows, num_token_ids says how many of
+    token_ids are that row's: 1, or 0 if the row has a fault.
+    """
 
     step_id: int
     num_token_ids: list[int]
@@ -108,7 +116,9 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker is and holds. num_blocks counts the padding block; default_* are None where the model has none."""
+    """What a worker is and what it can hold. num_blocks counts the padding block. default_* is None if the model has no
+    such default.
+    """
 
     protocol_version: int
     worker_instance_id: str
@@ -128,4 +138,4 @@ class WorkerInfo:
     default_top_p: float | None = None
     default_min_p: float | None = None
     tokenizer_digest: str = ""
-    """Of the model folder's tokenizer.json; empty where it has none"""
+    """The digest of tokenizer.json in the model's folder, empty if there is none."""

@@ -1,9 +1,10 @@
-"""Temporary folders that are gone once their owner is, however it ended: who makes one removes what others left.
+"""Temporary folders that do not outlive their process for long, even if it was killed: a process that makes one removes
+those whose processes have ended.
 
-A folder holds a file that its owner keeps locked (flock) for as long as it lives. The kernel drops the lock with the
-process, after kill -9 too, so a lock that can be had says that the owner is gone. Process ids would not do: they are
-used again, and mean nothing across containers that share a folder. Only folders with such a file, of this user, are
-ever removed.
+A folder holds a file that its process keeps locked (flock). The kernel drops the lock when the process ends, also after
+kill -9, so a lock that can be taken shows that the process is gone. Process ids would not show it: they are used again,
+and mean nothing across containers that share a folder. Only folders that have such a file and belong to this user are
+removed.
 """
 
 import contextlib
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class PrivateFolder:
-    """A new folder that only this user can enter. close() removes it; so does whoever makes the next one after this
-    process has ended without.
+    """A new folder that only this user can enter. close() removes it. If this process ends without that, the next
+    process that makes one does.
     """
 
     def __init__(self, prefix: str = PREFIX) -> None:
-        """prefix begins with PREFIX."""
+        """prefix: how the folder's name begins. It must begin with PREFIX."""
         assert prefix.startswith(PREFIX), prefix
         remove_abandoned()
         while True:
@@ -44,7 +45,7 @@ class PrivateFolder:
         self.close()
 
     def close(self) -> None:
-        """A second time it does nothing."""
+        """Removes the folder. Does nothing if that was done before."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock >= 0:
             os.close(self._lock)
@@ -52,7 +53,7 @@ class PrivateFolder:
 
 
 def remove_abandoned() -> None:
-    """Removes folders of processes of this user that have ended without doing so."""
+    """Removes the folders that ended processes of this user have left."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             status = folder.lstat()
@@ -60,17 +61,17 @@ def remove_abandoned() -> None:
                 continue
             lock = _take_lock(folder)
         except OSError:
-            # Not a folder of this kind, or its owner or another cleaner has just removed it.
+            # It is not a PrivateFolder, or another process has just removed it.
             continue
         if lock is not None:
-            logger.info("removing %s, whose owner is gone", folder)
+            logger.info("removing %s, whose process is gone", folder)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
 def _take_lock(folder: Path, flags: int = 0) -> int | None:
-    """A descriptor that holds the folder's lock; None where another process holds it, or has removed the folder before
-    the lock was taken. OSError where the folder has no lock file, unless flags make one.
+    """A file descriptor that holds the folder's lock, or None if another process holds it or has removed the folder
+    meanwhile. Raises OSError if the folder has no lock file and the flags do not create one.
     """
     path = folder / LOCK_NAME
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)

@@ -1,4 +1,4 @@
-"""What a process and the children that it starts share."""
+"""What a process does for the processes that it starts, and they for it. On Linux where it says so."""
 
 import ctypes
 import logging
@@ -14,33 +14,33 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 MAX_DESCRIPTORS = 1 << 20
-"""What counts as no limit."""
+"""The number of file descriptors that stands for no limit."""
 
 
 def child_environment() -> dict[str, str]:
-    """This process's, without its settings: children get theirs as flags."""
+    """This process's environment without Tandem's settings, which child processes get as flags."""
     return {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
 
 
 def die_with_parent() -> None:
-    """In a child, on Linux: the kernel kills it when the thread that started it ends."""
+    """Called in a child process, on Linux: the kernel kills it when the thread that started it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """die_with_parent, of a process that runs already: its parent, parent_pid when it began, may have died by now."""
+    """die_with_parent() for a process that already runs, whose parent, parent_pid, may have died before the call."""
     die_with_parent()
     if os.getppid() != parent_pid:
         sys.exit(1)
 
 
 def adopt_orphans() -> None:
-    """On Linux: processes below this one that lose their parent become its children, which it collects."""
+    """On Linux: descendants of this process that lose their parent become its children, for it to collect."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process at once, whatever its threads and its event loop do, and where its output can't be written."""
+    """Ends the process at once, whatever its threads and event loop do, and even if its output can't be written."""
     try:
         logging.shutdown()
         sys.stdout.flush()
@@ -50,7 +50,7 @@ def leave(status: int) -> NoReturn:
 
 
 def raise_descriptor_limit() -> int:
-    """Lets this process have as many file descriptors as it may; gives their number."""
+    """Raises this process's limit of open files to the most that it may have, and returns that number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
