@@ -1,7 +1,7 @@
-"""Podman where there is no container engine running and no image can be pulled: what compose_test.py needs of it.
+"""The container engine of compose_test.py: podman, on a machine where no engine runs and no image can be pulled.
 
-Knows how to make the base image and how to call podman and podman-compose, each within a time limit; knows nothing
-of Tandem. The base image stays in podman's storage as a cache; a change of what the project depends on makes a new one.
+Knows how to make a base image and how to call podman and podman-compose, each within a time limit; knows nothing of
+Tandem. The base image stays in podman's storage as a cache; a new one is made when the package's requirements change.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ CONSTRAINTS = REPOSITORY / "constraints.txt"
 DEBIAN_RELEASE = "bookworm"
 BASE_PYTHON = "3.11"
 TOOLS = {"podman": "podman", "runc": "runc", "debootstrap": "debootstrap", "aardvark-dns": "aardvark-dns"}
-"""Program, and the Debian package that has it."""
+"""Program -> the Debian package that has it."""
 TOOL_PATHS = ("/usr/lib/podman", "/usr/sbin", "/usr/local/sbin")
 
 LABEL = "tandem.compose-test"
-"""On every image that is built here, so that old ones can be told from other people's."""
+"""A label on every image that is built here, which tells old ones from other people's."""
 CACHE_AGE = "12h"
 
 CONTAINERS_CONF = """\
@@ -38,11 +38,11 @@ default_ulimits = ["nofile=1024:4096", "nproc=1024:2048"]
 
 
 class EngineError(Exception):
-    """The engine is missing or failed; the text says what and how."""
+    """The engine is missing or failed; the text says what went wrong."""
 
 
 def run(command: Sequence[str], timeout_s: float, *, environment: dict[str, str] | None = None) -> str:
-    """The command's output; EngineError if it fails or takes too long."""
+    """Returns the command's output; raises EngineError if it fails or takes too long."""
     try:
         done = subprocess.run(command, env=environment, timeout=timeout_s, capture_output=True, text=True)
     except subprocess.TimeoutExpired as error:
@@ -53,7 +53,7 @@ def run(command: Sequence[str], timeout_s: float, *, environment: dict[str, str]
 
 
 def free_port() -> int:
-    """podman wants a number where others take 0; nobody holds it between now and then."""
+    """A port that was free a moment ago: podman does not take 0 for a free one."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -76,7 +76,7 @@ class Engine:
     """podman and podman-compose for one compose project."""
 
     def __init__(self, project: str, folder: Path, variables: dict[str, str]) -> None:
-        """folder: for scratch files. variables: what docker-compose.yml reads from the environment."""
+        """folder is for scratch files; variables are the ones that docker-compose.yml reads from the environment."""
         config = folder / "containers.conf"
         config.write_text(CONTAINERS_CONF)
         self.project = project
@@ -97,7 +97,7 @@ class Engine:
         return self.podman("inspect", "--format", template, self.container(service))
 
     def is_healthy(self, service: str) -> bool:
-        """Runs the service's health check now: podman has it run by systemd timers, which may not be there."""
+        """Runs the service's health check now: podman leaves that to systemd timers, which may not be there."""
         try:
             self.podman("healthcheck", "run", self.container(service))
         except EngineError:
@@ -112,14 +112,14 @@ class Engine:
         return found + self.podman("volume", "ls", *own, "{{.Name}}").split()
 
     def remove(self, services: Sequence[str]) -> None:
-        """Takes down and removes all but the base image and the build's fresh layers, which are a cache."""
+        """Removes all of the project but the base image and the build's fresh layers, which are kept as a cache."""
         self.compose("down", "--volumes", "--timeout", "10", timeout_s=90)
         for service in services:
             self.podman("image", "rm", "--ignore", f"localhost/{self.project}_{service}")
         self.podman("image", "prune", "--force", "--filter", f"label={LABEL}", "--filter", f"until={CACHE_AGE}")
 
     def base_image(self) -> str:
-        """A Debian with Python and a folder of wheels in place of an index; made if it is not there yet."""
+        """The name of an image of Debian with Python, and wheels in place of an index; made if there is none."""
         debian = f"localhost/tandem-test-debian:{DEBIAN_RELEASE}"
         digest = hashlib.sha256("\n".join([*requirements(), CONSTRAINTS.read_text()]).encode()).hexdigest()
         base = f"localhost/tandem-test-base:{digest[:16]}"
@@ -159,7 +159,7 @@ def requirements() -> list[str]:
 
 
 def download_wheels(folder: Path) -> None:
-    """Fetches them with the pip and the settings of this machine."""
+    """Fetches the requirements' wheels with this machine's pip and its settings."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
     command += ["--only-binary", ":all:", "--python-version", BASE_PYTHON, "--constraint", str(CONSTRAINTS)]
     run([*command, *requirements()], 500)

@@ -1,6 +1,6 @@
-"""docker-compose.yml brought up for real: `make compose-test`.
+"""Runs docker-compose.yml and kills its worker under a stream: `make compose-test`.
 
-Not collected by pytest: it needs a container engine (see compose_engine.py), root and some minutes. Every wait in it
+pytest does not collect this, as it needs a container engine (see compose_engine.py), root and some minutes. Every wait
 is bounded. The truth for a disturbed stream is the same request undisturbed, both in float64.
 """
 
@@ -50,7 +50,7 @@ class Deployment:
             time.sleep(0.5)
 
     def tokens(self, temperature: float, disturb: Callable[[], object] | None = None) -> list[int]:
-        """The tokens of a stream; `disturb` is called once, while it runs."""
+        """Returns the tokens of a stream, and calls `disturb` once while it runs."""
         request = inference_pb2.GenerateStreamRequest(
             prompt=inference_pb2.Prompt(text="First Citizen:\n"),
             sampling=inference_pb2.SamplingParams(temperature=temperature, seed=11),
@@ -83,7 +83,7 @@ class Deployment:
         self.engine.podman("start", name)
 
     def crash_worker(self) -> None:
-        """Kills its process behind the engine's back, as the kernel would for want of memory."""
+        """Kills the worker's process inside its container, as the kernel does when memory runs out."""
         serving_process(self._worker_pid()).kill()
 
     def crash_worker_container(self) -> None:
@@ -91,11 +91,11 @@ class Deployment:
         os.kill(self._worker_pid(), 9)
 
     def num_restarts(self) -> int:
-        """Of the worker's container."""
+        """How often the worker's container has been restarted."""
         return int(self.engine.inspect("worker", "{{.RestartCount}}"))
 
     def _worker_pid(self) -> int:
-        """Of the supervisor."""
+        """The process id of the supervisor, the first process of the worker's container."""
         return int(self.engine.inspect("worker", "{{.State.Pid}}"))
 
 
@@ -138,7 +138,7 @@ def check_killed_worker(deployment: Deployment) -> None:
 
 
 def check_crashed_worker(deployment: Deployment) -> None:
-    """Its supervisor, the container's first process, starts it again."""
+    """The worker's supervisor, the first process of its container, starts it again."""
     undisturbed = deployment.tokens(1.0)
     losses, restarts = deployment.num_worker_losses(), deployment.num_restarts()
     assert deployment.tokens(1.0, deployment.crash_worker) == undisturbed
@@ -147,7 +147,7 @@ def check_crashed_worker(deployment: Deployment) -> None:
 
 
 def check_crashed_worker_container(deployment: Deployment) -> None:
-    """Nobody starts it again but the restart policy."""
+    """Only the restart policy starts the container again."""
     undisturbed = deployment.tokens(1.0)
     losses = deployment.num_worker_losses()
     assert deployment.tokens(1.0, deployment.crash_worker_container) == undisturbed

@@ -10,14 +10,14 @@ from tests.e2e.services import Engine
 from tests.support.model_factory import save_random_model
 
 VOCAB_SIZE = 1024
-"""As many as the embedded model's tokenizer has, which stands in for the random model's."""
+"""The vocabulary of the embedded model's tokenizer, which the random model uses."""
 
 StartEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # A wide initialisation, so that greedy outputs don't fall into loops.
+    # With a wide initialisation, greedy outputs don't fall into loops.
     return save_random_model(
         tmp_path_factory.mktemp("model"),
         dtype="float64",
@@ -30,7 +30,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start_engine(model_folder: Path) -> Iterator[StartEngine]:
-    """Starts engines, and ends their processes, whatever became of them, after the module's last test."""
+    """Gives a function that starts engines; their processes are ended after the module's last test."""
     engines: list[Engine] = []
 
     def start(model: Path | str = model_folder, **settings: Any) -> Engine:

@@ -1,5 +1,6 @@
-"""tandem-worker with a step that fails once: `python -m tests.e2e.failing_worker MARKER FLAGS`. It fails if the file
-MARKER is not there, and makes it, so that the next worker does not fail.
+"""A worker with a step that fails once: `python -m tests.e2e.failing_worker MARKER FLAGS`.
+
+The step fails if the file MARKER does not exist, and makes the file, so that the next worker does not fail.
 """
 
 import sys

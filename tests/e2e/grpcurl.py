@@ -1,4 +1,4 @@
-"""The real grpcurl and buf, as a user would call them. They find the services by reflection alone."""
+"""Calls the real grpcurl and buf as a user would. They find the services by reflection alone."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ class GrpcurlError(Exception):
 
 
 def grpcurl(address: str, *arguments: str, data: str | None = None, flags: tuple[str, ...] = ()) -> str:
-    """`grpcurl [flags] [-d data] ADDRESS [arguments]`: what it printed, or GrpcurlError."""
+    """`grpcurl [flags] [-d data] ADDRESS [arguments]`; returns what it printed, or raises GrpcurlError."""
     command = [str(PROGRAM), "-plaintext", *flags, *([] if data is None else ["-d", data]), address, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S)
     if done.returncode != 0:
@@ -35,7 +35,7 @@ def buf_curl(address: str, *arguments: str, path: str = "", version: str) -> str
 
 
 def json_stream(output: str) -> list[dict[str, Any]]:
-    """The objects that grpcurl prints one after another."""
+    """The JSON objects that grpcurl printed one after another."""
     decoder, objects, rest = json.JSONDecoder(), [], output.strip()
     while rest:
         item, end = decoder.raw_decode(rest)

@@ -1,7 +1,7 @@
-"""Hosts of a network of their own on this machine: Linux network namespaces, joined by veth pairs.
+"""Test hosts on this machine, each with a network of its own: Linux network namespaces, joined by veth pairs.
 
-A namespace lives as long as its holder, a process that sleeps; with it go its interfaces, addresses and rules. Making
-one takes root, or rights that containers often lack: why_no_hosts() says so.
+A namespace lives as long as its holder, a sleeping process, and its interfaces, addresses and rules go with it. To make
+one takes root, or rights that containers often lack; why_no_hosts() says what is missing.
 """
 
 import os
@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from tests.e2e.waiting import wait_until
 
 PROGRAMS = ("ip", "iptables", "nsenter", "unshare")
-"""Of Debian's packages iproute2, iptables and util-linux."""
+"""The programs used; Debian has them in iproute2, iptables and util-linux."""
 LIFE_S = 3600
-"""A namespace whose test was killed is gone after so long."""
+"""How long a holder sleeps: then a namespace whose test was killed is gone too."""
 
 
 def ip(*arguments: str) -> None:
@@ -23,13 +23,13 @@ def ip(*arguments: str) -> None:
 
 
 def entering(holder: int) -> list[str]:
-    """What to put before a command that is to run in the holder's network."""
+    """The words that, put before a command, run it in the holder's network."""
     return ["nsenter", "--target", str(holder), "--net"]
 
 
 @contextmanager
 def network_namespaces(count: int) -> Iterator[list[int]]:
-    """The holders' process ids."""
+    """Makes namespaces; gives the process ids of their holders."""
     own = os.readlink("/proc/self/ns/net")
     with ExitStack() as stack:
         holders: list[int] = []
@@ -49,7 +49,7 @@ class Host:
 
     def __init__(self, holder: int) -> None:
         self.enter = entering(holder)
-        # A network of four addresses for each process id, of its last 14 bits.
+        # A network of four addresses, chosen by the last 14 bits of the holder's process id.
         network = f"10.98.{holder // 64 % 256}"
         here, there = (f"{network}.{holder % 64 * 4 + number}" for number in (1, 2))
         self.address = there
@@ -65,17 +65,18 @@ class Host:
             self._run("ip", *command)
 
     def drop(self, directions: Sequence[str] = DIRECTIONS) -> None:
-        """Drops all packets that come in or go out, from now on."""
+        """From now on, drops all packets that the host receives (INPUT) or sends (OUTPUT)."""
         for chain in directions:
             self._drop(chain)
 
     def drop_connections(self, peer_ports: Sequence[int]) -> None:
-        """Drops all packets of the connections from these ports, from now on."""
+        """From now on, drops all packets of the host's connections with these ports of its peers."""
         for port in peer_ports:
             self._drop("INPUT", "--protocol", "tcp", "--sport", str(port))
             self._drop("OUTPUT", "--protocol", "tcp", "--dport", str(port))
 
     def recover(self) -> None:
+        """Drops no more packets."""
         for chain in self.DIRECTIONS:
             self._run("iptables", "--wait", "--flush", chain)
 

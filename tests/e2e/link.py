@@ -1,5 +1,5 @@
-"""A TCP link through this process, which can fall silent (nothing goes through any more, and nothing is closed), and
-be cut (its connections are reset).
+"""A TCP link through this process. It can fall silent, so that nothing passes and nothing is closed, and it can be cut,
+so that its connections are reset.
 """
 
 import contextlib
@@ -10,12 +10,12 @@ import time
 
 CHUNK_BYTES = 1 << 16
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)
-"""struct linger, with no time to linger."""
+"""A struct linger with no time to linger: close() then resets the connection."""
 
 
 class Link:
-    """Forwards connections to a port of this machine. While silent, it reads and writes nothing, of old connections and
-    new ones.
+    """Forwards connections to a port of this machine. While it is silent it reads and writes nothing, on old and new
+    connections alike.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Link:
         self._connections: list[socket.socket] = []
 
     def listen(self, port: int) -> str:
-        """Gives the address that leads to the port."""
+        """Listens on a free port; returns the address, which leads to `port`."""
         listener = socket.create_server(("127.0.0.1", 0))
         self._listeners.append(listener)
         threading.Thread(target=self._accept, args=(listener, port), daemon=True).start()
@@ -43,20 +43,20 @@ class Link:
         self.recover()
 
     def cut(self) -> None:
-        """Resets the connections that there are, on both sides."""
+        """Resets all open connections, on both sides."""
         connections, self._connections = self._connections, []
         for each in connections:
-            # Those of connections that have ended are still in the list.
+            # Connections that have ended are still in the list.
             with contextlib.suppress(OSError):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
-                # Wakes the thread that reads it, without a word to the other side.
+                # Wakes the thread that reads the socket, and sends the other side nothing.
                 each.shutdown(socket.SHUT_RD)
             each.close()
 
     def close(self) -> None:
         self._is_open.set()
         for each in [*self._listeners, *self._connections]:
-            # Also wakes the thread that waits for it.
+            # Also wakes the thread that waits for the socket.
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
@@ -69,7 +69,7 @@ class Link:
                 try:
                     there = socket.create_connection(("127.0.0.1", port))
                 except OSError:
-                    # Nobody listens: whoever came learns it.
+                    # Nobody listens there: the client sees its connection closed.
                     here.close()
                     continue
                 self._connections += [here, there]

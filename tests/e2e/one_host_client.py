@@ -1,5 +1,5 @@
-"""Runs a scheduler for a worker at ADDRESS, inside a network namespace, and prints what test_tensor_parallel's requests
-give. Usage: python -m tests.e2e.one_host_client ADDRESS MODEL_FOLDER SESSION_SECRET_FILE
+"""Runs a scheduler for the worker at ADDRESS, inside a network namespace, and prints the outputs of the requests of
+test_tensor_parallel.py. Usage: python -m tests.e2e.one_host_client ADDRESS MODEL_FOLDER SESSION_SECRET_FILE
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The two services as real processes, and streams read from them while things break.
 
-Ports are chosen by the services and read from their port files. Each wait is bounded by WAIT_S, which no run comes
-near unless something is wrong.
+The services choose their ports and write them into files. Each wait is bounded by WAIT_S, which is reached only if
+something is wrong.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 INFERENCE = "tandem.v1.InferenceService"
 WORKER = "tandem.internal.v1.WorkerService"
 SERVING = ("tandem_worker.service.process", "--serve")
-"""Words of a command line that is a worker's own process, not its supervisor: the real one's module, or a flag of the
-tests' own workers.
+"""Words that show in a command line that the process is a worker and not its supervisor: the module of the real worker,
+or a flag of the tests' own workers.
 """
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 
 
 class Service:
-    """One service process. Started again, it listens on the port that it had."""
+    """One service process. When it is started again, it listens on the same port."""
 
     def __init__(
         self, module: str, flags: Sequence[str], folder: Path, before: Sequence[str] = (), host: Host | None = None
     ) -> None:
-        """folder: for its port file and its log. before: arguments that come before the flags. host: where it runs and
-        listens, if not on this one.
+        """folder is for the port file and the log. `before` are arguments that come before the flags. The service runs
+        and listens on `host`, or on this machine.
         """
         self._module = module
         self._flags = (*before, *flags, *(["--host", host.address] if host else []))
@@ -74,7 +74,7 @@ class Service:
 
     @property
     def has_served(self) -> bool:
-        """Since it was started last."""
+        """Whether it has listened since it was last started."""
         return self._port_file.exists()
 
     @property
@@ -85,11 +85,11 @@ class Service:
         self.process.send_signal(number)
 
     def serving(self) -> psutil.Process:
-        """The process that serves: a worker's supervisor has it as a child."""
+        """The process that serves; for a worker it is a child of the supervisor."""
         return serving_process(self.process.pid)
 
     def kill(self) -> None:
-        """-9 to what was started, and waits until all of it is gone. A frozen process dies of it too."""
+        """Kills the process with SIGKILL, which ends a frozen one too, and waits until its children are gone."""
         serving = [serving_process(self.process.pid)] if self.process.poll() is None else []
         self.process.kill()
         self.process.wait(WAIT_S)
@@ -98,12 +98,12 @@ class Service:
 
 
 def serving_process(pid: int) -> psutil.Process:
-    """The worker service itself, below a process that may be its supervisor or that supervisor's parent; the process
-    where there is none.
+    """The worker service's own process, at `pid` or below it: `pid` may be its supervisor, or the supervisor's parent.
+    Where there is no worker below, the process `pid`.
     """
     process = psutil.Process(pid)
     for child in process.children(recursive=True):
-        # One that has just ended is not it.
+        # A child may end meanwhile.
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(word in SERVING for word in child.cmdline()):
                 return child
@@ -111,7 +111,7 @@ def serving_process(pid: int) -> psutil.Process:
 
 
 def wait_ready(channel: grpc.Channel) -> None:
-    """Until the scheduler at the other end has a worker."""
+    """Waits until the scheduler at the other end has a worker."""
     health = health_pb2_grpc.HealthStub(channel)
 
     def is_ready() -> bool:
@@ -122,7 +122,7 @@ def wait_ready(channel: grpc.Channel) -> None:
 
 
 class Engine:
-    """A worker and a scheduler of its own, ready, with stubs that talk to the scheduler."""
+    """A worker and its scheduler, ready for requests, with stubs that talk to the scheduler."""
 
     def __init__(
         self,
@@ -135,16 +135,16 @@ class Engine:
         worker: Sequence[str] = ("tandem_worker",),
         worker_host: Host | None = None,
     ) -> None:
-        """link: what the scheduler reaches the worker over. worker: its module, and arguments before its flags.
-        worker_host: where the worker runs, if not on this one.
+        """The scheduler reaches the worker over `link`, if one is given. `worker` is the worker's module, and the
+        arguments before its flags. The worker runs on worker_host, or on this machine.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="tandem-e2e-")
         folder = Path(self._folder.name)
         common = ["--model", str(model)]
         if worker_host:
-            # Only who shows it may use a port that others reach.
+            # A worker that other hosts reach wants to see a secret.
             common += ["--session-secret-file", str(folder / "session-secret")]
-        # A random model has no tokenizer; any will do where prompts are token ids.
+        # A random model has no tokenizer. As prompts are token ids, any tokenizer will do.
         tokenizer = [] if model == "embedded" else ["--tokenizer", "embedded"]
         fixed = ["--device", "cpu", "--dtype", dtype, "--num-threads", "1"]
         module, *before = worker
@@ -180,7 +180,7 @@ class Engine:
         return Stream(self.inference.GenerateStream(request, timeout=timeout_s))
 
     def close(self) -> None:
-        """Kills what still runs and prints both logs, for whoever reads of a failure. A second time it does nothing."""
+        """Kills what still runs and prints both logs, which pytest shows after a failure. Idempotent."""
         if hasattr(self, "channel"):
             self.channel.close()
         for name in ("scheduler", "worker"):
@@ -192,7 +192,7 @@ class Engine:
 
 
 class Stream:
-    """A call that is read in a thread of its own, so that a test can act while it runs."""
+    """A call that a thread reads, so that a test can act while it runs."""
 
     def __init__(self, call: "grpc.CallIterator[inference_pb2.GenerateStreamResponse]") -> None:
         self.call = call
@@ -226,7 +226,7 @@ class Stream:
         assert not self._thread.is_alive(), f"still running, with {len(self.token_ids)} tokens"
 
     def result(self, timeout_s: float = WAIT_S) -> list[int]:
-        """All tokens of a stream that ended well."""
+        """Waits for the end; returns all tokens. The stream must have ended without an error."""
         self.join(timeout_s)
         assert self.error is None, self.error
         assert self.finish is not None
@@ -236,7 +236,7 @@ class Stream:
 
 
 class HealthWatch:
-    """Every status that a server has told of one service since the watch began."""
+    """All statuses that a server has reported for one service since the watch began."""
 
     def __init__(self, engine: Engine, service: str) -> None:
         self.statuses: list[str] = []

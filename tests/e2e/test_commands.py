@@ -1,4 +1,4 @@
-"""The commands and LLM as a user runs them, with real processes and the embedded model."""
+"""The command `tandem` and LLM as a user runs them, with real processes and the embedded model."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_the_demo_streams_text_and_leaves_nothing_behind(tmp_path: Path) -> None
 
 @contextmanager
 def serving(*flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
-    """tandem serve with the embedded model: the process and the scheduler's address."""
+    """Runs tandem serve with the embedded model; gives its process and the scheduler's address."""
     command = [*TANDEM, "serve", "embedded", "--port", "0", "--dtype", "float64", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -167,7 +167,7 @@ def test_one_interrupt_ends_generate_and_aborts_its_requests() -> None:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "generating\n"
-            # The sixty need minutes. Some of them run by now.
+            # All sixty would take minutes. Some of them run by now.
             time.sleep(1.0)
             process.send_signal(signal.SIGINT)
             started = time.monotonic()

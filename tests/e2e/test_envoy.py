@@ -1,4 +1,4 @@
-"""The proxy that docs/deployment.md puts before a public port, with the configuration that it shows."""
+"""Envoy before the scheduler, with the configuration that docs/deployment.md shows, docs/envoy.yaml."""
 
 import contextlib
 import platform
@@ -64,7 +64,7 @@ def engine(start_engine: StartEngine) -> Engine:
 
 @pytest.fixture(scope="module")
 def envoy(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
-    """Gives the address that it listens on, and its process id."""
+    """Starts Envoy; gives the address that it listens on, and its process id."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = (REPOSITORY / "docs/envoy.yaml").read_text()
@@ -106,7 +106,7 @@ def test_a_flood_is_cut_off(engine: Engine, envoy: tuple[str, int], flood: bytes
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as hostile:
         hostile.sendall(PREFACE + frame(4))
-        # It sends until it is cut off, and reads nothing.
+        # The client sends until its connection is cut, and reads nothing.
         with contextlib.suppress(ConnectionError):
             while True:
                 hostile.sendall(flood)

@@ -1,4 +1,4 @@
-"""Front ends as processes of their own beside real services: what is killed takes nothing else along."""
+"""Front ends as processes beside real services: killing one process disturbs only that process's own calls."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,7 +39,7 @@ def front_ends(engine: Engine) -> list[psutil.Process]:
 
 @contextmanager
 def streams_of(engine: Engine) -> Iterator[list[Stream]]:
-    """The requests, each on a connection of its own; both front ends have some of them."""
+    """Sends each request on a connection of its own, so that both front ends have some of them."""
     port = engine.scheduler.port
     with ExitStack() as stack:
         while True:
@@ -57,7 +57,7 @@ def streams_of(engine: Engine) -> Iterator[list[Stream]]:
                 sum(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in child.net_connections("tcp"))
                 for child in front_ends(engine)
             ]
-            # One may be the engine's own.
+            # One of a front end's connections may be the engine's own channel.
             if min(own) >= 2:
                 break
         yield [

@@ -1,4 +1,4 @@
-"""Two real processes: several engines on a host, long prompts, callers that go away, an orderly end."""
+"""Real processes: several engines on a host, long prompts, clients that go away, an orderly stop."""
 
 import signal
 from pathlib import Path
@@ -21,7 +21,7 @@ def engine(start_engine: StartEngine) -> Engine:
 
 @pytest.fixture(scope="module")
 def long_context_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As small as a model gets, so that 40,000 tokens of attention take seconds."""
+    """A tiny model, for which the attention of 40,000 tokens takes only seconds."""
     return save_random_model(
         tmp_path_factory.mktemp("long"),
         vocab_size=VOCAB_SIZE,
@@ -48,7 +48,7 @@ def test_two_engines_share_a_host(engine: Engine, start_engine: StartEngine) -> 
     first, second = (stream.result() for stream in streams)
     assert first == second
     assert len(first) == 60
-    # The one's worker dies; the other doesn't notice.
+    # The worker of the second engine dies, and the first engine doesn't notice.
     other.worker.kill()
     wait_until(lambda: other.load().num_worker_losses == 1, "the other engine's loss")
     assert engine.stream(request).result() == first

@@ -1,4 +1,4 @@
-"""The services as children: what reaches them, and how they are stopped."""
+"""The services as child processes: which settings and signals reach them, and how they are stopped."""
 
 import fcntl
 import os
@@ -25,7 +25,7 @@ STARTUP_TIMEOUT_S = 60.0
 
 
 def test_variables_change_nothing_that_was_set_for_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Both settings are the defaults, which are not repeated as flags.
+    # The services run with the defaults of both settings, which are not given to them as flags.
     monkeypatch.setenv("TANDEM_HOST", "0.0.0.0")
     monkeypatch.setenv("TANDEM_BLOCK_SIZE", "32")
     with Services(WorkerSettings(port=0), SchedulerSettings(port=0)) as services:
@@ -34,7 +34,7 @@ def test_variables_change_nothing_that_was_set_for_the_children(monkeypatch: pyt
             assert client.load().block_size_tokens == 16
         for process in (services.worker, services.scheduler):
             assert process is not None
-            # The front ends may be processes of their own.
+            # The front ends may be processes below the scheduler's.
             tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             connections = [connection for each in tree for connection in each.net_connections()]
             listening = [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
@@ -42,7 +42,7 @@ def test_variables_change_nothing_that_was_set_for_the_children(monkeypatch: pyt
 
 
 def test_stopping_lets_running_requests_end_within_the_drain_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    # So that the grace is all the time that the scheduler has.
+    # Then the drain grace is all the time that the scheduler has.
     monkeypatch.setattr(processes, "STOP_TIMEOUT_S", 0.0)
     token_ids: list[int] = []
     has_begun = threading.Event()
@@ -79,7 +79,7 @@ def test_a_worker_that_never_listens_is_an_error(tmp_path: Path, monkeypatch: py
 
 
 def test_a_killed_worker_is_back_at_the_same_address() -> None:
-    """Services is told nothing of it, and goes on."""
+    """The Services object need not do anything for that."""
     with Services(WorkerSettings(port=0), SchedulerSettings(port=0)) as services:
         services.wait_until_ready(STARTUP_TIMEOUT_S)
         assert services.worker is not None
@@ -102,7 +102,7 @@ def test_folders_of_services_that_were_killed_are_removed_at_the_next_start(
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=STARTUP_TIMEOUT_S)
     assert done.returncode == -signal.SIGKILL
-    # The services', the front ends' and the ranks'.
+    # One folder each of the services, the front ends and the ranks.
     left = set(tmp_path.glob("tandem-*"))
     assert len(left) == 3
     wait_until(lambda: not any(is_used(folder) for folder in left), "the end of all processes")

@@ -1,4 +1,4 @@
-"""A client that goes silent while its connection stays open is given up. Services that go silent: tests/chaos."""
+"""A server gives up a client that goes silent while its connection stays open. For silent services see tests/chaos."""
 
 import grpc
 import pytest
@@ -14,7 +14,7 @@ NUM_TOKENS = 900
 
 @pytest.mark.slow
 def test_a_silent_client_is_given_up_and_its_blocks_are_free(start_engine: StartEngine) -> None:
-    """Its connection stays open, and no ping of the server's is answered."""
+    """The client's connection stays open, and the server's pings get no answer."""
     engine, link = start_engine(), Link()
     request = generate_request(random_prompt(8, VOCAB_SIZE), NUM_TOKENS)
     try:
@@ -22,7 +22,7 @@ def test_a_silent_client_is_given_up_and_its_blocks_are_free(start_engine: Start
             stream = Stream(inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(request))
             stream.wait_tokens(1)
             link.fall_silent()
-            # So that it is not at its end by then.
+            # Other streams slow the client's down, so that it does not end before the server notices.
             others = [engine.stream(request) for _ in range(30)]
             wait_until(lambda: engine.load().num_running_sequences <= len(others), "it is given up", 30)
             assert all(len(other.result()) == NUM_TOKENS for other in others)

@@ -1,9 +1,8 @@
-"""The promise that the split exists for: a worker dies or freezes, and every stream goes on as if nothing happened.
+"""A worker dies or freezes, and every stream goes on to the tokens that it would have had.
 
-The truth is the same eight requests on the same engine, undisturbed.
+The truth is what the same eight requests give on the same engine, undisturbed.
 """
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +31,7 @@ STEP_TIMEOUT_S = 1.0
 
 
 def make_requests() -> list[inference_pb2.GenerateStreamRequest]:
-    """Half of them greedy, half seeded, of unequal length."""
+    """Eight requests of unequal length: half are greedy, half are sampled with a seed."""
     return [
         generate_request(
             random_prompt(5 + 9 * index, VOCAB_SIZE, seed=index),
@@ -58,7 +57,7 @@ def truth(engine: Engine) -> list[list[int]]:
 
 
 def wait_mid_way(streams: list[Stream], num_tokens: int) -> None:
-    """Until every stream has so many tokens; none has ended by then."""
+    """Waits until every stream has num_tokens tokens, and checks that none has ended by then."""
     for stream in streams:
         stream.wait_tokens(num_tokens)
     assert all(len(stream.token_ids) < NUM_TOKENS and stream.is_running() for stream in streams)
@@ -68,17 +67,22 @@ def wait_loss(engine: Engine, count: int) -> None:
     wait_until(lambda: engine.load().num_worker_losses >= count, f"{count} worker losses")
 
 
-def kill_and_replace(engine: Engine, streams: list[Stream]) -> None:
+def lose_worker(engine: Engine, streams: list[Stream], cause: Callable[[], object]) -> None:
+    """Calls `cause` and waits until the scheduler has lost its worker. All streams stay open."""
     losses = engine.load().num_worker_losses
-    engine.worker.kill()
+    cause()
     wait_loss(engine, losses + 1)
     assert all(stream.is_running() for stream in streams)
+
+
+def kill_and_replace(engine: Engine, streams: list[Stream]) -> None:
+    lose_worker(engine, streams, engine.worker.kill)
     engine.restart_worker()
 
 
 def kill_twice(engine: Engine, streams: list[Stream]) -> None:
     kill_and_replace(engine, streams)
-    # Suspects run one after another after a loss: any of them shows that the engine goes on.
+    # After a loss the requests that may have caused it run one after another: any token shows that the engine works.
     counts = [len(stream.token_ids) for stream in streams]
     wait_until(
         lambda: any(len(stream.token_ids) > count for stream, count in zip(streams, counts, strict=True)), "a token"
@@ -88,35 +92,23 @@ def kill_twice(engine: Engine, streams: list[Stream]) -> None:
 
 
 def kill_and_wait(engine: Engine, streams: list[Stream]) -> None:
-    """Nobody starts another but the supervisor."""
-    losses = engine.load().num_worker_losses
-    engine.worker.serving().kill()
-    wait_loss(engine, losses + 1)
-    assert all(stream.is_running() for stream in streams)
+    """Only the supervisor starts another worker."""
+    lose_worker(engine, streams, engine.worker.serving().kill)
 
 
 def freeze_and_thaw(engine: Engine, streams: list[Stream]) -> None:
-    losses = engine.load().num_worker_losses
     worker = engine.worker.serving()
-    worker.send_signal(signal.SIGSTOP)
-    wait_loss(engine, losses + 1)
-    assert all(stream.is_running() for stream in streams)
-    worker.send_signal(signal.SIGCONT)
+    lose_worker(engine, streams, worker.suspend)
+    worker.resume()
 
 
 def freeze_for_good(engine: Engine, streams: list[Stream]) -> None:
-    """Nobody ends it but the supervisor."""
-    losses = engine.load().num_worker_losses
-    engine.worker.serving().send_signal(signal.SIGSTOP)
-    wait_loss(engine, losses + 1)
-    assert all(stream.is_running() for stream in streams)
+    """Only the supervisor ends the frozen worker."""
+    lose_worker(engine, streams, engine.worker.serving().suspend)
 
 
 def freeze_and_replace(engine: Engine, streams: list[Stream]) -> None:
-    losses = engine.load().num_worker_losses
-    engine.worker.serving().send_signal(signal.SIGSTOP)
-    wait_loss(engine, losses + 1)
-    assert all(stream.is_running() for stream in streams)
+    lose_worker(engine, streams, engine.worker.serving().suspend)
     engine.worker.kill()
     engine.restart_worker()
 
@@ -166,7 +158,9 @@ def test_new_requests_queue_while_the_worker_is_away(engine: Engine, truth: list
 def test_a_step_that_fails_ends_the_worker_which_says_why_and_is_started_again(
     model_folder: Path, tmp_path: Path, truth: list[list[int]]
 ) -> None:
-    """The whole way: last word, last line of the log, exit status 70, supervisor, and streams that go on."""
+    """The scheduler and both logs name the reason, the exit status is 70, the supervisor starts another worker, and the
+    streams go on.
+    """
     flags = ["--model", str(model_folder), "--device", "cpu", "--dtype", "float64", "--num-threads", "1"]
     worker = Service("tests.e2e.failing_worker", flags, tmp_path, before=[str(tmp_path / "marker")])
     scheduler = None

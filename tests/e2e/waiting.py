@@ -1,10 +1,10 @@
-"""One way to wait for what another process does."""
+"""Waits for what another process does."""
 
 import time
 from collections.abc import Callable
 
 WAIT_S = 60.0
-"""Longer than anything takes on a busy machine; only a failure waits for so long."""
+"""Longer than anything takes on a busy machine, so that only a failure is waited for to the end."""
 
 POLL_INTERVAL_S = 0.01
 

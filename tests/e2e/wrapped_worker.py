@@ -1,4 +1,4 @@
-"""tandem-worker with a runner of the tests around its own: what a program needs for that."""
+"""What a program needs in order to be a worker whose runner is wrapped by one of the tests."""
 
 import sys
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from tandem_shared.host.supervisor import Supervisor
 from tandem_shared.step_plan import StepPlan, WorkerInfo
 
 SERVE = "--serve"
-"""The first argument of a process that is the worker, not its supervisor."""
+"""The first argument of the worker's process; without it the process is the supervisor."""
 
 
 class WrappedRunner:
-    """Does as its runner does."""
+    """A runner that does what the runner inside it does."""
 
     def __init__(self, runner: Any, file: Path) -> None:
-        """file: where what this process knows outlives it."""
+        """file keeps what the next process has to know."""
         self._runner = runner
         self._file = file
 
@@ -42,7 +42,7 @@ class WrappedRunner:
 
 
 def main(module: str, wrap: Callable[[Any, Path], WrappedRunner]) -> int:
-    """Takes FILE FLAGS from the command line. module: the program that calls this."""
+    """Runs the program `module`, whose arguments are FILE and a worker's flags."""
     arguments = sys.argv[1:]
     if arguments[0] != SERVE:
         configure_logging("info")
