@@ -61,8 +61,9 @@ def _build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--max-tokens", type=int, default=128, help="the largest number of output tokens; default %(default)s"
     )
-    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float), ("seed", int)):
+    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
         generate.add_argument(f"--{name}", type=kind, help="default: what the model recommends")
+    generate.add_argument("--seed", type=int, help="makes the output repeatable; default: one per request")
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )

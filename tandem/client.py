@@ -45,6 +45,7 @@ class TandemClient:
         self.close()
 
     def close(self) -> None:
+        """Closes the connection. Calls that are under way end with an error."""
         self._channel.close()
 
     def generate(

@@ -51,6 +51,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
+        """Stops the services."""
         self.client.close()
         try:
             self._services.stop()

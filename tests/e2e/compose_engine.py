@@ -115,7 +115,8 @@ class Engine:
         """Removes all of the project but the base image and the build's fresh layers, which are kept as a cache."""
         self.compose("down", "--volumes", "--timeout", "10", timeout_s=90)
         for service in services:
-            self.podman("image", "rm", "--ignore", f"localhost/{self.project}_{service}")
+            # More than a gigabyte to delete, which a busy disk takes a while for.
+            self.podman("image", "rm", "--ignore", f"localhost/{self.project}_{service}", timeout_s=120)
         self.podman("image", "prune", "--force", "--filter", f"label={LABEL}", "--filter", f"until={CACHE_AGE}")
 
     def base_image(self) -> str:
