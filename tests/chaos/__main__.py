@@ -1,6 +1,6 @@
-"""`python -m tests.chaos`: runs parts of the harness, keeps what they found, fills the table in docs/reliability.md.
+"""`python -m tests.chaos`: runs parts of the harness, keeps their results and fills the table in docs/reliability.md.
 
-A run that was interrupted goes on where it was. The exit status is 1 where a promise is not met.
+A run that was interrupted goes on with the next piece. The exit status is 1 where a promise is not met.
 """
 
 import argparse

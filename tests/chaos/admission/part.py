@@ -1,8 +1,9 @@
 """Deadlines that pass while requests wait, under far more work than can be done: nothing starts after its deadline.
 
-There are two witnesses. The scheduler's recording has every call's deadline and the time before each plan, both on its
-own clock: there no plan may start a sequence that is late at all. The fake worker and the clients note on their clock,
-which is the same, when a plan came and when the call's time was up: there WIRE_S is for what lies between.
+This is measured twice. The scheduler's recording has each call's deadline and the time before each plan, both by the
+scheduler's clock: by it no plan may start a sequence that is late at all. The fake worker and the clients share another
+clock, and note by it when a plan came and when a call's time was up: by it a start may be WIRE_S late, for the way that
+calls and plans take.
 """
 
 import json
@@ -17,7 +18,7 @@ from tempfile import TemporaryDirectory
 from tandem_scheduler.engine.recorder import replay
 from tests.chaos.harness.definitions import Form, Found, Part, Row
 from tests.chaos.support.crowd import Crowd, CrowdProcess, ends_of
-from tests.chaos.support.fake_engine import running_fake_engine
+from tests.chaos.support.fake_engine import capacity_per_s, running_fake_engine
 from tests.chaos.support.memory import faults_in_books
 from tests.e2e.waiting import WAIT_S
 
@@ -27,25 +28,26 @@ MAX_NUM_WAITING = 64
 """The last in the queue waits for 64 / 16 x 20 x 40 ms = 3.2 s."""
 DEADLINES_S = (0.2, 0.5, 0.9, 1.3, 1.7, 2.1, 2.5, 2.9)
 WIRE_S = 0.1
-"""gRPC rounds the time that a call has left up, by 10 ms at most; calls and plans take their way on a busy machine."""
+"""gRPC rounds up the time that a call has left, by 10 ms at most; the rest is for transport on a busy machine."""
 MAX_LEAVING_S = 10.0
-"""From SIGTERM to its end, of a scheduler whose calls have all ended."""
+"""The most that a scheduler whose calls have all ended may take from SIGTERM to its exit."""
 
 
 @dataclass
 class Recorded:
-    """What a recording says of deadlines."""
+    """What a recording says of deadlines, in numbers of sequences."""
 
     num_without_deadline: int = 0
-    """Requests."""
+    """Sequences whose calls have no deadline. There should be none, as each call of this part has one."""
     num_expired: int = 0
     num_started: int = 0
     num_started_late: int = 0
-    """By the time that the scheduler was told just before the plan; all, where it was told none."""
+    """Sequences whose deadline had passed when their plan was made; all of a plan, if the scheduler was told no time.
+    """
 
 
 def run(front_ends: int, seconds: float) -> Found:
-    rate_per_s = OVERLOAD * NUM_ROWS / (NUM_TOKENS * STEP_MS / 1000)
+    rate_per_s = OVERLOAD * capacity_per_s(NUM_ROWS, NUM_TOKENS, STEP_MS)
     with TemporaryDirectory(prefix="tandem-chaos-") as folder:
         recording = Path(folder) / "recording"
         settings = {"max_num_waiting": MAX_NUM_WAITING, "record": recording}

@@ -24,12 +24,12 @@ from tests.chaos.folders.changes import (
 )
 
 OUTSIDE = "outside.safetensors"
-"""Beside the folders: the true weights, so that whoever reads them serves the model."""
+"""A file beside the folders with the true weights, so that a loader that follows a path to it serves the model."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A folder that must be refused, by an error that names all of `named`. change: of a valid folder."""
+    """A folder that must be refused, by an error that contains all of `named`. change: makes it from a valid folder."""
 
     title: str
     change: Change
@@ -105,14 +105,14 @@ def config_cases() -> Iterator[Case]:
     ):  # fmt: skip
         edit = rewrite_json(CONFIG, lambda c, k=key, v=wrong: c.update({k: v}))  # type: ignore[misc]
         yield Case(f"config: {key} {str(wrong)[:9]}", edit, (CONFIG,))
-    # Sizes that are possible, of a model that does not fit the memory, or is not the one in the checkpoint.
+    # Valid sizes, but of a model that does not fit the memory or differs from the checkpoint.
     for key, size in (("vocab_size", 2**24), ("hidden_size", 2**20), ("num_hidden_layers", 1000), ("head_dim", 2**20)):
         edit = rewrite_json(CONFIG, lambda c, k=key, v=size: c.update({k: v}))  # type: ignore[misc]
         yield Case(f"config: {key} {size}", edit, ())
 
 
 def json_cases(name: str) -> Iterator[Case]:
-    """What is wrong in any JSON file."""
+    """Files that are wrong whatever JSON the file should hold."""
     changes: dict[str, Change] = {
         "no bytes": rewrite(name, b""),
         "a list": rewrite(name, b"[1, 2]"),

@@ -13,10 +13,10 @@ Change = Callable[[Path], None]
 
 
 def rewrite(name: str, contents: bytes, *, repeated: bytes = b"", count: int = 0, end: bytes = b"") -> Change:
-    """The file is contents, then `repeated` so many times, then the end."""
+    """Replaces a file by contents, then `count` times `repeated`, then end."""
 
     def change(folder: Path) -> None:
-        # The valid folder's file is linked, so it must not be written to.
+        # The file is a hard link to that of the valid folder, so it must not be written to.
         (folder / name).unlink(missing_ok=True)
         (folder / name).write_bytes(contents + repeated * count + end)
 
@@ -33,7 +33,7 @@ def rewrite_json(name: str, edit: Callable[[dict[str, Any]], object]) -> Change:
 
 
 def grow(name: str, num_bytes: int) -> Change:
-    """A file with a hole, that takes no room."""
+    """Makes a file of num_bytes with a hole, which takes no space on the disk."""
 
     def change(folder: Path) -> None:
         rewrite(name, b'{"a": "')(folder)
@@ -51,7 +51,7 @@ def link(name: str, target: str) -> Change:
 
 
 def no_real_file(name: str) -> dict[str, Change]:
-    """What stands in a file's place, by title: too large to be one, or none at all."""
+    """Changes, by title, that put something in the file's place that is too large or no regular file."""
     return {
         "1 TB": grow(name, 1 << 40),
         "a device": link(name, "/dev/zero"),

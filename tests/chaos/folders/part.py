@@ -1,5 +1,5 @@
-"""Hostile model folders, given to what both services do when they start: each is served, or refused by an error that
-names the file. Nothing hangs, crashes, ends in a traceback or is read from outside the folder.
+"""Hostile model folders, loaded as both services do when they start: each is served, or refused by an error that names
+the file. Nothing hangs, crashes, ends in a traceback or is read from outside the folder.
 """
 
 import contextlib
@@ -14,7 +14,9 @@ from tests.chaos.support.load import MAX_FAULTS
 
 
 def run(*, fixed: bool, mutations: int = 0, commands: int = 0, seed: int = 0) -> Found:
-    """fixed: tries the fixed list. mutations: random ones. commands: how many of the list the real commands get."""
+    """fixed: whether to try the fixed list. mutations: the number of random changes. commands: the number of cases of
+    the fixed list, chosen at random, with which the real commands are started.
+    """
     faults: list[str] = []
     num_refused = 0
     cases, rng = fixed_cases(), random.Random(seed)

@@ -15,7 +15,7 @@ EXTREMES: tuple[Any, ...] = (
 
 
 def random_change(folder: Path, rng: random.Random) -> str:
-    """Changes one file of a valid folder. Returns which."""
+    """Changes one file of a valid folder. Returns its name."""
     name = rng.choice([WEIGHTS, WEIGHTS, CONFIG, CONFIG, TOKENIZER, TOKENIZER, GENERATION, TOKENIZER_CONFIG])
     data = bytearray((folder / name).read_bytes())
     if name != WEIGHTS and rng.random() < 0.6:
@@ -24,7 +24,7 @@ def random_change(folder: Path, rng: random.Random) -> str:
             change_value(values, rng)
         rewrite(name, json.dumps(values).encode())(folder)
         return name
-    # Of the weights the header alone has anything to read.
+    # Only the header of the weights has content to check.
     end = len(data) if name != WEIGHTS else 8 + len(json.dumps(split(bytes(data))[0]))
     for _ in range(rng.choice([1, 1, 2, 8])):
         at, length = rng.randrange(end), rng.choice([1, 2, 8, 50])
@@ -48,7 +48,7 @@ def random_change(folder: Path, rng: random.Random) -> str:
 
 
 def change_value(values: Any, rng: random.Random) -> None:
-    """Replaces, removes or adds a value somewhere inside."""
+    """Replaces, removes or adds a value at a random depth."""
     while True:
         keys = list(values) if isinstance(values, dict) else list(range(len(values)))
         if not keys:

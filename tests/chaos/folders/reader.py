@@ -1,5 +1,7 @@
-"""Reads model folders as both services do when they start, in a process of little memory: folders come in, one a line,
-and what came of each goes out, one JSON object a line. `python -m tests.chaos.folders.reader`.
+"""Loads model folders as both services do when they start, in a process with little memory.
+
+`python -m tests.chaos.folders.reader` reads the path of a folder from each line of standard input, and writes the
+outcome as one line of JSON.
 """
 
 import json
@@ -19,7 +21,7 @@ from tandem_shared.errors import ConfigError, ModelError
 from tandem_worker.startup import build_runner
 
 MEMORY_BYTES = 2 << 30
-"""Beyond what the process has once it is ready."""
+"""Address space that the process may use beyond what it has once it is ready."""
 
 
 async def _ignore_readiness(is_ready: bool) -> None:
@@ -36,7 +38,9 @@ def start_scheduler(folder: Path) -> None:
 
 
 def outcome(start: Callable[[Path], None], folder: Path) -> list[str]:
-    """`served`; or the kind of the error and its text."""
+    """["served", ""], or the class of the error and its text. An unexpected error has "traceback" in place of its
+    class.
+    """
     try:
         start(folder)
     except (ModelError, ConfigError) as error:

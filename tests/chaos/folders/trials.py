@@ -21,14 +21,14 @@ from tests.chaos.folders.changes import GENERATION, TOKENIZER, TOKENIZER_CONFIG,
 from tests.support.model_factory import save_random_model
 
 TIMEOUT_S = 20.0
-"""For one folder; they take milliseconds. A real command takes seconds, to import."""
+"""The time limit for one folder. A load takes milliseconds; a real command needs seconds for its imports."""
 MAX_ERROR_CHARACTERS = 2000
 MEMORY_BYTES = 24 << 30
-"""Of address space, for a real command."""
+"""The limit on the address space of a real command."""
 
 
 class Reader:
-    """The process of reader.py, started again where a folder ends it."""
+    """The process of reader.py, which is started again if a folder ends it."""
 
     def __init__(self) -> None:
         self._start()
@@ -42,7 +42,7 @@ class Reader:
         assert self._process.stdout.readline() == "ready\n"
 
     def read(self, folder: Path) -> dict[str, Any] | str:
-        """What came of it, or how the process failed."""
+        """The outcomes that reader.py reports for a folder, or how the process failed."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(f"{folder}\n")
@@ -64,7 +64,7 @@ class Reader:
 
 @contextlib.contextmanager
 def valid_folder() -> Iterator[Path]:
-    """One that both services take, in a folder of its own."""
+    """A model folder that both services accept, inside a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="tandem-folders-") as root:
         folder = save_random_model(Path(root, "valid"), vocab_size=1024)
         embedded = resolve_model("embedded", [])
@@ -76,6 +76,7 @@ def valid_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def changed(valid: Path, name: str) -> Iterator[Path]:
+    """A new folder of hard links to the files of a valid one, to be changed."""
     folder = valid.parent / name
     folder.mkdir()
     for path in valid.iterdir():
@@ -85,7 +86,9 @@ def changed(valid: Path, name: str) -> Iterator[Path]:
 
 
 def faults_in(answer: dict[str, Any] | str, folder: Path, named: Sequence[str] | None) -> list[str]:
-    """named: what an error of either service must name; None where the folder may be served."""
+    """Faults in what reader.py reported. named: words that an error of either service must contain; None if the folder
+    may also be served.
+    """
     if isinstance(answer, str):
         return [answer]
     outcomes = [answer["worker"], answer["scheduler"]]
@@ -103,7 +106,7 @@ def faults_in(answer: dict[str, Any] | str, folder: Path, named: Sequence[str] |
 
 
 def command_faults(folder: Path, named: Sequence[str]) -> list[str]:
-    """Starts both services' real commands. One of them, at least, must refuse the folder."""
+    """Starts the real commands of both services, of which one at least must refuse the folder. Returns faults."""
     flags: dict[str, list[str]] = {
         "tandem_worker": ["--device", "cpu", "--num-threads", "1", "--num-blocks", "8"],
         "tandem_scheduler": ["--worker-address", "127.0.0.1:1", "--api-server-count", "0"],
@@ -117,7 +120,7 @@ def command_faults(folder: Path, named: Sequence[str]) -> list[str]:
         try:
             text, _ = process.communicate(timeout=TIMEOUT_S if not texts else 5.0)
         except subprocess.TimeoutExpired:
-            # It serves: nothing that it reads is wrong.
+            # This service found nothing wrong in the files that it reads.
             process.terminate()
             text, _ = process.communicate()
             if "listening on" not in text:

@@ -1,4 +1,4 @@
-"""What a part of the harness is."""
+"""The parts of the harness: what a part is, in which forms it runs, and the rows that it adds to the table."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -7,11 +7,11 @@ from enum import StrEnum
 from typing import Any
 
 Found = dict[str, Any]
-"""What a piece found, as JSON has it."""
+"""What a piece found, in JSON's types."""
 
 
 class Form(StrEnum):
-    """How much is tried."""
+    """How much of a part is tried."""
 
     SHORT = "short"
     LONG = "long"
@@ -24,21 +24,21 @@ class Row:
 
     promise: str
     tried: str
-    """How much of what, with numbers from the results."""
+    """What was done how often, with numbers from the results."""
     found: str
     is_met: bool
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tries one kind of disaster, in pieces that are independent of each other, so that a run can go on where it was
-    interrupted.
+    """Tries one kind of disaster, in pieces that are independent of each other, so that an interrupted run can go on
+    with the next piece.
 
-    run: takes the keywords of one piece and returns what it found; raises AssertionError, or whatever else, where
-    nothing more can be found out.
-    rows: what the pieces of one form add up to.
+    run: takes the keywords of one piece and returns what it found; raises any error if it cannot go on.
+    rows: makes rows of the table from what the pieces of one form found.
+    pieces: the keywords of each piece, by form.
     needs: programs that must be on this machine.
-    obstacle: why this machine can't do it all the same; empty where it can.
+    obstacle: says why this machine cannot run the part although it has the programs; empty if it can.
     """
 
     name: str
@@ -49,6 +49,6 @@ class Part:
     obstacle: Callable[[], str] = str
 
     def why_not(self) -> str:
-        """Why it can't be tried here; empty where it can."""
+        """Why the part cannot run on this machine; empty if it can."""
         missing = [name for name in self.needs if not shutil.which(name)]
         return f"needs {', '.join(missing)}" if missing else self.obstacle()

@@ -1,4 +1,4 @@
-"""The results files of `make chaos`: one a part, written after each piece."""
+"""The results files of `make chaos`: one for each part, written after each piece."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ FOLDER = RESULTS / "chaos"
 
 
 class ChaosError(Exception):
-    """A part that can't be run, or a results file that can't be used."""
+    """A part that cannot be run, or a results file that cannot be used."""
 
 
 def run_part(
@@ -24,7 +24,9 @@ def run_part(
     commit: str | None = None,
     only: Collection[int] | None = None,
 ) -> list[Row]:
-    """Runs the pieces that the part's file lacks. afresh: all of them, whatever is there. only: those by index."""
+    """Runs the pieces that the part's file lacks. afresh: runs all, and replaces the file. only: indexes of the pieces
+    to run.
+    """
     if reason := part.why_not():
         raise ChaosError(f"{part.name}: {reason}")
     asked_for = _asked(part, form)
@@ -48,7 +50,7 @@ def run_part(
 
 
 def join(part: Part, form: Form, folders: Sequence[Path], folder: Path, *, commit: str | None = None) -> list[Row]:
-    """Makes one file of those of several folders, each with pieces of its own. What the file held before is gone."""
+    """Joins the part's files of several folders, whose pieces differ, into one, which replaces that in `folder`."""
     commit = commit or git("rev-parse", "HEAD")
     reports = [report for source in folders if (report := _load(source / f"{part.name}.json", form, commit))]
     if not reports:
@@ -74,7 +76,7 @@ def _write(part: Part, path: Path, report: Report) -> list[Row]:
 
 
 def _asked(part: Part, form: Form) -> list[dict[str, Any]]:
-    """The keywords of each piece, as a file gives them back."""
+    """The keywords of each piece, in the types that a file gives back."""
     pieces: list[dict[str, Any]] = json.loads(json.dumps([dict(asked) for asked in part.pieces[form]]))
     return pieces
 

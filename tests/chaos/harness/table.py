@@ -1,4 +1,4 @@
-"""The table in docs/reliability.md, made of the results files."""
+"""The table in docs/reliability.md, made from the results files."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- table: make chaos writes it -->", "<!-- end of the table -->"
 
 
 def table(parts: tuple[Part, ...], folder: Path) -> str:
-    """In Markdown. The rows are worked out again from what the pieces found."""
+    """The table in Markdown. Its rows are computed anew from what the pieces found."""
     lines = ["| what is promised | what was tried | what was found | |", "|---|---|---|---|"]
     for part in parts:
         path = folder / f"{part.name}.json"
@@ -25,7 +25,7 @@ def table(parts: tuple[Part, ...], folder: Path) -> str:
 
 
 def fill(text: str, content: str) -> str:
-    """A document whose table is replaced."""
+    """The document `text` with its table replaced."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{content}{END}{after}"

@@ -33,13 +33,13 @@ CONNECT = """import os, socket, sys
 os.setgroups([]), os.setgid(int(sys.argv[1])), os.setuid(int(sys.argv[1]))
 socket.socket(socket.AF_UNIX).connect(sys.argv[2])"""
 REFUSED = {"worker": "UNAUTHENTICATED", "public port": "UNIMPLEMENTED", "socket": "PermissionError"}
-"""What an attempt must end with."""
+"""The error with which each attempt must end."""
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def wrong_secrets(secret: bytes, rng: random.Random) -> Iterator[Metadata]:
-    """Metadata without the secret, most of it very like the right one. Has no end."""
+    """Endless metadata without the right secret, most of it very close to the right one."""
     key = SECRET_METADATA_KEY
     while True:
         at, bit = rng.randrange(len(secret)), 1 << rng.randrange(8)
@@ -60,12 +60,12 @@ def wrong_secrets(secret: bytes, rng: random.Random) -> Iterator[Metadata]:
 
 
 def try_worker(address: str, secret: bytes, count: int, seed: int) -> Counter[str]:
-    """How calls ended; "let in" where one got an answer."""
+    """Counts how calls ended; "let in" counts those that got an answer."""
     ends: Counter[str] = Counter()
     secrets = wrong_secrets(secret, random.Random(seed))
     with grpc.insecure_channel(address, CHANNEL_OPTIONS) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        # What the secret guards: whoever has it gets in.
+        # The right secret is let in, or refusing the wrong ones would show nothing.
         info = stub.GetWorkerInfo(
             worker_pb2.GetWorkerInfoRequest(), timeout=WAIT_S, metadata=((SECRET_METADATA_KEY, secret),)
         )
@@ -106,7 +106,7 @@ def try_public_port(engine: Engine, count: int) -> Counter[str]:
 
 
 def try_socket(engine: Engine) -> Counter[str]:
-    """As another user, where this one may become another."""
+    """Connects as another user. Only root can become one; for others nothing is tried."""
     sockets = {
         connection.laddr
         for connection in psutil.Process(engine.scheduler.process.pid).net_connections("unix")

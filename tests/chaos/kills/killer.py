@@ -17,14 +17,17 @@ class Killer:
 
     def __init__(self, engine: Engine, seed: int) -> None:
         self.times: list[float] = []
-        """Of the kills, by time.monotonic."""
+        """When each kill happened (time.monotonic())."""
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self._engine = engine
         self._random = random.Random(seed)
 
     def kill_within(self, least_s: float, most_s: float) -> None:
-        # Evenly on a scale of logarithms, so that many come soon, while a worker starts.
+        """Waits for a random time between the two, then kills the serving process, in half of the cases with its
+        supervisor.
+        """
+        # The logarithm of the wait is uniform, so that many kills come soon, while a worker starts.
         self.tend(math.exp(self._random.uniform(math.log(least_s), math.log(most_s))))
         is_whole = self._random.random() < 0.5
         if is_whole:
@@ -38,8 +41,8 @@ class Killer:
         self.counts["supervisor" if is_whole else "process"] += 1
 
     def tend(self, duration_s: float) -> None:
-        """Lets time pass, and starts the service again where it gives up, as it does when it has been killed three
-        times before it ever served.
+        """Waits, and starts the service again if its supervisor gives up, as it does when three workers were killed
+        before one ever served.
         """
         deadline = time.monotonic() + duration_s
         while (left_s := deadline - time.monotonic()) > 0:
@@ -51,7 +54,7 @@ class Killer:
             time.sleep(min(left_s, POLL_INTERVAL_S))
 
     def _serving(self) -> psutil.Process:
-        """There is none between two lives."""
+        """The serving process. Waits for one while the supervisor is starting it."""
         deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,8 +1,8 @@
 """Workers killed at random moments under streams, and requests that take workers down among them.
 
-Half of the kills are of the process that serves, which its supervisor starts again; the other half are of the
-supervisor too, and the harness starts the service again, as whoever runs it would. Kills by the clock hit starting
-workers too.
+Half of the kills hit the serving process alone, which its supervisor starts again. The other half hit the supervisor
+too, and the harness starts the service again, as its operator would. As the kills come at random times, some hit a
+worker that is still starting.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from tests.e2e.waiting import POLL_INTERVAL_S, WAIT_S
 
 
 def poison(engine: Engine, poisons: Sequence[tuple[str, int]], failures: Path, timeout_s: float) -> list[Found]:
-    """Sends poisonous requests one after the other: their kinds, and the output tokens that they never get to."""
+    """Sends poisonous requests one by one. poisons: the kind of each, and the output token that it never gets."""
     found = []
     for kind, num_outputs in poisons:
         before = len(times_in(failures))
@@ -40,6 +40,7 @@ def poison(engine: Engine, poisons: Sequence[tuple[str, int]], failures: Path, t
 
 
 def times_in(failures: Path) -> list[float]:
+    """When (time.monotonic()) poisonous requests took the worker down."""
     return [float(line) for line in failures.read_text().splitlines()]
 
 
@@ -65,8 +66,9 @@ def run(
     scheduler_flags: Sequence[str] = (),
     timeout_s: float = 600.0,
 ) -> Found:
-    """interval_s: least and most time from a kill to the next one, or where is_patient from the first token after it.
-    timeout_s: the deadline of each call. Poisonous requests come when half of the kills are done.
+    """interval_s: the least and the most time from a kill to the next one or, if is_patient, from the first token after
+    a kill to the next kill. timeout_s: the deadline of each call. Poisonous requests come when half of the kills are
+    done.
     """
     with tempfile.TemporaryDirectory(prefix="tandem-chaos-") as folder:
         failures = Path(folder, "failures")

@@ -9,10 +9,10 @@ from tests.chaos.harness.definitions import Found, Row
 from tests.chaos.support.poisoned_worker import FAILS, VANISHES
 
 MAX_LOSSES = {FAILS: 4, VANISHES: 6}
-"""Workers that a poisonous request takes down at most: docs/decisions/0002-suspects.md."""
+"""The most workers that a poisonous request may take down, by docs/decisions/0002-suspects.md."""
 MAX_STARTS, MARGIN_S = 2.0, 3.0
-"""The median time from a kill to the next token is so many times that in which a worker starts with nothing beside it,
-and so much longer, at most.
+"""The median time from a kill to the next token may be MAX_STARTS times as long as an undisturbed worker takes to
+start, and MARGIN_S longer.
 """
 
 
@@ -35,7 +35,7 @@ def kill_rows(pieces: Sequence[Found]) -> list[Row]:
             f"{num_kills} kills at random moments, {kills['supervisor']} of them with the supervisor, under "
             f"{_streams(pieces)}",
             f"{_outcome(pieces)}; {num_sessions} of the kills ended a session, the others hit a starting worker",
-            # More losses than kills would be losses of Tandem's own.
+            # More losses than kills would mean that Tandem lost sessions by itself.
             0 < num_sessions <= num_kills and all(_is_undisturbed(piece) for piece in pieces),
         ),
         Row(

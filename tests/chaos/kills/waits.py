@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 
 def next_token_at(kill: float, arrivals: Sequence[float], min_gap_s: float) -> float | None:
-    """When the first token came after a kill that was not under way already: the end of the first time without tokens
-    that is as long as min_gap_s, which is shorter than any worker takes to start. None where there is none yet.
-    arrivals ascend.
+    """The time of the first token that was computed after a kill, or None if none has come yet.
+
+    Tokens that were already under way come first, without a long gap. So the first arrival after a gap of min_gap_s or
+    more, which is shorter than any worker takes to start, is of a new worker. arrivals ascend.
     """
     before = kill
     for index in range(bisect.bisect_right(arrivals, kill), len(arrivals)):
@@ -20,8 +21,8 @@ def next_token_at(kill: float, arrivals: Sequence[float], min_gap_s: float) -> f
 def waits(
     kills: Sequence[float], losses: Sequence[float], arrivals: Sequence[float], min_gap_s: float
 ) -> tuple[list[float], int]:
-    """Seconds from each kill to the next token; and how many are left out, as another of the losses came before that
-    token. losses hold the kills too.
+    """The seconds from each kill to the next token, and the number of kills that are left out because another loss came
+    before that token. losses: all times at which a worker was lost, the kills included.
     """
     seconds, num_overtaken = [], 0
     for kill in kills:

@@ -16,21 +16,21 @@ from tests.e2e.waiting import WAIT_S
 
 NUM_CHANNELS = 4
 DEADLINE_S = 0.5
-"""Of calls that may take long, and of streams without an end."""
+"""The deadline of calls that may take long, and of streams without an end."""
 MAX_REPLIES = 100
 HELD_S = 0.02
-"""How long a front end's stream stays open after its last message, so that what it asked for begins."""
+"""How long a front end's stream stays open after its last message, so that the work it asked for begins."""
 
 
 class Callers:
-    """Makes calls of some address, from several threads over several connections."""
+    """Makes calls to one address over several connections. Several threads may use it."""
 
     def __init__(self, address: str) -> None:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         self.channels = [grpc.insecure_channel(address, options) for _ in range(NUM_CHANNELS)]
 
     def call(self, case: Case, *, has_time: bool = False) -> tuple[StatusCode, str]:
-        """has_time: the call may take long, though its RPC may be answered with DEADLINE_EXCEEDED."""
+        """Status and details of a call. has_time: gives it a long deadline even if its RPC may take longer still."""
         is_short = StatusCode.DEADLINE_EXCEEDED in TABLE.get(case.rpc, ()) and not has_time
         compression = grpc.Compression.Gzip if case.kind == "compressed" else None
         channel = random.choice(self.channels)

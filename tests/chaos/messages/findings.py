@@ -5,19 +5,21 @@ from dataclasses import dataclass, field
 
 MAX_FAULTS = 20
 ANSWER, SESSION, OTHERS, PROCESS = "answer", "session", "others", "process"
-"""Sorts of faults."""
+"""Sorts of faults: a wrong answer, a wrong session, disturbed streams or probes, processes that end or leak."""
 
 
 @dataclass
 class Findings:
+    """Counts and faults, in the form that a results file keeps."""
+
     counts: Counter[str] = field(default_factory=Counter)
-    """Answers by 'RPC STATUS'"""
+    """Answers, by RPC and status"""
     kinds: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     wrong: Counter[str] = field(default_factory=Counter)
-    """Faults by sort"""
+    """Faults, by sort"""
     growth_mib: dict[str, float] = field(default_factory=dict)
-    """The most of any process of that name"""
+    """The largest growth of a process of that name"""
     slowest_probe_s: float = 0.0
     num_probes: int = 0
 

@@ -1,8 +1,9 @@
-"""Hostile messages as bytes: hypothesis strategies over a message's descriptor. Knows protobuf's wire, nothing of gRPC.
+"""Hostile messages as bytes: hypothesis strategies over a message's descriptor. Knows protobuf's wire format, and
+nothing of gRPC.
 
-A message is made of fields one by one, so what no library would write is as easy to make as what is right: unknown
-fields, wrong wire types, doubled fields, text that is no UTF-8. Half of the messages begin as a right one in which
-something is changed, as a message that is wrong all over is refused at the first look.
+A message is made field by field, so that it can hold what no library would write: unknown fields, wrong wire types,
+doubled fields, text that is not UTF-8. Half of the messages are valid ones in which something is changed, since a
+message that is wrong throughout is refused by the first check.
 """
 
 import itertools
@@ -21,10 +22,10 @@ VARINT, FIXED64, BYTES, START_GROUP, END_GROUP, FIXED32 = range(6)
 MAX_DEPTH = 4
 MAX_TURNS = 4
 HUGE_BYTES = (300_000, 1_000_000, 5_000_000)
-"""Past what is looked at before decoding, well within gRPC's limit of 4 MiB, and past that."""
+"""Sizes past the point at which checks before decoding stop, well within gRPC's limit of 4 MiB, and past that limit."""
 
 LIMITS = [0, 1, 20, 21, 64, 65, 1023, 1024, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
-"""Where a rule of some RPC has its limit, and where types end."""
+"""Limits of the RPCs' rules, and of integer types."""
 INTEGERS = [*LIMITS, 2, 15, 16, 63, 127, 128, 255, 256, 1023, 1024, 2**15, 2**16]
 INTEGERS += [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1]
 FLOATS = [
@@ -78,7 +79,7 @@ blobs = ids | st.binary(max_size=40)
 
 
 def draw(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
-    """So many values, in which one is seldom there twice; the same for the same seed, in one release of hypothesis."""
+    """`count` values, with few repetitions. The same seed gives the same values with the same release of hypothesis."""
     drawn: dict[Any, None] = {}
     for turn in range(MAX_TURNS):
         num_missing = count - len(drawn)
@@ -98,7 +99,7 @@ def draw(strategy: st.SearchStrategy[Any], count: int, seed: int) -> list[Any]:
             drawn[value] = None
 
         collect()
-    # It begins with simple ones.
+    # hypothesis draws simple values first.
     values = list(drawn)
     random.Random(seed).shuffle(values)
     return list(itertools.islice(itertools.cycle(values), count))
@@ -132,11 +133,11 @@ any_field = st.one_of(
         st.sampled_from([1, 3, 99, 101, 5000]),
     ),
 )
-"""Of some number, known or not, and some type, right or not."""
+"""Any field: its number may be unknown, and its wire type wrong."""
 
 
 def fields_of(descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[bytes]:
-    """One field that the message has, of its type, whatever its value."""
+    """A field of the message, of the right type, with any value."""
     known = [
         _known_field(field, depth) for field in descriptor.fields if depth < MAX_DEPTH or field.message_type is None
     ]
@@ -171,7 +172,7 @@ def _known_field(field: FieldDescriptor, depth: int) -> st.SearchStrategy[bytes]
 
 
 def mutated(make: Callable[[], Message]) -> st.SearchStrategy[Message]:
-    """A right message in which one to three things are changed, however deep."""
+    """A valid message in which one to three things are changed, at any depth."""
 
     @st.composite
     def mutate(draw: Any) -> Message:
@@ -188,8 +189,8 @@ def mutated(make: Callable[[], Message]) -> st.SearchStrategy[Message]:
 
 
 def swept(make: Callable[[], Message]) -> list[tuple[str, bytes]]:
-    """Right messages in each of which one field, or one element of one that has some, has a value at some limit or is
-    there twice. With the names of field and value, which some have in common.
+    """Valid messages in each of which one field, or one element of a repeated field, has a value at a limit or is there
+    twice. Each comes with a name made of field and value; several may have the same name.
     """
     found = []
     for number, (holder, field) in enumerate(_places(make())):
@@ -224,7 +225,7 @@ def _at_limits(holder: Message, field: FieldDescriptor) -> list[Any]:
 
 
 def _places(message: Message) -> Any:
-    """Each field that is set, and each that could be beside it, with the message that holds it."""
+    """Each field, set or not, of the message and of the messages inside it, with the message that holds it."""
     for field in message.DESCRIPTOR.fields:
         yield message, field
         if field.message_type is None:
@@ -297,7 +298,7 @@ def _values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 @st.composite
 def spoilt(draw: Any, data: bytes) -> bytes:
-    """A message's bytes, no longer as they were."""
+    """A message's bytes, damaged."""
     action = draw(st.sampled_from(["cut", "flip", "insert", "append", "double", "fields"]))
     at = draw(st.integers(0, max(0, len(data) - 1)))
     match action:
@@ -316,7 +317,7 @@ def spoilt(draw: Any, data: bytes) -> bytes:
 
 
 def huge(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
-    """One field again and again."""
+    """One field, repeated until the message has one of the sizes in HUGE_BYTES."""
 
     def repeat(field: bytes, size: int) -> bytes:
         return field * (size // len(field))
@@ -325,7 +326,7 @@ def huge(descriptor: Descriptor) -> st.SearchStrategy[bytes]:
 
 
 def hostile(make: Callable[[], Message]) -> st.SearchStrategy[tuple[str, bytes]]:
-    """(kind, bytes). make: gives a right message, which is what most of them begin as."""
+    """Pairs of kind and bytes. make: returns a valid message, from which most are made."""
     descriptor = make().DESCRIPTOR
     right = mutated(make).map(_serialized)
     kinds: dict[str, tuple[int, st.SearchStrategy[bytes]]] = {

@@ -1,4 +1,4 @@
-"""Hostile calls of every RPC: what is sent, with which metadata. Knows no service."""
+"""Hostile calls of every RPC: the messages and the metadata that are sent. Makes no calls itself."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ STREAM = "/tandem.v1.InferenceService/GenerateStream"
 
 @dataclass(frozen=True)
 class Case:
-    """A call. kind: what is hostile in it."""
+    """A call to make. kind: what is hostile about it."""
 
     rpc: str
     kind: str
@@ -39,7 +39,7 @@ Makers = dict[type[Message], list[Callable[[], Message]]]
 
 
 def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
-    """Right messages of each request that has fields; what is hostile is made of them."""
+    """Valid messages of each request type that has fields. Hostile ones are made from them."""
 
     def generate() -> inference_pb2.GenerateStreamRequest:
         request = generate_request([5, 6, 7], 4, temperature=0.8, seed=3)
@@ -107,8 +107,8 @@ def cases_of(rpc: str, makers: Makers) -> st.SearchStrategy[Case]:
 
 
 def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> list[Case]:
-    """As many of each RPC, in any order; of those of inference and ExecuteSteps five times as many, and those first in
-    which a field of a generate request is at some limit.
+    """`count` cases in random order. RPCs have equal shares, but those of inference, Attach and ExecuteSteps five times
+    as much. Requests to GenerateStream and Attach with one field at a limit are always among them.
     """
     at_limits = [
         Case(rpc, "at a limit", (payload,))

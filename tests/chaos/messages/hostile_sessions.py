@@ -1,10 +1,10 @@
-"""Sessions with a worker in which one message is hostile, after some plans that are right.
+"""Sessions with a worker in which one message is hostile, after some valid plans.
 
-The plans are those of the scheduler's core for a few sequences, made with the fake worker. A session sends some of them
-and then something else in place of the next one. What the worker gave for the plans when nothing had disturbed it is
-the truth: the right plans of each later session must give the same tokens, so a session that was refused has left
-nothing behind. Whether a plan must be refused is the fake worker's word, which is written apart from the worker's own
-check.
+The scheduler's core makes the plans for a few sequences, with the fake worker. A session sends some of them, and then
+something else in place of the next one. The true tokens are those that the worker gave for the plans before anything
+had disturbed it. The valid plans of each later session must give the same tokens, which shows that a refused session
+has left nothing behind. The fake worker, written independently of the worker's own check, says whether a plan must be
+refused.
 """
 
 import copy
@@ -36,18 +36,18 @@ RPC = "/tandem.internal.v1.WorkerService/ExecuteSteps"
 WAIT_S = 30.0
 TAKEN_FROM_SCRIPT = 12
 NUM_REPEATED = 32
-"""How often one plan is sent: past what the worker lets wait for results."""
+"""How often one plan is sent: more often than a worker lets plans wait for results."""
 MAX_LOGPROBS = 20
 MAX_DECODED_BYTES = 100_000
 CONTENT_PROBLEMS = (
     "written twice", "which [", "unwritten", "foreign", "has a block twice", "reads blocks of", "outgrows", "cached=",
 )  # fmt: skip
-"""What the fake worker says of plans that read or write what is not theirs. The real one can't know; it obeys."""
+"""What the fake worker says of plans that use blocks of other sequences. The real one cannot know, and obeys."""
 
 
 @dataclass(frozen=True)
 class HostileSession:
-    """kind: what is hostile. num_plans: right ones before it. payload: the hostile message itself."""
+    """kind: what is hostile. num_plans: the number of valid plans before it. payload: the hostile message."""
 
     kind: str
     num_plans: int
@@ -59,12 +59,12 @@ class Outcome:
     code: StatusCode
     details: str
     num_right: int
-    """Plans whose results were the truth"""
+    """The number of valid plans that had their true results"""
     fault: str = ""
 
 
 class Script:
-    """Plans that are right, and the fake worker's state before each."""
+    """Valid plans, and the fake worker's state before each."""
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
@@ -90,11 +90,11 @@ class Script:
         return [worker_pb2.ExecuteStepsRequest(plan=encode_plan(plan)) for plan in self.plans]
 
     def must_refuse(self, num_plans: int, payload: bytes) -> bool | None:
-        """Whether a message that comes after so many plans is INVALID_ARGUMENT; None where the worker may obey it,
-        though no good comes of it.
+        """Whether a message that comes after num_plans plans must be INVALID_ARGUMENT. None if the worker may also obey
+        it, though its tokens would be wrong.
         """
         if len(payload) > MAX_DECODED_BYTES:
-            # Refused for its size or not: the bounds are the worker's, and decoding it would take long here too.
+            # The worker may refuse it for its size, and decoding it would take long here too.
             return None
         try:
             request = worker_pb2.ExecuteStepsRequest.FromString(payload)
@@ -112,12 +112,12 @@ class Script:
             is_full = f"{self.info.max_model_len} tokens in a new row" in str(error)
             return None if is_content or is_full else True
         except ValueError:
-            # Arrays that should be parallel.
+            # Arrays that should be equally long are not.
             return True
         return False
 
     def _is_wrong(self, new: NewRow) -> bool:
-        """By itself, whatever else the batch holds."""
+        """Whether a new row is invalid by itself, whatever else the batch holds."""
         info, count, sampling = self.info, len(new.token_ids), new.sampling
         most_blocks = -(-info.max_model_len // info.block_size)
         return not (
@@ -141,7 +141,7 @@ def _drawn_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.Searc
 
     requests = script.requests()
     anything = [hostile(lambda request=request: copy.deepcopy(request)) for request in requests]
-    # Most that is hostile at first sight is refused at first sight.
+    # Most of these are refused by the first checks; changed plans get further.
     changed = [
         mutated(lambda request=request: copy.deepcopy(request)).map(lambda plan: ("changed", plan.SerializeToString()))
         for request in requests
@@ -162,8 +162,8 @@ def _drawn_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.Searc
 
 
 def draw_sessions(script: Script, opening: worker_pb2.OpenSession, count: int, seed: int) -> list[HostileSession]:
-    """opening: one that the worker takes. Those come first in which one field of a plan has a value at some limit: each
-    field and value once, in some plan.
+    """`count` sessions in random order. opening: one that the worker accepts. Up to four fifths of the sessions have
+    one field of a plan at a limit: each combination of field and value at most once, in a random plan.
     """
     by_change: dict[str, list[HostileSession]] = {}
     for number, request in enumerate(script.requests()):
@@ -178,7 +178,7 @@ def draw_sessions(script: Script, opening: worker_pb2.OpenSession, count: int, s
 
 
 class Sessions:
-    """Tries them, one after the other, on a worker that has no other session."""
+    """Tries hostile sessions one after the other on a worker that has no other session."""
 
     def __init__(self, channel: grpc.Channel, script: Script, opening: worker_pb2.OpenSession) -> None:
         self._stub = worker_pb2_grpc.WorkerServiceStub(channel)
@@ -226,7 +226,7 @@ class Sessions:
         return outcome
 
     def _try_rival(self, stream: "Stream", hostile: HostileSession, num_right: int) -> Outcome:
-        """While the session lives, another caller opens one; then the session goes on."""
+        """Another caller opens a session while this one lives; then this one goes on."""
         rival = Stream(self._raw)
         rival.send(hostile.payload)
         has_opened = rival.read() is not None
@@ -254,7 +254,7 @@ class Sessions:
         return outcome
 
     def _open(self) -> "Stream":
-        """A newer epoch takes over from the session before, whose end the worker may not have seen yet."""
+        """Opens a session with a newer epoch, as the worker may not have seen the end of the last one yet."""
         self._epoch += 1
         stream = Stream(self._raw)
         opening = worker_pb2.OpenSession()
@@ -276,7 +276,7 @@ class Stream:
         self._messages.put(payload)
 
     def read(self) -> Any:
-        """The next response but for progress, or None: a last word, or the end."""
+        """The next response that is not progress; None at a last word or at the end."""
         try:
             for response in self._call:
                 if response.WhichOneof("kind") == "last_word":
@@ -293,7 +293,7 @@ class Stream:
         return self.read()
 
     def end(self) -> tuple[StatusCode, str]:
-        """Closes the sending side, reads what is left."""
+        """Closes the sending side and reads what is left. Returns status and details."""
         self._messages.put(None)
         try:
             for _ in self._call:

@@ -1,10 +1,11 @@
-"""Malformed and hostile messages to both services over gRPC: every answer is a status of those that its RPC may give
-(statuses.py), and nobody else notices.
+"""Malformed and hostile messages to both services over gRPC: every answer has a status that its RPC may give
+(statuses.py), and no other client notices.
 
 A piece starts a worker and a scheduler. First every RPC of both ports, and of the socket between the scheduler's
-processes, is called with hostile messages, while polite streams beside them are held against their truth and liveness
-is asked for. Then the scheduler is drained and ended, and sessions with the worker follow, in each of which one message
-is hostile (hostile_sessions.py). Memory is measured against what it was after the first fifth of each.
+processes, is called with hostile messages (calls.py). Meanwhile other streams are compared with their true answers, and
+both services are probed for liveness. Then the scheduler is drained and ended, and sessions with the worker follow, in
+each of which one message is hostile (hostile_sessions.py). The growth of memory is measured from the end of the
+warm-up, the first fifth of the messages.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""Calls that no gRPC library would make: headers and frames of HTTP/2 by hand. Each has a connection of its own.
+"""Calls that no gRPC library would make: HTTP/2 headers and frames written by hand, each on a connection of its own.
 
-What is no gRPC call is answered by gRPC's C core, before Tandem hears of it: with a status of its own (UNKNOWN for a
-method other than POST, or where te or :path is missing) or by a reset of the stream. So it is only asked that the
-connection is answered, and that a call whose headers are right has a status of its RPC.
+gRPC's C core answers what is not a gRPC call before Tandem sees it: with a status of its own (UNKNOWN for a method
+other than POST, or if te or :path is missing) or by a reset of the stream. So these calls only show that the connection
+is answered, and that a call whose headers are right gets a status of its RPC.
 """
 
 import re
@@ -55,11 +55,11 @@ raw_calls = st.tuples(
     st.lists(st.sampled_from(ODD_HEADERS), max_size=2).map(tuple),
     st.sampled_from([b"\0\0\0\0\0", *ODD_DATA]) | st.binary(max_size=60),
 )
-"""Headers that differ from those of a right call, None for one that is missing, and the bytes of the DATA frame."""
+"""Headers that differ from those of a valid call (None for a missing one), and the bytes of the DATA frame."""
 
 
 def call(address: str, headers: tuple[tuple[bytes, bytes | None], ...], data: bytes) -> str:
-    """A status's name, 'RESET' for a stream or connection that was ended without one, 'SILENCE' for neither."""
+    """The status's name, 'RESET' if the stream or connection ended without one, or 'SILENCE' if there was no answer."""
     host, _, port = address.rpartition(":")
     block = b"".join(_literal(name, value) for name, value in {**RIGHT, **dict(headers)}.items() if value is not None)
     with socket.create_connection((host, int(port)), WAIT_S) as connection:
@@ -72,7 +72,7 @@ def call(address: str, headers: tuple[tuple[bytes, bytes | None], ...], data: by
         connection.sendall(PREFACE + b"".join(frames))
         came = b""
         while True:
-            # The first mention of a header on a connection is in plain letters.
+            # The first use of a header on a connection is not compressed.
             if found := re.search(rb"grpc-status.(\d+)", came, re.DOTALL):
                 return next(code.name for code in StatusCode if code.value[0] == int(found[1]))
             if {RST_STREAM, GOAWAY} & _kinds(came):
@@ -89,7 +89,7 @@ def call(address: str, headers: tuple[tuple[bytes, bytes | None], ...], data: by
 
 
 def _literal(name: bytes, value: bytes) -> bytes:
-    """HPACK without indexing or Huffman's code, of less than 127 bytes."""
+    """A header in HPACK without indexing or Huffman coding. Name and value have less than 127 bytes each."""
     return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 

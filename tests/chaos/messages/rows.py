@@ -7,8 +7,8 @@ from tests.chaos.messages.findings import ANSWER, OTHERS, PROCESS, SESSION
 from tests.chaos.messages.statuses import TABLE
 
 MAX_GROWTH_MIB = 32
-"""Of a process's resident memory over all messages after the warm-up. A leak of 4 KiB a message is more than that in
-the 10,000 of a piece."""
+"""The most that a process's resident memory may grow after the warm-up. A leak of 4 KiB a message comes to more than
+that over the 10,000 messages of a piece."""
 
 
 def rows(pieces: Sequence[Found]) -> list[Row]:

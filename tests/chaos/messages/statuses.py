@@ -1,7 +1,8 @@
-"""What each RPC may answer to any input, and what it must answer to some. Read from the protos' comments, from gRPC's
-own protos (health, reflection, channelz) and from docs/deployment.md; not from what happens.
+"""The statuses that each RPC may answer to any input, and what it must answer to some inputs. The source is the
+comments of the protos, of gRPC's own protos (health, reflection, channelz) and docs/deployment.md, not observed
+behaviour.
 
-UNKNOWN is never there, INTERNAL neither: both are for faults of the server's.
+UNKNOWN and INTERNAL are in no list, since they would be the server's own faults.
 """
 
 import math
@@ -25,9 +26,9 @@ SERVICES: dict[str, ServiceDescriptor] = {
 }
 
 ALWAYS = {StatusCode.OK, StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED}
-"""OK; the bytes are no message or break a rule; larger than is taken, or past what a connection may have open."""
+"""OK; bytes that are no message or break a rule; a message that is too large, or too many open calls."""
 DEADLINE = {StatusCode.DEADLINE_EXCEEDED}
-"""The caller's own, where an answer may take long."""
+"""The caller's own deadline, for answers that may take long."""
 NOT_FOUND = {StatusCode.NOT_FOUND}
 
 TABLE: dict[str, set[StatusCode]] = {
@@ -61,12 +62,12 @@ OF_KIND: dict[str, set[StatusCode]] = {
     "unknown method": {StatusCode.UNIMPLEMENTED},
     "huge metadata": {StatusCode.RESOURCE_EXHAUSTED},
 }
-"""Of calls that are wrong whatever their RPC is. The socket between the scheduler's processes takes compressed ones."""
+"""Calls that are wrong for any RPC, except that the socket between the scheduler's processes takes compressed ones."""
 
 ATTACH = "/tandem.internal.v1.EngineService/Attach"
 
 MAX_SMALL_BYTES = 4096
-"""A larger message may be refused for its size alone."""
+"""The largest message that may not be refused for its size alone."""
 
 REFUSED = {StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED}
 
@@ -79,7 +80,7 @@ def request_class(rpc: str) -> Any:
 
 
 def allowed(rpc: str, kind: str, payload: bytes | None, model: inference_pb2.Usage | Any) -> set[StatusCode]:
-    """Of a call with that kind of fault, whose first message has those bytes. model: GetModelInfo's response."""
+    """The statuses of a call with this kind of fault and this first message. model: GetModelInfo's response."""
     if kind in OF_KIND and not (kind == "compressed" and rpc == ATTACH):
         return OF_KIND[kind] | (TABLE.get(rpc, set()) & DEADLINE)
     if payload is None or kind == "metadata":
@@ -95,7 +96,7 @@ def allowed(rpc: str, kind: str, payload: bytes | None, model: inference_pb2.Usa
 
 
 def refusal_of(message: Message, model: Any) -> bool | None:
-    """Whether the comments of the proto say that the message is INVALID_ARGUMENT; None where they don't say so."""
+    """Whether the proto's comments say that the message is INVALID_ARGUMENT; None if they say neither."""
     if isinstance(message, AnyGenerateRequest):
         return _refusal_of_generate(message, model)
     if isinstance(message, inference_pb2.DetokenizeRequest):
@@ -131,7 +132,7 @@ def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None
     )
     if not is_right:
         return True
-    # A text's length in tokens isn't known here, nor what a unary reply may come to.
+    # The number of tokens in a text is not known here, nor the size of a unary reply.
     return False if has_ids and isinstance(request, inference_pb2.GenerateStreamRequest) else None
 
 

@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 class Watch:
-    """Asks an address for liveness all along, and looks at the processes behind it."""
+    """Probes an address for liveness in a thread, and measures the memory of the processes behind it."""
 
     def __init__(self, address: str, root: int, found: Findings) -> None:
         self._found = found

@@ -1,5 +1,5 @@
-"""Does the harness notice a broken build? Each mutation is a fault of one place, put into a copy of the tree, in which
-the short form of the part that should notice it must fail.
+"""Whether the harness notices a broken build. Each mutation changes one place in a copy of the tree, in which the short
+form of the part that should notice it must then fail.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from tests.chaos.harness.definitions import Form, Found, Part, Row
 from tests.chaos.mutations.mutation_list import MUTATIONS, Mutation
 
 TIMEOUT_S = 600.0
-"""A build that hangs is noticed by the tests' own timeouts, long before this."""
+"""The time limit of a run. The tests' own timeouts notice a build that hangs long before."""
 FAILED = 1
 """pytest's exit status where tests ran and failed."""
 SOURCE_FOLDERS = (".", "shared", "scheduler_service", "worker_service")
@@ -24,12 +24,12 @@ NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", 
 
 
 def find(root: Path, file: str) -> Path:
-    """The file of a package, which stands in one of the tree's SOURCE_FOLDERS."""
+    """The file of a package, which is in one of the tree's SOURCE_FOLDERS."""
     return next(path for folder in SOURCE_FOLDERS if (path := root / folder / file).exists())
 
 
 def mutate(root: Path, mutation: Mutation) -> None:
-    """Changes the tree. Raises ValueError where the mutation does not fit it."""
+    """Changes the tree. Raises ValueError if the mutation does not fit it."""
     path = find(root, mutation.file)
     text = path.read_text()
     if text.count(mutation.old) != 1:
@@ -38,7 +38,7 @@ def mutate(root: Path, mutation: Mutation) -> None:
 
 
 def run(first: int, count: int) -> Found:
-    """Tries the mutations from the given one on, and the sound build, of which nothing must be noticed."""
+    """Tries `count` mutations from `first` on, and the unchanged tree, which must pass."""
     tried = []
     batch = MUTATIONS[first : first + count]
     for mutation in batch:
@@ -60,11 +60,11 @@ def _copy() -> Iterator[Path]:
 
 
 def how_it_fails(root: Path, part: str) -> str:
-    """What the short form of a part says of this tree; empty where all is well."""
+    """The failure of a part's short form in this tree; empty if it passes."""
     test = f"tests/chaos/test_forms.py::test_short_form[{part}]"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--tb=line", test]
     try:
-        # Wide, so that pytest does not cut short what it says.
+        # COLUMNS is wide so that pytest does not cut messages short.
         python_path = os.pathsep.join(str(root / folder) for folder in SOURCE_FOLDERS)
         environment = {**os.environ, "COLUMNS": "400", "PYTHONPATH": python_path}
         ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""How evenly streams that run at once are served, of when their tokens came."""
+"""How evenly streams that run at once are served, computed from the arrival times of their tokens."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 Arrivals = Sequence[tuple[float, int]]
-"""When each message with tokens came (seconds, ascending), and how many tokens."""
+"""For each message with tokens: when it came (seconds, ascending), and how many tokens it had."""
 
 
 @dataclass(frozen=True)
 class Fairness:
-    """Over the window in which all streams run: from the last one's first token to the first one's last."""
+    """Measured over the window in which all streams run: from the latest first token to the earliest last token."""
 
     window_s: float
     jain: float
     """Jain's index of the tokens that each stream got: 1 where all got the same, 1 / n where one got all."""
     median_gap_s: float
-    """Between one message with tokens and the next of the same stream, of all streams' gaps."""
+    """The median of all gaps between a message with tokens and the next one of the same stream."""
     longest_gap_s: float
     tokens_per_message: float
 
 
 def fairness(streams: Sequence[Arrivals]) -> Fairness:
-    """Raises ValueError where not all of the streams ever ran at once, for two messages at least."""
+    """Raises ValueError if no stream got two messages while all streams ran."""
     begin = max(arrivals[0][0] for arrivals in streams)
     end = min(arrivals[-1][0] for arrivals in streams)
     inside = [[(at, count) for at, count in arrivals if begin <= at <= end] for arrivals in streams]
@@ -41,7 +41,7 @@ def fairness(streams: Sequence[Arrivals]) -> Fairness:
 
 
 def jain_index(shares: Sequence[float]) -> float:
-    """Raises ValueError where nobody got anything."""
+    """Jain's index: 1 if all shares are equal, 1 / n if one has all. Raises ValueError if all shares are 0."""
     squares = sum(share * share for share in shares)
     if not squares:
         raise ValueError("nobody got anything")

@@ -1,7 +1,7 @@
 """Far more work than the engine can do, a thousand streams at once, and readers that don't read.
 
-The worker is the fake one with a fixed step time, so what an engine can serve is known: rows / (tokens x step time).
-The steps are so long that two cores carry the clients and the services.
+The worker is the fake one with a fixed step time, so what an engine can serve is known (`capacity_per_s`). The steps
+are long enough for two cores to carry the clients and the services.
 """
 
 import contextlib
@@ -14,33 +14,33 @@ from tandem_scheduler.front_end.live_request import MAX_UNREAD_BYTES
 from tests.chaos.harness.definitions import Form, Found, Part, Row
 from tests.chaos.overload.fairness import fairness
 from tests.chaos.support.crowd import Crowd, CrowdProcess, ends_of
-from tests.chaos.support.fake_engine import FakeEngine, running_fake_engine
+from tests.chaos.support.fake_engine import FakeEngine, capacity_per_s, running_fake_engine
 from tests.chaos.support.memory import MIB, Watch, faults_in_books
 
 OVERLOAD = 20
 STEP_MS, NUM_ROWS, NUM_TOKENS = 50, 16, 20
 MAX_NUM_WAITING, MAX_NUM_WAITING_TOKENS = 32, 3200
 PROMPT_LENGTHS = (4, 400)
-"""Of the first, as many wait as there may be sequences; of the second, as many as there may be tokens."""
+"""Prompts of the first length reach the limit of waiting sequences, prompts of the second that of waiting tokens."""
 REFUSALS = {
     "sequences": re.compile(r"\d+ sequences are waiting"),
     "tokens": re.compile(r"\d+ prompt tokens are waiting"),
     "calls": re.compile(r"calls of this connection are open"),
 }
-"""What is full, by what a refusal says."""
+"""Which limit was reached, by the text of the refusal."""
 MAX_GROWTH_MIB = 8.0
-"""How much more a process may hold at most in the second half of a flood than at most in the first."""
+"""How far a process's peak memory in the second half of a flood may exceed its peak in the first half."""
 
 NUM_CLIENTS = 2
-"""Processes that the streams are dealt out to."""
+"""Client processes that share the streams."""
 MIN_JAIN = 0.95
 MAX_GAP_RATIO = 5.0
 MAX_UNREAD_MIB = MAX_UNREAD_BYTES / MIB
 BEHIND = "RESOURCE_EXHAUSTED OutputTooLarge"
 SLACK_MIB = 32.0
-"""What a process may hold beside what stalled readers leave unread."""
+"""Growth that is allowed a process beside what stalled readers leave unread."""
 FAR_BEHIND = {"num_streams": 32, "num_tokens": 1980, "num_stalled": 2, "num_choices": 64, "num_logprobs": 20}
-"""As much as a request may have in a step, so that its reader is soon far behind."""
+"""Requests with as much output in a step as is allowed, so that a stalled reader is soon far behind."""
 
 
 def run(trial: str, **asked: Any) -> Found:
@@ -49,8 +49,8 @@ def run(trial: str, **asked: Any) -> Found:
 
 
 def flood(front_ends: int, seconds: float) -> Found:
-    """Offers OVERLOAD times what can be served. seconds: for each prompt length."""
-    rate_per_s = OVERLOAD * NUM_ROWS / (NUM_TOKENS * STEP_MS / 1000)
+    """Offers OVERLOAD times the calls that can be served, for `seconds` at each prompt length."""
+    rate_per_s = OVERLOAD * capacity_per_s(NUM_ROWS, NUM_TOKENS, STEP_MS)
     settings = {"max_num_waiting": MAX_NUM_WAITING, "max_num_waiting_tokens": MAX_NUM_WAITING_TOKENS}
     with running_fake_engine(step_ms=STEP_MS, num_rows=NUM_ROWS, front_ends=front_ends, **settings) as fake:
         floods = [_flood_once(fake, length, rate_per_s, seconds) for length in PROMPT_LENGTHS]
@@ -98,8 +98,8 @@ def streams(
     num_choices: int = 1,
     num_logprobs: int = 0,
 ) -> Found:
-    """All at once. num_stalled: of the streams, those that are not read until the others have ended; only these have so
-    many choices and log-probabilities.
+    """Runs num_streams streams at once. num_stalled of them are not read until the others have ended; num_choices and
+    num_logprobs are of the stalled ones alone.
     """
     num_rows = num_streams + num_stalled * (num_choices - 1)
     with running_fake_engine(step_ms=step_ms, num_rows=num_rows, front_ends=front_ends) as fake:
@@ -238,7 +238,7 @@ def _far_behind_row(pieces: Sequence[Found]) -> Row:
 
 
 def _are_fair(pieces: Sequence[Found]) -> bool:
-    """Those that were read, to whoever else did not read."""
+    """Whether the streams that were read were served evenly, although others were not read."""
     return all(
         piece["jain"] >= MIN_JAIN and piece["longest_gap_s"] <= MAX_GAP_RATIO * piece["median_gap_s"]
         for piece in pieces

@@ -1,8 +1,8 @@
-"""Services that are told to end, or are killed, under streams that never stop coming, and are started again.
+"""Services that are told to end, or are killed, under an unending load, and are started again.
 
-An orderly end (Drain, SIGTERM) loses no stream that was accepted; a worker may come and go as it likes. Where a
+An orderly end (Drain, SIGTERM) loses no accepted stream, and no stream notices that a worker was replaced. If a
 scheduler or a front end is killed, its clients get UNAVAILABLE, and the same request, sent again with the same id, gets
-its whole answer. Whatever ended leaves no process behind.
+its whole answer. A service that ended leaves no process behind.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ def run(
     drain_grace_s: float = 60.0,
     tp_size: int = 1,
 ) -> Found:
-    """trials: how many of each kind, which follow each other; those of `tandem serve` have no others beside them.
-    tokens: of the shortest stream.
+    """trials: the number of trials of each kind, in order; trials of `tandem serve` cannot be mixed with others.
+    tokens: the length of the shortest stream.
     """
     # Fewer rows than sequences, so that accepted streams wait for their first token when the end comes.
     flags = ["--api-server-count", str(front_ends), "--drain-grace-s", str(drain_grace_s)]

@@ -25,7 +25,7 @@ MUST_HAPPEN = {
     "serve terminated": ("whole", "refused"),
     "serve killed": ("cut",),
 }
-"""What must have been seen in each trial on average, or it tried nothing."""
+"""What must have been counted at least once per trial on average, or the trials showed nothing."""
 WORDS = {
     "whole": "streams ended whole during it",
     "refused": "calls refused",

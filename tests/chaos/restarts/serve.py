@@ -12,7 +12,7 @@ from tests.e2e.waiting import wait_until
 
 
 class Serve:
-    """`tandem serve`, the parent of both services. Started again, it listens where it did."""
+    """`tandem serve`, the parent of both services. When it is started again it listens at the same address."""
 
     def __init__(self, model: Path, flags: Sequence[str], log_file: Path) -> None:
         self._flags = [str(model), "--tokenizer", "embedded", "--dtype", "float64", "--num-threads", "1", *flags]

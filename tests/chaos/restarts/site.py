@@ -15,9 +15,9 @@ from tests.chaos.support.load import MAX_FAULTS, Ending, Load
 from tests.e2e.waiting import WAIT_S, wait_until
 
 NOTICE_LIMIT_S = 5.0
-"""Within it the clients of a killed process hear of it, and what belonged to it is gone."""
+"""The limit until the clients of a killed process know, and until all of its child processes are gone."""
 SLACK_S = 1.0
-"""Between what happens and what a busy client sees of it."""
+"""The limit between an event and the moment at which a busy client sees it."""
 
 
 @dataclass
@@ -28,9 +28,11 @@ class Site:
     load: Load
     rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
-    """Of one kind of trial: `whole` answers of streams that ran into the end, calls `refused`, streams `cut` off."""
+    """Counts of one kind of trial: `whole` answers of streams that ran when it began, calls `refused`, streams `cut`
+    off.
+    """
     times: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Of one kind of trial, in seconds."""
+    """Measured times of one kind of trial, in seconds."""
     faults: list[str] = field(default_factory=list)
     _num_answers: int = 0
     _num_arrivals: int = 0
@@ -40,7 +42,7 @@ class Site:
             self.faults.append(fault)
 
     def let_run(self) -> float:
-        """For a while. Gives the time; what ends from then on is what take_endings() gives."""
+        """Lets the load run for a while. Returns the time from which on take_endings() counts."""
         time.sleep(self.rng.uniform(0.3, 1.5))
         self.expect(not self.load.endings, f"ended before anything was done: {self.load.endings[:1]}")
         self.load.endings.clear()
@@ -48,11 +50,12 @@ class Site:
         return time.monotonic()
 
     def longest_gap_s(self) -> float:
-        """Between tokens of any stream, since let_run()."""
+        """The longest gap between tokens of all streams since let_run()."""
         arrivals = self.load.arrivals[self._num_arrivals - 1 :]
         return max(after - before for before, after in itertools.pairwise(arrivals))
 
     def take_endings(self) -> list[Ending]:
+        """Counts the whole answers since let_run(), and returns the calls that ended otherwise."""
         self.counts["whole"] += self.load.counts["answers"] - self._num_answers
         endings, self.load.endings = self.load.endings, []
         for ending in endings:
@@ -60,7 +63,7 @@ class Site:
         return endings
 
     def expect_refusals(self, asked_at: float) -> None:
-        """Whatever ended was refused: either by a server that drains, with advice, or because nobody listens."""
+        """Each call that ended was refused: by a server that drains, with advice, or because nothing listens."""
         for ending in self.take_endings():
             is_draining = ending.details == "the server is draining" and bool(ending.retry_after_s)
             self.expect(is_draining or ending.retry_after_s is None, f"refused without advice: {ending}")
@@ -69,7 +72,7 @@ class Site:
             self.counts["refused"] += 1
 
     def expect_cut_off(self, killed_at: float) -> None:
-        """All calls that ran when their server was killed end soon."""
+        """Each call that was open when its server was killed ends soon."""
         try:
             wait_until(lambda: min(self.load.open_since.values(), default=killed_at) >= killed_at, "", NOTICE_LIMIT_S)
         except AssertionError:
@@ -78,12 +81,12 @@ class Site:
         self.times["noticed"].append(time.monotonic() - killed_at)
 
     def expect_answers(self) -> None:
-        """Each client gets the answer that it waits for, whatever it had to send again."""
+        """Waits until each client has the answer that it waits for, also those that had to send their request again."""
         waits = [(number, self.load.answers_of[number]) for number in range(self.load.found["streams"])]
         wait_until(lambda: all(self.load.answers_of[number] > count for number, count in waits), "all answers")
 
     def processes(self, module: str = "") -> list[psutil.Process]:
-        """Those that serve the model, of this module or one inside it."""
+        """The processes that serve the model and run this module or one inside it."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

@@ -16,12 +16,12 @@ from tests.e2e.services import Engine
 from tests.e2e.waiting import WAIT_S, wait_until
 
 EXIT_LIMIT_S = 4.0
-"""Within it a scheduler that nobody waits for ends; front ends that did not leave would be killed after 5 s."""
+"""The limit until a scheduler without open calls has ended. It would kill front ends that did not leave after 5 s."""
 SCHEDULER, WORKER = "tandem_scheduler", "tandem_worker"
 
 
 def drain(site: Site, engine: Engine) -> None:
-    """The RPC: what runs ends whole, what comes is refused, and the reply comes when the last has ended."""
+    """Drain: open streams end whole, new calls are refused, and the reply comes when the last stream has ended."""
     asked_at = site.let_run()
     engine.control.Drain(control_pb2.DrainRequest(), timeout=WAIT_S)
     late_s = time.monotonic() - site.load.arrivals[-1]
@@ -46,7 +46,7 @@ def terminate_scheduler(site: Site, engine: Engine) -> None:
 
 
 def terminate_past_grace(site: Site, engine: Engine) -> None:
-    """With a grace too short for what runs: the rest is told so."""
+    """SIGTERM with a grace too short for the open streams: those that are left are told so."""
     site.let_run()
     signal_scheduler(site, engine)
     expect_scheduler_ends(site, engine)
@@ -58,14 +58,14 @@ def terminate_past_grace(site: Site, engine: Engine) -> None:
 
 
 def signal_scheduler(site: Site, engine: Engine) -> None:
-    """All of its processes get the signal, as from a supervisor that knows them all."""
+    """Sends SIGTERM to all processes of the scheduler, as a supervisor does that signals a process group."""
     for process in site.processes(FRONT_END):
         process.terminate()
     engine.scheduler.signal(signal.SIGTERM)
 
 
 def expect_scheduler_ends(site: Site, engine: Engine) -> None:
-    """In order, with all of its processes, and soon after the last stream."""
+    """The scheduler ends with exit status 0, with all of its processes, soon after the last stream."""
     site.expect_status_0(engine.scheduler.process)
     late_s = time.monotonic() - site.load.arrivals[-1]
     site.times["ended"].append(late_s)
@@ -83,7 +83,7 @@ def start_scheduler(site: Site, engine: Engine) -> None:
 
 
 def roll_worker(site: Site, engine: Engine) -> None:
-    """SIGTERM to its supervisor, then another at the same address, and nobody notices."""
+    """SIGTERM to the worker's supervisor, then another worker at the same address. No stream notices."""
     site.let_run()
     engine.worker.signal(signal.SIGTERM)
     site.expect_status_0(engine.worker.process)
@@ -91,7 +91,7 @@ def roll_worker(site: Site, engine: Engine) -> None:
 
 
 def kill_supervisor(site: Site, engine: Engine) -> None:
-    """It takes its worker along."""
+    """Kills the worker's supervisor, with which its worker ends too."""
     site.let_run()
     engine.worker.process.kill()
     engine.worker.process.wait(WAIT_S)
@@ -109,7 +109,7 @@ def replace_worker(site: Site, engine: Engine) -> None:
 
 
 def kill_scheduler(site: Site, engine: Engine) -> None:
-    """-9: its front ends go too; the worker stays, ends the dead session and takes the next one."""
+    """Kills the scheduler. Its front ends end too; the worker stays, ends the session and takes the next one."""
     site.let_run()
     worker = engine.worker.serving()
     killed_at = time.monotonic()
@@ -123,8 +123,8 @@ def kill_scheduler(site: Site, engine: Engine) -> None:
 
 
 def kill_front_end(site: Site, engine: Engine) -> None:
-    """Streams of its own connections end; those of the others don't."""
-    # The connections that are left are the load's.
+    """Kills one of several front ends. Streams of its own connections end; those of the others go on."""
+    # Only the load's connections are left then.
     engine.channel.close()
     front_ends = site.processes(FRONT_END)
     port = engine.scheduler.port

@@ -1,4 +1,4 @@
-"""Disturbances that leave processes silent: each is done to an engine of real processes, and says what came of it."""
+"""Disturbances that leave processes silent. Each disturbs an engine of real processes and returns what it measured."""
 
 import contextlib
 import itertools
@@ -22,28 +22,28 @@ from tests.e2e.services import INFERENCE, Engine, HealthWatch
 from tests.e2e.waiting import wait_until
 
 NOTICED_WITHIN_S = 6.0
-"""The promise, of a worker that falls silent."""
+"""The promised limit until a worker that falls silent is noticed."""
 RESUMED_WITHIN_S = 6.0
-"""Until all streams go on, once the worker is in reach again."""
+"""The promised limit until all streams go on, once the worker is in reach again."""
 STALL_S = 0.5
 PATIENCE_S = KEEPALIVE_TIMEOUT_MS / 1000
-"""Clients wait so long at least: beside tokens gRPC sends pings to measure the network, and one may be under way."""
+"""Clients wait this long at least. gRPC's pings to measure the network have this timeout, and one may be under way."""
 SESSION_LIMIT_S = (KEEPALIVE_TIME_MS + KEEPALIVE_TIMEOUT_MS) / 1000 + 1
-"""A worker ends the session of a scheduler that is silent for so long."""
+"""A worker ends the session of a scheduler that is silent for this long."""
 UNDER_WAY_S = 1.0
-"""What a process has sent before it froze is read by then."""
+"""After this time, all that a process sent before it froze has been read."""
 START_S = 15.0
-"""A worker of the small model starts in less, on a busy machine too."""
+"""A worker of the small model starts in less than this, on a busy machine too."""
 IDLE_S = 2.0
-"""Then gRPC has ended its measurements of the network, whose pings would find a silence too."""
+"""After this time without traffic gRPC no longer measures the network, whose pings would also find a silence."""
 NUM_CONNECTIONS = 16
 NUM_FRONT_ENDS = 3
-"""One is frozen, and what is dealt anew when it ends still goes to two."""
+"""One of them is frozen; when it ends, its connections go to the two others."""
 
 
 @dataclass
 class Scene:
-    """What a trial is given."""
+    """What a trial works on."""
 
     engine: Engine
     load: Load
@@ -54,14 +54,14 @@ class Scene:
     is_busy: bool = False
 
     def wait_going_on(self) -> float:
-        """Until each stream has tokens that are newer than this call. Returns the seconds."""
+        """Waits until each stream has tokens that are newer than this call. Returns the seconds."""
         began = time.monotonic()
         if self.is_busy:
             wait_until(lambda: min(self.load.heard_at) > began, "all streams go on")
         return time.monotonic() - began
 
     def are_silent(self, began: float) -> list[bool]:
-        """Of each stream whether it has brought nothing since a disturbance began, but for what was under way."""
+        """For each stream, whether it has been silent since the disturbance, but for messages under way then."""
         return [heard_at < began + UNDER_WAY_S for heard_at in self.load.heard_at]
 
     def pause(self, least_s: float, most_s: float) -> None:
@@ -74,7 +74,7 @@ def lose_worker(
     restore: Callable[[], None],
     resumed_within_s: float = RESUMED_WITHIN_S,
 ) -> Found:
-    """Until the scheduler has noticed, and all goes on after it."""
+    """Disturbs until the scheduler has noticed that its worker is lost, restores, and waits until all streams go on."""
     losses = scene.engine.load().num_worker_losses
     with contextlib.closing(HealthWatch(scene.engine, INFERENCE)) as readiness:
         readiness.wait_status("SERVING")
@@ -102,7 +102,7 @@ def freeze_worker(scene: Scene) -> Found:
     worker = scene.engine.worker.serving()
 
     def thaw() -> None:
-        # It is gone where nobody noticed in time, and then that is what is wrong.
+        # If the loss was not noticed in time the process is gone, and the trial fails for the late notice.
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.resume()
 
@@ -110,7 +110,7 @@ def freeze_worker(scene: Scene) -> Found:
 
 
 def freeze_worker_for_good(scene: Scene) -> Found:
-    """Nobody ends it but its supervisor."""
+    """The frozen worker is left to its supervisor, which kills and replaces it."""
     worker = scene.engine.worker.serving()
     found = lose_worker(scene, worker.suspend, lambda: None, SUPERVISOR_LIMIT_S + START_S)
     return found | {"is_met": found["is_met"] and not worker.is_running()}
@@ -135,7 +135,7 @@ def drop_packets_one_way(scene: Scene) -> Found:
 
 
 def forget_connection(scene: Scene) -> Found:
-    """As a NAT or a firewall does: only its packets are dropped, and for the worker it is open until then."""
+    """Drops the packets of the one connection to the worker, as a NAT or a firewall does that has forgotten it."""
     host = scene.host
     assert host is not None
     sockets = psutil.Process(scene.engine.scheduler.process.pid).net_connections("tcp")
@@ -147,7 +147,7 @@ def forget_connection(scene: Scene) -> Found:
 
 
 def stall_link(scene: Scene) -> Found:
-    """No worker is lost of it."""
+    """Stalls the way to the worker too briefly for the worker to be taken as lost."""
     losses = scene.engine.load().num_worker_losses
     before = len(scene.load.arrivals)
     scene.link.stall(STALL_S)
@@ -158,28 +158,28 @@ def stall_link(scene: Scene) -> Found:
 
 
 def freeze_front_end(scene: Scene) -> Found:
-    """Thawed before anybody takes it for lost: its clients wait."""
+    """Freezes a front end, and thaws it before the pool or its clients take it as lost."""
     victim = choose_front_end(scene)
     assert victim is not None, "all clients are of one front end"
     began = time.monotonic()
     victim.suspend()
     scene.pause(2 * UNDER_WAY_S, PATIENCE_S - 1)
-    is_its = scene.are_silent(began)
+    was_silent = scene.are_silent(began)
     victim.resume()
     resumed_s = scene.wait_going_on()
-    is_met = victim.is_running() and 0 < sum(is_its) < len(is_its)
-    return {"resumed_s": round(resumed_s, 3), "streams_of_it": sum(is_its), "is_met": is_met}
+    is_met = victim.is_running() and 0 < sum(was_silent) < len(was_silent)
+    return {"resumed_s": round(resumed_s, 3), "streams_of_it": sum(was_silent), "is_met": is_met}
 
 
 def freeze_front_end_for_good(scene: Scene) -> Found:
-    """The pool ends it. The clients of it are those that hear nothing while all others do."""
+    """Freezes a front end until the pool kills it. Its clients are those that hear nothing while all others do."""
     while (victim := choose_front_end(scene)) is None:
-        deal_anew(scene)
+        move_clients(scene)
     ends = list(scene.load.num_ends)
     began = time.monotonic()
     victim.suspend()
     time.sleep(FRONT_END_LIMIT_S / 2)
-    is_its = scene.are_silent(began)
+    was_silent = scene.are_silent(began)
     wait_until(lambda: not victim.is_running(), "the frozen front end is killed")
     noticed_s = time.monotonic() - began
     wait_until(lambda: len(front_ends(scene.engine)) == NUM_FRONT_ENDS, "another front end")
@@ -188,15 +188,15 @@ def freeze_front_end_for_good(scene: Scene) -> Found:
     return {
         "noticed_s": round(noticed_s, 3),
         "resumed_s": round(time.monotonic() - began - noticed_s, 3),
-        "streams_of_it": sum(is_its),
-        "is_met": has_ended == is_its and 0 < sum(is_its) < len(is_its),
+        "streams_of_it": sum(was_silent),
+        "is_met": has_ended == was_silent and 0 < sum(was_silent) < len(was_silent),
     }
 
 
 def kill_front_end_of_frozen_scheduler(scene: Scene) -> Found:
-    """Its clients try again, at other front ends, before the scheduler's process can have noticed its end."""
+    """Kills a front end while the scheduler is frozen, so that its clients try again before the scheduler notices."""
     while (victim := choose_front_end(scene)) is None:
-        deal_anew(scene)
+        move_clients(scene)
     scheduler = psutil.Process(scene.engine.scheduler.process.pid)
     scheduler.suspend()
     victim.kill()
@@ -217,20 +217,20 @@ def front_ends(engine: Engine) -> list[psutil.Process]:
 
 
 def choose_front_end(scene: Scene) -> psutil.Process | None:
-    """One that has clients of the load, while others have some too. None where all are one's."""
+    """A front end that has some of the load's clients, but not all of them. None if there is none."""
     port = scene.engine.scheduler.port
 
     def num_clients(process: psutil.Process) -> int:
         sockets = process.net_connections("tcp")
         return sum(each.status == psutil.CONN_ESTABLISHED and each.laddr.port == port for each in sockets)
 
-    # One connection is the engine's own.
+    # One connection is that of the harness itself.
     able = [process for process in front_ends(scene.engine) if 2 <= num_clients(process) <= NUM_CONNECTIONS - 1]
     return scene.random.choice(able) if able else None
 
 
-def deal_anew(scene: Scene) -> None:
-    """Kills the front ends, one after another: the clients of each move to others."""
+def move_clients(scene: Scene) -> None:
+    """Kills the front ends one after another, so that the clients of each move to others."""
     for process in front_ends(scene.engine):
         process.kill()
         wait_until(lambda: len(front_ends(scene.engine)) == NUM_FRONT_ENDS, "another front end")
@@ -238,7 +238,7 @@ def deal_anew(scene: Scene) -> None:
 
 
 def freeze_scheduler(scene: Scene) -> Found:
-    """Thawed before anybody takes it for lost."""
+    """Freezes the scheduler, and thaws it before its clients or the worker take it as lost."""
     scheduler = psutil.Process(scene.engine.scheduler.process.pid)
     began = time.monotonic()
     scheduler.suspend()
@@ -250,7 +250,7 @@ def freeze_scheduler(scene: Scene) -> Found:
 
 
 def freeze_scheduler_for_long(scene: Scene) -> Found:
-    """Until the worker has ended the session, and clients have given up. Then it thaws."""
+    """Freezes the scheduler until the worker has ended the session and clients have given up, then thaws it."""
     scheduler = psutil.Process(scene.engine.scheduler.process.pid)
     ended = num_sessions_ended(scene)
     began = time.monotonic()
@@ -270,7 +270,7 @@ def freeze_scheduler_for_long(scene: Scene) -> Found:
 
 
 def freeze_scheduler_for_good(scene: Scene) -> Found:
-    """Whoever runs it kills it and starts another."""
+    """Freezes the scheduler, kills it and starts another, as its operator would."""
     scene.engine.scheduler.signal(signal.SIGSTOP)
     scene.pause(1, 1 + scene.calm_s)
     scene.engine.channel.close()

@@ -1,5 +1,5 @@
-"""Packets between the services that are dropped without a word: the worker runs on a host of its own, a network
-namespace, and iptables drops what goes to it and what comes from it. What TCP sends again meanwhile is dropped too.
+"""Packets between the services that are dropped silently. The worker runs on a host of its own, a network namespace,
+and iptables drops packets to it and from it, TCP's retransmissions included.
 """
 
 from tests.chaos.harness.definitions import Form, Part

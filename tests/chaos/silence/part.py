@@ -1,7 +1,7 @@
-"""What goes silent without dying: processes that are frozen (SIGSTOP), and a connection between the services that is
-cut, stalls or brings nothing any more. Under streams, and with a worker that idles.
+"""Processes that are frozen (SIGSTOP) and connections between the services that are cut, stall or fall silent, under
+streams and with an idle worker.
 
-`disturbances.py` has what is done; `drops.py` has the pieces that need a network of their own.
+`disturbances.py` has what each kind of trial does; `drops.py` has the pieces that need a network of their own.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ from tests.e2e.link import Link
 
 @dataclass(frozen=True)
 class Kind:
-    """promise, tried: as the table has them. may_end: whether streams may end UNAVAILABLE, each of which is tried again
-    with its id.
+    """A kind of trial. promise, tried: texts of the table. may_end: whether streams may end UNAVAILABLE; their requests
+    are then sent again with their ids.
     """
 
     do: Callable[[Scene], Found]
@@ -142,9 +142,9 @@ def run(
     num_tokens: int = 150,
     calm_s: float = 2.0,
 ) -> Found:
-    """So many trials of each kind, in turn; first those with an idle worker, then those under streams. has_host: the
-    worker runs on a host of its own, else the scheduler reaches it over a link. calm_s: between trials, and how long a
-    disturbance goes on after it was noticed; at most.
+    """Does `trials` rounds of idle_kinds with an idle worker, then as many of `kinds` under streams. has_host: the
+    worker runs on a host of its own; otherwise the scheduler reaches it over a link. calm_s: the longest pause between
+    trials, and the longest that a disturbance goes on after it was noticed.
     """
     with contextlib.ExitStack() as stack:
         link = stack.enter_context(contextlib.closing(Link()))
@@ -195,7 +195,7 @@ def rows(pieces: Sequence[Found]) -> list[Row]:
 
 
 def row_of(kind: Kind, pieces: Sequence[Found], trials: Sequence[Found]) -> Row:
-    """Of the trials of one kind, and the pieces that they are of."""
+    """The row of one kind of trial. pieces: those that have trials of this kind."""
     loads = [piece["load"] for piece in pieces]
     wrong = sum(load["wrong"] for load in loads)
     codes = {code for load in loads for code in load["ended"]}
@@ -203,7 +203,7 @@ def row_of(kind: Kind, pieces: Sequence[Found], trials: Sequence[Found]) -> Row:
     streams = max(load["streams"] for load in loads)
     idle = sum(not trial["is_busy"] for trial in trials)
     told = [
-        f"{what} {of(trial[key] for trial in trials)}"
+        f"{what} {median_and_longest(trial[key] for trial in trials)}"
         for key, what in (("noticed_s", "noticed after"), ("resumed_s", "all went on after"))
         if key in trials[0]
     ]
@@ -230,7 +230,7 @@ def row_of(kind: Kind, pieces: Sequence[Found], trials: Sequence[Found]) -> Row:
     return Row(kind.promise, f"{len(trials)} {kind.tried}, {where}; {answers} answers", "; ".join(told), is_met)
 
 
-def of(seconds: Any) -> str:
+def median_and_longest(seconds: Any) -> str:
     values = sorted(seconds)
     return f"{statistics.median(values):.2f} s (p50), {values[-1]:.2f} s (longest)"
 

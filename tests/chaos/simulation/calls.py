@@ -1,7 +1,7 @@
-"""Calls of clients in virtual time: random requests, their true answers, and what came instead.
+"""Calls of clients in virtual time: random requests, their true answers, and checks of the answers that come.
 
-The truth is made here, of the fake worker's function from what was read to the next token and of the tokenizer's
-decode(): nothing of the scheduler has a part in it.
+The true answers are computed here, from the fake worker's rule for the next token and the tokenizer's decode(), without
+any code of the scheduler.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from tests.support.builders import create_request
 from tests.support.fake_worker import expected_tokens
 
 VOCAB_SIZE = 1024
-"""Of the embedded model's tokenizer."""
+"""The vocabulary size of the embedded model's tokenizer."""
 
 PREFIXES = ((), (), (1,) * 4, (1,) * 16, (1,) * 15 + (2,), (1,) * 32)
 
@@ -36,23 +36,25 @@ STOP, LENGTH, ABORT = (
 
 
 class WrongAnswer(Exception):
-    """An answer that is not its request's true one."""
+    """An answer that differs from its request's true answer."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a choice is to give. finish is (reason, stop string, stop token id), as in the API, empty and 0 for none."""
+    """The true answer of a choice. finish is (reason, stop string, stop token id); the string is empty and the id None
+    if it did not end so.
+    """
 
     tokens: list[int]
     text: str
     finish: tuple[int, str, int | None]
     num_counted: int | None
-    """Output tokens where a stop string ends it, which the engine learns late; None otherwise"""
+    """The number of output tokens if a stop string ends the choice, which the engine learns late; None otherwise"""
 
 
 @dataclass
 class Asked:
-    """A request. Its serial number is its seed, by which the worker's rows are known, and is used once."""
+    """A request. Its serial number is unique and is its seed, which tells the request of each of the worker's rows."""
 
     serial: int
     message: inference_pb2.GenerateStreamRequest
@@ -62,12 +64,12 @@ class Asked:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and output, at most."""
+        """The most tokens that prompt and output may have together."""
         return len(self.message.prompt.token_ids.ids) + self.message.stopping.max_tokens
 
 
 def make_request(rng: Random, serial: int, request_id: str, worker: WorkerInfo, tokenizer: Tokenizer) -> Asked:
-    """One that fits the worker, most often."""
+    """A random request, which fits the worker most of the time."""
     prompt = [*rng.choice(PREFIXES), *(rng.randint(1, 2) for _ in range(rng.randrange(18)))] or [1]
     request = inference_pb2.GenerateStreamRequest(request_id=request_id, priority=rng.choice([0, 0, 0, 1, -1]))
     request.prompt.token_ids.ids.extend(prompt)
@@ -111,7 +113,7 @@ def _num_choices(request: inference_pb2.GenerateStreamRequest) -> int:
 
 
 def _raw_output(request: inference_pb2.GenerateStreamRequest, index: int) -> list[int]:
-    """Up to max_tokens, whatever the stops."""
+    """The max_tokens output tokens that come if no stop condition applies."""
     sampling = RowSampling(request.sampling.temperature, seed=request.sampling.seed, choice_index=index)
     return expected_tokens(
         create_request(0, request.prompt.token_ids.ids, request.stopping.max_tokens, sampling=sampling),
@@ -138,7 +140,7 @@ def make_truth(
     stop_strings: Sequence[str] = (),
     skip_special_tokens: bool,
 ) -> Truth:
-    """Of the tokens that come where nothing stops them."""
+    """The true answer of a choice. output: the tokens that come if no stop condition applies."""
 
     def decode(tokens: list[int]) -> str:
         text: str = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
@@ -150,7 +152,7 @@ def make_truth(
     spoken = output if stop_id is None else output[:-1]
     for count in range(1, len(spoken) + 1) if stop_strings else ():
         text = decode(spoken[:count])
-        # A token that ends in the middle of a character says nothing yet of its text.
+        # A token that ends in the middle of a character has no text yet.
         if not text.endswith(UNFINISHED) and (found := _first_stop(text, stop_strings)):
             return Truth(output[:count], text[: text.index(found)], (STOP, found, None), count)
     text = decode(spoken)
@@ -160,7 +162,7 @@ def make_truth(
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> str:
-    """That which is complete first, the longest of several."""
+    """The stop string that is complete first, the longest if there are several; empty for none."""
     found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
     return min(found)[2] if found else ""
 
@@ -173,7 +175,7 @@ class Choice:
 
 
 class Call:
-    """A call under way, and what came of it so far, held against the truth as it comes."""
+    """A call under way, whose messages are compared with the true answer as they come."""
 
     def __init__(
         self,
@@ -184,7 +186,7 @@ class Call:
         may_share_id: bool,
         deadline: float | None,
     ) -> None:
-        """may_share_id: another call has its request id, and may be live. deadline: in virtual time."""
+        """may_share_id: another call, which may be live, has the same request id. deadline: in virtual seconds."""
         self.asked = asked
         self.front_end = front_end
         self.may_share_id = may_share_id
@@ -192,13 +194,13 @@ class Call:
         self.started_at = now()
         self.task: asyncio.Task[None] | None = None
         self.is_admitted = self.is_aborted = self.is_ended = self.is_answered = False
-        """is_admitted: the worker has had a part of it. is_answered: all of its answer came."""
+        """is_admitted: the worker has had a row of it. is_answered: its whole answer came."""
         self._tokenizer = tokenizer
         self._choices = [Choice() for _ in asked.truths]
         self._usage: inference_pb2.Usage | None = None
 
     async def stream(self, servicer: InferenceServicer, pause: Any) -> None:
-        """Raises WrongAnswer, and what ends the call. pause is awaited between messages."""
+        """Streams the answer, with pause between messages. Raises WrongAnswer, or the error that ends the call."""
         async with contextlib.aclosing(servicer.GenerateStream(self.asked.message, _Context(self))) as messages:  # type: ignore[arg-type,type-var]
             async for message in messages:
                 self._add(message.choice_index, message, message.text_delta)
@@ -208,7 +210,7 @@ class Call:
         self._check_all()
 
     async def ask(self, servicer: InferenceServicer) -> None:
-        """The same as one reply."""
+        """Gets the answer by a unary call."""
         request = inference_pb2.GenerateRequest.FromString(self.asked.message.SerializeToString())
         reply = inference_pb2.GenerateResponse.FromString(await servicer.Generate(request, _Context(self)))  # type: ignore[arg-type]
         for choice in reply.choices:
@@ -218,7 +220,7 @@ class Call:
 
     @property
     def features(self) -> Counter[str]:
-        """What an answer shows: how its choices ended, and what was asked for."""
+        """The features that an answer exercised: how its choices ended, and what was asked for."""
         request, finishes = self.asked.message, [choice.finish for choice in self._choices if choice.finish is not None]
         has = {
             "stop string": any(finish.stop_string for finish in finishes),
@@ -235,12 +237,12 @@ class Call:
 
     @property
     def is_told_its_stop(self) -> bool:
-        """All came up to its one choice's stop string, so that only the engine's word of the end is missing."""
+        """Whether all tokens up to its one choice's stop string came, so that only the finish is missing."""
         [truth, *others] = self.asked.truths
         return not others and truth.num_counted is not None and self._choices[0].tokens == truth.tokens
 
     def check_beginning(self) -> None:
-        """What came before it was broken off is the beginning of the truth."""
+        """Raises WrongAnswer if the text that came is not a beginning of the true text."""
         for choice, truth in zip(self._choices, self.asked.truths, strict=True):
             _check(truth.text.startswith(choice.text), f"text {choice.text!r}, not {truth.text!r}")
 
@@ -287,7 +289,7 @@ class Call:
 
 
 def _check_logprobs(message: Any, request: inference_pb2.GenerateStreamRequest) -> None:
-    """The fake worker reports the token itself and those after it."""
+    """Checks for the log-probabilities that the fake worker reports: the token itself and the ids after it."""
     if not request.output.HasField("num_logprobs"):
         _check(not message.logprobs, "log-probabilities that nobody asked for")
         return
@@ -303,7 +305,7 @@ def _check_logprobs(message: Any, request: inference_pb2.GenerateStreamRequest) 
 
 
 class _Context:
-    """What the servicer asks of a call's context."""
+    """The methods of a call's context that the servicer uses."""
 
     def __init__(self, call: Call) -> None:
         self._call = call

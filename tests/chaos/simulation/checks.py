@@ -1,4 +1,4 @@
-"""What must be true in a simulated world: after each step, of each error, of what is logged, and at the end."""
+"""What must be true in a simulated world: after each step, for each error, for each log record, and at the end."""
 
 import asyncio
 import gc
@@ -28,26 +28,28 @@ if TYPE_CHECKING:
     from tests.chaos.simulation.world import World
 
 LAG_S = 30.0
-"""For what a front end says on old news of the engine."""
+"""How long a front end may still act on old news of the engine."""
 GIVE_UP_SLACK_S = 9.0
-"""For pauses between tries, and a try that hangs."""
+"""Time for the pauses between tries to reach a worker, and for a try that hangs."""
 
 
 class WatchedSink:
-    """The hub, as the step loop has it; raises when the world says so, before or after the hub has its news."""
+    """The step loop's sink: passes everything to the hub, and raises when the world says so, before or after the hub
+    got the outputs.
+    """
 
     def __init__(self, world: "World", hub: EngineHub) -> None:
         self.is_to_raise = self.is_to_raise_at_ends = self.has_raised = False
         self.gone_at: list[float] = []
-        """When the step loop gave up the wait for a worker."""
+        """When the step loop gave up waiting for a worker."""
         self.idle_at = 0.0
-        """When nothing was live."""
+        """The last time at which no sequence was live."""
         self.num_tokens: Counter[int] = Counter()
-        """That the core confirmed of each sequence."""
+        """The number of tokens that the core confirmed, by sequence."""
         self._world = world
         self._hub = hub
         self.ready_at = self._lost_at = 0.0
-        """When a worker came, and when one was lost."""
+        """When the last worker came, and when the last one was lost."""
         self._fingerprint = ""
 
     def on_outputs(self, outputs: StepOutputs) -> None:
@@ -64,7 +66,7 @@ class WatchedSink:
         check_books(self._world)
 
     def _must_raise(self, outputs: StepOutputs) -> bool:
-        """At an end that no token brings, too."""
+        """Whether to raise now: if the world asked for it, and sometimes when sequences fail, which brings no token."""
         has_failed = any(end.error for end in outputs.finished)
         is_asked = self.is_to_raise and bool(outputs.sequence_ids)
         return is_asked or (has_failed and self._world.rng.random() < 0.2)
@@ -108,7 +110,7 @@ class WatchedSink:
 
 
 def check_books(world: "World") -> None:
-    """The core's, the hub's and the front ends' books agree. O(everything)."""
+    """Checks that the books of core, hub and front ends agree. Takes time in proportion to all that they hold."""
     try:
         _check_books(world)
     except AssertionError as error:
@@ -149,7 +151,7 @@ def _check_books(world: "World") -> None:
 
 
 def check_error(world: "World", call: Call, error: Exception) -> None:
-    """Raises WrongAnswer where no fault explains the error with which a call ended."""
+    """Raises WrongAnswer if no fault explains the error with which a call ended."""
     explanation = _explanation(world, call, error)
     if not explanation or (call.is_told_its_stop and explanation != "stopped"):
         raise WrongAnswer(f"ended with {type(error).__name__}: {error}")
@@ -212,7 +214,7 @@ def _explain_unavailable(world: "World", call: Call, text: str) -> str:
 
 
 def _is_full(world: "World", call: Call) -> bool:
-    """Beside the step loop the error is there at once; elsewhere the queue may have moved on."""
+    """Whether the queue was full. For a front end behind a stream it may have changed since, so it counts as full."""
     scheduler, num_choices = world.step_loop.scheduler, len(call.asked.truths)
     assert scheduler is not None
     queue, config = scheduler._queue, world.config
@@ -225,7 +227,7 @@ def _is_full(world: "World", call: Call) -> bool:
 
 
 def _may_not_fit(world: "World", asked: Asked) -> bool:
-    """Into one of the workers that have been."""
+    """Whether the request may not fit one of the workers that the scheduler has had."""
     return len(asked.truths) > world.config.max_num_waiting or any(
         asked.num_tokens > info.max_model_len or asked.num_tokens - 1 > (info.num_blocks - 1) * info.block_size
         for info in world.worker_infos
@@ -233,7 +235,7 @@ def _may_not_fit(world: "World", asked: Asked) -> bool:
 
 
 class _Watcher(logging.Handler):
-    """Tandem logs the exceptions that it survives: each must be one that a fault explains."""
+    """Checks the exceptions that Tandem survives and logs: a fault must explain each."""
 
     def __init__(self, world: "World") -> None:
         super().__init__(logging.WARNING)
@@ -263,7 +265,7 @@ def watched_log(world: "World") -> Iterator[None]:
 
 
 async def check_end(world: "World") -> None:
-    """Nothing is left."""
+    """Checks that nothing is left when a world has ended."""
     scheduler = world.step_loop.scheduler
     assert scheduler is not None
     check_books(world)
@@ -290,8 +292,8 @@ async def check_end(world: "World") -> None:
 
 
 def _check_output_count(world: "World", num_counted: int) -> None:
-    """Tokens past a stop string are not output. Where a call did not get so far as to see its stop, or the stream broke
-    that was to tell of it, they may be.
+    """Tokens past a stop string are not counted as output, unless the call ended before it saw its stop string, or the
+    stream broke that was to report it.
     """
     least = most = 0
     for sequence_id, count in world.sink.num_tokens.items():

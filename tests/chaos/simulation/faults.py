@@ -1,5 +1,5 @@
-"""What breaks in a simulated world. Each is a function that gives whether it was done just now; those that only prepare
-what comes with a later step give False, and are counted when that comes.
+"""What breaks in a simulated world. Each fault is a function that returns whether it happened just now. A function that
+only prepares a fault of a later step returns False, and the fault is counted when it comes.
 """
 
 import asyncio
@@ -29,7 +29,9 @@ async def fail_with_last_word(world: "World") -> bool:
 
 
 async def lose_again_and_again(world: "World") -> bool:
-    """Each time soon after the worker is back, so that those that do no harm are suspects, and are hit in trials."""
+    """Loses the worker soon after each return, so that harmless sequences are suspected, and hit while they are on
+    trial.
+    """
     for _ in range(world.rng.randint(3, 8)):
         for _ in range(100):
             if world.worker.sound_session is not None:
@@ -61,7 +63,7 @@ async def compute_for_long(world: "World") -> bool:
     if session is None:
         return False
     session.next_step_s = 2 * world.step_timeout_s
-    # Nothing else breaks meanwhile.
+    # No other fault comes meanwhile.
     await asyncio.sleep(3 * world.step_timeout_s)
     return False
 
@@ -75,7 +77,7 @@ async def come_with_another_size(world: "World") -> bool:
 
 
 async def come_with_another_model(world: "World") -> bool:
-    """In time, so that what is live waits for its model, or when that has ended."""
+    """Comes while live requests still wait for their own model, or after they have ended."""
     away_s = world.rng.choice([0.5, world.worker_wait_s + 2.0])
     return _lose(world, _gone(), away_s, fingerprint=world.rng.choice(OTHER_MODELS))
 
@@ -86,7 +88,7 @@ async def refuse_the_session(world: "World") -> bool:
 
 
 async def lose_a_front_end(world: "World") -> bool:
-    """Another one takes its place before it is gone."""
+    """Loses a front end, after another one has taken its place."""
     front_end = await world.replace_front_end()
     if isinstance(front_end, RemoteFrontEnd) and world.rng.random() < 0.5:
         front_end.break_off()
@@ -115,7 +117,7 @@ async def raise_in_the_sink(world: "World") -> bool:
 
 
 async def raise_in_the_sink_at_ends(world: "World") -> bool:
-    """Of those that end when a worker is lost, or comes."""
+    """Raises at sequences that end because a worker was lost, or came."""
     world.sink.is_to_raise_at_ends = True
     return False
 
@@ -141,7 +143,7 @@ async def abort_a_request(world: "World") -> bool:
     if request_id in world.hub._requests:
         world.fail("an aborted request is live")
     for each in calls:
-        # Where several have the id, one of them was live.
+        # If several calls have the id, one of them was live.
         each.is_aborted |= each.asked.message.request_id == request_id
     return True
 
@@ -178,11 +180,11 @@ FAULTS: dict[str, tuple[float, Callable[["World"], Awaitable[bool]]]] = {
     "prefix cache reset": (1.0, reset_the_prefix_cache),
     "burst of calls": (0.5, send_a_burst),
 }
-"""Each with its share of the faults of a world."""
+"""Each fault with its weight in the random choice, and its function."""
 
 
 def _gone() -> WorkerUnavailable:
-    """A new one each time: an exception that is raised again keeps all the frames that it came through."""
+    """A new error for each loss, as an exception that is raised again keeps all frames that it passed through."""
     return WorkerUnavailable("connection reset")
 
 
@@ -200,8 +202,8 @@ def _lose(world: "World", error: TandemError, away_s: float, **changes: object) 
 
 
 def _accuses_an_innocent(world: "World") -> bool:
-    """Whether a loss now would be the second in trials of one that does no harm. That is a verdict with a last word:
-    who is hit in each of its trials is taken for a culprit, as docs/decisions/0002-suspects.md says.
+    """Whether a loss now would be the second in the trials of a harmless sequence. Such a sequence would be convicted,
+    as docs/decisions/0002-suspects.md says, so the world does not lose its worker then.
     """
     tried = _suspects(world)._on_trial
     return _is_innocent_on_trial(world) and tried is not None and tried.num_trial_losses > 0

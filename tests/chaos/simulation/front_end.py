@@ -1,5 +1,5 @@
-"""Front ends in virtual time: the product's own, in the step loop's process or behind a stream that may be slow, stand
-still or break. Of what lies between client and engine only gRPC itself is left out.
+"""Front ends in virtual time: the product's own, in the step loop's process or behind a stream that may be slow, stall
+or break. Of all that lies between client and engine only gRPC itself is missing.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class InjectedFault(Exception):
 
 
 class SimulatedFrontEnd(FrontEnd):
-    """In the step loop's process. Also the listener of its engine, which raises when the world says so."""
+    """A front end in the step loop's process. As the listener of its engine it raises when the world says so."""
 
     def __init__(self, tokenizer: Tokenizer, rng: Random, events: Counter[str]) -> None:
         super().__init__(tokenizer, self._note_ready)
@@ -42,7 +42,7 @@ class SimulatedFrontEnd(FrontEnd):
         self.calls: list[asyncio.Task[None]] = []
         self.opened: weakref.WeakSet[LiveRequest] = weakref.WeakSet()
         self.is_to_raise = self.has_raised = self.is_gone = False
-        """is_gone: the calls that it has end UNAVAILABLE, or vanish with their connection."""
+        """is_gone: its calls end UNAVAILABLE, or vanish with their connections."""
         self._rng = rng
 
     async def start(self, hub: EngineHub, _: EngineServicer) -> None:
@@ -51,10 +51,10 @@ class SimulatedFrontEnd(FrontEnd):
         self.connect(self._attachment)
 
     async def leave(self) -> None:
-        """With the scheduler service, after its drain."""
+        """Ends with the scheduler service, after the drain. Nothing is to be done in the same process."""
 
     def die(self) -> None:
-        """With all of its connections, at once. The engine may see it before or after the calls are gone."""
+        """Ends at once, with all connections. The engine may see it before or after the calls are gone."""
         self.is_gone = True
         cut_first = self._rng.random() < 0.5
         if cut_first:
@@ -91,16 +91,16 @@ class SimulatedFrontEnd(FrontEnd):
     async def _note_ready(self, is_ready: bool) -> None:
         pass
 
-    # For the world's checks
+    # For checks of the world
 
     @property
     def attachment(self) -> Attachment | None:
-        """The engine's side, whose books must be this front end's at any moment; None where there is a way between."""
+        """The engine's side, whose books must always equal those of this front end. None if a stream lies between."""
         return None if self.is_gone else self._attachment
 
     @property
     def handles(self) -> set[int]:
-        """Of the sequences that have not ended."""
+        """The handles of the sequences that have not ended."""
         return {*self._choices, *self._stopped}
 
     @property
@@ -109,7 +109,7 @@ class SimulatedFrontEnd(FrontEnd):
 
 
 class RemoteFrontEnd(SimulatedFrontEnd):
-    """In a process of its own: what front_end_process.serve() does, on a stream without gRPC."""
+    """A front end in a process of its own: does what front_end_process.serve() does, on a stream without gRPC."""
 
     def __init__(self, tokenizer: Tokenizer, rng: Random, events: Counter[str]) -> None:
         super().__init__(tokenizer, rng, events)
@@ -127,7 +127,7 @@ class RemoteFrontEnd(SimulatedFrontEnd):
         await asyncio.wait([self._running])
 
     def break_off(self) -> None:
-        """The stream breaks, and both ends live."""
+        """Breaks the stream while both ends live on."""
         self.is_gone = True
         self._channel.call.break_off()
 
@@ -150,7 +150,7 @@ class RemoteFrontEnd(SimulatedFrontEnd):
 
 
 class Link:
-    """How long messages take, in virtual seconds."""
+    """The delay of messages on a stream, in virtual seconds."""
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -171,7 +171,7 @@ class Link:
 
 
 class _Channel:
-    """What RemoteEngine uses of a gRPC channel."""
+    """The methods of a gRPC channel that RemoteEngine uses."""
 
     def __init__(self, servicer: EngineServicer, link: Link) -> None:
         self._servicer = servicer
@@ -185,7 +185,7 @@ class _Channel:
         return attach
 
     def unary_unary(self, *_: Any, **__: Any) -> None:
-        """Of the control RPCs, which the world asks for at the other end."""
+        """A stub for control RPCs, which is never called: the world asks the hub itself."""
 
     async def close(self) -> None:
         pass

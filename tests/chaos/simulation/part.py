@@ -63,7 +63,7 @@ EVENTS = (
         )
     ),
 )
-"""Each must happen in every form."""
+"""Events of which each must happen at least once in every form."""
 
 
 def simulate(seed: int) -> World:
@@ -71,7 +71,7 @@ def simulate(seed: int) -> World:
 
 
 def run(first_seed: int, num_steps: int) -> Found:
-    """The worlds of as many seeds as it takes."""
+    """Runs worlds of successive seeds until they have taken num_steps steps, or MAX_FAULTS faults were found."""
     events: Counter[str] = Counter()
     faults: list[str] = []
     steps = calls = 0

@@ -1,6 +1,6 @@
 """An event loop whose clock jumps to the next timer, so that hours pass in seconds and nothing depends on the machine.
 
-Nothing in it may wait for a file, a socket or a thread: the loop never looks.
+Code on it must not wait for a file, a socket or a thread, since the loop never polls them.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class NothingCanHappen(Exception):
-    """Every task waits, and no timer runs."""
+    """Raised when every task waits and no timer is set."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """time() starts at 0 and moves only while every task waits."""
+    """An event loop whose time() starts at 0 and moves only while every task waits."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -35,7 +35,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _Jump(selectors.SelectSelector):
-    """What the loop calls to wait for files, or for its next timer."""
+    """The selector, which the loop calls to wait for its next timer. Jumps to it."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Jump(selectors.SelectSelector):
 
 
 class _Clock:
-    """Stands for the time module in modules that tell time by it."""
+    """Stands in for the time module in modules that use its clock."""
 
     @staticmethod
     def monotonic() -> float:
@@ -58,7 +58,7 @@ class _Clock:
 
 @contextlib.contextmanager
 def _virtual_modules() -> Iterator[None]:
-    """Those under simulation that ask for the time themselves."""
+    """Gives virtual time to the modules under simulation that import the time module."""
     with patch.object(step_loop, "time", _Clock), patch.object(servicer, "time", _Clock):
         yield
 

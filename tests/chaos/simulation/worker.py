@@ -1,5 +1,5 @@
-"""A worker in virtual time, with faults: its plans are executed by the fake worker, which fails loudly where one is
-wrong. Knows the step loop's interface to a worker, and what the world says of each sequence.
+"""A worker in virtual time, with faults. The fake worker executes its plans, and fails loudly if one is wrong. Knows
+the step loop's interface to a worker, and what the world says of each sequence.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ FLAWS = (ROW_FAULT, LAST_WORD, VANISHES, HANGS)
 
 @dataclasses.dataclass(frozen=True)
 class Flaw:
-    """What is wrong with a sequence: one of FLAWS, which shows whenever the sequence is computed once it has length
-    tokens.
+    """What is wrong with a sequence: one of FLAWS, which shows each time that the sequence is computed with `length` or
+    more tokens.
     """
 
     kind: str
@@ -39,15 +39,15 @@ class Flaw:
 
 
 class World(Protocol):
-    """What the worker asks and tells."""
+    """What the worker asks of the world and tells it."""
 
     rng: Random
     step_timeout_s: float
     is_stopping: bool
-    """The step loop is told to end."""
+    """Whether the step loop was told to end."""
 
     def fail(self, what: str) -> None:
-        """A promise is broken."""
+        """Notes a broken promise."""
 
     def count(self, event: str) -> None: ...
 
@@ -56,7 +56,7 @@ class World(Protocol):
 
 
 class SimulatedWorker:
-    """A WorkerClient. The world says when its worker goes and comes."""
+    """A WorkerClient, whose worker goes and comes when the world says so."""
 
     def __init__(self, world: World, info: WorkerInfo) -> None:
         self.info = info
@@ -64,9 +64,9 @@ class SimulatedWorker:
         self.up_since = 0.0
         self.session: SimulatedSession | None = None
         self.refusals = 0
-        """Sessions that are refused from now on, as if another scheduler had the worker."""
+        """The number of next sessions to refuse, as if another scheduler had the worker."""
         self.num_sampled = 0
-        """Tokens in results that the step loop took."""
+        """The number of tokens in results that the step loop took."""
         self._world = world
         self._last_epoch = 0
 
@@ -75,7 +75,7 @@ class SimulatedWorker:
         return self.session if self.session is not None and not self.session.loss else None
 
     def go_away(self, seconds: float, **changes: object) -> None:
-        """Comes back with `changes` of its info."""
+        """Goes away for `seconds`, and comes back with `changes` of its info."""
         self.is_up = False
 
         def come_back() -> None:
@@ -115,7 +115,9 @@ class SimulatedWorker:
 
 @dataclasses.dataclass
 class _Step:
-    """flaw: it takes the worker down. faulty: sequences whose row faults the result reports."""
+    """A plan that was sent. flaw: the kind of flaw with which it takes the worker down; empty for none. faulty: the
+    sequences whose row faults the result reports.
+    """
 
     result: StepResult
     flaw: str = ""
@@ -123,22 +125,22 @@ class _Step:
 
 
 class SimulatedSession:
-    """Steps run one after the other, until a fault ends the session or the step loop closes it."""
+    """A session whose steps run one after the other, until a fault ends it or the step loop closes it."""
 
     def __init__(self, world: World, worker: SimulatedWorker, info: WorkerInfo) -> None:
         self.info = info
         self.heard_at = now()
         self.loss = ""
-        """The fault that ends it; empty while it is sound."""
+        """The fault that ends the session; empty while it is sound."""
         self.is_misfit_due = False
         self.next_step_s = 0.0
-        """That the next step takes, if it is not to be a short one."""
+        """The time that the next step takes; 0 for a random short one."""
         self._world = world
         self._worker = worker
         self._runner = FakeRunner(info, salt_of=lambda sequence_id: self._salts[sequence_id])
         self._salts: dict[int, str] = {}
         self._flaws: dict[int, Flaw] = {}
-        # Their faults are known to the scheduler.
+        # Sequences whose faults the scheduler knows.
         self._faulty: set[int] = set()
         self._steps: deque[_Step] = deque()
         self._error: TandemError | None = None
@@ -147,7 +149,7 @@ class SimulatedSession:
         self._is_used = self._is_hanging = self._is_closed = False
         self._waking = asyncio.Event()
 
-    # The step loop's
+    # The interface to the step loop
 
     async def send(self, plan: StepPlan) -> None:
         if self._world.rng.random() < 0.2:
@@ -202,8 +204,8 @@ class SimulatedSession:
     # Faults
 
     def lose(self, loss: str, error: TandemError, *, may_finish_steps: bool = False) -> None:
-        """The session ends with this error. may_finish_steps: no more plans are taken, but results still come of those
-        that were.
+        """Ends the session with this error. may_finish_steps: the steps under way still give results, though no more
+        plans are taken.
         """
         self.loss, self._error, self._may_finish_steps = loss, error, may_finish_steps
         if self._steps:
@@ -211,7 +213,7 @@ class SimulatedSession:
         self._waking.set()
 
     def hang(self, loss: str = "hangs") -> None:
-        """No result comes any more, and no word."""
+        """Brings no more results and no error."""
         self.loss, self._is_hanging = loss, True
         self._hung_at = now() if self._steps else None
 
@@ -232,12 +234,12 @@ class SimulatedSession:
                 await self._waking.wait()
             else:
                 await self._wait(min(end - now(), 1.0))
-                # A step that gets on says so.
+                # A step that makes progress reports it.
                 self.heard_at = now()
         if step_s > self._world.step_timeout_s and not self._must_end:
             self._world.count("long step that gets on")
         if flaw and self.loss:
-            # It was lost already, and ends now.
+            # The session was lost already, and ends now.
             self._may_finish_steps = False
         elif flaw:
             self._world.count(flaw)
@@ -249,7 +251,7 @@ class SimulatedSession:
                 self._worker.go_away(self._world.rng.choice([0.05, 0.5]))
 
     async def _wait(self, seconds: float) -> None:
-        """Or until the session ends."""
+        """Waits for this time, or until the session ends."""
         self._waking.clear()
         timer = asyncio.get_running_loop().call_later(seconds, self._waking.set)
         await self._waking.wait()
@@ -282,7 +284,9 @@ class SimulatedSession:
         return _Step(result, deadly[0] if deadly else "", faulty)
 
     def _spoil_what_is_removed(self, plan: StepPlan) -> None:
-        """What a faulty row wrote may be wrong, so nobody may read it who did not before its fault was known."""
+        """Marks blocks as unreadable that a removed faulty row wrote, as they may be wrong. Rows that read them before
+        the fault was known may go on.
+        """
         removed = {row: self._runner.rows[row] for row in plan.removed_rows.tolist() if row in self._runner.rows}
         spoilt = {block for state in removed.values() if state.sequence_id in self._faulty for block in state.block_ids}
         for state in self._runner.rows.values() if spoilt else ():
@@ -298,7 +302,7 @@ def now() -> float:
 
 
 def random_size(rng: Random) -> dict[str, Any]:
-    """Of WorkerInfo's fields: from pools that hold one sequence to pools that hold all."""
+    """Random sizes for WorkerInfo: from pools that hold one sequence to pools that hold all."""
     block_size = rng.choice([1, 4, 16])
     return {
         "max_model_len": rng.choice([50, 90, 90]),

@@ -1,5 +1,5 @@
-"""A world of one seed: the scheduler's step loop, hub and core, front ends and their clients, and a worker, in virtual
-time. What happens in it is a function of the seed alone.
+"""A simulated world: the scheduler's step loop, hub and core, front ends with their clients, and a worker, in virtual
+time. What happens in a world is a function of its seed alone.
 """
 
 import asyncio
@@ -28,18 +28,18 @@ from tests.support.tokenizers import embedded
 TOKENIZER = embedded()
 
 MAX_TOKENS_PER_DELTA = 6
-"""So few that slow readers, whose outputs are short here, take them in several."""
+"""Small, so that slow readers take even the short outputs of this simulation in several messages."""
 
 TIMEOUTS_S = (0.0, 0.01, 0.1, 1.0, 5.0)
-"""Of those calls that have a deadline."""
+"""The timeouts of the calls that have a deadline."""
 STUCK_S = 10.0
-"""Without a result of a sound worker, though sequences are live."""
+"""The longest that a sound worker may give no result while sequences are live."""
 LIMIT_S = 1800.0
-"""In which a world brings its steps, whatever breaks."""
+"""The virtual time within which a world must complete its steps, whatever breaks."""
 
 
 class World:
-    """Run it once. `failures` then says what broke a promise, with the virtual time."""
+    """A world, which is run once. `failures` then says which promises were broken, and when in virtual time."""
 
     step_timeout_s = 5.0
     worker_wait_s = 10.0
@@ -50,14 +50,14 @@ class World:
         self.events: Counter[str] = Counter()
         self.num_steps = 0
         self.seconds = 0.0
-        """Virtual ones that it lasted."""
+        """How long the world lasted, in virtual seconds."""
         self.calls: list[Call] = []
-        """All that were ever made; a call's serial number is its place, from 1 on."""
+        """All calls ever made; a call's serial number is its place, counted from 1."""
         self.sequences: dict[int, tuple[Call, int]] = {}
-        """Call and choice of each sequence that was ever admitted, by id."""
+        """Call and choice of each sequence that was ever admitted, by sequence id."""
         self.is_stopping = False
         self.is_cut_short = False
-        """At the end what is live ends UNAVAILABLE."""
+        """Whether the drain at the end is cut short, so that live requests end UNAVAILABLE."""
         self._num_wanted = num_steps
         self._is_over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -72,7 +72,7 @@ class World:
         self.seconds = now()
         return self
 
-    # What others tell
+    # What the worker and the checks report
 
     def fail(self, what: str) -> None:
         self.failures.append(f"at {self._loop.time():.3f} s: {what}")
@@ -93,13 +93,13 @@ class World:
         if self.num_steps >= self._num_wanted:
             self._is_over.set()
 
-    # A life
+    # The course of a world
 
     async def _live(self) -> None:
         rng = self.rng
         info = random_worker(rng)
         self.worker_infos = [info]
-        """Of which the scheduler may know."""
+        """All workers that the scheduler may know."""
         self.worker = SimulatedWorker(self, info)
         self.hub = EngineHub()
         self.sink = WatchedSink(self, self.hub)
@@ -143,7 +143,7 @@ class World:
             self.events["overshoots"] += load.num_overshoot_tokens
 
     async def _end(self) -> None:
-        """What the service does when it stops."""
+        """Ends the world as the scheduler service does when it stops."""
         draining = asyncio.create_task(self.hub.drain())
         await asyncio.sleep(0)
         late = [self.start_call() for _ in range(3)]
@@ -171,7 +171,7 @@ class World:
         return front_end
 
     async def replace_front_end(self) -> SimulatedFrontEnd:
-        """Gives the one that is to go."""
+        """Starts another front end in the place of one, and returns the one that is to go."""
         index = self.rng.randrange(len(self.front_ends))
         self.lost_front_ends.append(self.front_ends[index])
         self.front_ends[index] = await self._start_front_end(type(self.front_ends[index]))
@@ -227,7 +227,7 @@ class World:
         front_end.calls.append(call.task)
         call.task.add_done_callback(front_end.calls.remove)
         if deadline is not None:
-            # gRPC may be late to end the call.
+            # gRPC may end the call late.
             cutting = self._loop.call_at(deadline + self.rng.choice([0.0, 0.5]), call.task.cancel)
             call.task.add_done_callback(lambda _: cutting.cancel())
         return call.task
@@ -270,7 +270,7 @@ class World:
 
 
 class _WatchedLoop(StepLoop):
-    """Counts the stops that come when the core has ended the sequence already, and sees that nothing starts late."""
+    """Counts stops that come when the core has already ended the sequence, and checks that nothing starts late."""
 
     world: World
 

@@ -1,6 +1,6 @@
 """Streams for a long time, many of which are cut short in every way that a client has, with too few blocks for all.
 
-What is looked for is what grows or is lost slowly: memory of each process, blocks, sequences that nobody ends.
+The soak looks for what grows or gets lost slowly: each process's memory, blocks, and sequences that never end.
 """
 
 import random
@@ -24,12 +24,12 @@ NUM_BLOCKS = 200
 """A third of what the streams would fill, so that sequences are preempted all the time."""
 MAX_SLOPE_MIB_PER_MIN = 1.0
 FATES = {"whole": 55, "cancelled": 15, "aborted": 15, "out of time": 15}
-"""What becomes of a call, and of how many in a hundred."""
+"""How a call ends, and the share of calls in percent."""
 MAX_MESSAGES = 30
-"""That come before a call is cut short."""
+"""The most messages that come before a call is cut short."""
 MAX_DEADLINE_S = 1.5
 MAX_WASTED = 5.0
-"""Tokens that are computed for a call after it was cut short, on average; left to run on, it would get dozens."""
+"""Mean number of tokens computed for a call after it was cut short. If it ran on it would get dozens."""
 COUNTERS = (
     "num_steps",
     "num_preemptions",
@@ -42,7 +42,7 @@ COUNTERS = (
 
 
 class RoughLoad(Load):
-    """Cuts many of its calls short: at random messages, and by deadlines that most often pass."""
+    """A load that cuts many of its calls short: at random messages, and by deadlines that pass most of the time."""
 
     def __init__(self, *arguments: Any, seed: int, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -92,13 +92,13 @@ class RoughLoad(Load):
         try:
             await self._control.Abort(control_pb2.AbortRequest(request_id=request_id), timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
-            # It may have ended by itself.
+            # The request may have ended by itself.
             if error.code() != grpc.StatusCode.NOT_FOUND:
                 raise
 
 
 def _check_aborted(answer: Answer, truth: Answer) -> None:
-    """Each choice has all of its tokens or the end ABORT; the usage counts those that came."""
+    """Each choice must have all of its tokens or end with ABORT, and the usage must count the tokens that came."""
     for choice, expected in truth.token_ids.items():
         reason = answer.finishes.get(choice)
         is_whole = (answer.token_ids.get(choice), reason) == (expected, truth.finishes[choice])
@@ -110,8 +110,8 @@ def _check_aborted(answer: Answer, truth: Answer) -> None:
 
 
 def run(seconds: float, watched_s: float, seed: int, max_slope: float = MAX_SLOPE_MIB_PER_MIN) -> Found:
-    """watched_s: how much of the end slopes are of; 0 for none. max_slope: what the upper ends of their intervals may
-    be, in MiB a minute.
+    """watched_s: the last seconds, over which slopes of memory are fitted; 0 for no slopes. max_slope: what the upper
+    ends of the slopes' intervals may be, in MiB a minute.
     """
     flags = {"--api-server-count": 2, "--max-num-seqs": 24}
     with running_engine(
@@ -148,7 +148,7 @@ def run(seconds: float, watched_s: float, seed: int, max_slope: float = MAX_SLOP
 
 
 def slopes(watch: Watch, seconds: float) -> dict[str, list[float]]:
-    """MiB a minute, of the last so many seconds, by process: the slope, and its interval's ends."""
+    """By process: the slope of its memory over the last `seconds` and the ends of its interval, in MiB a minute."""
     first = next(index for index, at in enumerate(watch.times) if at >= watch.times[-1] - seconds)
     found = {name: trend(watch.times[first:], rss[first:]) for name, rss in watch.rss.items()}
     return {
@@ -208,7 +208,7 @@ PART = Part(
     rows,
     pieces={
         Form.SHORT: (),
-        # Two minutes after one to warm up tell little of a slope.
+        # Two minutes after one minute of warm-up tell little about a slope, so the limit is wide.
         Form.LONG: ({"seconds": 180.0, "watched_s": 125.0, "seed": 2, "max_slope": 16.0},),
         Form.FULL: ({"seconds": 1800.0, "watched_s": 1200.0, "seed": 3},),
     },

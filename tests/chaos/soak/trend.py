@@ -11,12 +11,12 @@ BLOCK_S = 30.0
 MIN_BLOCKS = 4
 MAX_CORRELATION = 0.9
 MIN_FREE = 2.0
-"""Of which t_quantile() still gives a quantile."""
+"""The fewest degrees of freedom for which t_quantile() gives a quantile."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """In units of the series per second. low and high are the ends of a 95% interval."""
+    """A slope in units of the series per second, and the ends of its 95% interval."""
 
     slope: float
     low: float
@@ -24,12 +24,12 @@ class Trend:
 
 
 def trend(times_s: Sequence[float], values: Sequence[float], block_s: float = BLOCK_S) -> Trend:
-    """Least squares on the means of blocks of block_s, which leaves little of what goes on within seconds.
+    """Least squares on the means of blocks of block_s seconds, which smooth out what happens within seconds.
 
-    The autocorrelation that is left is taken for that of an AR(1) process: it makes the variance larger, and the number
-    of blocks that are worth an independent one smaller (Santer et al., "Consistency of modelled and observed
-    temperature trends in the tropical troposphere", 2008, section 4.1; without the bias of the estimate on few blocks).
-    Raises ValueError under MIN_BLOCKS whole blocks.
+    The autocorrelation that is left is treated as that of an AR(1) process, which makes the variance larger and the
+    effective number of independent blocks smaller (Santer et al., "Consistency of modelled and observed temperature
+    trends in the tropical troposphere", 2008, section 4.1; here the bias of the estimate on few blocks is corrected).
+    Raises ValueError if there are fewer than MIN_BLOCKS whole blocks.
     """
     times, series = np.asarray(times_s, float), np.asarray(values, float)
     index = ((times - times[0]) // block_s).astype(int)
@@ -45,7 +45,7 @@ def trend(times_s: Sequence[float], values: Sequence[float], block_s: float = BL
     if sum_of_squares == 0.0:
         return Trend(slope, slope, slope)
     biased = float(residuals[1:] @ residuals[:-1]) / sum_of_squares
-    # A straight line takes some of the autocorrelation along.
+    # Fitting a line removes some of the autocorrelation, so the estimate is corrected for it.
     correlation = min(max(biased + (2 + 4 * biased) / num_blocks, 0.0), MAX_CORRELATION)
     num_independent = num_blocks * (1 - correlation) / (1 + correlation)
     num_free = max(num_independent - 2, 1.0)
@@ -54,8 +54,8 @@ def trend(times_s: Sequence[float], values: Sequence[float], block_s: float = BL
 
 
 def t_quantile(p: float, num_free: float) -> float:
-    """Of Student's distribution, by the expansion at the normal quantile (Abramowitz and Stegun, 26.7.5). Right to 0.2%
-    from num_free = 5 on, and 3% too small at 2.
+    """The quantile of Student's distribution, expanded around the normal one (Abramowitz and Stegun, 26.7.5). The error
+    is 0.2% at most from num_free = 5 on; at 2 the value is 3% too small.
     """
     z = statistics.NormalDist().inv_cdf(p)
     terms = (

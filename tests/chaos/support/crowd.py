@@ -29,21 +29,21 @@ from tests.support.fake_worker import expected_tokens
 
 MODULE = "tests.chaos.support.crowd"
 VOCAB_SIZE = 1024
-"""Of the embedded model's tokenizer."""
+"""The vocabulary size of the embedded model's tokenizer."""
 RADIX = 1000
-"""A call's number is the first two tokens of its prompt, so that the worker's side can tell whose rows it has."""
+"""A call's number, written in this base, is the first two tokens of its prompt, by which the worker knows the call."""
 NO_DEADLINE_S = 600.0
 STALLED_OPTIONS = [("grpc.http2.lookahead_bytes", 64), ("grpc.http2.bdp_probe", 0)]
-"""Of the stalled calls' connection: next to nothing is on its way that was not asked for, so that it waits in the
-server."""
+"""Options of the stalled calls' connection: gRPC reads almost nothing ahead, so unread messages stay in the server."""
 
 
 @dataclass(frozen=True)
 class Crowd:
-    """Calls that begin at random, rate_per_s on average, whatever became of those before; all at once where it is 0.
+    """Open-loop calls: they begin at random times, rate_per_s on average, whether or not earlier ones have ended. With
+    a rate of 0 all begin at once.
 
-    deadlines_s: each call's, in turn. The first num_stalled calls are not read until all others have ended; num_choices
-    and num_logprobs are theirs alone.
+    deadlines_s: the deadlines that calls take in turn. The first num_stalled calls are not read until all others have
+    ended; num_choices and num_logprobs are for the stalled calls alone.
     """
 
     address: str
@@ -73,11 +73,11 @@ class Call:
     is_right: bool = True
     num_tokens: int = 0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
-    """When each message with tokens came, and how many tokens."""
+    """For each message with tokens: when it came, and how many tokens it had."""
 
 
 class CrowdProcess:
-    """The process, as the harness has it."""
+    """The clients' process, as the harness sees it. A context manager."""
 
     def __init__(self, crowd: Crowd) -> None:
         self.process = subprocess.Popen(
@@ -98,7 +98,7 @@ class CrowdProcess:
         self.process.communicate()
 
     def calls(self) -> list[Call]:
-        """Once all have ended."""
+        """Waits until all calls have ended, and returns them."""
         assert self.process.stdout is not None
         return [Call(**call) for call in json.loads(self.process.stdout.readline())]
 
@@ -119,7 +119,7 @@ def true_tokens(number: int, length: int, num_tokens: int) -> list[int]:
 class Clients:
     def __init__(self, crowd: Crowd) -> None:
         self._crowd = crowd
-        # By the call's number: the tokens of its first choice, and how many there were of all, as its usage says.
+        # By the call's number: the tokens of its first choice, and the number of all tokens by its usage.
         self._tokens: dict[int, list[int]] = {}
         self._usages: dict[int, int] = {}
         self._others_ended = asyncio.Event()
@@ -134,13 +134,13 @@ class Clients:
                 stack.push_async_callback(channel.close)
                 await channel.channel_ready()
                 stubs.append(inference_pb2_grpc.InferenceServiceStub(channel))
-            of_stalled = stubs.pop()
+            stalled_stub = stubs.pop()
             print("begins", flush=True)
             tasks = []
             due = time.monotonic()
             rng = random.Random(crowd.seed)
             for index in range(crowd.num_calls):
-                stub = of_stalled if index < crowd.num_stalled else stubs[index % len(stubs)]
+                stub = stalled_stub if index < crowd.num_stalled else stubs[index % len(stubs)]
                 tasks.append(asyncio.create_task(self._call(stub, index)))
                 if crowd.rate_per_s:
                     due += rng.expovariate(crowd.rate_per_s)
@@ -183,7 +183,7 @@ class Clients:
         return call
 
     def _check(self, call: Call) -> None:
-        """A call that ended well has its answer, another a beginning of it."""
+        """Sets is_right: a call that ended OK must have its whole answer, any other a beginning of it."""
         tokens = self._tokens[call.number]
         truth = true_tokens(call.number, self._crowd.prompt_length, len(tokens)) if tokens else []
         is_whole = len(tokens) == self._crowd.num_tokens and self._usages.get(call.number) == call.num_tokens
@@ -191,7 +191,7 @@ class Clients:
 
 
 def ends_of(calls: list[Call]) -> dict[str, int]:
-    """How many ended how: by code and the class of the error that Tandem told."""
+    """The number of calls by status code and class of Tandem's error."""
     return dict(Counter(f"{call.code} {call.error.partition(':')[0]}".strip() for call in calls))
 
 

@@ -15,7 +15,7 @@ from tests.support.model_factory import save_random_model
 
 @contextlib.contextmanager
 def random_model() -> Iterator[Path]:
-    """Its folder, which is named by all processes that serve it and by no others."""
+    """A new folder with the model. Its name tells the processes that serve it, by their command lines."""
     with tempfile.TemporaryDirectory(prefix="tandem-chaos-") as folder:
         yield save_random_model(
             Path(folder),
@@ -29,6 +29,6 @@ def random_model() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running_engine(**settings: Any) -> Iterator[Engine]:
-    """settings: Engine's."""
+    """An engine that serves the random model. settings: keywords of Engine."""
     with random_model() as model, contextlib.closing(Engine(model, **settings)) as engine:
         yield engine

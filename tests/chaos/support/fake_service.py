@@ -27,7 +27,7 @@ MAX_MODEL_LEN = 2048
 
 
 class SteadyFakeRunner(FakeRunner):
-    """Writes down the rows that are added; closes with its process."""
+    """The fake runner with a fixed step time, which writes down the rows that plans add."""
 
     def __init__(self, info: WorkerInfo, step_s: float, starts: TextIO) -> None:
         super().__init__(info, delay_s=step_s)
@@ -55,7 +55,7 @@ def main() -> None:
         fingerprint="fake",
         model="embedded",
         dtype="none",
-        # No CPU: prompts are not cut to its pace.
+        # A worker on a CPU would have prompts cut into chunks of about a second each.
         device="none",
         vocab_size=tokenizer.get_vocab_size(),
         max_model_len=MAX_MODEL_LEN,
@@ -64,7 +64,7 @@ def main() -> None:
         max_num_rows=int(max_rows),
         max_num_batched_tokens=8192,
     )
-    # Line by line, so that whoever reads it has what came so far.
+    # Buffered by line, so that the harness can read the file while the worker runs.
     with Path(starts).open("w", buffering=1) as file:
         runner = SteadyFakeRunner(info, float(step_ms) / 1000, file)
         asyncio.run(serve(settings, WorkerServicer(runner)))

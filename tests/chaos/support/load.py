@@ -1,6 +1,6 @@
-"""Clients that send the same requests again and again, each answer held against the truth, token by token.
+"""Clients that send the same requests again and again and compare each answer with the true one, token by token.
 
-The truth is what the engine gave for the same request when nothing disturbed it.
+The true answer is what the engine gave for the same request when nothing disturbed it.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ from tests.e2e.services import generate_request, random_prompt
 
 KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
 LOGPROB_TOLERANCE = 1e-5
-"""float32 on the wire, of sums whose order follows the batch."""
+"""Log-probabilities are float32 on the wire, and the order of their sums depends on the batch."""
 PAUSE_S = 0.1
-"""Before a request that was refused is sent again."""
+"""The pause before a request that was refused is sent again."""
 MAX_FAULTS = 20
 
 
 class WrongStream(Exception):
-    """A stream that is not its request's true one."""
+    """A stream that differs from its request's true answer."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Answer:
             self.num_output_tokens = message.usage.num_output_tokens
 
     def check(self, truth: "Answer", *, is_ended: bool) -> None:
-        """Raises WrongStream where this is no beginning of the truth or, once ended, not all of it."""
+        """Raises WrongStream if this is not a beginning of the true answer or, once ended, not the whole of it."""
         for choice, tokens in self.token_ids.items():
             expected = truth.token_ids.get(choice, [])
             if tokens != expected[: len(tokens)]:
@@ -81,7 +81,7 @@ class Answer:
 
 
 def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
-    """The request of one client: of unequal lengths, each kind in turn, with no token that is poison in its prompt."""
+    """The request of one client. Lengths differ, the kinds take turns, and no prompt has a poisonous token."""
     kind = KINDS[number % len(KINDS)]
     request = generate_request(
         random_prompt(5 + 7 * (number % 40), min(POISONS), seed=number),
@@ -101,18 +101,18 @@ class Ending:
     """A call that ended otherwise than with its answer, and whose request is sent again."""
 
     number: int
-    """Of the client."""
+    """The client's number."""
     connection: int
     code: str
     details: str
     began_at: float
     num_tokens: int
     retry_after_s: float | None
-    """What the server advised."""
+    """The wait that the server advised."""
 
 
 class Load:
-    """Streams in an event loop of its own, in a thread of its own. A context manager; learns the truth at the start."""
+    """Clients in an event loop and a thread of their own. A context manager, which learns the true answers on entry."""
 
     def __init__(
         self,
@@ -124,27 +124,27 @@ class Load:
         may_end: Collection[grpc.StatusCode] = (),
         timeout_s: float = 600.0,
     ) -> None:
-        """num_connections: the streams take turns on them. may_end: codes that a stream may end with; its request is
-        sent again, with its id, until it has its answer. timeout_s: the deadline of each call.
+        """num_connections: the connections that the streams share. may_end: status codes that a stream may end with;
+        its request is then sent again, with the same id, until it has its answer. timeout_s: the deadline of each call.
         """
         self.counts: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
-        """By code, those that are in may_end too."""
+        """The number of calls that ended with an error, by status code, those of may_end included."""
         self.faults: list[str] = []
-        """What was wrong, the first MAX_FAULTS of it."""
+        """Descriptions of what was wrong, the first MAX_FAULTS of them."""
         self.arrivals: list[float] = []
-        """When (time.monotonic) each message with tokens came, of any stream."""
+        """When (time.monotonic()) messages with tokens came, of all streams."""
         self.longest_gap_s = 0.0
-        """Between two messages with tokens of one stream."""
+        """The longest time between two messages with tokens of one stream."""
         self.heard_at = [0.0] * num_streams
         self.num_ends = [0] * num_streams
-        """Of each stream: when the last of its messages with tokens came, and how often it ended with an error."""
+        """For each stream: when its last message with tokens came, and how often it ended with an error."""
         self.endings: list[Ending] = []
-        """Those whose codes are in may_end, since whoever reads them cleared it."""
+        """Calls that ended with a code of may_end. The reader of this list clears it."""
         self.open_since: dict[int, float] = {}
-        """When (time.monotonic) the call that each client waits for began."""
+        """When (time.monotonic()) each client's open call began."""
         self.answers_of: Counter[int] = Counter()
-        """By client."""
+        """The number of whole answers, by client."""
         self._address = address
         self.num_connections = num_connections
         self._requests = [make_request(number, num_tokens) for number in range(num_streams)]
@@ -172,12 +172,12 @@ class Load:
 
     def start(self) -> None:
         async def start() -> None:
-            self._streams = [asyncio.create_task(self._go_on(number)) for number in range(len(self._requests))]
+            self._streams = [asyncio.create_task(self._run_client(number)) for number in range(len(self._requests))]
 
         self._run(start())
 
     def finish(self, timeout_s: float = 600.0) -> None:
-        """Lets each client get the answer that it waits for, then no more are sent."""
+        """Lets each client get the answer that it waits for. No more requests are sent then."""
         self._is_last = True
 
         async def wait() -> None:
@@ -188,7 +188,7 @@ class Load:
 
     @property
     def found(self) -> dict[str, Any]:
-        """As a results file has it."""
+        """What the load found, in the form that a results file keeps."""
         return {
             "streams": len(self._requests),
             "answers": self.counts["answers"],
@@ -226,7 +226,7 @@ class Load:
     async def _ask(
         self, number: int, request: inference_pb2.GenerateStreamRequest, answer: Answer, truth: Answer | None
     ) -> None:
-        """Fills the answer, which is held against the truth if there is one."""
+        """Fills the answer, and compares it with the true one if that is given."""
         before = math.inf
         stub = self._stubs[number % self.num_connections]
         async for message in stub.GenerateStream(request, timeout=self._timeout_s):
@@ -242,7 +242,7 @@ class Load:
         if truth is not None:
             answer.check(truth, is_ended=True)
 
-    async def _go_on(self, number: int) -> None:
+    async def _run_client(self, number: int) -> None:
         while not self._is_last:
             request = inference_pb2.GenerateStreamRequest()
             request.CopyFrom(self._requests[number])
@@ -251,7 +251,7 @@ class Load:
                 await asyncio.sleep(PAUSE_S)
 
     async def _try_once(self, number: int, request: inference_pb2.GenerateStreamRequest) -> bool:
-        """Whether there is nothing more to try."""
+        """Sends the request. Returns False if it must be sent again."""
         answer = Answer()
         began_at = self.open_since[number] = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""What an engine holds: its processes' memory, sampled while something goes on, and what is left at the end."""
+"""What an engine holds: the memory of its processes, sampled over time, and what is left when all calls have ended."""
 
 import contextlib
 import threading
@@ -15,13 +15,13 @@ MIB = 1024 * 1024
 
 
 class Watch:
-    """Samples resident memory and load, in a thread of its own. A context manager."""
+    """Samples the memory and load of an engine in a thread of its own. A context manager."""
 
     def __init__(self, engine: Engine, interval_s: float = 1.0) -> None:
         self.times: list[float] = []
         """time.monotonic() of each sample."""
         self.rss: dict[str, list[int]] = {}
-        """Bytes, by the process's name; as many as there are times."""
+        """Resident bytes at each of the times, by the process's name."""
         self.loads: list[control_pb2.GetLoadResponse] = []
         self._engine = engine
         self._interval_s = interval_s
@@ -35,19 +35,19 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Raises what a sample failed with."""
+        """Raises the error with which a sample failed, if one did."""
         self._has_ended.set()
         self._thread.join()
         if self._error is not None:
             raise self._error
 
     def late_growth_mib(self) -> dict[str, float]:
-        """By process: how much more it held at most in the second half than at most in the first."""
+        """By process: its peak in the second half less its peak in the first half."""
         half = len(self.times) // 2
         return {name: round((max(rss[half:]) - max(rss[:half])) / MIB, 1) for name, rss in self.rss.items()}
 
     def growth_mib(self) -> dict[str, float]:
-        """By process: how much more it held at most than at first."""
+        """By process: its peak less its first sample."""
         return {name: round((max(rss) - rss[0]) / MIB, 1) for name, rss in self.rss.items()}
 
     def _sample_on(self) -> None:
@@ -62,7 +62,7 @@ class Watch:
 
 
 def processes_of(engine: Engine) -> dict[str, psutil.Process]:
-    """The services' own processes, and the front ends', numbered by process id."""
+    """The services' own processes and the front ends, which are numbered in the order of their process ids."""
     scheduler = engine.scheduler.serving()
     front_ends = []
     for child in scheduler.children():
@@ -78,7 +78,7 @@ def processes_of(engine: Engine) -> dict[str, psutil.Process]:
 
 
 def faults_in_books(engine: Engine) -> list[str]:
-    """Of an engine whose calls have all ended: what it still holds, or counts wrong."""
+    """What an engine whose calls have all ended still holds, or has counted wrong."""
     with contextlib.suppress(AssertionError):
         wait_until(lambda: not engine.load().num_used_blocks, "no block is used", timeout_s=10.0)
     load = engine.load()

@@ -1,7 +1,7 @@
-"""tandem-worker that some prompts are poison to: `python -m tests.chaos.support.poisoned_worker FAILURES FLAGS`.
+"""A tandem-worker that some prompts take down: `python -m tests.chaos.support.poisoned_worker FAILURES FLAGS`.
 
-A sequence whose prompt begins with a token of POISONS takes the worker down, each time, at the step that computes the
-token at which it is to; the file FAILURES gets a line with the time of it (time.monotonic).
+A sequence whose prompt begins with a token of POISONS takes the worker down each time that a certain output token of it
+is computed; the prompt's second token says which. The file FAILURES gets a line with the time (time.monotonic()).
 """
 
 import os
@@ -16,13 +16,13 @@ from tests.e2e.wrapped_worker import WrappedRunner, main
 
 FAILS, VANISHES = "fails", "vanishes"
 POISONS = {1022: FAILS, 1023: VANISHES}
-"""What becomes of the worker, by a prompt's first token: a step fails with an error, or the process is gone without a
-word. They are the last tokens of the tests' vocabulary.
+"""What happens to the worker, by a prompt's first token: a step fails with an error, or the process is killed. They are
+the last tokens of the tests' vocabulary.
 """
 
 
 def poisonous_prompt(kind: str, num_outputs: int) -> list[int]:
-    """Of a request that takes the worker down instead of its output token num_outputs, which counts from 0."""
+    """The prompt of a request that takes the worker down instead of giving output token num_outputs, counted from 0."""
     return [next(token for token, name in POISONS.items() if name == kind), num_outputs]
 
 
@@ -32,12 +32,12 @@ class _Poison:
     num_known: int
     num_computed: int
     fails_at: int
-    """So many computed tokens."""
+    """The number of computed tokens at which the worker goes down."""
 
 
 class PoisonedRunner(WrappedRunner):
     _poisons: dict[int, _Poison]
-    """By row."""
+    """The poisonous sequences in the batch, by row."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
