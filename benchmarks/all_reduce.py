@@ -1,8 +1,8 @@
-"""Times the all-reduces by message size: in one shot, in two, and by copies over peer memory, and NCCL. On one host.
+"""Times all-reduces on one host by message size: one-shot, two-shot and copies over peer memory, and NCCL.
 
 Usage: torchrun --nproc-per-node RANKS -m benchmarks.all_reduce [--out FILE] [--commit COMMIT]
 
-Each is captured in a CUDA graph of REPEATS calls, as steps have them, and checked against the sum in float32.
+Each is captured in a CUDA graph of REPEATS calls, as in the steps of a runner, and checked against the exact sum.
 """
 
 import argparse
@@ -25,11 +25,11 @@ SIZES = [1 << exponent for exponent in range(12, 28)]
 REPEATS = 20
 RUNS = 20
 WIDTH = 4096
-"""Of the rows that a message is made of."""
+"""The elements in a row of a message."""
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Of one call, the median of RUNS graphs of REPEATS."""
+    """The time of one call: the median over RUNS replays of a graph of REPEATS calls."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -61,7 +61,7 @@ def check(all_reduce: Callable[[torch.Tensor], object], x: torch.Tensor, shard: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="of what is measured; asked of git if not given")
+    parser.add_argument("--commit", help="the commit that is measured; git is asked by default")
     arguments = parser.parse_args()
     local_rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(local_rank)

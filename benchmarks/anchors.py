@@ -1,9 +1,9 @@
-"""What others reach on the same rows, to print and draw beside ours.
+"""What other engines reach in the same rows, printed and drawn beside Tandem's results.
 
 Measured on H100s of 80GB (HBM3, 3.0 TB/s copied, about 790 TFLOP/s in bf16) with torch 2.11 and checkpoints of
 benchmarks.checkpoint, each peer in process through its own LLM.generate, temperature 0.6, prefix caching on; see
 docs/performance.md. The floor is arithmetic: a step reads the weights and each sequence's KV once at 3.0 TB/s, or does
-its multiply-adds at 750 TFLOP/s, whichever is longer; none is given for two.
+its multiply-adds at 750 TFLOP/s, whichever is longer. There is no floor for two GPUs.
 """
 
 from collections.abc import Mapping
@@ -46,12 +46,12 @@ ANCHORS: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {
 
 
 def anchors_of(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each row of a results file of benchmarks.throughput; empty where nobody ran the same on the same device."""
+    """The anchors of each row of a results file of benchmarks.throughput; empty if its settings or device have none."""
     if report["scale"] != 1 or "H100" not in report["device"]:
         return {}
     return ANCHORS.get((report["shape"], report["sampling"], num_ranks(report)), {})
 
 
 def num_ranks(report: Mapping[str, Any]) -> int:
-    """That a results file of benchmarks.throughput is of."""
+    """The number of ranks of a run of benchmarks.throughput, from its results file."""
     return int(report["settings"].get("tp_size", 1))

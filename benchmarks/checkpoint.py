@@ -84,12 +84,12 @@ COMMON = {
     "torch_dtype": "bfloat16",
     "use_cache": True,
 }
-# Qwen3's own, which requests that leave sampling out get.
+# Qwen3's defaults, which apply to requests that leave sampling out.
 SAMPLING_DEFAULTS = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
 def write_checkpoint(size: str, folder: Path, tokenizer_json: Path) -> None:
-    """config.json is written last: a folder that has one is complete."""
+    """Writes the checkpoint. config.json is written last, so a folder that has one is complete."""
     config = {**COMMON, **SIZES[size]}
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(tokenizer_json, folder / "tokenizer.json")
@@ -102,7 +102,7 @@ def write_checkpoint(size: str, folder: Path, tokenizer_json: Path) -> None:
 
 
 def random_weights(config: dict[str, Any], device: str) -> dict[str, torch.Tensor]:
-    """On the CPU, of standard deviation WEIGHT_STD; norms are 1. The device only makes them."""
+    """Normal weights of standard deviation WEIGHT_STD; those of norms are 1. Drawn on `device`, returned on the CPU."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

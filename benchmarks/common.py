@@ -31,6 +31,8 @@ from tandem_shared.model_folder import ALL_FILES, resolve_model
 from tandem_shared.options import split_keywords
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY, read_secret
+from tandem_shared.step_codec import PROTOCOL_VERSION
+from tandem_shared.step_plan import WorkerInfo
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -38,7 +40,7 @@ STARTUP_TIMEOUT_S = 900.0
 VERSIONS = ("grpcio", "numpy", "torch", "triton")
 COUNTERS = ("num_steps", "num_preemptions", "num_cached_prompt_tokens", "num_overshoot_tokens")
 SHAPES = {(1024, 28): "0.6b", (4096, 36): "8b", (5120, 64): "32b"}
-"""By hidden_size and num_hidden_layers."""
+"""The name of a shape by hidden_size and num_hidden_layers."""
 
 # Every field is set: a checkpoint's own defaults must not change what is measured.
 SAMPLINGS: dict[str, dict[str, float]] = {
@@ -53,12 +55,12 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class BenchmarkError(Exception):
-    """What was measured is not what was asked for."""
+    """A run that did not measure what was asked for."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Services that are ready."""
+    """Running services that are ready, and a client of them."""
 
     services: Services
     client: TandemClient
@@ -74,7 +76,7 @@ class Engine:
 def running_engine(
     arguments: argparse.Namespace, worker_program: Sequence[str] = ("tandem_worker",)
 ) -> Iterator[Engine]:
-    """A scheduler and a worker with the settings of add_engine_options. worker_program is Services'."""
+    """A scheduler and a worker with the settings of add_engine_options. worker_program: as Services takes it."""
     given = {"model": arguments.model, "port": 0, "log_level": "warning", **dict(arguments.set)}
     worker, scheduler = split_keywords(given, WorkerSettings, SchedulerSettings)
     started = time.monotonic()
@@ -110,12 +112,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sampling", choices=SAMPLINGS, default="temperature")
     parser.add_argument("--scale", type=int, default=1, help="divides numbers of sequences and tokens")
-    parser.add_argument("--connections", type=int, default=8, help="of the client that sends unary calls")
-    parser.add_argument("--commit", help="of what is measured; asked of git if not given")
+    parser.add_argument("--connections", type=int, default=8, help="connections of the client that sends unary calls")
+    parser.add_argument("--commit", help="the commit that is measured; git is asked by default")
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """('max_num_seqs', 128) of max_num_seqs=128."""
+    """Parses NAME=VALUE: max_num_seqs=128 gives ('max_num_seqs', 128)."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -130,7 +132,9 @@ def shape_of(model: str) -> str | None:
 
 
 def request_fields(workload: Workload, sampling: str) -> list[dict[str, Any]]:
-    """The fields of both generate requests, one a sequence, all with a cache salt that no other batch has."""
+    """The fields of a GenerateRequest or GenerateStreamRequest for each sequence. Each batch has a cache salt of its
+    own.
+    """
     salt = uuid.uuid4().hex
     return [
         {
@@ -151,7 +155,7 @@ def check_usage(usage: inference_pb2.Usage, num_tokens: int, asked: int) -> None
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """With a connection of its own: the kernel shares connections out among the server's processes."""
+    """A channel with its own connection, as the kernel deals out connections to the server's processes."""
     return grpc.aio.insecure_channel(address, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
 
 
@@ -173,7 +177,7 @@ class UnaryClient:
             await channel.close()
 
     async def seconds(self, workload: Workload) -> float:
-        """From just before the first call is sent until the last reply is parsed."""
+        """Sends a batch. Returns the seconds from just before the first call is sent until the last reply is parsed."""
         requests = [inference_pb2.GenerateRequest(**fields) for fields in request_fields(workload, self._sampling)]
         started = time.perf_counter()
         calls = [self._stubs[i % len(self._stubs)].Generate(request) for i, request in enumerate(requests)]
@@ -182,6 +186,24 @@ class UnaryClient:
         for reply, asked in zip(replies, workload[1], strict=True):
             check_usage(reply.usage, len(reply.choices[0].token_ids), asked)
         return elapsed
+
+
+def modelless_worker(**fields: Any) -> WorkerInfo:
+    """What a worker without a model says of itself. fields: WorkerInfo's. vocab_size, max_model_len, num_blocks and
+    max_num_rows must be among them.
+    """
+    defaults = {
+        "protocol_version": PROTOCOL_VERSION,
+        "worker_instance_id": "modelless",
+        "fingerprint": "modelless",
+        "model": "embedded",
+        "dtype": "none",
+        # For a worker on a CPU the scheduler would cut prompts into chunks of about a second.
+        "device": "none",
+        "block_size": 16,
+        "max_num_batched_tokens": 8192,
+    }
+    return WorkerInfo(**(defaults | fields))
 
 
 def percentiles(values: Iterable[float], digits: int = 3) -> dict[str, float]:
@@ -210,7 +232,7 @@ def read_reports(folder: Path, pattern: str) -> list[tuple[str, Report]]:
 
 
 def newest(reports: Iterable[tuple[Key, Report]]) -> dict[Key, Report]:
-    """Of each key; of equally old ones the first."""
+    """The newest report of each key; the first of equally old ones."""
     found: dict[Key, Report] = {}
     for key, report in reports:
         if key not in found or report["date"] > found[key]["date"]:
@@ -233,7 +255,7 @@ def cpu_model() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git prints; empty where there is no git or no repository."""
+    """The output of a git command; empty if there is no git or no repository."""
     with contextlib.suppress(OSError):
         return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
     return ""

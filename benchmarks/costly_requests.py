@@ -1,10 +1,9 @@
-"""The costliest request of each shape that the limits allow, and those just past them, while 16 streams run.
+"""The costliest request of each shape that the limits allow, and requests just past the limits, while 16 streams run.
 
-For each shape: the longest gap between two messages of any of the streams, how much the scheduler's peak memory is over
-what it had before, and how much of that stays. Scheduler and worker are processes of their own; the worker computes
-nothing and takes 10 ms a step (steady_worker.py), and so do the streams' readers, so that what is long is the
-scheduler's doing, or the machine's: the shape "nothing" says how long the latter is, and short shapes are repeated, so
-that the least of their gaps is the request's own.
+Measured are the longest gap between two messages of any stream, the growth of the scheduler's peak memory, and how much
+of the growth remains. Scheduler, worker and the streams' readers are processes of their own, and the worker computes
+nothing and takes 10 ms a step (steady_worker.py). So a long gap comes from the scheduler or from the machine. The shape
+"nothing" shows the machine's share; short shapes are repeated, so that the least of their gaps is the request's own.
 Writes benchmarks/results/costly_requests.json.
 """
 
@@ -38,7 +37,7 @@ from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES
 NUM_STREAMS = 16
 STEP_MS = 10.0
 BEFORE_S = 1.0
-"""For which the streams run alone, before each shape."""
+"""How long the streams run alone before each shape."""
 AFTER_S = 0.5
 SHORT_S = 3.0
 SERVICE = "/tandem.v1.InferenceService/"
@@ -52,7 +51,7 @@ STREAM_TOKENS = 30_000
 
 @dataclass(frozen=True)
 class Shape:
-    """Calls that are sent at once, encoded. is_stalled: nothing is read of the replies for so long."""
+    """Equal calls that are sent at once. request: encoded. stalled_s: seconds before their replies are read."""
 
     name: str
     method: str
@@ -62,8 +61,8 @@ class Shape:
 
 
 def read_streams(address: str, commands: Connection) -> None:
-    """A process: reads the streams, and answers each (from, to) with the longest gap in milliseconds between two
-    messages of a stream, of which at least one came in between.
+    """The readers' process: reads the streams, and answers each (start, end) with the longest gap in milliseconds
+    between two messages of a stream, of which at least one came between start and end.
     """
     gc.disable()
     arrivals: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
@@ -91,7 +90,7 @@ def longest_gap_ms(times: list[float], start: float, end: float) -> float:
 
 
 def generate(prompt: Any, **fields: Any) -> bytes:
-    """An encoded GenerateRequest; of the parts' fields only those that are needed here."""
+    """An encoded GenerateRequest. fields: values by name, for the request itself, its stopping or its output."""
     request = inference_pb2.GenerateRequest()
     if isinstance(prompt, str):
         request.prompt.text = prompt
@@ -118,13 +117,13 @@ def detokenize(ids: Iterable[int]) -> bytes:
 
 
 def text_of(tokenizer: Tokenizer, num_tokens: int) -> str:
-    """A text of about so many tokens, and no more."""
+    """A text of slightly fewer than num_tokens tokens."""
     words = " ".join(f"word{index % 997}," for index in range(num_tokens))
     return tokenizer.decode(tokenizer.encode(words).ids[: num_tokens - 100])
 
 
 def shapes(tokenizer: Tokenizer) -> list[Shape]:
-    """Those that the limits allow, then those past them."""
+    """The shapes that the limits allow, then those past the limits."""
     full, vocab_size = MAX_MODEL_LEN - 1, tokenizer.get_vocab_size()
     whole_message = DEFAULT_MAX_REQUEST_BYTES - 200
     words = "many words, " * (whole_message // 12)
@@ -180,7 +179,7 @@ def shapes(tokenizer: Tokenizer) -> list[Shape]:
 
 
 async def send(address: str, shape: Shape) -> str:
-    """How the calls ended."""
+    """Makes the calls. Returns the statuses with which they ended."""
     async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
         return " ".join(sorted(set(await asyncio.gather(*(_call(channel, shape) for _ in range(shape.num_calls))))))
 
@@ -210,7 +209,7 @@ def memory_mib(pid: int, field: str) -> float:
 def measure(services: Services, pid: int, shape: Shape, commands: Connection) -> dict[str, Any]:
     time.sleep(BEFORE_S)
     before = memory_mib(pid, "VmRSS")
-    # Sets the peak to what is there now.
+    # Resets the recorded peak to the present memory.
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     start = time.monotonic()
     status = asyncio.run(send(services.address, shape))
@@ -230,8 +229,8 @@ def measure(services: Services, pid: int, shape: Shape, commands: Connection) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default="embedded", help="folder with tokenizer.json, or 'embedded'")
-    parser.add_argument("--repeats", type=int, default=5, help="of each shape that is short")
-    parser.add_argument("--only", help="shapes that have this in their name")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each short shape")
+    parser.add_argument("--only", help="measure only shapes with this in their name")
     parser.add_argument("--out", type=Path, default=RESULTS / "costly_requests.json")
     arguments = parser.parse_args()
     folder = resolve_model(arguments.tokenizer, TOKENIZER_FILES)

@@ -2,12 +2,12 @@
 
 Usage: python -m benchmarks.gaps MODEL [--depths 1 2 4] [--batches 1 64 256] [--out OUT_JSON]
 
-Depth is max_plans_in_flight. The services are processes, the worker one that keeps its steps' times
-(benchmarks/traced_worker.py); batches go through the public gRPC API, once to warm up and twice measured. Steps count
-while every row decodes, but for those near either end of such a stretch. Idling is by the GPU's clock, from the event
-after a step's last kernel to the event before the next step's first; on a CPU it is 0. It is all of the idling where
-steps are queued whole before the step before has ended (queued_ahead_share); elsewhere the GPU also waits for launches
-after that event, and gpu_ms holds it.
+Depth is max_plans_in_flight. The services are processes, and the worker is one that records the times of its steps
+(benchmarks/traced_worker.py). Batches go through the public gRPC API, once to warm up and twice measured. A step counts
+if all rows decode in it and it is not near either end of such a stretch. Idle time is measured by the GPU's clock, from
+the event after a step's last kernel to the event before the next step's first; on a CPU it is 0. This is all of the
+idle time if a step is queued whole before the previous one has ended (queued_ahead_share). Otherwise the GPU also waits
+for launches after that event, and this wait is part of gpu_ms.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Stretch = list[TracedStep]
 
 
 def full_stretches(steps: Iterable[TracedStep], num_rows: int, margin: int, min_len: int) -> list[Stretch]:
-    """Where num_rows rows decode and no prompt is computed, without `margin` steps at either end."""
+    """Stretches in which num_rows rows decode and no prompt is computed, without `margin` steps at either end."""
     groups = itertools.groupby(steps, lambda step: step.num_sampled == num_rows and not step.num_chunk_tokens)
     trimmed = [list(group)[margin:-margin] for is_full, group in groups if is_full]
     return [stretch for stretch in trimmed if len(stretch) >= min_len]
@@ -60,8 +60,9 @@ HOST_PARTS: dict[str, Callable[[TracedStep], int]] = {
 
 
 def summarize(stretches: list[Stretch], depth: int) -> dict[str, Any]:
-    """Percentiles over stretches longer than `depth`. The host's parts are medians by the worker's clock; the one from
-    sent to received is until the plan that the result made room for, `depth` steps later: both wires and the scheduler.
+    """Percentiles over stretches longer than `depth`. The times of host_us are medians by the worker's clock.
+    sent_to_received ends when the plan comes that the result made room for, `depth` steps later, so it is the time of
+    both wires and the scheduler.
     """
     steps = [step for stretch in stretches for step in stretch]
     neighbours = pairs(stretches, 1)
@@ -88,7 +89,7 @@ def median_us(nanoseconds: Iterable[int]) -> float:
 
 
 def sample_of(stretch: Stretch) -> list[dict[str, float]]:
-    """SAMPLE_LEN steps out of its middle in microseconds: times since the first plan was received, and durations."""
+    """SAMPLE_LEN steps from the middle of a stretch, in microseconds since the first plan was received."""
     start = max(0, (len(stretch) - SAMPLE_LEN) // 2)
     steps = stretch[start : start + SAMPLE_LEN]
     return [_in_microseconds(step, steps[0].received_ns) for step in steps]
@@ -103,7 +104,7 @@ def _in_microseconds(step: TracedStep, origin_ns: int) -> dict[str, float]:
 
 
 async def decode(engine: Engine, num_rows: int, arguments: argparse.Namespace) -> range:
-    """Runs a batch of num_rows; gives the ids of the measured runs' steps."""
+    """Runs a batch of num_rows rows. Returns the ids of the measured runs' steps."""
     prompt_len, output_len = reduced(PROMPT_LEN, arguments.scale), 1 + reduced(OUTPUT_LEN - 1, arguments.scale)
     async with UnaryClient(engine.services.address, arguments.connections, arguments.sampling) as client:
         await client.seconds(fixed(num_rows, prompt_len, output_len, 1, engine.vocab_size))
@@ -114,7 +115,7 @@ async def decode(engine: Engine, num_rows: int, arguments: argparse.Namespace) -
 
 
 def measure(arguments: argparse.Namespace, depth: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The engine's description and a case a batch, of services with that many plans in flight."""
+    """Runs services with `depth` plans in flight. Returns their description, and a case for each batch size."""
     settings = [*arguments.set, ("max_plans_in_flight", depth)]
     at_depth = argparse.Namespace(**vars(arguments) | {"set": settings})
     batches = [reduced(batch, arguments.scale) for batch in arguments.batches]
@@ -152,7 +153,7 @@ DIGITS = {"": 0, "share": 2, "us": 1, "ms": 3}
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line a case. Times are medians, but for the idling's p90 and p99."""
+    """A table with a line for each case. Times are medians, except p90 and p99 of the idle time."""
     lines = [
         f"{'depth':>5}{'batch':>6}" + "".join(f"{name:>11}" for name in COLUMNS),
         " " * 11 + "".join(f"{unit:>11}" for unit, _ in COLUMNS.values()),

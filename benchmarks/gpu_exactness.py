@@ -2,10 +2,11 @@
 
 Usage: python -m benchmarks.gpu_exactness OUT_JSON TOKENIZER_JSON TEXT [COMMIT]
 
-First the logit error, by teacher forcing through prefill chunks and decode steps. Then what both services give over
-gRPC, greedy and seeded, against the reference on the same tokens. Where the reference would have taken another token,
-it must have been close: in the reference, by less than NUM_ERRORS times the largest logit error. If one was not, the
-exit status is 1. As the reference reads the tokens that were given, each position is judged by itself.
+First the logit error is measured by teacher forcing, through prefill chunks and decode steps. Then the outputs of both
+services over gRPC, greedy and seeded, are compared with the reference on the same tokens. Where the reference would
+have taken another token, the scores of the two must be closer in the reference than NUM_ERRORS times the largest logit
+error; otherwise the exit status is 1. The reference reads the tokens of the output, so each position is judged by
+itself.
 """
 
 import json
@@ -62,8 +63,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """On n tokens: of which kind each is, and by how much its score is below the best that the reference could take;
-    inf where the reference could not take the token.
+    """The verdicts on n tokens: the kind of each, and the gap between its score and the best that the reference could
+    take, which is inf if the reference could not take the token.
     """
 
     kinds: list[str]
@@ -76,8 +77,9 @@ def judge(
     """Judges given tokens (n,) by the reference's logits over the temperature, by what its truncation keeps of them,
     and by the noise, each (n, vocab_size). The reference takes the best sum of logit and noise.
 
-    NEAR_TIE: the token was kept, and its score is below the best by less than tolerance. NEAR_CUT: so it is once those
-    whose logits are within tolerance of the smallest that is kept count as kept or cut, whichever helps the token.
+    NEAR_TIE: the token was kept, and its score is below the best by less than tolerance. NEAR_CUT: the same is true if
+    tokens whose logits are within tolerance of the smallest kept one count as kept or as cut, whichever helps the
+    token.
     """
     scores = scaled + noise
     cut = scaled.masked_fill(~is_kept, torch.inf).amin(-1, keepdim=True)
@@ -104,7 +106,7 @@ def judge_output(reference: Any, request: Request, output: list[int], logit_erro
     sampling = request.sampling
     temperature = sampling.temperature or 1.0
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    # Where in the sequence each token stands.
+    # The position of each token in its sequence.
     positions = torch.arange(len(output), device=logits.device) + len(request.prompt)
     is_kept = torch.isfinite(
         truncate(
@@ -124,7 +126,7 @@ def judge_output(reference: Any, request: Request, output: list[int], logit_erro
 
 @torch.inference_mode()
 def measure_logit_error(runner: Any, reference: Any, texts: Sequence[ForcedText]) -> dict[str, Any]:
-    """A CudaRunner against the reference: after the texts' prompts, and after each token of the rest."""
+    """Errors of a CudaRunner's logits against the reference: after the prompts, and after each later token."""
     relative, largest = [], 0.0
     for text, logits in zip(texts, logits_through_plans(runner, texts, MAX_CHUNK_TOKENS), strict=True):
         ids = torch.tensor([text.token_ids], device=reference.device)

@@ -1,4 +1,4 @@
-"""What streams looked like to their clients, as numbers. Pure: times come in, statistics go out."""
+"""Statistics of streams as their clients saw them, computed from the times of requests and messages."""
 
 import itertools
 from collections import Counter
@@ -25,12 +25,12 @@ class Stream:
 
     @property
     def ttft(self) -> float:
-        """Since the request was due, not since it was sent: a late client hides nothing."""
+        """Seconds from the time at which the request was due, so that a client that sends late hides no delay."""
         return float(self.arrivals[0] - self.scheduled)
 
     @property
     def tpot(self) -> float:
-        """Mean time of the tokens after the first message's; 0 if there are none."""
+        """Mean seconds of a token after those of the first message; 0 if there are none."""
         later = int(self.num_tokens[1:].sum())
         return float(self.arrivals[-1] - self.arrivals[0]) / later if later else 0.0
 
@@ -45,14 +45,14 @@ class LoadSample:
 
 
 def saturated_part(samples: Sequence[LoadSample]) -> Sequence[LoadSample]:
-    """From the first to the last sample with nearly as many running sequences as there ever were."""
+    """The samples from the first to the last one with nearly as many running sequences as the most ever."""
     peak = max((sample.num_running for sample in samples), default=0)
     full = [i for i, sample in enumerate(samples) if sample.num_running >= max(1, SATURATED_SHARE * peak)]
     return samples[full[0] : full[-1] + 1] if full else []
 
 
 def step_seconds(samples: Sequence[LoadSample]) -> float | None:
-    """Elapsed time over steps between neighbouring samples, the median."""
+    """The time of a step: the median over neighbouring samples. None if no step was sampled."""
     times = [
         (after.time - before.time) / (after.num_steps - before.num_steps)
         for before, after in itertools.pairwise(samples)
@@ -64,8 +64,8 @@ def step_seconds(samples: Sequence[LoadSample]) -> float | None:
 def summarize(
     streams: Sequence[Stream], samples: Sequence[LoadSample], started: float, slo_ttft_s: float, slo_tpot_s: float
 ) -> dict[str, Any]:
-    """All of a run: latencies in ms, rates a second since `started`. An itl is the gap between two messages of a
-    stream, however many tokens the second one holds.
+    """The statistics of a run: latencies in milliseconds, and rates per second since `started`. An itl is the gap
+    between two messages of a stream, however many tokens the second one holds.
     """
     elapsed = max(stream.ended for stream in streams) - started
     gaps = np.concatenate([np.diff(stream.arrivals) for stream in streams])

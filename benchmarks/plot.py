@@ -30,11 +30,11 @@ SAMPLING_TEXTS = {"temperature": "temperature 0.6", "qwen3": "temperature 0.6, t
 Key = tuple[str, str, int]
 """Shape, sampling, number of GPUs."""
 Numbers = dict[str, dict[str, float]]
-"""Of each row: the measured value of each engine, and the floor."""
+"""For each row, the measured value of each engine, and the floor."""
 
 
 def load_results(folder: Path) -> dict[Key, Numbers]:
-    """What was measured with the anchors beside."""
+    """The measured values beside their anchors."""
     comparable: list[tuple[Key, Report]] = []
     for name, report in read_reports(folder, "throughput_*.json"):
         if anchors_of(report):
@@ -60,7 +60,7 @@ def draw(
     axis: str,
     path: Path,
 ) -> None:
-    """One panel a model, one group of bars a row: each engine's speed over the reference's, where that has the row."""
+    """A panel for each model, a group of bars for each row that the reference has: speeds relative to the reference."""
     results = {key: {name: row for name, row in rows.items() if reference in row} for key, rows in results.items()}
     results = {key: rows for key, rows in results.items() if rows}
     figure, panels = pyplot.subplots(len(results), 1, figsize=(9, 3.1 * len(results)), squeeze=False)
@@ -94,7 +94,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def main(results_folder: Path, images: Path) -> None:
-    # Ids in the file are random otherwise.
+    # Without a salt the ids in the file would be random.
     matplotlib.rcParams["svg.hashsalt"] = "tandem"
     if results := load_results(results_folder):
         draw_speeds(results, images)
@@ -131,7 +131,9 @@ def draw_speeds(results: dict[Key, Numbers], images: Path) -> None:
 
 
 def draw_scaling(scalings: list[Report]) -> Figure:
-    """A panel a model: the speed of each row over the fewest ranks', as measured and, hollow, as predicted."""
+    """A panel for each model: the speed of each row relative to that of the fewest ranks, measured and predicted
+    (hollow).
+    """
     figure, panels = pyplot.subplots(1, len(scalings), figsize=(7 * len(scalings), 5), squeeze=False)
     for panel, scaling in zip(panels[0], scalings, strict=True):
         sizes: set[int] = set()

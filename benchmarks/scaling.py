@@ -4,11 +4,11 @@ Usage: python -m benchmarks.scaling [MODEL ...] [--tp-sizes N ...] [--results FO
 
 For each model and number of ranks: benchmarks.throughput's rows, through gRPC; on GPUs also single steps by kernel
 (benchmarks.step_times), and the all-reduces by message size (benchmarks.all_reduce). Each writes its own results file.
-A run that fails, as where a model does not fit, is named at the end and leaves the others to run. Then, or at once
-without a MODEL, FOLDER/scaling.json is written from what FOLDER holds.
+If a run fails, for example because a model does not fit, the others still run, and it is named at the end. Then, or at
+once without a MODEL, FOLDER/scaling.json is written from what FOLDER holds.
 
-Efficiency is speed over the smallest number of ranks', divided by how many times as many ranks there are. predicted is
-of benchmarks.scaling_model, where steps of two ranks are profiled.
+Efficiency is the speed relative to the smallest number of ranks, divided by the ratio of the numbers of ranks.
+Predictions come from benchmarks.scaling_model, if steps of two ranks were profiled.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TP_SIZES = (1, 2, 4, 8)
 
 
 def measure(models: list[str], tp_sizes: list[int], sampling: str, results: Path, flags: list[str]) -> list[str]:
-    """The commands that failed."""
+    """Runs the measurements. Returns the commands that failed."""
     num_gpus = torch.cuda.device_count()
     if too_large := [size for size in tp_sizes if num_gpus and size > num_gpus]:
         print(f"not measured, as there are {num_gpus} GPUs: {too_large} ranks", flush=True)
@@ -61,12 +61,12 @@ def measure(models: list[str], tp_sizes: list[int], sampling: str, results: Path
 
 
 def _ranks(count: int) -> list[str]:
-    """What runs a module as so many processes."""
+    """Arguments of Python that run a module in `count` processes."""
     return ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--module"] if count > 1 else []
 
 
 def report(results: Path) -> list[Report]:
-    """One of each model, device and sampling that was measured over several numbers of ranks."""
+    """A report for each model, device and sampling that was measured with several numbers of ranks."""
     runs = [run for _, run in read_reports(results, "throughput_*.json")]
     keys = [(run["shape"] or run["model"], run["device"], run["sampling"], run["scale"]) for run in runs]
     by_key = newest(((key, num_ranks(run)), run) for key, run in zip(keys, runs, strict=True))
@@ -86,7 +86,7 @@ def report(results: Path) -> list[Report]:
 
 
 def _measured(runs: Mapping[int, Report]) -> dict[str, Any]:
-    """Of each row, by the number of ranks: the median, and the efficiency."""
+    """For each row, by the number of ranks: the median, and the efficiency."""
     base = min(runs)
     measured: dict[str, Any] = {}
     for size, run in runs.items():
@@ -100,7 +100,7 @@ def _measured(runs: Mapping[int, Report]) -> dict[str, Any]:
 
 
 def _sum_shares(results: Path, name: str, sizes: Iterable[int]) -> dict[str, dict[str, float]]:
-    """By the number of ranks, of each profiled step: the share of the GPU's busy time that sums over the ranks take."""
+    """By number of ranks, for each profiled step: the share of the GPU's busy time that sums over the ranks take."""
     shares = {}
     for size in sizes:
         if size > 1 and (steps := _read(results / f"step_times_{name}_tp{size}.json")):
@@ -109,7 +109,7 @@ def _sum_shares(results: Path, name: str, sizes: Iterable[int]) -> dict[str, dic
 
 
 def _predicted(results: Path, name: str) -> dict[str, dict[str, float]]:
-    """By the number of ranks; empty where what it takes was not measured."""
+    """The predicted rows by number of ranks; empty if a measurement that they need is missing."""
     steps = _read(results / f"step_times_{name}_tp{PROFILED_RANKS}.json")
     all_reduce = _read(results / f"all_reduce_{PROFILED_RANKS}.json")
     if not steps or not all_reduce:
@@ -123,7 +123,7 @@ def _read(path: Path) -> Report | None:
 
 
 def table(scaling: Report) -> str:
-    """A line a row: the measured medians with their efficiency, and what was predicted in brackets."""
+    """A table with a line for each row: measured medians with their efficiency, and predictions in brackets."""
     lines = [f"{scaling['name']} on {scaling['device']}, sampling {scaling['sampling']}, scale 1/{scaling['scale']}"]
     measured, predicted = scaling["measured"], scaling["predicted"]
     sizes = sorted({int(size) for row in measured.values() for size in row} | set(map(int, predicted)))

@@ -1,10 +1,11 @@
 """Predicts the rows of benchmarks.throughput for other numbers of ranks, from single steps profiled on two.
 
-A kernel's work is shared by the ranks, or is each rank's own, or is a sum over the ranks. A step's parts are scaled so
-that they add up to its measured time, as some kernels overlap. A sum in one shot takes a start-up and a time that grows
-with the number of other ranks; in two shots two start-ups, and 2 (N - 1) / N of two ranks' time. Copies move as much
-beside the other work, so there the longer of the two counts. Left out: products get less efficient as they get
-narrower, and GPUs that wait more draw less power, so that they clock higher.
+A kernel's work is shared by the ranks, or is repeated by each rank, or is a sum over the ranks. As some kernels
+overlap, the parts of a step are scaled so that they add up to its measured time. A one-shot sum takes a start-up time
+and a time that grows with the number of other ranks; a two-shot sum takes two start-ups and 2 (N - 1) / N of the time
+of two ranks. Sums by copies move as much as two-shot ones, but beside the other work, so that the longer of the two
+counts. The model leaves out that products get less efficient as they get narrower, and that GPUs that wait more draw
+less power and clock higher.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +32,14 @@ OWN = (
     "_take_best",
     "index",
 )
-"""Parts of the names of kernels that sum, and of those whose work does not shrink with more ranks."""
+"""Parts of kernels' names: SUMS are sums over the ranks, and the work of OWN does not shrink with more ranks."""
 DECODE_ROWS = (1, 16, 64, 256)
-"""Of the profiled decode steps."""
+"""The batch sizes of the profiled decode steps."""
 
 
 @dataclass(frozen=True)
 class StepParts:
-    """Of one step on PROFILED_RANKS, in microseconds."""
+    """The times of a step on PROFILED_RANKS ranks, in microseconds."""
 
     step: float
     shared: float
@@ -48,12 +49,12 @@ class StepParts:
 
     @property
     def sum_share(self) -> float:
-        """Of the GPU's busy time, if hidden behind other work or not, waiting for other ranks included."""
+        """The share of sums in the GPU's busy time, hidden or not, with the wait for other ranks."""
         return self.sums / (self.shared + self.own + self.sums)
 
 
 def parts_of_steps(report: Mapping[str, Any]) -> dict[str, StepParts]:
-    """Of each profiled step in a result of benchmarks.step_times."""
+    """The parts of each profiled step in a result of benchmarks.step_times."""
     steps = {name: step for name, step in report.items() if isinstance(step, dict) and "kernels" in step}
     return {name: _parts_of(step["gpu_ms"] * 1e3, step["kernels"]) for name, step in steps.items()}
 
@@ -72,13 +73,15 @@ def _is_any(kernel: Mapping[str, Any], names: Sequence[str]) -> bool:
 
 class ScalingModel:
     def __init__(self, steps: Mapping[str, Any], all_reduce: Mapping[str, Any], hidden_size: int) -> None:
-        """Results of benchmarks.step_times --profile and benchmarks.all_reduce, both of PROFILED_RANKS."""
+        """steps, all_reduce: results of benchmarks.step_times --profile and benchmarks.all_reduce on PROFILED_RANKS
+        ranks.
+        """
         self._steps = parts_of_steps(steps)
         self._sums = {int(size): ways for size, ways in all_reduce["by_message_bytes"].items()}
         self._hidden_size = hidden_size
 
     def rows(self, num_ranks: int) -> dict[str, float]:
-        """Of benchmarks.throughput, in its units."""
+        """The predicted rows of benchmarks.throughput, in its units."""
         decode = [self._step_us(f"decode_temperature_{rows}", rows, num_ranks) for rows in DECODE_ROWS]
         long_prompts = self._step_us("prefill_4x2048", PREFILL_TOKENS, num_ranks)
         short_prompts = self._step_us("prefill_16x512", PREFILL_TOKENS, num_ranks)
@@ -98,7 +101,7 @@ class ScalingModel:
         return scale * (parts.shared * ratio + parts.own + sums)
 
     def _sum_growth(self, num_bytes: int, num_ranks: int) -> float:
-        """How much longer a sum over num_ranks takes than over PROFILED_RANKS, in one shot there."""
+        """The time of a sum over num_ranks ranks relative to a one-shot sum over PROFILED_RANKS."""
         if num_ranks == 1:
             return 0.0
         least, profiled = self._us("one_shot", 0), self._us("one_shot", num_bytes)
@@ -110,19 +113,21 @@ class ScalingModel:
         return (start + _copied(num_ranks) * (self._us("copies", num_bytes) - start)) / profiled
 
     def _us(self, way: str, num_bytes: int) -> float:
-        """Of a message between those that were timed, or the next of them."""
+        """Microseconds for a message, interpolated between the sizes that were timed; outside them, those of the
+        nearest.
+        """
         times = {size: ways[f"{way}_us"] for size, ways in self._sums.items() if f"{way}_us" in ways}
         return float(np.interp(num_bytes, list(times), list(times.values())))
 
 
 def _copied(num_ranks: int) -> float:
-    """Bytes that each rank copies, or sends in two shots, over those that each of two copies, or sends in one."""
+    """The bytes that a rank moves in a two-shot sum or by copies, relative to a one-shot sum over two ranks."""
     return 2 * (num_ranks - 1) / num_ranks
 
 
 def _nano256_us(decode: Sequence[float], prefill: float) -> float:
-    """All prompts in full steps, then a decode step for each token of the longest. A step's time is taken to be that of
-    as many rows of CONTEXT tokens as have the same context in all.
+    """The time of nano256: all prompts in full steps, then a decode step for each token of the longest output. A decode
+    step counts as one of rows with CONTEXT tokens each that have the same context in total.
     """
     prompts, output_lens = nano256()
     prompt_lens, lens = np.array([len(prompt) for prompt in prompts]), np.array(output_lens)

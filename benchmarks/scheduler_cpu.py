@@ -1,7 +1,7 @@
 """What the scheduler costs in CPU time a step, with a worker that answers at once.
 
-All sequences decode in steady state, prefix caching on. Timed is this thread's CPU time of each part: schedule,
-encode (to protobuf bytes), decode (of the result's bytes), update. The worker's own part is not timed.
+All sequences decode in steady state, with prefix caching on. For each part the thread's CPU time is measured: schedule,
+encode (to protobuf bytes), decode (of the result's bytes) and update. The worker's part is not timed.
 Writes benchmarks/results/scheduler_cpu.json.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS, header, percentiles, write_json
+from benchmarks.common import RESULTS, header, modelless_worker, percentiles, write_json
 from tandem.internal.v1 import worker_pb2
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
 from tandem_shared.step_codec import decode_result, encode_plan, encode_result
-from tandem_shared.step_plan import RowSampling, StepPlan, StepResult, WorkerInfo
+from tandem_shared.step_plan import RowSampling, StepPlan, StepResult
 
 PARTS = ("schedule", "encode", "decode", "update")
 NUM_STEPS = 2000
@@ -29,22 +29,15 @@ VOCAB_SIZE = 151_936
 
 
 def make_scheduler(num_sequences: int, max_plans_in_flight: int) -> Scheduler:
-    # More than any sequence gets: none ends.
+    # More tokens than any sequence gets, so that none ends.
     max_tokens = NUM_STEPS + 10 * NUM_WARM_UP_STEPS
     max_model_len = PROMPT_LEN + BLOCK_SIZE + max_tokens
-    worker = WorkerInfo(
-        protocol_version=1,
-        worker_instance_id="benchmark",
-        fingerprint="benchmark",
-        model="benchmark",
-        dtype="bfloat16",
-        device="none",
+    worker = modelless_worker(
         vocab_size=VOCAB_SIZE,
         max_model_len=max_model_len,
         num_blocks=num_sequences * (max_model_len // BLOCK_SIZE + 2),
         block_size=BLOCK_SIZE,
         max_num_rows=num_sequences,
-        max_num_batched_tokens=8192,
     )
     config = SchedulerConfig(
         max_num_seqs=num_sequences, max_num_batched_tokens=8192, max_plans_in_flight=max_plans_in_flight
@@ -60,7 +53,7 @@ def make_scheduler(num_sequences: int, max_plans_in_flight: int) -> Scheduler:
 
 
 class InstantWorker:
-    """Answers with random ids, knowing only which rows of a plan sample."""
+    """A worker that answers with random ids, and knows only which rows of a plan sample."""
 
     def __init__(self) -> None:
         self._rng = np.random.default_rng(1)

@@ -1,9 +1,10 @@
-"""An open-loop load generator: streams that start when they are due, however the server does.
+"""An open-loop load generator: streams start when they are due, however slow the server is.
 
 Usage: python -m benchmarks.serve MODEL --rates 8 16 inf [--out OUT_JSON]
        python -m benchmarks.serve MODEL --compare-unary [--out OUT_JSON]
 
-Arrivals are Poisson, lengths are nano256's, and the clients are processes with a connection each. 'inf' is all at once.
+Arrivals are a Poisson process, lengths are those of nano256, and each client is a process with one connection. With the
+rate 'inf' all requests arrive at once.
 --compare-unary runs the same requests all at once through Generate and through GenerateStream, in turn, and gives the
 ratio of their throughputs. benchmarks/latency.py defines what is reported.
 """
@@ -77,7 +78,7 @@ class Load:
         return {"rate": str(rate), **report, "max_client_cpu_share": round(run.max_cpu_share, 3), "load": load}
 
     async def compare_unary(self, repeats: int) -> dict[str, Any]:
-        """Each way is warmed up once; they take turns."""
+        """Measures unary and streamed calls in turn, each warmed up once."""
         seconds: dict[str, list[float]] = {"unary": [], "stream": []}
         arguments = self._arguments
         async with UnaryClient(self._engine.services.address, arguments.connections, arguments.sampling) as client:
@@ -116,11 +117,11 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[math.inf], help="requests a second, or inf")
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--clients", type=int, default=8, help="client processes")
-    parser.add_argument("--seed", type=int, default=0, help="of the arrivals")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the arrivals")
     parser.add_argument("--slo-ttft-ms", type=float, default=500.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=30.0)
     parser.add_argument("--compare-unary", action="store_true", help="instead of --rates")
-    parser.add_argument("--repeats", type=int, default=3, help="of --compare-unary")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of --compare-unary")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(command_line)
     report = header("streams through gRPC, open loop, scheduler and worker as processes", arguments.commit)

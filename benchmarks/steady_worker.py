@@ -1,8 +1,9 @@
-"""A worker service whose steps take the same time whatever is in them: what is measured is the scheduler's alone.
+"""A worker service whose steps all take the same time, so that only the scheduler is measured.
 
 Usage: python -m benchmarks.steady_worker STEP_MS TOKENIZER_FOLDER [FLAGS OF tandem-worker]
 
-Tokens are picked by row and step from the whole vocabulary; of the flags only those that say where to listen count.
+A token's id depends on its row and step, and all ids of the vocabulary come. Of the flags, only those that say where to
+listen have an effect.
 """
 
 import asyncio
@@ -12,19 +13,19 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from benchmarks.common import modelless_worker
 from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.host.log import configure_logging
 from tandem_shared.model_folder import tokenizer_digest
-from tandem_shared.step_codec import PROTOCOL_VERSION
-from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult, WorkerInfo
+from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult
 from tandem_worker.service.process import serve
 from tandem_worker.service.servicer import WorkerServicer
 
 MAX_MODEL_LEN = 40_960
-"""Qwen3's own."""
+"""The context of Qwen3."""
 NUM_BLOCKS = 400_000
 STRIDE = 7919
-"""Between the ids of two steps; a prime, so that all ids come."""
+"""The distance between the ids of successive steps; a prime, so that all ids come."""
 
 
 class SteadyStep:
@@ -38,26 +39,18 @@ class SteadyStep:
 
 
 class SteadyRunner:
-    """Knows of its rows only how much of their prompts is left, and how many log-probabilities they want."""
+    """A runner that knows of each row only how much of its prompt is left, and how many log-probabilities it wants."""
 
     progress = 0
 
     def __init__(self, step_s: float, tokenizer_folder: Path) -> None:
         tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
         self._step_s = step_s
-        self.info = WorkerInfo(
-            protocol_version=PROTOCOL_VERSION,
-            worker_instance_id="steady",
-            fingerprint="steady",
-            model="embedded",
-            dtype="none",
-            device="none",
+        self.info = modelless_worker(
             vocab_size=tokenizer.get_vocab_size(),
             max_model_len=MAX_MODEL_LEN,
             num_blocks=NUM_BLOCKS,
-            block_size=16,
             max_num_rows=256,
-            max_num_batched_tokens=8192,
             tokenizer_digest=tokenizer_digest(tokenizer_folder),
         )
         self.reset()
@@ -85,7 +78,7 @@ class SteadyRunner:
             for row, token_id in zip(rows, token_ids, strict=True)
             if (count := self._num_logprobs[row]) is not None
         )
-        # Like a device that has its next step queued.
+        # A step begins when the previous one ends, as on a device whose next step is queued.
         self._due = max(self._due, time.monotonic()) + self._step_s
         return SteadyStep(StepResult(plan.step_id, [1] * len(rows), token_ids, (), logprobs), self._due)
 

@@ -47,7 +47,7 @@ CONTEXT = 640
 NUM_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 PREFILLS = ((1, 1024), (4, 2048), (16, 512), (1, 8192))
 NUM_KERNELS = 16
-"""That a profile tells of, the most expensive first."""
+"""How many kernels a profile reports, the most expensive first."""
 SAMPLINGS = {
     "temperature": RowSampling(temperature=0.6),
     "qwen3": RowSampling(temperature=0.6, top_k=20, top_p=0.95),
@@ -55,7 +55,7 @@ SAMPLINGS = {
 
 
 def join(config: ModelConfig) -> Communicator:
-    """The group that torchrun has started this process in; else one of one rank."""
+    """Joins the group of ranks that torchrun started; without torchrun, a group of one."""
     if "LOCAL_RANK" not in os.environ:
         return Communicator()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -96,7 +96,7 @@ def build(config: ModelConfig, num_blocks: int, communicator: Communicator) -> C
 
 
 class Driver:
-    """Makes plans for a runner."""
+    """Makes plans for a runner and executes them."""
 
     def __init__(self, runner: CudaRunner) -> None:
         self.runner = runner
@@ -111,7 +111,7 @@ class Driver:
         self._step_id = 0
 
     def start_decoding(self, num_rows: int, context: int, num_steps: int, sampling: RowSampling) -> None:
-        """Rows of a context that is in the pool already, as a prefix hit would have it, with room for the steps."""
+        """Starts rows whose context is in the pool already, as after a prefix hit, with blocks for num_steps steps."""
         self.reset()
         num_blocks = -(-(context + num_steps) // BLOCK_SIZE)
         rng = np.random.default_rng(0)
@@ -128,7 +128,7 @@ class Driver:
         self.step(added_rows=rows, chunk_rows=every, chunk_num_tokens=np.ones(num_rows, np.int32)).wait()
 
     def prefill(self, num_rows: int, length: int) -> Any:
-        """Queues whole prompts in one step, of random tokens: equal ones would spare the GPU power."""
+        """Queues a step of whole prompts. Tokens are random, as equal ones would take less power."""
         self.reset()
         num_blocks = -(-length // BLOCK_SIZE)
         tokens = np.random.default_rng(0).integers(0, 10000, (num_rows, length)).astype(np.int32)
@@ -208,9 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=CONFIGS)
     parser.add_argument("--profile", action="store_true", help="with the time of each kernel")
-    parser.add_argument("--rows", type=int, nargs="+", default=NUM_ROWS, help="of the decode steps")
+    parser.add_argument("--rows", type=int, nargs="+", default=NUM_ROWS, help="batch sizes of the decode steps")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="of what is measured; asked of git if not given")
+    parser.add_argument("--commit", help="the commit that is measured; git is asked by default")
     arguments = parser.parse_args()
     config = CONFIGS[arguments.size]
     communicator = join(config)

@@ -1,7 +1,7 @@
 """Client processes that open streams at given times and note when each message came.
 
-They send and receive bytes and parse them when all streams have ended: what is measured is the server, so a client must
-cost little. Times are time.monotonic's, which all processes of a machine share.
+The clients send and receive bytes, and parse them only when all streams have ended, so that they take little CPU time
+from the server that is measured. Times are time.monotonic(), which all processes of a machine share.
 """
 
 import asyncio
@@ -22,15 +22,17 @@ from tandem.v1 import inference_pb2
 
 METHOD = "/tandem.v1.InferenceService/GenerateStream"
 LEAD_S = 1.0
-"""Between handing out the requests and the first of them."""
+"""The time from handing out the requests to the first arrival."""
 
 
 @dataclass(frozen=True)
 class Arrival:
+    """An encoded request, the number of tokens that it asks for, and when it is due."""
+
     request: bytes
     num_tokens: int
     after_s: float
-    """Since the common start."""
+    """Seconds since the common start."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Run:
     started: float
     streams: list[Stream]
     max_cpu_share: float
-    """Of one CPU, by the busiest client: near 1, the clients are what is measured."""
+    """The share of one CPU that the busiest client used. Near 1 the clients limit what is measured."""
 
 
 class StreamClients:
-    """A context manager; the processes live as long as it."""
+    """Client processes, which live as long as this context manager."""
 
     def __init__(self, address: str, count: int) -> None:
         context = multiprocessing.get_context("spawn")

@@ -25,14 +25,14 @@ TTFT_RUNS = 8
 
 @dataclass(frozen=True)
 class Bench:
-    """What a row needs to run: how to time a batch, at which scale, with ids of which vocabulary."""
+    """What a row needs to run: a function that times a batch, the size of the vocabulary, and the scale."""
 
     seconds: Callable[[Workload], Awaitable[float]]
     vocab_size: int
     scale: int
 
     async def fixed(self, num_seqs: int, prompt_len: int, output_len: int, seed: int) -> float:
-        """Seconds of a batch whose sizes are at scale already."""
+        """Seconds of a batch whose sizes are already scaled."""
         return await self.seconds(fixed(num_seqs, prompt_len, output_len, seed, self.vocab_size))
 
 
@@ -41,7 +41,7 @@ async def nano256_seconds(bench: Bench, repeat: int) -> float:
 
 
 async def decode_ms(bench: Bench, repeat: int, *, num_seqs: int) -> float:
-    """Milliseconds of a decode step: what DECODE_STEPS more tokens take."""
+    """Milliseconds of a decode step, from the extra time of DECODE_STEPS more tokens."""
     num_seqs, prompt_len = reduced(num_seqs, bench.scale), reduced(DECODE_PROMPT_LEN, bench.scale)
     num_steps = reduced(DECODE_STEPS, bench.scale)
     long = await bench.fixed(num_seqs, prompt_len, 1 + num_steps, 2 * repeat + 1)
@@ -100,7 +100,7 @@ async def measure(engine: Engine, arguments: argparse.Namespace, report: dict[st
 
 
 def table(report: dict[str, Any]) -> str:
-    """The rows, with what others reach beside where that was measured."""
+    """A table of the rows, beside the anchors if there are any."""
     anchors = anchors_of(report)
     others = (VLLM, NANO_VLLM, FLOOR) if anchors else ()
     lines = [f"{'':16}{'unit':>6}" + "".join(f"{name:>11}" for name in ("Tandem", *others))]

@@ -1,4 +1,4 @@
-"""A picture of a few decode steps: who works when, of the samples in the results of benchmarks.gaps."""
+"""A picture of which part of the system works when in a few decode steps, from the results of benchmarks.gaps."""
 
 from pathlib import Path
 
@@ -27,15 +27,16 @@ def load_samples(folder: Path) -> dict[str, Sample]:
 
 
 def sample_in(report: Report) -> Sample:
-    """Empty where the report has no such case."""
+    """The sample at DEPTH and BATCH; empty if the report has no such case."""
     cases = [case for case in report["cases"] if (case["depth"], case["batch"]) == (DEPTH, BATCH)]
     return cases[0]["sample"] if cases else []
 
 
 def gpu_spans(sample: Sample) -> list[tuple[float, float]]:
-    """From when to when each step ran on the GPU, by the worker's clock.
+    """Start and end of each step on the GPU, by the worker's clock.
 
-    Durations and gaps are the GPU's own. Their place is the latest at which no step ends after its result was read.
+    Durations and gaps are by the GPU's clock. They are placed as late as they can be while no step ends after its
+    result was read.
     """
     spans, end = [], 0.0
     for step in sample:
@@ -47,7 +48,7 @@ def gpu_spans(sample: Sample) -> list[tuple[float, float]]:
 
 
 def draw(samples: dict[str, Sample]) -> Figure:
-    """A panel a model, a lane for each who works, a colour for each step."""
+    """A panel for each model, a lane for each part of the system, a colour for each step."""
     figure = Figure(figsize=(9, 2.6 * len(samples)))
     panels = figure.subplots(len(samples), 1, squeeze=False)
     for panel, (title, sample) in zip(panels[:, 0], samples.items(), strict=True):

@@ -1,8 +1,8 @@
-"""The worker service, keeping the times of every step of a session, which it writes to a file when the session ends.
+"""A worker service that records the times of each step of a session, and writes them to a file when the session ends.
 
 Usage: python -m benchmarks.traced_worker TRACE_JSONL [FLAGS OF tandem-worker]
 
-A line is a TracedStep. Tracing adds two readings of the clock and two list entries to a step.
+Each line of the file is a TracedStep. Tracing adds two readings of the clock and two list entries to a step.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from tandem_worker.service.servicer import Context, WorkerServicer
 
 @dataclass(frozen=True)
 class TracedStep:
-    """Unix times and durations in nanoseconds; those that StepTimes has are StepTimes'."""
+    """Unix times and durations in nanoseconds. Fields that StepTimes also has are taken from it."""
 
     step_id: int
     num_chunk_tokens: int
-    """Of prompts; the step's other tokens are decoding rows'."""
+    """Prompt tokens; the step's other tokens are those of decoding rows."""
     num_sampled: int
     received_ns: int
     begun_ns: int
-    """The launcher thread has taken the plan."""
+    """When the launcher thread took the plan."""
     prepared_ns: int
     queued_ns: int
-    """All of the step is on the GPU's queue; on a CPU, computed."""
+    """When the whole step was on the GPU's queue or, on a CPU, computed."""
     sampled_ns: int
     sent_ns: int
     gpu_duration_ns: int
@@ -46,7 +46,7 @@ class TracedStep:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a result doesn't say of its step."""
+    """What the trace says of a step beyond its result."""
 
     num_chunk_tokens: int
     begun_ns: int
@@ -54,7 +54,7 @@ class Launch:
 
 
 class TracedRunner:
-    """A Runner that notes when the other is called."""
+    """A Runner that passes calls to another one and notes their times."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -83,7 +83,7 @@ class TracedRunner:
 
 
 class TracedServicer(WorkerServicer):
-    """Keeps what it answers."""
+    """A servicer that keeps its results, and writes the trace when the session ends."""
 
     def __init__(self, runner: Runner, trace: Path, **options: Any) -> None:
         self._traced = TracedRunner(runner)
@@ -105,7 +105,7 @@ class TracedServicer(WorkerServicer):
 
 
 def write_trace(path: Path, results: list[worker_pb2.StepResult], launches: list[Launch]) -> None:
-    """Both in the order of the steps, from a session's first; steps without a result are left out."""
+    """Writes a line for each step that has a result. results, launches: in order, from the session's first step."""
     with path.open("w") as file:
         for result, launch in zip(results, launches, strict=False):
             step = TracedStep(

@@ -1,12 +1,12 @@
-"""What is run: token ids in, output lengths out. Every request ignores EOS, so the number of tokens is exact."""
+"""The workloads: prompts as token ids, and output lengths, which are exact since each request ignores EOS."""
 
 from random import Random
 
 MAX_TOKEN_ID = 10_000
-"""Far from the special tokens at the end of a real vocabulary."""
+"""Well below the special tokens at the end of a real vocabulary."""
 
 Workload = tuple[list[list[int]], list[int]]
-"""Prompts, and how many tokens each is to give."""
+"""Prompts, and the number of output tokens of each."""
 
 
 def nano256(num_seqs: int = 256, vocab_size: int = MAX_TOKEN_ID + 1) -> Workload:
@@ -29,7 +29,7 @@ def fixed(
 
 
 def shortened(workload: Workload, scale: int) -> Workload:
-    """One in `scale` of its sequences, and of their tokens in and out, for machines that can't run the whole."""
+    """The workload with fewer and shorter sequences, each number divided by `scale`, for slow machines."""
     prompts, outputs = workload
     count = reduced(len(prompts), scale)
     return [prompt[: reduced(len(prompt), scale)] for prompt in prompts[:count]], [

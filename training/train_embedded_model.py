@@ -60,7 +60,7 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
 
 
 def build_model(vocab_size: int, width: int) -> Qwen3ForCausalLM:
-    """head_dim times heads is not the width, as in the real small Qwen3s."""
+    """A model with random weights. As in the small Qwen3s, head_dim times the number of heads is not the width."""
     config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -81,7 +81,7 @@ def build_model(vocab_size: int, width: int) -> Qwen3ForCausalLM:
 
 
 def add_dropout(model: Qwen3ForCausalLM, rate: float) -> None:
-    """Dropout on what each block adds to the residual stream; none of it is in the stored model."""
+    """Adds dropout to what each block adds to the residual stream. The stored model has none of it."""
     for layer in model.model.layers:
         for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
             part.register_forward_hook(lambda module, _, out: nn.functional.dropout(out, rate, module.training))
@@ -102,7 +102,7 @@ def held_out_loss(model: Qwen3ForCausalLM, ids: torch.Tensor, window: int) -> fl
 
 
 def train(model: Qwen3ForCausalLM, ids: torch.Tensor, held_out: torch.Tensor, steps: int) -> tuple[dict, list]:
-    """Gives the best weights and the history of losses."""
+    """Trains the model. Returns the best weights and the history of losses."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]

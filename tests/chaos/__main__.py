@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--form", type=Form, choices=list(Form), default=Form.FULL)
     parser.add_argument("--afresh", action="store_true", help="begin again, whatever results there are")
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="FOLDER")
-    parser.add_argument("--commit", help="of what is tried; asked of git if not given")
+    parser.add_argument("--commit", help="the commit that is tried; git is asked by default")
     parser.add_argument("--pieces", type=_indexes, metavar="INDEX,...", help="only these pieces of one part, from 0")
     parser.add_argument(
         "--join", type=Path, nargs="+", metavar="FOLDER", help="run nothing: join the pieces that these folders have"

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from benchmarks.common import modelless_worker
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.host.log import configure_logging
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
-from tandem_shared.step_codec import PROTOCOL_VERSION
 from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tandem_worker.service.process import serve
 from tandem_worker.service.servicer import WorkerServicer
@@ -49,20 +49,12 @@ def main() -> None:
     settings = read_command_line(WorkerSettings, "fake_service", "A worker without a model.", flags)
     configure_logging(settings.log_level)
     tokenizer = load_tokenizer(resolve_model(settings.model, TOKENIZER_FILES))
-    info = WorkerInfo(
-        protocol_version=PROTOCOL_VERSION,
-        worker_instance_id="fake",
-        fingerprint="fake",
-        model="embedded",
-        dtype="none",
-        # A worker on a CPU would have prompts cut into chunks of about a second each.
-        device="none",
+    info = modelless_worker(
         vocab_size=tokenizer.get_vocab_size(),
         max_model_len=MAX_MODEL_LEN,
         num_blocks=int(max_rows) * MAX_MODEL_LEN // BLOCK_SIZE + 1,
         block_size=BLOCK_SIZE,
         max_num_rows=int(max_rows),
-        max_num_batched_tokens=8192,
     )
     # Buffered by line, so that the harness can read the file while the worker runs.
     with Path(starts).open("w", buffering=1) as file:
