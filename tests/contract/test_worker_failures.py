@@ -101,7 +101,7 @@ async def test_a_step_that_hangs_ends_the_worker_and_names_the_setting() -> None
     await worker.start()
     call = await worker.open()
     await send(call, prompt_plan(1))
-    await check_fails_by_stopping(worker, call, "step 1 has not got on for")
+    await check_fails_by_stopping(worker, call, "step 1 has made no progress for")
     assert "--step-timeout-s is 0.5" in await worker.servicer.run_until_failure()
     worker.runner.gate.release(10)  # type: ignore[union-attr]
     await worker.stop()
@@ -117,7 +117,7 @@ async def test_a_step_that_hangs_past_its_sessions_end_ends_the_worker_too() -> 
         while not worker.runner.num_steps:
             await asyncio.sleep(0.01)
     call.cancel()
-    assert "step 1 has not got on" in await asyncio.wait_for(worker.servicer.run_until_failure(), WAIT_S)
+    assert "step 1 has made no progress" in await asyncio.wait_for(worker.servicer.run_until_failure(), WAIT_S)
     worker.runner.gate.release(10)  # type: ignore[union-attr]
     await worker.stop()
 
@@ -138,7 +138,7 @@ async def test_a_session_that_ends_after_idling_is_no_hang() -> None:
     await worker.stop()
 
 
-async def test_a_long_step_that_gets_on_is_no_failure_and_says_so() -> None:
+async def test_a_long_step_that_makes_progress_is_no_failure_and_says_so() -> None:
     """Ten times the limit: the stream hears of it, and the result comes."""
     gate = threading.Semaphore(0)
     worker = Worker(FakeRunner(worker_info(), gate=gate), step_timeout_s=0.3)

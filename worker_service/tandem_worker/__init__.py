@@ -1,4 +1,4 @@
 import os
 
 PARENT_PID = os.getppid()
-"""What this process began under: taken before anything slow is imported, as the parent may die meanwhile."""
+"""The process's parent when it began: read before anything slow is imported, as the parent may die meanwhile."""

@@ -1,7 +1,7 @@
 """tandem-worker: a supervisor (tandem_shared/host/supervisor.py) with the worker service (process.py) as its child.
 
-A rank of a group that something else has started, torchrun or rank 0, is the service itself: what started it sees to
-its end. Nothing here imports torch or grpc unless it is needed, as the supervisor stays for as long as the service.
+A rank of a tensor-parallel group that torchrun or rank 0 has started is the service itself: what started the rank also
+ends it. Nothing here imports torch or grpc unless it is needed, as the supervisor lives for as long as the service.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a model folder. Whatever is wrong in one is a ModelError that names the file and the key."""
+"""Reads the JSON files of a model folder. Whatever is wrong in a file is a ModelError that names file and key."""
 
 import json
 import math
@@ -13,16 +13,18 @@ T = TypeVar("T", list[Any], dict[str, Any])
 
 MAX_NUMBER = 1e15
 MAX_SIZE = 2**24
-"""No size of a known model comes within a factor of ten of it; float32 counts positions exactly up to it."""
+"""The largest size that is read: more than ten times that of any known model. float32 counts positions exactly up to
+it.
+"""
 
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 200
 brief = _shortened.repr
-"""repr(), but short however large or deep the value is."""
+"""Like repr(), but short however large or deep the value is."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object."""
+    """The JSON object that the file holds. Raises ModelError."""
     try:
         values = json.loads(read_json_bytes(path))
     except RecursionError:
@@ -37,13 +39,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class ConfigFile:
-    """Reads keys of one file, or of an object in it, where `values` is given. null counts as a key left out."""
+    """Reads the keys of one file, or of `values`, an object in it, where that is given.
+
+    null counts as a key that is left out. The methods raise ModelError where a value is not what they say.
+    """
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None) -> None:
         self.path = path
         self.values = read_json(path) if values is None else values
 
     def fail(self, key: str, problem: str) -> ModelError:
+        """An error, to be raised, that names the file and the key."""
         return ModelError(f"{self.path}: {key}: {problem}")
 
     def part(self, values: dict[str, Any]) -> "ConfigFile":
@@ -58,7 +64,7 @@ class ConfigFile:
         value = default if value is None else value
         if value is None:
             raise self.fail(key, "is missing")
-        # Written so that NaN fails too.
+        # "not value > 0" is true of NaN too.
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.fail(key, f"must be a positive number, is {brief(value)}")
         if not minimum <= value <= maximum:
@@ -66,12 +72,14 @@ class ConfigFile:
         return value
 
     def whole(self, key: str, default: int | None = None, *, maximum: int = MAX_SIZE) -> int:
+        """A whole number above zero."""
         value = self.number(key, default, maximum=maximum)
         if value != math.floor(value):
             raise self.fail(key, f"must be a whole number, is {value!r}")
         return int(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """true or false."""
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):

@@ -1,7 +1,7 @@
-"""What a model folder says of generation: sampling defaults, and which tokens end a sequence. Knows no torch.
+"""Reads what a model folder says of generation: sampling defaults, and which tokens end a sequence. Knows no torch.
 
-As in vLLM, a sequence ends at any of generation_config.json's eos_token_id (config.json's where that has none) and at
-the tokenizer's own eos_token, which is the only one that some folders have.
+As in vLLM, a sequence ends at any eos_token_id of generation_config.json (of config.json, where that file has none) and
+at the tokenizer's own eos_token, which is the only one that some folders have.
 """
 
 from collections.abc import Iterator
@@ -51,15 +51,15 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "watermarking_config": (),
 }
-"""Keys of generation_config.json that change outputs and that Tandem doesn't apply -> values that change nothing.
+"""Keys of generation_config.json that change outputs and that Tandem doesn't apply -> the values that change nothing.
 
-null and what is empty change nothing either.
+null and empty values change nothing either.
 """
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the model asks of requests that don't say, None where it asks nothing."""
+    """The model's defaults for requests that leave sampling out; None where the model has none."""
 
     eos_token_ids: tuple[int, ...] = ()
     temperature: float | None = None
@@ -67,21 +67,21 @@ class GenerationDefaults:
     top_p: float | None = None
     min_p: float | None = None
     warnings: tuple[str, ...] = ()
-    """What the folder asks and Tandem does not do, for the log"""
+    """For the log: what the folder asks and Tandem does not do"""
 
 
 def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefaults:
-    """Raises ModelError, naming file and key."""
+    """Reads the folder's defaults. Raises ModelError, naming file and key."""
     path = folder / GENERATION_FILE
     file = ConfigFile(path, None if exists(path) else {})
     has_eos = file.values.get("eos_token_id") is not None
     eos_token_ids = _read_eos(file if has_eos else ConfigFile(folder / "config.json"), vocab_size)
-    of_tokenizer, warnings = _read_tokenizer_eos(folder, vocab_size)
-    eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *of_tokenizer]))
+    tokenizer_eos, warnings = _read_tokenizer_eos(folder, vocab_size)
+    eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *tokenizer_eos]))
     warnings += _ignored_keys(file)
     if not file.flag("do_sample", True):
         return GenerationDefaults(eos_token_ids, temperature=0.0, warnings=warnings)
-    # What the wire's float and uint32 hold, and what a row's sampling accepts.
+    # The ranges of the wire's float and uint32, and of what a row's sampling accepts.
     limits: dict[str, tuple[type, float, float]] = {
         "temperature": (float, 0, 3e38),
         "top_k": (int, 0, 2**32 - 1),
@@ -124,7 +124,7 @@ def _read_tokenizer_eos(folder: Path, vocab_size: int) -> tuple[tuple[int, ...],
     token = file.values.get("eos_token")
     if token is None:
         return (), ()
-    # Of an AddedToken, all its fields are written.
+    # A token that is an AddedToken is written with all its fields.
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str):
         raise file.fail("eos_token", f"must be a string or an object with 'content', is {brief(token)}")
@@ -146,8 +146,9 @@ def _find_token(folder: Path, tokenizer_config: ConfigFile, content: str) -> int
 
 
 def _tokens_named(folder: Path, tokenizer_config: ConfigFile, content: str) -> Iterator[tuple[ConfigFile, str, Any]]:
-    """The ids of a token, and where they stand: in tokenizer.json, where added tokens come before the vocabulary, or in
-    tokenizer_config.json.
+    """The ids that the folder gives a token, each with the file and the key where it stands.
+
+    tokenizer.json comes before tokenizer_config.json, and added tokens before the vocabulary.
     """
     if exists(folder / TOKENIZER_FILE):
         file = ConfigFile(folder / TOKENIZER_FILE)
@@ -158,7 +159,7 @@ def _tokens_named(folder: Path, tokenizer_config: ConfigFile, content: str) -> I
         if isinstance(vocabulary, dict) and content in vocabulary:
             yield file, "model", vocabulary[content]
         elif isinstance(vocabulary, list):
-            # A Unigram's: pairs of token and score, in the order of their ids.
+            # A Unigram's vocabulary is a list of (token, score), in the order of the ids.
             for token_id, pair in enumerate(vocabulary):
                 if isinstance(pair, list) and pair[:1] == [content]:
                     yield file, "model", token_id

@@ -31,16 +31,16 @@ QUANTISED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|SCB|weight_shape|\w+_(scale(_inv|_2)?|zero_point|packed)|(nested_)?(absmax|quant_map)"
     r"|quant_state\..*)"
 )
-"""Names of tensors that quantised checkpoints have beside, or in place of, weights."""
+"""The names of tensors that quantised checkpoints have beside, or in place of, weights."""
 NOT_YET = "quantised models are not supported yet"
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""transformers 5 may save one tensor of all experts -> their own weights, which it holds one above the other."""
+"""A tensor of all experts, as transformers 5 may save it -> the weights that it holds of each, one above the other."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: a digest of the contents, and how many bytes they are."""
+    """What was read of a checkpoint: a digest of the contents, and the number of their bytes."""
 
     digest: str
     num_bytes: int
@@ -48,7 +48,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _ExpertWeight:
-    """One expert's weight in a tensor of all experts; looks like safetensors' slice of a tensor of its own."""
+    """One expert's weight in a tensor of all experts. It can be used like safetensors' slice of a whole tensor."""
 
     whole: Any
     expert: int
@@ -69,10 +69,12 @@ class _ExpertWeight:
 
 
 def load_weights(folder: Path, targets: dict[str, CheckpointTarget], tied: Mapping[str, str] | None = None) -> Loaded:
-    """Fills the targets (by tensor name) from the folder's safetensors, reading no more of these than the targets hold.
+    """Fills the targets, by the checkpoint's names, from the folder's safetensors, of which it reads only what the
+    targets hold.
 
-    tied: tensors that may be there and are not used, and the targets that they should equal; the log says where they do
-    not. Raises ModelError, naming file and tensor, for one that is missing, unexpected, quantised or of a wrong shape.
+    tied: tensors that may be there and are not used -> the targets that they should equal; a warning says where one
+    does not. Raises ModelError, naming file and tensor, where a tensor is missing, unexpected, quantised or of a wrong
+    shape.
     """
     tied = tied or {}
     missing = dict(targets)
@@ -119,26 +121,29 @@ def load_weights(folder: Path, targets: dict[str, CheckpointTarget], tied: Mappi
 
 
 def fingerprint_of(config: ModelConfig, dtype: torch.dtype, digests: list[str]) -> str:
-    """Equal for equal config, dtype, tensor shapes and contents, and as many ranks, each of which digests its part."""
+    """The model's fingerprint: equal for equal config, dtype, tensor shapes and contents, and number of ranks.
+
+    digests: those of all ranks, each of its own part of the tensors.
+    """
     return xxhash.xxh3_128_hexdigest(
         json.dumps([dataclasses.asdict(config), str(dtype), *digests], sort_keys=True).encode()
     )
 
 
 def _main_file(folder: Path) -> Path | None:
-    """The index or the single file. None where there is neither."""
+    """The checkpoint's index or its single file. None where there is neither."""
     return next((folder / name for name in (INDEX_FILE, SINGLE_FILE) if exists(folder / name)), None)
 
 
 def _stream(folder: Path) -> Iterator[tuple[Path, str, Any]]:
-    """Every tensor of the checkpoint as safetensors' slice of it, which reads what it is indexed by. Fused experts come
-    as each expert's own weights.
+    """Every tensor of the checkpoint: file, name, and safetensors' slice, which reads only what it is indexed by. Fused
+    experts come as each expert's own weights.
     """
     for path in _files(folder):
         check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (it is no dict)
+                for name in file.keys():  # noqa: SIM118 (the file is no dict)
                     for part_name, part in _split_experts(name, file.get_slice(name)):
                         yield path, part_name, part
         except (OSError, MemoryError, SafetensorError) as error:
@@ -163,9 +168,10 @@ def _split_experts(name: str, whole: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _files(folder: Path) -> list[Path]:
+    """The checkpoint's files, in the order in which they are read."""
     main = _main_file(folder)
     if main is None:
-        # Shards whose index was lost; hidden files are not part of the model.
+        # These are shards whose index was lost. Hidden files are not part of the model.
         files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
         if not files:
             raise ModelError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE} nor other *.safetensors files")
@@ -175,7 +181,7 @@ def _files(folder: Path) -> list[Path]:
     index = ConfigFile(main)
     names = index.typed("weight_map", dict).values()
     for name in names:
-        # The folder alone is the model: a name that leads out of it is no shard's.
+        # The model is in this folder alone: a name that leads out of it is refused.
         is_name = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
         if not is_name or len(name) > MAX_NAME_CHARACTERS:
             raise index.fail("weight_map", f"{brief(name)} is not the name of a file in the folder")

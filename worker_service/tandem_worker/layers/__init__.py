@@ -1,1 +1,1 @@
-"""The parts of the forward pass. They know torch, never the wire."""
+"""What models are built of: layers and operations. They know torch, never the wire."""

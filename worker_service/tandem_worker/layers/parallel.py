@@ -1,7 +1,7 @@
 """Layers whose weights the ranks of a tensor-parallel group divide (Shoeybi et al. 2019, arXiv:1909.08053).
 
-A layer knows which slices of the checkpoint's tensors its rank holds. What computes with a weight is mostly one of
-`Operations`, which fuse layers with what stands beside them.
+A layer knows which slices of the checkpoint's tensors its rank holds. Most do not compute: a model hands their weights
+to `Operations`, which fuse a linear layer with the norm, activation or sum beside it.
 """
 
 from collections.abc import Mapping
@@ -93,9 +93,9 @@ class ParallelExperts(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """An embedding table whose token ids the ranks divide, or an LM head, which is the same the other way round.
+    """An embedding table, or an LM head, whose token ids the ranks divide.
 
-    weight (this rank's token ids, hidden_size): as many on every rank, with padding at the vocabulary's end.
+    weight (num_rows, hidden_size): num_rows is the same on every rank, with padding rows at the vocabulary's end.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, communicator: Communicator) -> None:
@@ -112,8 +112,8 @@ class VocabParallelEmbedding(nn.Module):
         if self.communicator.shard.size == 1:
             return self.weight[token_ids]
         local_ids = token_ids - self.first_token
-        is_mine = (local_ids >= 0) & (local_ids < self.num_rows)
-        x = self.weight[local_ids.clamp(0, self.num_rows - 1)].masked_fill(~is_mine[:, None], 0)
+        is_local = (local_ids >= 0) & (local_ids < self.num_rows)
+        x = self.weight[local_ids.clamp(0, self.num_rows - 1)].masked_fill(~is_local[:, None], 0)
         return self.communicator.all_reduce(x)
 
     def gather_logits(self, local: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,9 +8,9 @@ from tandem_worker.checkpoint.model_config import ModelConfig, YarnScaling
 
 
 def build_rotary_table(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
-    """cos and sin of every position's angles, (num_positions, 2, head_dim // 2).
+    """The cosines and sines of every position's angles, (num_positions, 2, head_dim // 2).
 
-    Angles are in float32 whatever the model's type: that is how the models were trained.
+    Angles are computed in float32 whatever the model's type: that is how the models were trained.
     """
     frequencies = _frequencies(config)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
@@ -26,6 +26,7 @@ def apply_rotary(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def _frequencies(config: ModelConfig) -> torch.Tensor:
+    """The angle between neighbouring positions in each pair of dimensions, (head_dim // 2,) radians."""
     powers = config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     if config.yarn is None:
         return 1.0 / powers
@@ -35,7 +36,7 @@ def _frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def _correction_range(yarn: YarnScaling, dim: int, base: float) -> tuple[float, float]:
-    """Between which dimensions YaRN goes over from keeping frequencies to interpolating positions."""
+    """The pairs of dimensions between which YaRN goes over from keeping frequencies to interpolating positions."""
 
     def dimension_of(num_rotations: float) -> float:
         length = yarn.original_max_position_embeddings

@@ -1,1 +1,1 @@
-"""Model families. They know torch and the layers, never the wire."""
+"""Model families, and the interface by which the rest of the worker knows them. They know torch, never the wire."""

@@ -27,7 +27,9 @@ from tandem_worker.ranks.shard import Shard
 
 
 class Qwen3Attention(nn.Module):
-    """Like the MLPs below, gives this rank's share of residual plus output."""
+    """Attention with norms of queries and keys. Like the MLPs below, it takes hidden states x, (tokens, hidden_size),
+    and the norm before it, and gives this rank's share of x plus output: the sum over the ranks is the whole.
+    """
 
     def __init__(self, config: ModelConfig, operations: Operations, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
@@ -52,6 +54,8 @@ class Qwen3Attention(nn.Module):
 
 
 class Qwen3MLP(nn.Module):
+    """A gated MLP."""
+
     def __init__(self, config: ModelConfig, operations: Operations, dtype: torch.dtype, shard: Shard) -> None:
         super().__init__()
         inner = shard.divide(config.intermediate_size)
@@ -64,6 +68,8 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3MoE(nn.Module):
+    """A mixture of experts in the MLP's place."""
+
     def __init__(
         self, config: ModelConfig, moe: MoEConfig, operations: Operations, dtype: torch.dtype, shard: Shard
     ) -> None:
@@ -82,6 +88,8 @@ class Qwen3MoE(nn.Module):
 
 
 class Qwen3Layer(nn.Module):
+    """The modules of one layer; Qwen3.forward calls them."""
+
     def __init__(
         self, config: ModelConfig, operations: Operations, dtype: torch.dtype, shard: Shard, index: int
     ) -> None:

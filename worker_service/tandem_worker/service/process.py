@@ -1,4 +1,7 @@
-"""The worker service as a process. tandem-worker (__main__.py) keeps one running; a launched rank is one itself."""
+"""The worker service as a process: rank 0 serves gRPC, other ranks follow its plans.
+
+tandem-worker (__main__.py) keeps such a process running; a rank that a launcher has started is one itself.
+"""
 
 import asyncio
 import faulthandler
@@ -21,17 +24,18 @@ from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, Work
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
-"""How long calls may go on once the service has been told to stop."""
+"""The longest time that calls go on once the service has been told to stop."""
 STEP_GRACE_S = 5.0
-"""How long steps may go on, after that."""
+"""The longest time that steps go on after that."""
 EXIT_BROKEN = 70
-"""Exit status of a worker in which a step has failed: start another."""
+"""The exit status of a worker in which a step has failed: another one should be started."""
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 SWITCH_INTERVAL_S = 2e-4
-"""How long a thread keeps the GIL from another: a step's launch must not hold up the result of the one before."""
+"""Python's switch interval: short, so that launching a step does not hold up the result of the step before it."""
 
 
 async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
+    """Serves until a signal asks it to stop, or a step fails: then this exits the process."""
     server = Server(
         {SERVICE_NAME: servicer.add_to},
         credentials=server_credentials(settings),
@@ -47,7 +51,7 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     await asyncio.wait([stopping, failing], return_when=asyncio.FIRST_COMPLETED)
     if failing.done():
         await server.stop(2 * LAST_WORD_GRACE_S)
-        # Where all threads stand, for whoever looks for the fault; the reason comes last.
+        # The log gets the stacks of all threads, to find the fault by, and then the reason as its last line.
         faulthandler.dump_traceback()
         _exit(f"the worker ends: {failing.result()}", EXIT_BROKEN)
     failing.cancel()
@@ -58,13 +62,13 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
 
 
 def _exit(reason: str, status: int) -> NoReturn:
-    """At once: whatever a thread is waiting for, nothing can be ended in order."""
+    """Ends the process at once: a thread hangs, or a device is broken, so that nothing can be ended in order."""
     logger.critical("%s", reason)
     leave(status)
 
 
 def check_exposure(settings: WorkerSettings) -> None:
-    """Raises ConfigError where anyone in reach of the port could take the worker."""
+    """Raises ConfigError where whoever reaches the port could open a session."""
     if settings.host not in LOOPBACK_HOSTS and not settings.session_secret_file and not settings.tls_client_ca:
         raise ConfigError(
             f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
@@ -73,7 +77,7 @@ def check_exposure(settings: WorkerSettings) -> None:
 
 
 def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] = WorkerServicer) -> None:
-    """Serves a model, or its part of one, until the end."""
+    """Serves a model, or as one of several ranks a part of it, until the end. Raises ConfigError and ModelError."""
     check_exposure(settings)
     options = {"secret": read_secret(settings.session_secret_file), "step_timeout_s": settings.step_timeout_s}
     # torch is imported only now, so that --help and wrong flags answer at once.
@@ -112,7 +116,7 @@ def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] =
 
 
 def run_and_exit(settings: WorkerSettings) -> NoReturn:
-    """Ends the process with status 2 where the settings or the model are wrong."""
+    """Calls run(), then exits: with status 2 and a message where the settings or the model are wrong."""
     try:
         run(settings)
     except (ConfigError, ModelError) as error:

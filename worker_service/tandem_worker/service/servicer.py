@@ -1,6 +1,6 @@
-"""The worker's side of the step protocol: who may have a session, and what the stream says. Knows no torch.
+"""The worker's side of the step protocol: who may have a session, and the messages of its stream. Knows no torch.
 
-One session at a time runs on a Runner (session.py). Once a step has failed there is none any more: readiness goes
+One session at a time runs on a Runner (session.py). After a step has failed there are no more sessions: readiness goes
 first, then the session gets the reason as its last word, and the process that owns the servicer ends.
 """
 
@@ -37,24 +37,27 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "tandem.internal.v1.WorkerService"
 TAKEOVER_LIMIT_S = 3.0
-"""How long a new session waits for the old one's steps. Then it is refused, and the scheduler comes
-again; that one waits longer for an answer."""
+"""The longest time that a new session waits for the old one's steps. Then it is refused, and the scheduler tries again;
+the scheduler waits longer for an answer.
+"""
 LAST_WORD_GRACE_S = 1.0
-"""How long a session that has failed stays, for its scheduler to hear why."""
+"""The longest time that a failed session stays open, for its scheduler to read why."""
 MAX_SCHEDULER_ID_CHARACTERS = 256
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-async def _tell_nobody() -> None:
-    """For a servicer without a server round it."""
+async def _do_nothing() -> None:
+    """What run_until_failure() does before the last word of a servicer that has no server."""
 
 
 class WorkerServicer:
-    """Runs one session at a time on a runner. Registers itself with add_to(): what arrives is measured first."""
+    """Runs one session at a time on a runner."""
 
     def __init__(self, runner: Runner, *, secret: bytes = b"", step_timeout_s: float = STEP_TIMEOUT_S) -> None:
-        """Callers must show the secret, if there is one. A step that does not get on for step_timeout_s has failed."""
+        """secret: what callers must show, if it is not empty. A step that makes no progress for step_timeout_s has
+        failed.
+        """
         self._runner = runner
         self._secret = secret
         self._step_timeout_s = step_timeout_s
@@ -65,6 +68,7 @@ class WorkerServicer:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the service, with a decoder that refuses plans larger than any for the runner's batch."""
         pb = worker_pb2
         decode = bounded_plan(pb.ExecuteStepsRequest.FromString, self._runner.info)
         handlers: dict[str, Any] = {
@@ -104,7 +108,7 @@ class WorkerServicer:
                     yield worker_pb2.ExecuteStepsResponse(result=encode_result(result))
         except TandemError as error:
             yield worker_pb2.ExecuteStepsResponse(last_word=status_of(error).SerializeToString())
-            # For the scheduler to read it, and leave.
+            # The scheduler reads the last word, and leaves.
             await asyncio.wait([reader], timeout=LAST_WORD_GRACE_S)
             raise
         finally:
@@ -112,8 +116,11 @@ class WorkerServicer:
             session.end(None)
             logger.info("session of scheduler %s, epoch %d ended", session.scheduler_id, session.epoch)
 
-    async def run_until_failure(self, before_last_word: Callable[[], Awaitable[None]] = _tell_nobody) -> str:
-        """Waits for a step to fail; gives why the worker must end. The session hears it after before_last_word."""
+    async def run_until_failure(self, before_last_word: Callable[[], Awaitable[None]] = _do_nothing) -> str:
+        """Waits for a step to fail; gives the reason why the worker must end.
+
+        The session gets it as its last word, after before_last_word.
+        """
         self._loop = asyncio.get_running_loop()
         await self._has_failed.wait()
         await before_last_word()
@@ -122,19 +129,19 @@ class WorkerServicer:
         return self._failure
 
     def fail(self, reason: str) -> None:
-        """A step has failed, or something without which none can run."""
+        """Notes why the worker must end: a step has failed, or something without which none can run."""
         if not self._has_failed.is_set():
             self._failure = reason
             self._has_failed.set()
 
     def fail_from_thread(self, reason: str) -> None:
-        """fail(), from a thread that is not the event loop's. Where there is no loop, nobody need be told."""
+        """Like fail(), from another thread than the event loop's. Without a loop there is no session to tell."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self.fail, reason)
 
     async def close(self, timeout_s: float) -> bool:
-        """Ends the session, if there is one, and waits so long for steps that have begun. Whether they have ended."""
+        """Ends the session, if there is one. Whether its steps that have begun end within timeout_s, in seconds."""
         if self._session is None:
             return True
         self._session.end(None)
@@ -155,7 +162,7 @@ class WorkerServicer:
         if request.worker_instance_id != instance_id:
             raise SessionRefused(f"this worker's instance is {instance_id!r}, another is asked for")
         if not 1 <= len(request.scheduler_id) <= MAX_SCHEDULER_ID_CHARACTERS or not request.scheduler_id.isprintable():
-            # The log has it.
+            # The id is written to the log.
             problem = f"must have 1 to {MAX_SCHEDULER_ID_CHARACTERS} printable characters"
             raise InvalidRequest(FieldViolation("open.scheduler_id", problem))
         async with self._opening:
@@ -179,9 +186,11 @@ class WorkerServicer:
         return self._session
 
     async def _end_for(self, request: worker_pb2.OpenSession, old: Session) -> None:
-        """Ends a session for the next one. A dead session's epoch is nobody's. SessionTaken where a live one stays: it
-        is another scheduler's, unless that has sent nothing yet and this one has sequences that wait for the worker. No
-        error tells a scheduler's id to another: whoever knows it can take the session.
+        """Ends the old session for the next one. Raises SessionTaken where the old one stays.
+
+        While the old one is live, the same scheduler takes over by a newer epoch only, and another scheduler only if it
+        has sequences that wait for the worker and the old one has sent no plan yet. The epoch of a session that is no
+        longer live does not count. No error tells one scheduler's id to another, which could take the session with it.
         """
         if old.is_live and old.scheduler_id == request.scheduler_id:
             if request.session_epoch <= old.epoch:

@@ -1,11 +1,11 @@
 """One session with a scheduler: the threads that run its plans in order, and the watch over them. Knows no torch.
 
-The launcher thread applies plans and queues their work on the device, the completer thread waits for the results, so
-the device always has the next plan queued while a result is on its way. All else is the event loop's.
+The launcher thread applies plans and queues their work on the device; the completer thread waits for the results. So
+the device has the next plan queued while a result is on its way. Everything else runs in the event loop.
 
 A worker fails by stopping. A plan that the batch cannot follow ends the session, with nothing applied, and the worker
-takes the next one. Whatever else goes wrong while a step runs leaves a process that may be broken: a CUDA error, a bug,
-a step that gets on with nothing. Then `on_failure` hears why, and the process must end.
+takes the next session. Anything else that goes wrong while a step runs, such as a CUDA error, a bug or a step without
+progress, leaves a process that may be broken: `on_failure` is called with the reason, and the process must end.
 """
 
 import asyncio
@@ -26,12 +26,15 @@ from tandem_worker.runners.runner import PendingStep, Runner
 logger = logging.getLogger(__name__)
 
 MAX_PLANS_WAITING = 16
-"""Plans that a scheduler may send ahead; no more than four are ever in flight."""
+"""The most plans without a result that a session may have. Our scheduler has at most four in flight."""
 MAX_PROGRESS_INTERVAL_S = 1.0
+"""The longest time between two looks at whether a step has made progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
+    """The end of the session's news, and the error that it ends with, if any."""
+
     error: Exception | None
 
 
@@ -47,7 +50,9 @@ class Session:
         step_timeout_s: float,
         on_failure: Callable[[str], None],
     ) -> None:
-        """on_failure is called at most once, in the event loop; fail() then gives the session its last word."""
+        """step_timeout_s: a step without progress for so long has failed. on_failure is called with the reason, in the
+        event loop.
+        """
         self.scheduler_id = scheduler_id
         self.epoch = epoch
         self.is_live = True
@@ -58,11 +63,11 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._plans: queue.SimpleQueue[tuple[StepPlan, int] | None] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[tuple[PendingStep, int] | None] = queue.SimpleQueue()
-        # None is progress, _End the end.
+        # None stands for progress.
         self._news: asyncio.Queue[StepResult | _End | None] = asyncio.Queue()
-        # Plans that came and results that left, and when a step last got on.
+        # The numbers of plans received and of results given, and when a step last made progress.
         self._num_received = self._num_answered = 0
-        self._got_on_at = time.monotonic()
+        self._last_progress_at = time.monotonic()
         self._watch = asyncio.create_task(self._watch_steps())
         self._threads = [
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True)
@@ -72,43 +77,47 @@ class Session:
             thread.start()
 
     def submit(self, plan: StepPlan, received_ns: int) -> None:
-        """Raises UnexpectedMessage where the scheduler sends plans without waiting for results."""
+        """Queues a plan, received at the time received_ns. Raises UnexpectedMessage where too many wait for results."""
         if not self.is_live:
             return
         if self._num_received - self._num_answered >= MAX_PLANS_WAITING:
             raise UnexpectedMessage(f"more than {MAX_PLANS_WAITING} plans wait for their results")
         if self._num_received == self._num_answered:
-            self._got_on_at = time.monotonic()
+            self._last_progress_at = time.monotonic()
         self.has_plans = True
         self._num_received += 1
         self._plans.put((plan, received_ns))
 
     def end(self, error: Exception | None) -> None:
-        """Drops plans that have not started. Steps that have begun run to their end, and nobody hears their results."""
+        """Ends the session: news() ends, or raises the error. Plans that have not begun are dropped; steps that have
+        begun run to their end, and their results are dropped.
+        """
         if self.is_live:
             self.is_live = False
             if self._num_answered == self._num_received:
-                self._got_on_at = time.monotonic()
+                self._last_progress_at = time.monotonic()
             self._plans.put(None)
             self._news.put_nowait(_End(error))
 
     def join(self, timeout_s: float) -> bool:
-        """Waits so long for the steps that have begun. Whether they have ended."""
+        """Whether the steps that have begun end within timeout_s, in seconds."""
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     async def news(self) -> AsyncIterator[StepResult | None]:
-        """Results in order, and None where the oldest step gets on; ends with the session, or raises its error."""
+        """The results in order, and None where the oldest step has made progress. Ends with the session, or raises its
+        error.
+        """
         while not isinstance(item := await self._news.get(), _End):
             yield item
         if item.error is not None:
             raise item.error
 
     async def _watch_steps(self) -> None:
-        """Tells the scheduler of steps that get on, and the process of one that does not. Goes on after the session's
-        end, as what hangs then keeps the next session away.
+        """Tells the scheduler of a step's progress, and the process of a step that makes none. Goes on after the
+        session's end while a step runs, as one that hangs keeps the next session from starting.
         """
         interval_s = min(MAX_PROGRESS_INTERVAL_S, self._step_timeout_s / 10)
         progress = self._runner.progress
@@ -117,12 +126,12 @@ class Session:
             if self.is_live and self._num_answered == self._num_received:
                 continue
             if progress != (progress := self._runner.progress):
-                self._got_on_at = time.monotonic()
+                self._last_progress_at = time.monotonic()
                 self._news.put_nowait(None)
-            stalled_s = time.monotonic() - self._got_on_at
+            stalled_s = time.monotonic() - self._last_progress_at
             if stalled_s > self._step_timeout_s:
                 self._on_failure(
-                    f"step {self._num_answered + 1} has not got on for {stalled_s:.1f} s; --step-timeout-s is "
+                    f"step {self._num_answered + 1} has made no progress for {stalled_s:.1f} s; --step-timeout-s is "
                     f"{self._step_timeout_s:g}"
                 )
                 return
@@ -156,17 +165,17 @@ class Session:
             self._tell_failure(step_id, error)
 
     def _tell_failure(self, step_id: int, error: BaseException) -> None:
-        """The process must end, even if the session has ended by now."""
+        """Logs a failed step and has the process end, even if the session has ended by now."""
         logger.critical("step %d failed", step_id, exc_info=error)
         self._tell(self._on_failure, f"step {step_id} failed: {error!r}")
 
     def _tell(self, callback: Callable[[Any], None], news: Any) -> None:
-        """From a thread to the loop, which may be closed: then the process is ending."""
+        """Has the event loop call back. A closed loop, whose process is ending, is not told."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, news)
 
     def _deliver(self, result: StepResult) -> None:
         self._num_answered += 1
-        self._got_on_at = time.monotonic()
+        self._last_progress_at = time.monotonic()
         if self.is_live:
             self._news.put_nowait(result)

@@ -1,7 +1,7 @@
-"""Plans that are larger than any for this worker's batch are refused undecoded.
+"""Refuses plans that are larger than any for this worker's batch before they are decoded.
 
-Decoding holds the event loop. The ids of new rows are bytes, which are only copied; but thirty million row numbers, or
-as many empty rows, are no larger and take many seconds and gigabytes.
+Decoding holds up the event loop. Token ids of new rows are bytes, which are only copied; but a message of the same size
+with thirty million row numbers, or as many empty rows, takes many seconds and gigabytes to decode.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, field
 from tandem_shared.step_plan import WorkerInfo
 
 SMALL_BYTES = 16 * 1024
-"""A message of at most so many bytes is decoded without a look at its parts."""
+"""The size up to which a message is decoded without a look at its parts."""
 
 OTHER_FIELDS = 64
-"""How many fields a plan may have beside its new rows. It has six, each of which may come in several parts."""
+"""The most fields of a plan beside its new rows. A plan has six, each of which may come in several parts."""
 
 ROW_BYTES = 1024
-"""How many bytes a new row may have beside its token ids and block ids."""
+"""The most bytes of a new row beside its token ids and block ids."""
 
 NUMBER_BYTES = 32
-"""How many bytes a plan may have for each row and each token of a step: the numbers of the rows that are removed, that
-get a block or that compute.
+"""The most bytes of a plan for each row and each token of a step: the numbers of rows that are removed, get a block or
+compute.
 """
 
 PLAN_TAG = worker_pb2.ExecuteStepsRequest.PLAN_FIELD_NUMBER << 3 | LENGTH_DELIMITED
@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 
 def bounded_plan(decode: Callable[[bytes], T], info: WorkerInfo) -> Callable[[bytes], T]:
-    """A decoder of ExecuteStepsRequest that measures it first. It raises InvalidPlan."""
-    # A row's table has no more blocks than the row has tokens.
+    """A decoder of ExecuteStepsRequest that raises InvalidPlan where a message is larger than any for info's batch."""
+    # A row's block table has at most as many entries as the row has tokens.
     max_row_bytes = ROW_BYTES + 8 * info.max_model_len
     max_other_bytes = SMALL_BYTES + NUMBER_BYTES * (info.max_num_rows + info.max_num_batched_tokens)
     max_fields = info.max_num_rows + OTHER_FIELDS
