@@ -15,6 +15,7 @@ from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig
 from tandem_scheduler.engine.hub import EngineHub
+from tandem_scheduler.engine.observer import Observer
 from tandem_scheduler.engine.recorder import RecordingScheduler
 from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine.worker_client import GrpcWorkerClient, WorkerClient
@@ -53,11 +54,13 @@ class SchedulerService:
         *,
         client: WorkerClient | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        observer: Observer | None = None,
         ends_process: bool = False,
     ) -> None:
         """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address. Interceptors
         run in this process alone, so with them there are no front-end processes. ends_process: the caller ends the
-        process after stop(), and its connections with it, so that they need not be closed.
+        process after stop(), and its connections with it, so that they need not be closed. `observer` is
+        told of steps, requests and the worker.
         """
         self._settings = settings
         self._ends_process = ends_process
@@ -67,7 +70,7 @@ class SchedulerService:
             secret=read_secret(settings.session_secret_file),
         )
         self._recorder: RecordingScheduler | None = None
-        self._hub = EngineHub()
+        self._hub = EngineHub(observer)
         self._tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
         self.step_loop = StepLoop(
             self._client,
@@ -78,6 +81,7 @@ class SchedulerService:
             step_timeout_s=settings.step_timeout_s,
             create_scheduler=self._create_scheduler,
             check_worker=ModelCheck(settings, self._tokenizer_folder),
+            observer=observer,
         )
         self._hub.connect(self.step_loop)
         self._front_ends = self._create_front_ends(interceptors)

@@ -9,7 +9,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tandem_scheduler.core.types import FinishedSequence, FinishReason, StepOutputs
+from tandem_scheduler.core.types import FinishedSequence, FinishReason, SequenceRequest, StepOutputs
+from tandem_scheduler.engine.observer import Observer
+from tandem_scheduler.engine.request_events import RequestEvents
 from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine_interface import (
     EngineListener,
@@ -52,8 +54,9 @@ class _Sequence:
 class EngineHub:
     """The step loop's sink. A request is live until its sequences end, and open until its front end closes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: Observer | None = None) -> None:
         self.is_draining = False
+        self._events = RequestEvents(observer) if observer is not None else None
         self._is_ready = False
         self._attachments: list[Attachment] = []
         # Live ones alone.
@@ -122,6 +125,8 @@ class EngineHub:
         for sequence_id, report in outputs.logprobs.items():
             sequence = sequences[sequence_id]
             sequence.attachment.pending.logprobs.append((sequence.handle, report))
+        if self._events is not None:
+            self._events.outputs(outputs.sequence_ids)
         self.on_finished(outputs.finished)
 
     def on_finished(self, finished: list[FinishedSequence]) -> None:
@@ -150,6 +155,18 @@ class EngineHub:
     # For the attachments
 
     def open(self, attachment: "Attachment", submission: Submission) -> None:
+        """Submits a request for a front end. Raises what Engine.submit raises."""
+        try:
+            choices = self._open(attachment, submission)
+        except TandemError as error:
+            if self._events is not None:
+                self._events.refused(submission.request_id, error)
+            raise
+        if self._events is not None:
+            self._events.submitted(submission.request_id, choices)
+
+    def _open(self, attachment: "Attachment", submission: Submission) -> list[SequenceRequest]:
+        """Gives the sequences that it made of the submission."""
         request_id, first = submission.request_id, submission.first
         if self.is_draining:
             raise Draining("the server is draining")
@@ -178,6 +195,7 @@ class EngineHub:
         attachment.requests[submission.first_handle] = self._requests[request_id] = request
         self._num_open += 1
         self._is_idle.clear()
+        return choices
 
     def stop(self, sequence: _Sequence, num_output_tokens: int) -> None:
         finished = self.step_loop.stop(sequence.sequence_id, num_output_tokens)
@@ -191,8 +209,11 @@ class EngineHub:
     def abort_sequence(self, sequence: _Sequence | None) -> None:
         """A front end could not take its outputs."""
         if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:
-            self.step_loop.abort(sequence.sequence_id)
-            self._forget(sequence)
+            ended = self.step_loop.abort(sequence.sequence_id)
+            num_output_tokens, num_cached_tokens = _counts_of(ended)
+            self._forget(
+                sequence, SequenceEnd(sequence.handle, FinishReason.ABORT, num_cached_tokens), num_output_tokens
+            )
 
     def close_request(self, attachment: "Attachment", first_handle: int) -> None:
         request = attachment.requests.pop(first_handle, None)
@@ -210,17 +231,21 @@ class EngineHub:
         for sequence_id in sequence_ids:
             if (sequence := self._sequences.get(sequence_id)) is not None:
                 # A stop that a front end finds in what it has is still to count.
-                if (ended := self.step_loop.abort(sequence_id)) is not None:
+                ended = self.step_loop.abort(sequence_id)
+                if ended is not None:
                     sequence.num_output_tokens = ended.num_output_tokens
-                self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, 0, error=error))
+                _, num_cached_tokens = _counts_of(ended)
+                self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, num_cached_tokens, error=error))
         self._flush()
 
     def _end(self, sequence: _Sequence, end: SequenceEnd) -> None:
-        self._forget(sequence)
+        self._forget(sequence, end, sequence.num_output_tokens or 0)
         sequence.attachment.pending.ends.append(end)
 
-    def _forget(self, sequence: _Sequence) -> None:
+    def _forget(self, sequence: _Sequence, end: SequenceEnd, num_output_tokens: int) -> None:
         del self._sequences[sequence.sequence_id]
+        if self._events is not None:
+            self._events.ended(sequence.sequence_id, end, num_output_tokens)
         sequence.request.num_live -= 1
         if not sequence.request.num_live:
             del self._requests[sequence.request.request_id]
@@ -232,6 +257,11 @@ class EngineHub:
     async def _tell_state(self) -> None:
         for attachment in list(self._attachments):
             await tell_state(attachment.listener, self.state)
+
+
+def _counts_of(end: FinishedSequence | None) -> tuple[int, int]:
+    """Output tokens and cached prompt tokens; zeros where the core had ended the sequence before."""
+    return (end.num_output_tokens, end.num_cached_tokens) if end is not None else (0, 0)
 
 
 def _error_of(end: FinishedSequence) -> TandemError | None:

@@ -10,13 +10,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_scheduler.engine.chunk_pace import ChunkPace
+from tandem_scheduler.engine.observer import Observer, PlanMade, StepDone, WorkerAttached, WorkerLost, guarded
 from tandem_scheduler.engine.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
 from tandem_shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
 from tandem_shared.step_plan import StepPlan, WorkerInfo
@@ -30,15 +30,6 @@ MAX_BACKOFF_S = 1.0
 CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], SchedulerInterface]
 CheckWorker = Callable[[WorkerInfo], str]
 """Why a worker is not the one to use; empty where it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A plan under way."""
-
-    step_id: int
-    num_prompt_tokens: int
-    at: float
 
 
 class Sink(Protocol):
@@ -74,6 +65,7 @@ class StepLoop:
         step_timeout_s: float,
         create_scheduler: CreateScheduler = Scheduler,
         check_worker: CheckWorker = lambda info: "",
+        observer: Observer | None = None,
     ) -> None:
         self.scheduler_id = scheduler_id
         self.epoch = 0
@@ -87,11 +79,14 @@ class StepLoop:
         self._step_timeout_s = step_timeout_s
         self._create_scheduler = create_scheduler
         self._check_worker = check_worker
+        self._observe = guarded(observer) if observer is not None else None
         # No worker in time: new sequences are refused until there is one.
         self._has_given_up = False
         self._has_news = asyncio.Event()
         self._sending = asyncio.Lock()
-        self._sent: deque[_Sent] = deque()
+        # The plans under way, oldest first.
+        self._sent: deque[PlanMade] = deque()
+        self._num_preemptions = 0
         self._pace: ChunkPace | None = None
         self._result_at = 0.0
         # Between sessions that bring no result, and why there was none yet, as it was said last.
@@ -128,14 +123,15 @@ class StepLoop:
             self._has_given_up = False
             self.is_connected = True
             await self._sink.on_readiness(True)
-            failure = ""
+            failure = reason = ""
             try:
                 await self._run_session(session)
             except (WorkerFailed, InvalidPlan) as error:
-                failure = str(error)
+                failure = reason = str(error)
                 logger.warning("worker lost: it said: %s", error)
             except Exception as error:
                 # Whatever it was, the outcome of the steps in flight is unknown.
+                reason = str(error)
                 is_expected = isinstance(error, WorkerUnavailable)
                 logger.warning("worker lost: %s", error, exc_info=None if is_expected else error)
             finally:
@@ -143,6 +139,8 @@ class StepLoop:
                 await session.close()
             await self._sink.on_readiness(False)
             assert self.scheduler is not None
+            if self._observe:
+                self._observe(WorkerLost(self.epoch, reason, self.scheduler.num_unfinished))
             self._tell_finished(self.scheduler.lose_worker(failure))
             # A worker that fails whatever it is given must not be tried in a tight loop.
             self._backoff_s = 0.0 if self._result_at else min(max(2 * self._backoff_s, MIN_BACKOFF_S), MAX_BACKOFF_S)
@@ -184,6 +182,8 @@ class StepLoop:
             self.scheduler = self._create_scheduler(self._config, info)
         else:
             self._tell_finished(self.scheduler.attach_worker(info))
+        if self._observe:
+            self._observe(WorkerAttached(info, self.epoch))
         return session
 
     def _why_not_needed(self, info: WorkerInfo) -> str:
@@ -230,10 +230,13 @@ class StepLoop:
         assert self.scheduler is not None
         async for result in session.results():
             outputs = self.scheduler.update(result)
-            self._note_result(self._sent.popleft())
+            plan = self._sent.popleft()
+            self._note_result(plan)
             # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
             # worker has other plans, and a stop that a front end finds here is in the next one.
             self._tell_outputs(outputs)
+            if self._observe:
+                self._observe(StepDone(plan, result, outputs, self._result_at))
             await self._send_plans(session)
 
     def _tell_outputs(self, outputs: StepOutputs) -> None:
@@ -260,7 +263,7 @@ class StepLoop:
     async def _send_plans(self, session: WorkerSession) -> None:
         async with self._sending:
             while (plan := self._next_plan()) is not None:
-                self._sent.append(_Sent(plan.step_id, int(plan.chunk_num_tokens.sum()), time.monotonic()))
+                self._note_plan(plan)
                 await session.send(plan)
 
     def _next_plan(self) -> StepPlan | None:
@@ -270,11 +273,27 @@ class StepLoop:
             self._tell_finished(expired)
         return self.scheduler.schedule(self._pace.limit)
 
-    def _note_result(self, sent: _Sent) -> None:
+    def _note_plan(self, plan: StepPlan) -> None:
+        assert self.scheduler is not None
+        num_preemptions = self.scheduler.counters.num_preemptions
+        made = PlanMade(
+            plan,
+            num_prompt_tokens=int(plan.chunk_num_tokens.sum()),
+            num_decoding_rows=self.scheduler.num_decoding_rows,
+            num_preempted=num_preemptions - self._num_preemptions,
+            num_in_flight=len(self._sent) + 1,
+            made_at=time.monotonic(),
+        )
+        self._num_preemptions = num_preemptions
+        self._sent.append(made)
+        if self._observe:
+            self._observe(made)
+
+    def _note_result(self, plan: PlanMade) -> None:
         assert self._pace is not None
         now = time.monotonic()
         # It may have waited for the step before.
-        self._pace.note(sent.num_prompt_tokens, now - max(sent.at, self._result_at))
+        self._pace.note(plan.num_prompt_tokens, now - max(plan.made_at, self._result_at))
         self._result_at = now
 
     async def _watch(self, session: WorkerSession) -> None:
@@ -284,9 +303,9 @@ class StepLoop:
             if not self._sent:
                 continue
             oldest = self._sent[0]
-            silent_s = time.monotonic() - max(oldest.at, session.heard_at)
+            silent_s = time.monotonic() - max(oldest.made_at, session.heard_at)
             if silent_s > self._step_timeout_s:
                 raise WorkerUnavailable(
-                    f"no word of step {oldest.step_id} for {silent_s:.1f} s; --step-timeout-s is "
+                    f"no word of step {oldest.plan.step_id} for {silent_s:.1f} s; --step-timeout-s is "
                     f"{self._step_timeout_s:g}"
                 )

@@ -113,8 +113,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "tandem_scheduler/engine/step_loop.py",
-        "            silent_s = time.monotonic() - max(oldest.at, session.heard_at)",
-        "            silent_s = time.monotonic() - oldest.at",
+        "            silent_s = time.monotonic() - max(oldest.made_at, session.heard_at)",
+        "            silent_s = time.monotonic() - oldest.made_at",
         "simulation",
     ),
     Mutation(

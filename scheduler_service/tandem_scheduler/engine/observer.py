@@ -1,0 +1,133 @@
+"""What an observer of the engine is told: plain data on steps, the worker and requests, as it happens.
+
+An observer is called in the event loop's thread, so it must be quick, and it decides nothing: whatever it raises ends
+in guarded(). It has its own clock, and looks at Scheduler.load() for what is a state and not an event.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tandem_scheduler.core.types import FinishReason, StepOutputs
+from tandem_shared.errors import TandemError
+from tandem_shared.step_codec import encode_plan
+from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade:
+    """A plan that is about to be sent."""
+
+    plan: StepPlan
+    num_prompt_tokens: int
+    """Tokens of its chunks."""
+    num_decoding_rows: int
+    """Each of them computes one token more."""
+    num_preempted: int
+    """Sequences that lost their rows for it."""
+    num_in_flight: int
+    """Plans under way, this one included."""
+    made_at: float
+    """In seconds of time.monotonic()."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the encoded plan. It is encoded for the answer, which takes some microseconds."""
+        return encode_plan(self.plan).ByteSize()
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """A step's result, which has its StepTimes, and what the scheduler made of it."""
+
+    plan: PlanMade
+    result: StepResult
+    outputs: StepOutputs
+    received_at: float
+    """In seconds of time.monotonic()."""
+
+    @property
+    def wire_s(self) -> float:
+        """Seconds between plan and result in which the worker had neither: encoding, both ways, and decoding. The
+        worker's clock may be another, so only differences of its times count.
+        """
+        times = self.result.times
+        return self.received_at - self.plan.made_at - (times.sent_ns - times.received_ns) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAttached:
+    worker: WorkerInfo
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    epoch: int
+    reason: str
+    num_live_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSubmitted:
+    """A request that was taken. Its choices are the sequences from first_sequence_id on, in their order."""
+
+    request_id: str
+    first_sequence_id: int
+    num_choices: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRefused:
+    request_id: str
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The first output token of any of a request's choices."""
+
+    request: RequestSubmitted
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """The last of a request's choices has ended, or its front end has closed it, as when a client cancels its call."""
+
+    request: RequestSubmitted
+    reasons: tuple[FinishReason, ...]
+    """One for each choice, in their order. ABORT for those that an operator or the front end ended."""
+    num_output_tokens: int
+    """Of all choices, past a stop string included where the front end has not found it yet."""
+    num_cached_tokens: int
+    """Prompt tokens that the prefix cache had, of all choices."""
+    error: TandemError | None
+
+
+Event: TypeAlias = (
+    PlanMade | StepDone | WorkerAttached | WorkerLost | RequestSubmitted | RequestRefused | FirstToken | RequestEnded
+)
+
+Observer = Callable[[Event], None]
+"""Takes the events that it knows and ignores the others."""
+
+
+def guarded(observer: Observer) -> Observer:
+    """The observer, whose exceptions end here. The first at each kind of event is logged, the others are not: an
+    observer that fails at every step would fill the log, and writing it would hold up the steps.
+    """
+    failed_at: set[type[Event]] = set()
+
+    def tell(event: Event) -> None:
+        try:
+            observer(event)
+        except Exception:
+            if type(event) not in failed_at:
+                failed_at.add(type(event))
+                logger.exception("an observer failed at %s; its later failures there are silent", type(event).__name__)
+
+    return tell
