@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import psutil
@@ -12,7 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tandem_scheduler.processes.engine_side.front_end_pool import MODULE
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
-from tests.contract.services import HOST, INFERENCE, Services, StreamedOutput, read_stream, wait_until
+from tests.contract.gated_worker import gated_runner
+from tests.contract.services import HOST, INFERENCE, Services, StreamedOutput, read_stream, stream_request, wait_until
 
 MAX_CONNECTIONS = 64
 
@@ -114,3 +116,30 @@ async def two_front_ends(services: Services) -> AsyncIterator[tuple[Connection, 
     async with services, connections_to_each(f"{HOST}:{services.address.rpartition(':')[2]}") as (first, second):
         yield first, second
     assert front_end_processes() == []
+
+
+def gated_services(**settings: Any) -> Services:
+    """Two front ends, and a worker that gives no result until its gate is opened."""
+    return Services(gated_runner(0), api_server_count=2, **settings)
+
+
+@asynccontextmanager
+async def running_on(
+    services: Services, connection: Connection, request: inference_pb2.GenerateStreamRequest
+) -> AsyncIterator["asyncio.Task[Any]"]:
+    """The request's stream, once it runs."""
+    before = (await services.load()).num_running_sequences
+    task = asyncio.create_task(connection.stream(request))
+    await services.wait_load(lambda load: load.num_running_sequences > before, "it runs")
+    yield task
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def reach_a_third(services: Services, known: list[Connection]) -> bool:
+    """Whether one more connection lands in another front end and is served there."""
+    connection = await connect(services.address)
+    async with connection.channel:
+        if connection.process in [each.process for each in known]:
+            return False
+        await connection.wait_health("SERVING")
+        return (await connection.generate(stream_request())).usage.num_output_tokens == 8

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 import xxhash
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -268,3 +269,9 @@ def retry_delay_s(error: grpc.aio.AioRpcError) -> float:
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in details(error).details), details(error)
     return float(retry.retry_delay.ToMilliseconds() / 1000)
+
+
+async def error_of(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value

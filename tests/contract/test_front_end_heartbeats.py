@@ -19,10 +19,9 @@ from tandem_scheduler.processes.engine_side import front_end_pool
 from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
 from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
 from tandem_shared.errors import ConfigError
-from tests.contract.front_ends import front_end_processes, two_front_ends
+from tests.contract.front_ends import front_end_processes, gated_services, reach_a_third, two_front_ends
+from tests.contract.gated_worker import open_gate
 from tests.contract.services import Services, read_stream, stream_request, true_tokens, wait_until
-from tests.contract.test_front_end_processes import gated_services, reach_a_third
-from tests.contract.test_worker_loss import open_gate
 
 SILENCE_LIMIT_S = 3.0
 

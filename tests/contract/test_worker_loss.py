@@ -1,7 +1,6 @@
 """The worker dies, hangs or changes under running streams. The truth is what the fake model gives undisturbed."""
 
 import asyncio
-import threading
 from collections.abc import Sequence
 
 import grpc
@@ -10,6 +9,7 @@ import pytest
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS
 from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tests.contract.gated_worker import MANY, gated_runner, kill_worker, open_gate
 from tests.contract.services import (
     CONTROL,
     INFERENCE,
@@ -23,8 +23,6 @@ from tests.contract.services import (
     wait_until,
 )
 from tests.support.fake_worker import FakePendingStep, FakeRunner
-
-MANY = 100_000
 
 
 def make_requests(count: int = 8, max_tokens: int = 40) -> list[inference_pb2.GenerateStreamRequest]:
@@ -78,26 +76,6 @@ class Streams:
         assert [output.usage.num_output_tokens for output in self.outputs] == [
             len(output.token_ids) for output in self.outputs
         ]
-
-
-def gated_runner(number: int, permits: int = 0, **changes: object) -> FakeRunner:
-    """A worker of its own, that gives so many results and then none."""
-    info = model_info(worker_instance_id=f"worker-{number}", **changes)
-    return FakeRunner(info, gate=threading.Semaphore(permits))
-
-
-def open_gate(runner: object, permits: int = MANY) -> None:
-    assert isinstance(runner, FakeRunner) and runner.gate is not None
-    runner.gate.release(permits)
-
-
-async def kill_worker(services: Services) -> None:
-    """It never answers again, and its port is closed."""
-    losses = (await services.load()).num_worker_losses
-    runner = services.runner
-    await services.stop_worker()
-    await services.wait_load(lambda load: load.num_worker_losses == losses + 1, "the loss is noticed")
-    open_gate(runner)
 
 
 @pytest.mark.parametrize("num_kills", [1, 2])

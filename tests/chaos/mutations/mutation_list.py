@@ -237,7 +237,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "self.scheduler.lose_worker(failure)",
         "kills",
     ),
-    Mutation("tandem_scheduler/engine/step_loop.py", "failure = str(error)", 'failure = ""', "kills"),
+    Mutation("tandem_scheduler/engine/step_loop.py", "failure = reason = str(error)", "reason = str(error)", "kills"),
     Mutation(
         "tandem_scheduler/core/scheduler.py",
         "self._in_flight = StepsInFlight()",

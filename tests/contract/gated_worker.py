@@ -1,0 +1,29 @@
+"""A worker whose results come when a test lets them."""
+
+import threading
+
+from tests.contract.services import Services, model_info
+from tests.support.fake_worker import FakeRunner
+
+MANY = 100_000
+"""More results than any test takes."""
+
+
+def gated_runner(number: int, permits: int = 0, **changes: object) -> FakeRunner:
+    """A worker of its own, that gives so many results and then none."""
+    info = model_info(worker_instance_id=f"worker-{number}", **changes)
+    return FakeRunner(info, gate=threading.Semaphore(permits))
+
+
+def open_gate(runner: object, permits: int = MANY) -> None:
+    assert isinstance(runner, FakeRunner) and runner.gate is not None
+    runner.gate.release(permits)
+
+
+async def kill_worker(services: Services) -> None:
+    """It never answers again, and its port is closed."""
+    losses = (await services.load()).num_worker_losses
+    runner = services.runner
+    await services.stop_worker()
+    await services.wait_load(lambda load: load.num_worker_losses == losses + 1, "the loss is noticed")
+    open_gate(runner)

@@ -1,0 +1,326 @@
+"""Random events against the scheduler core, its plans executed by the fake worker.
+
+After each move the books must balance; every output must be what the request gives when computed alone; every
+sequence must end. The fake worker fails on any read or write of a slot that is not the row's own.
+"""
+
+from collections import Counter
+from typing import ClassVar
+
+import hypothesis.strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from tandem_scheduler.core.scheduler import Scheduler
+from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS
+from tandem_scheduler.core.types import FinishedSequence, FinishReason, SchedulerConfig, SequenceRequest
+from tandem_shared.errors import InvalidRequest, QueueFull, RequestIdInUse
+from tandem_shared.step_plan import RowSampling, WorkerInfo
+from tests.support.builders import GREEDY, create_request, worker_info
+from tests.support.engine import Engine
+from tests.support.fake_worker import FakeRunner, expected_tokens
+
+VOCAB_SIZE = 16
+SEQUENCE_IDS = list(range(8))
+
+prefixes = st.sampled_from([(), (1,) * 4, (1,) * 16, (1,) * 15 + (2,), (1,) * 32])
+prompts = st.builds(lambda a, b: [*a, *b], prefixes, st.lists(st.integers(1, 2), max_size=18)).filter(len)
+samplings = st.one_of(st.just(GREEDY), st.builds(RowSampling, seed=st.integers(0, 3), choice_index=st.integers(0, 1)))
+requests = st.builds(
+    create_request,
+    st.sampled_from(SEQUENCE_IDS),
+    prompts,
+    st.integers(1, 40),
+    sampling=samplings,
+    stop_token_ids=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
+    priority=st.integers(0, 2),
+    cache_salt=st.sampled_from(["", "", "other"]),
+    deadline=st.none() | st.integers(0, 20),
+)
+
+
+@st.composite
+def workers(draw: st.DrawFn) -> WorkerInfo:
+    """From pools that hold one sequence to pools that hold all."""
+    block_size = draw(st.sampled_from([1, 2, 16]))
+    num_slots = draw(st.sampled_from([64, 96, 512]))
+    return worker_info(
+        vocab_size=VOCAB_SIZE,
+        max_model_len=draw(st.sampled_from([40, 72, 90])),
+        block_size=block_size,
+        num_blocks=num_slots // block_size + 1,
+        max_num_rows=draw(st.integers(2, 8)),
+        max_num_batched_tokens=draw(st.sampled_from([8, 16, 64])),
+    )
+
+
+configs = st.builds(
+    SchedulerConfig,
+    max_num_seqs=st.integers(1, 8),
+    max_num_batched_tokens=st.sampled_from([8, 12, 64]),
+    max_chunk_tokens=st.sampled_from([None, 1, 3, 8]),
+    max_plans_in_flight=st.integers(1, 4),
+    max_num_waiting=st.sampled_from([3, 100]),
+    enable_prefix_caching=st.sampled_from([True, True, False]),
+    admission_watermark=st.sampled_from([0.0, 0.01, 0.2]),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One scheduler and its worker. `seen` counts over all examples, so that a test can ask what was reached."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(config=configs, worker=workers())
+    def start(self, config: SchedulerConfig, worker: WorkerInfo) -> None:
+        self.config = config
+        self.salts: dict[int, str] = {}
+        self.requests: dict[int, SequenceRequest] = {}
+        self.expected: dict[int, list[int]] = {}
+        self.num_losses: Counter[int] = Counter()
+        self.is_lost = False
+        self.num_delivered = 0
+        self.now = 0
+        self.engine = Engine(Scheduler(config, worker), self.make_runner(worker))
+
+    def make_runner(self, worker: WorkerInfo) -> FakeRunner:
+        return FakeRunner(worker, salt_of=lambda sequence_id: self.salts.get(sequence_id, ""))
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.engine.scheduler
+
+    # Moves
+
+    @rule(request=requests)
+    def add(self, request: SequenceRequest) -> None:
+        sequence_id = request.sequence_id
+        try:
+            self.engine.add(request)
+        except RequestIdInUse:
+            assert sequence_id in self.requests
+            return
+        except InvalidRequest:
+            assert sequence_id not in self.requests
+            assert not self.fits(request)
+            self.seen["refused as too large"] += 1
+            return
+        except QueueFull:
+            assert self.scheduler.load().num_waiting_sequences >= self.config.max_num_waiting
+            return
+        assert self.fits(request)
+        self.salts[sequence_id] = request.cache_salt
+        self.requests[sequence_id] = request
+        self.expected[sequence_id] = expected_tokens(request, vocab_size=VOCAB_SIZE)
+        self.num_losses[sequence_id] = 0
+
+    @rule()
+    def schedule(self) -> None:
+        self.expire()
+        plan = self.engine.launch()
+        for row in plan.added_rows if plan is not None else ():
+            # A probe is nobody's request.
+            request = self.requests.get(row.sequence_id)
+            assert request is None or request.deadline is None or request.deadline > self.now
+        if plan is None and not self.engine.in_flight and not self.is_lost:
+            assert not self.requests, "nothing is planned and sequences are live"
+        assert len(self.engine.in_flight) <= self.config.max_plans_in_flight
+
+    @precondition(lambda self: self.engine.in_flight)
+    @rule()
+    def deliver(self) -> None:
+        outputs = self.engine.deliver()
+        self.num_delivered += len(outputs.token_ids)
+        for sequence_id in outputs.sequence_ids:
+            got = self.engine.outputs[sequence_id]
+            assert got == self.expected[sequence_id][: len(got)]
+        for finished in outputs.finished:
+            self.check_finished(finished)
+
+    @rule(several=st.lists(requests, min_size=2, max_size=6))
+    def add_several(self, several: list[SequenceRequest]) -> None:
+        for request in several:
+            self.add(request)
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count: int) -> None:
+        """What the step loop does."""
+        for _ in range(count):
+            for _ in range(self.config.max_plans_in_flight):
+                self.schedule()
+            if self.engine.in_flight:
+                self.deliver()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        sequence_id = data.draw(st.sampled_from(sorted(self.requests)))
+        assert self.scheduler.abort(sequence_id)
+        assert not self.scheduler.abort(sequence_id)
+        del self.requests[sequence_id]
+        self.seen["aborts"] += 1
+
+    @rule(count=st.integers(1, 5))
+    def wait(self, count: int) -> None:
+        self.now += count
+
+    def expire(self) -> None:
+        """Time that has passed ends sequences that wait, and those alone."""
+        before = self.scheduler.load()
+        expired = self.scheduler.expire(self.now)
+        after = self.scheduler.load()
+        assert after.num_running_sequences == before.num_running_sequences
+        assert after.num_waiting_sequences == before.num_waiting_sequences - len(expired)
+        for finished in expired:
+            request = self.requests.pop(finished.sequence_id)
+            assert finished.reason is FinishReason.EXPIRED
+            assert request.deadline is not None and request.deadline <= self.now
+            self.seen["expired"] += 1
+
+    @precondition(lambda self: any(self.engine.outputs.get(sequence_id) for sequence_id in self.requests))
+    @rule(data=st.data())
+    def stop_late(self, data: st.DataObject) -> None:
+        candidates = sorted(s for s in self.requests if self.engine.outputs[s])
+        sequence_id = data.draw(st.sampled_from(candidates))
+        num_output_tokens = data.draw(st.integers(1, len(self.engine.outputs[sequence_id])))
+        self.num_delivered -= len(self.engine.outputs[sequence_id]) - num_output_tokens
+        assert self.scheduler.stop(sequence_id, num_output_tokens)
+        assert not self.scheduler.stop(sequence_id, num_output_tokens)
+        del self.requests[sequence_id]
+        self.seen["late stops"] += 1
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def break_a_row(self, data: st.DataObject) -> None:
+        if data.draw(st.integers(0, 3)) == 0:
+            self.engine.runner.faulty.add(data.draw(st.sampled_from(sorted(self.requests))))
+
+    @rule(count=st.integers(8, 30))
+    def run_long(self, count: int) -> None:
+        self.step(count)
+
+    @precondition(lambda self: not self.is_lost)
+    @rule(
+        times=st.sampled_from([0, 0, 0, 1, 1, 1, 3, 6]),
+        worker=st.none() | workers(),
+        is_attached_at_once=st.booleans(),
+        failure=st.sampled_from(["", "a step failed"]),
+    )
+    def lose_worker(self, times: int, worker: WorkerInfo | None, is_attached_at_once: bool, failure: str) -> None:
+        """Often not at all, so that something happens in between; sometimes again and again, during trials too."""
+        for _ in range(times):
+            if self.is_lost:
+                self.attach_worker(worker)
+                self.schedule()
+                if self.engine.in_flight:
+                    # Of the probe, if only suspects are there.
+                    self.deliver()
+                    self.schedule()
+            self.lose_worker_once(failure)
+        if self.is_lost and is_attached_at_once:
+            self.attach_worker(worker)
+
+    def lose_worker_once(self, failure: str) -> None:
+        self.seen["losses"] += 1
+        self.num_losses.update(self.requests.keys())
+        self.engine.lose_worker(failure)
+        self.is_lost = True
+        self.end_those_that_failed("lost")
+        assert self.scheduler.schedule() is None
+
+    @precondition(lambda self: self.is_lost)
+    @rule(worker=st.none() | workers())
+    def attach_worker(self, worker: WorkerInfo | None) -> None:
+        """The same worker again, or one of another size."""
+        if worker is not None:
+            self.seen["other workers"] += 1
+        self.engine.attach_worker(self.make_runner(worker or self.engine.runner.info))
+        self.is_lost = False
+        self.end_those_that_failed("fit")
+
+    @rule()
+    def reset_prefix_cache(self) -> None:
+        num_cached = self.scheduler.load().num_cached_blocks
+        assert self.scheduler.reset_prefix_cache() == num_cached
+        assert self.scheduler.load().num_cached_blocks == 0
+
+    @rule(prompt=prompts)
+    def ask_longest_prefix(self, prompt: list[int]) -> None:
+        tokens = create_request(prompt=prompt).prompt_token_ids
+        load = self.scheduler.load()
+        count = self.scheduler.longest_prefix(tokens)
+        assert count <= len(tokens) and count % self.scheduler.load().block_size == 0
+        assert self.config.enable_prefix_caching or count == 0
+        assert load == self.scheduler.load()
+
+    # Checks
+
+    def fits(self, request: SequenceRequest) -> bool:
+        worker, length = self.engine.runner.info, len(request.prompt_token_ids) + request.max_tokens
+        num_slots = (worker.num_blocks - 1) * worker.block_size
+        return length <= worker.max_model_len and length - 1 <= num_slots
+
+    def check_finished(self, finished: FinishedSequence) -> None:
+        """An end that a result brought."""
+        sequence_id = finished.sequence_id
+        request, output = self.requests.pop(sequence_id), self.engine.outputs[sequence_id]
+        assert finished.num_output_tokens == len(output)
+        assert 0 <= finished.num_cached_tokens <= len(request.prompt_token_ids)
+        assert self.config.enable_prefix_caching or finished.num_cached_tokens == 0
+        if finished.reason is FinishReason.ERROR:
+            self.seen["row faults"] += 1
+            assert sequence_id in self.engine.runner.faulty and "fault" in (finished.error or "")
+            self.engine.runner.faulty.discard(sequence_id)
+            return
+        assert output == self.expected[sequence_id]
+        if output[-1] in request.stop_token_ids:
+            self.seen["stop ids"] += 1
+            assert (finished.reason, finished.stop_token_id) == (FinishReason.STOP, output[-1])
+        else:
+            assert (finished.reason, finished.stop_token_id) == (FinishReason.LENGTH, None)
+            assert len(output) == request.max_tokens
+
+    def end_those_that_failed(self, word: str) -> None:
+        """Ends that a loss or a new worker brought."""
+        for sequence_id in sorted(self.requests.keys() & self.engine.finished.keys()):
+            finished, request = self.engine.finished[sequence_id], self.requests.pop(sequence_id)
+            assert finished.reason is FinishReason.ERROR
+            if word == "lost":
+                self.seen["poisonous"] += 1
+                assert self.num_losses[sequence_id] >= 2 + MAX_FAILED_TRIALS
+            else:
+                self.seen["outgrown"] += 1
+                assert not self.fits(request)
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.seen["moves"] += 1
+        self.scheduler.check_integrity()
+        load = self.scheduler.load()
+        assert self.scheduler.num_unfinished == len(self.requests)
+        assert load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks == load.num_total_blocks
+        assert load.num_output_tokens == self.num_delivered
+        assert load.num_steps_in_flight == len(self.engine.in_flight)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        if self.is_lost:
+            self.attach_worker(None)
+        for _ in range(5000):
+            if not self.requests and not self.engine.in_flight:
+                break
+            self.step(1)
+        assert not self.requests, "sequences never end"
+        self.books_balance()
+        load = self.scheduler.load()
+        assert load.num_used_blocks == load.num_running_sequences == load.num_waiting_sequences == 0
+        self.seen["preemptions"] += load.num_preemptions
+        self.seen["prefix hits"] += load.num_cached_prompt_tokens
+        self.seen["overshoots"] += load.num_overshoot_tokens
+        self.seen["full hits"] += self.engine.runner.num_full_hits
