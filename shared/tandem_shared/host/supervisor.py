@@ -1,27 +1,26 @@
 """Keeps a service process running: starts it, and starts it again whenever it fails.
 
-The supervisor is a process of its own, small enough to stand beside any number of services: it imports neither torch
-nor grpc, has one thread and does nothing but wait. It knows nothing of what the service does. The service says once
-that it serves, and on which port, through a pipe whose descriptor is in WORDS_VARIABLE; from then on it says every
-HEARTBEAT_S that it is alive. The port is kept: whoever knows the address finds the next process there, also where the
-first one took a free port.
+The supervisor is a process of its own. It imports neither torch nor grpc, has one thread and does nothing but wait, so
+that it costs little beside a service, of which it knows nothing. The service process writes to a pipe, whose file
+descriptor is in the variable PIPE_VARIABLE: once its port, when it serves, and from then on a heartbeat every
+HEARTBEAT_S. Later processes get the same port, also if the first one took a free port, so the service's address stays.
 
-What the end of the process means:
+What happens when the process ends:
 
-- status 0, or any status once the supervisor has been told to stop: the supervisor ends.
-- status 2 (wrong settings, a model that can't be served) before it has ever served: the supervisor ends with 2.
-- anything else, a signal such as that of kill -9 included: the process is started again after a pause, which doubles
-  from MIN_BACKOFF_S up to MAX_BACKOFF_S and is short again for one that has lived long. A process that has never
-  served is started MAX_FIRST_STARTS times at most: what is wrong then is not going to pass.
+- With status 0, or with any status once the supervisor was told to stop, the supervisor ends too.
+- With status 2 (wrong settings, a model that can't be served) before it has ever served, the supervisor ends with 2.
+- Otherwise, also after a signal such as that of kill -9, the process is started again after a pause. The pause doubles
+  from MIN_BACKOFF_S up to MAX_BACKOFF_S, and is the shortest one again for a process that has lived LONG_LIFE_S. A
+  process that has never served is started MAX_FIRST_STARTS times at most, as what is wrong then will not pass.
 
-A process that serves and falls silent is killed, and so fails: it is stopped, or a thread of it keeps the interpreter's
-lock for ever, and then it can't watch itself. Silence is counted in turns of the supervisor's own loop, so that a
-supervisor that was itself stopped blames nobody.
+A process that serves and falls silent is killed, and so fails. It may have been stopped by a signal, or one of its
+threads holds the interpreter's lock for ever, so that it can't watch itself. The silence is counted in rounds of the
+supervisor's loop and not by a clock, so that a supervisor that was stopped itself does not kill a healthy process.
 
-At SIGTERM or SIGINT the process gets SIGTERM; at a second one it is killed. It runs in a session of its own, so that a
-terminal's Ctrl-C reaches it once, through the supervisor. On Linux the kernel kills it when the supervisor dies, and
-orphans of it (the ranks of a group whose rank 0 was killed) become the supervisor's own children. It collects whatever
-child ends, as the first process of a container must.
+At the first SIGTERM or SIGINT the process gets SIGTERM; at a second one it is killed. It runs in a session of its own,
+so that a terminal's Ctrl-C reaches it only through the supervisor. On Linux the kernel kills it when the supervisor
+dies, and its orphans (ranks whose rank 0 was killed) become the supervisor's children. The supervisor collects every
+child that ends, as the first process of a container must.
 """
 
 import contextlib
@@ -38,29 +37,31 @@ from collections.abc import Sequence
 
 from tandem_shared.host.process import adopt_orphans, child_environment, die_with_parent
 
-WORDS_VARIABLE = "SUPERVISOR_WORDS_FD"
+PIPE_VARIABLE = "SUPERVISOR_PIPE_FD"
 MIN_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 5.0
 LONG_LIFE_S = 10.0
-"""A process that has lived for so long is started again after the shortest pause."""
+"""A process that has lived this long is started again after the shortest pause."""
 MAX_FIRST_STARTS = 3
 STOP_LIMIT_S = 35.0
-"""A process that has been told to stop is killed after so long; a worker of several ranks gives itself 32 s."""
+"""A process that was told to stop is killed after this time. A worker of several ranks gives itself 32 s."""
 HEARTBEAT_S = 1.0
 SILENCE_LIMIT_S = 20.0
-"""A process that serves and says nothing for so long is killed. A thread of its own speaks, which only what holds the
-interpreter's lock delays; and the next process is there before requests are given up (--worker-wait-s)."""
+"""A process that serves and sends no heartbeat for this time is killed. The heartbeat has a thread of its own, which
+only the interpreter's lock can delay. The next process serves before requests give up waiting (--worker-wait-s).
+"""
 WRONG_SETTINGS, CANNOT_START = 2, 71
-"""Exit statuses: of a service, as argparse has it; of one that the system did not start, as sysexits.h has it."""
+"""Exit statuses: of a service with wrong settings, as argparse has it, and of the supervisor if the system could not
+start the process, as sysexits.h has it."""
 
 logger = logging.getLogger(__name__)
 
 
 def tell_supervisor(port: int) -> None:
-    """Says, in the supervised process, that it serves on this port, and from now on that it is alive. Does nothing
-    where there is no supervisor.
+    """Called in the supervised process: tells the supervisor that it serves on this port, and starts the heartbeat.
+    Does nothing if there is no supervisor.
     """
-    variable = os.environ.pop(WORDS_VARIABLE, None)
+    variable = os.environ.pop(PIPE_VARIABLE, None)
     if variable is not None:
         descriptor = int(variable)
         os.write(descriptor, f"{port}\n".encode())
@@ -68,7 +69,7 @@ def tell_supervisor(port: int) -> None:
 
 
 def _beat(descriptor: int) -> None:
-    # Without a supervisor there is nobody to tell; on Linux this process ends with it.
+    # The pipe breaks when the supervisor ends; on Linux this process then ends too.
     with contextlib.suppress(BrokenPipeError):
         while True:
             time.sleep(HEARTBEAT_S)
@@ -76,65 +77,66 @@ def _beat(descriptor: int) -> None:
 
 
 class _Child:
-    """One life of the process."""
+    """One process of the service, from its start to its end."""
 
     def __init__(self, command: Sequence[str]) -> None:
-        """Starts it. OSError and SubprocessError where the system does not."""
+        """Starts the process. Raises OSError or SubprocessError if the system can't start it."""
         self.port: int | None = None
-        """Known once it serves"""
+        """The port it serves on, None until it serves."""
         self.status: int | None = None
-        """Known once it has ended: an exit status, or minus the signal that ended it"""
+        """None until it has ended: then its exit status, or minus the number of the signal that ended it."""
         self.silent_s = 0.0
-        self._words, writer = os.pipe()
-        os.set_blocking(self._words, False)
+        self._pipe, writer = os.pipe()
+        os.set_blocking(self._pipe, False)
         try:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                env={**child_environment(), WORDS_VARIABLE: str(writer)},
+                env={**child_environment(), PIPE_VARIABLE: str(writer)},
                 pass_fds=[writer],
                 start_new_session=True,
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,
             )
         except BaseException:
-            os.close(self._words)
+            os.close(self._pipe)
             raise
         finally:
             os.close(writer)
         self.pid = self._process.pid
-        self.descriptors = [self._words]
-        """To wait for; none once it will say no more"""
+        self.descriptors = [self._pipe]
+        """The pipe to wait for; empty once it is closed at the other end."""
 
-    def hear(self) -> None:
-        words = os.read(self._words, 4096)
-        if not words:
+    def read_pipe(self) -> None:
+        data = os.read(self._pipe, 4096)
+        if not data:
             self.descriptors = []
         elif self.port is None:
-            self.port = int(words.split()[0])
+            self.port = int(data.split()[0])
         self.silent_s = 0.0
 
     @property
     def is_watched(self) -> bool:
-        """Whether silence means anything."""
+        """Whether heartbeats are due."""
         return self.port is not None and bool(self.descriptors)
 
     def send(self, number: int) -> None:
-        # Nobody collects it but end()'s caller, so until then its id is its own.
+        # Its id belongs to no other process until it is collected, which only the caller of end() does.
         if self.status is None:
             os.kill(self.pid, number)
 
     def end(self, status: int) -> None:
-        """It has ended, and was collected."""
+        """Called when it has ended and was collected, with its status."""
         self.status = self._process.returncode = status
-        # Its last words. What it has forked may hold its end of the pipe, so there may be neither words nor an end.
+        # It may have written its port just before it ended. There may be nothing to read and no end of the pipe either,
+        # as processes that it forked may hold the other end open.
         with contextlib.suppress(BlockingIOError):
-            self.hear()
+            self.read_pipe()
         self.descriptors = []
-        os.close(self._words)
+        os.close(self._pipe)
 
 
 class Supervisor:
-    """Runs one command. A process in waiting would be a second child of the same loop."""
+    """Runs one command, again and again."""
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class Supervisor:
         stop_limit_s: float = STOP_LIMIT_S,
         silence_limit_s: float = SILENCE_LIMIT_S,
     ) -> None:
-        """name is what logs call the process; command takes --port."""
+        """name: what the log calls the process. command: what runs it; later starts append --port."""
         self._name = name
         self._command = list(command)
         self._min_backoff_s, self._max_backoff_s = min_backoff_s, max_backoff_s
@@ -155,13 +157,13 @@ class Supervisor:
         self._child: _Child | None = None
         self._is_stopping = False
         self._kill_at: float | None = None
-        # Signals arrive as bytes, so that one wait hears of signals and of the child alike.
+        # Signals arrive as bytes on a socket, so that one select() waits for signals and for the child's pipe.
         self._signals, self._signal_writer = socket.socketpair()
         for end in (self._signals, self._signal_writer):
             end.setblocking(False)
 
     def run(self) -> int:
-        """Until the end; gives the exit status for the supervisor's own process."""
+        """Runs until the process ends for good. Returns the exit status for the supervisor's own process."""
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
@@ -189,35 +191,35 @@ class Supervisor:
             backoff_s = min(2 * backoff_s, self._max_backoff_s)
 
     def _run_child(self) -> int:
-        """One life of the process, from its start to its status."""
+        """Runs the process once. Returns its status, as _Child.status has it."""
         port = [] if self._port is None else ["--port", str(self._port)]
         try:
             child = self._child = _Child([*self._command, *port])
         except (OSError, subprocess.SubprocessError) as error:
-            # As where the system has no memory or no process to spare.
+            # For example, the system has no memory or no process left.
             logger.error("can't start the %s: %s", self._name, error)
             return CANNOT_START
         logger.info("the %s is process %d", self._name, child.pid)
-        turn_at = time.monotonic() + HEARTBEAT_S
+        round_ends_at = time.monotonic() + HEARTBEAT_S
         while child.status is None:
-            self._wait(turn_at)
+            self._wait(round_ends_at)
             self._port = child.port or self._port
-            if time.monotonic() >= turn_at:
-                turn_at = time.monotonic() + HEARTBEAT_S
+            if time.monotonic() >= round_ends_at:
+                round_ends_at = time.monotonic() + HEARTBEAT_S
                 self._kill_if_overdue(child)
         self._child = None
         return child.status
 
     def _wait(self, deadline: float) -> None:
-        """Until something happens or the deadline passes; sees to what has happened."""
-        own, words = self._signals.fileno(), self._child.descriptors if self._child else []
-        readable, _, _ = select.select([own, *words], [], [], max(0.0, deadline - time.monotonic()))
-        if own in readable:
+        """Waits for a signal, for the child's pipe or for the deadline, and handles what has come."""
+        signals, pipe = self._signals.fileno(), self._child.descriptors if self._child else []
+        readable, _, _ = select.select([signals, *pipe], [], [], max(0.0, deadline - time.monotonic()))
+        if signals in readable:
             for number in self._signals.recv(4096):
                 if number != signal.SIGCHLD:
                     self._stop()
-        if self._child and any(descriptor in readable for descriptor in words):
-            self._child.hear()
+        if self._child and any(descriptor in readable for descriptor in pipe):
+            self._child.read_pipe()
         self._reap()
 
     def _stop(self) -> None:
@@ -228,7 +230,7 @@ class Supervisor:
         self._is_stopping = True
 
     def _kill_if_overdue(self, child: _Child) -> None:
-        """Called once a turn."""
+        """Called every HEARTBEAT_S. Kills a process that is silent for too long, or takes too long to stop."""
         child.silent_s += HEARTBEAT_S if child.is_watched else 0.0
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             logger.error("the %s has not ended in %g s; killing it", self._name, self._stop_limit_s)
@@ -239,7 +241,7 @@ class Supervisor:
         child.send(signal.SIGKILL)
 
     def _reap(self) -> None:
-        """Collects all children that have ended: the process, and orphans that became ours."""
+        """Collects all children that have ended: the process, and orphans that became the supervisor's children."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -251,7 +253,7 @@ class Supervisor:
                 self._child.end(os.waitstatus_to_exitcode(status))
 
     def _final_status(self, status: int) -> int:
-        """As a shell gives it, but 0 where the process ended by the signal that it was told to stop with."""
+        """The status as a shell gives it, but 0 if the process ended by the signal that it was told to stop with."""
         if self._is_stopping and status == -signal.SIGTERM:
             return 0
         return status if status >= 0 else 128 - status

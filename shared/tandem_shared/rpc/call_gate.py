@@ -1,10 +1,11 @@
-"""How many calls may be open at once, and how many of them one connection may have.
+"""Bounds how many calls may be open at once, in all and for each connection, so that one client can't take every place.
 
-The first places are for anybody. Past those, a connection may have as many calls open as places are left. So one
-connection alone gets half of the places, or those for anybody where they are more. Of connections whose calls end and
-are opened again, k have 1 / (k + 1) of the places each, and as much is left for whoever comes next. Connections that
-come one after the other and end no call get a half, a quarter and so on: about log2 of the places of them leave none.
-Then a call whose request has not arrived gives up its place, see read_gate.py. A call whose request was taken keeps it.
+The first num_unshared places are for any connection. Beyond those, a connection may have as many calls open as there
+are places left. So a single connection gets half of the places, or num_unshared if that is more. When calls end and new
+ones are opened, k connections get 1 / (k + 1) of the places each, and as many are left for the next connection.
+Connections that come one after the other and never end a call get a half, a quarter and so on, so it takes about log2
+of the number of places of them to take all. Then a call whose request has not arrived yet gives up its place
+(read_gate.py); a call whose request has arrived keeps it.
 """
 
 import sys
@@ -16,10 +17,12 @@ from tandem_shared.errors import QueueFull
 
 
 class CallGate:
+    """The places of one server, or of some of its services."""
+
     def __init__(
         self, max_open_calls: int = sys.maxsize, *, num_unshared: int = 0, max_per_connection: int = sys.maxsize
     ) -> None:
-        """num_unshared: of the places, those that are for anybody."""
+        """max_open_calls: the number of places. num_unshared: how many of them any connection may take."""
         self._max_open_calls = max_open_calls
         self._num_unshared = num_unshared
         self._max_per_connection = max_per_connection
@@ -28,8 +31,8 @@ class CallGate:
 
     @contextmanager
     def pass_through(self, peer: str, if_full: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Holds a place for a call of a connection while it runs. QueueFull where the connection has its share.
-        if_full: called where no place is left for anybody.
+        """Holds a place for a call of the connection `peer` while it runs. Raises QueueFull if the connection has its
+        share, or no place is left; in the latter case, if_full is called first.
         """
         num_own, num_left = self._num_open_by_peer[peer], self._max_open_calls - self._num_open
         is_past_share = num_own >= num_left and self._num_open >= self._num_unshared

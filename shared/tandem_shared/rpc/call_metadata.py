@@ -1,4 +1,5 @@
-"""Metadata that Tandem's clients and servers understand, besides the details of errors (rich_status.py)."""
+"""Call metadata that Tandem's clients and servers understand, beside the details of errors (rich_status.py)."""
 
 MAX_REPLY_BYTES_KEY = "tandem-max-reply-bytes"
-"""Of a Generate call: the largest reply that the client takes, its grpc.max_receive_message_length."""
+"""The size in bytes of the largest reply that the client takes: its grpc.max_receive_message_length. For Generate and
+Detokenize."""

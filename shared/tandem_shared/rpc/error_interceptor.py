@@ -1,11 +1,12 @@
-"""The way of every call into the server: a place at the gate, then its request read and parsed, then its method.
+"""What every call to a server goes through: it gets a place (call_gate.py), its request is read (read_gate.py) and
+parsed, its method runs, and its errors become gRPC statuses with google.rpc details. Errors become statuses nowhere
+else.
 
-Errors leave here and nowhere else, as gRPC statuses with google.rpc details. gRPC is told that each method takes a
-stream of bytes. So a call that is refused a place was neither read nor parsed, and bytes that are no message are an
-error like any other; in gRPC's own deserialiser they would end INTERNAL.
+gRPC is told that each method takes a stream of bytes. So the request of a call that gets no place is neither read nor
+parsed, and bytes that are not a message are an invalid request; gRPC's own deserialiser would end the call INTERNAL.
 
-Services of small requests, such as health, have limits of their own: whoever fills the server with other calls leaves
-these alone, and their messages are decoded only where they are small.
+Calls whose requests are small, such as those of the health service, have places and limits of their own: they are still
+answered by a server that is full of other calls, and their messages are decoded only if they are small.
 """
 
 import asyncio
@@ -36,17 +37,18 @@ ReadRequest = Callable[[AsyncIterator[bytes], str], Awaitable[Any]]
 
 @dataclass(frozen=True)
 class CallLimits:
-    """What the calls of some services share."""
+    """The limits that some of a server's calls share."""
 
     calls: CallGate = field(default_factory=CallGate)
     reads: ReadGate = field(default_factory=ReadGate)
     max_request_bytes: int = sys.maxsize
-    # Else only the first, as a stream that is trusted may be silent for long.
     bounds_each_message: bool = False
+    """Whether each message of a stream must arrive in time and in its turn, or only the first. A trusted stream may be
+    silent for long."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Maps TandemError to its status, bytes that are no message to INVALID_ARGUMENT, and our bugs to INTERNAL."""
+    """Maps TandemErrors to their statuses, bytes that are not a message to INVALID_ARGUMENT, and bugs to INTERNAL."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._small_limits = small_limits or self._limits
         self._small_calls = frozenset(small_calls)
         self.calls: set[asyncio.Task[Any]] = set()
-        """The tasks of the calls that run. One ends when its call's status has been sent."""
+        """The tasks of the open calls. A task ends when the status of its call has been sent."""
 
     async def intercept_service(
         self,
@@ -84,7 +86,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         elif inspect.isasyncgenfunction(behavior):
             make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_generator(behavior, read_request, limits)
         else:
-            # It writes its responses to the context, as the standard health service's Watch does.
+            # The method writes its responses to the context, as the standard health service's Watch does.
             make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
         return make(wrapped, None, handler.response_serializer)
 
@@ -123,8 +125,8 @@ def _wrap_generator(behavior: Callable[..., Any], read_request: ReadRequest, lim
 
 
 async def _abort(context: Context, end: End) -> None:
-    """Raises what ends the call. Where it is gone, and gRPC has yet to say so, that is what a cancelled one raises: a
-    call's deadline passes for gRPC at the moment at which it passes for the scheduler.
+    """Ends the call by raising. If gRPC has ended the call already but has not told Python yet, raises CancelledError,
+    as in a cancelled call. This happens when a deadline passes, which the scheduler notices at the same moment as gRPC.
     """
     try:
         await context.abort(*end)
@@ -133,10 +135,11 @@ async def _abort(context: Context, end: End) -> None:
 
 
 def _end_of(error: Exception) -> End:
-    """What to abort a call with once the error is forgotten.
+    """The status, text and metadata to abort the call with.
 
-    gRPC's state of a call and the exception of its abort refer to each other. An error in between, whose traceback has
-    the request, would stay until cycles are collected.
+    The error itself must not be referred to when the call is aborted. gRPC's state of a call and the exception of its
+    abort refer to each other, so the error, whose traceback holds the request, would stay in memory until the garbage
+    collector finds the cycle.
     """
     if isinstance(error, TandemError):
         status = status_of(error)

@@ -1,7 +1,7 @@
 """Asks a gRPC server for its health: `python -m tandem_shared.rpc.health_probe HOST:PORT [SERVICE]`.
 
 Exits with 0 if the service (the whole server if none is named) is SERVING, else with 1 and a line that says why.
-For container health checks; speaks no TLS.
+It is for health checks of containers, and speaks no TLS.
 """
 
 import sys
@@ -16,7 +16,7 @@ TIMEOUT_S = 3.0
 
 
 def health_status(address: str, service: str = "") -> str:
-    """The name of the status that the server gives, or of the error that asking ended with."""
+    """The name of the service's health status, or of the gRPC status if asking failed."""
     with grpc.insecure_channel(address, NO_PROXY) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         try:

@@ -1,12 +1,12 @@
-"""How many requests are read at once, and for how long one may take to arrive.
+"""Bounds how many requests are read at once, and how long a request may take to arrive.
 
-Before gRPC is asked for a call's message, the client can send no more of it than a stream's initial window, 64 KiB as
-server_options() has it. Once asked, gRPC lets the whole message in, and holds what has come of it. So the number of
-requests being read bounds the memory that half-sent requests hold. A message within the initial window is there already
-and is read at once.
+Until gRPC is asked for a call's message, the client can send no more of it than a stream's initial window, 64 KiB with
+server_options(). Once asked, gRPC lets the whole message in and stores what has arrived. So the number of requests
+being read bounds the memory that half-sent requests take. A message within the initial window has arrived already, and
+is read at once.
 
-A request that does not arrive ends its call: after READ_TIMEOUT_S, waiting for its turn included, and after
-HURRIED_READ_S where others need its turn or its place. So clients that stall hold others up for seconds at most.
+A call whose request does not arrive ends: after READ_TIMEOUT_S, with the time it waited for its turn, or after
+HURRIED_READ_S if other calls need its turn or its place. So clients that stall delay others by seconds at most.
 """
 
 import asyncio
@@ -18,23 +18,25 @@ from weakref import WeakValueDictionary
 from tandem_shared.errors import RequestTooSlow
 
 READ_TIMEOUT_S = 30.0
-"""A request of 4 MiB takes as long at 1.1 Mbit/s."""
+"""The time in which a request of 4 MiB arrives at 1.1 Mbit/s."""
 
 HURRIED_READ_S = 2.0
 
 
 class ReadGate:
-    """All reads of a server, or of some of its services."""
+    """The requests that a server, or some of its services, read."""
 
     def __init__(self, max_reading: int = sys.maxsize, max_reading_per_connection: int = sys.maxsize) -> None:
         self._max_per_connection = max_reading_per_connection
         self._turns = _Turns(max_reading)
-        # A connection's turns live as long as calls of it wait or read.
+        # An entry lives as long as calls of the connection wait or read.
         self._turns_by_peer: WeakValueDictionary[str, _Turns] = WeakValueDictionary()
         self._unread = _Deadlines()
 
     async def read(self, peer: str, requests: AsyncIterator[bytes]) -> bytes | None:
-        """The next message of a call, None where there is none. RequestTooSlow where it does not arrive in time."""
+        """The next message of a call of the connection `peer`, None at the end of a stream. Raises RequestTooSlow if it
+        does not arrive in time.
+        """
         turns = self._turns_by_peer.setdefault(peer, _Turns(self._max_per_connection))
         try:
             async with asyncio.timeout(READ_TIMEOUT_S) as deadline:
@@ -48,12 +50,12 @@ class ReadGate:
             ) from None
 
     def hurry_oldest(self) -> None:
-        """For whoever found no place: the call that has been unread for longest gives up its own."""
+        """Called when a call finds no place: the call whose request has been missing for longest must hurry."""
         self._unread.hurry_oldest()
 
 
 class _Deadlines:
-    """The deadlines of calls that nobody has hurried yet, oldest first."""
+    """The deadlines of calls that have not been told to hurry yet, oldest first."""
 
     def __init__(self) -> None:
         self._hurried_ends: dict[asyncio.Timeout, float] = {}
@@ -76,7 +78,9 @@ class _Deadlines:
 
 
 class _Turns:
-    """So many reads at once; those that wait have their turns in order, and hurry as many of those that read."""
+    """Lets `count` calls read at once. Others wait for their turns in order, and for each that waits, one that reads
+    must hurry.
+    """
 
     def __init__(self, count: int) -> None:
         self._semaphore = asyncio.Semaphore(count)

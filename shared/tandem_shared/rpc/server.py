@@ -1,7 +1,7 @@
-"""The gRPC server that both services run in: health, reflection, channelz, TLS, errors, signals.
+"""The gRPC server that both services run in, with health, reflection, channelz, TLS, limits, errors and signals.
 
-Knows nothing of what the services do. Liveness is the health of the empty service name: SERVING while the process
-lives. Readiness is the health of each service's own name.
+It knows nothing of what the services do. Liveness is the health of the empty service name, which is SERVING while the
+process lives. Readiness is the health of each service's own name.
 """
 
 import asyncio
@@ -28,32 +28,34 @@ from tandem_shared.rpc.reflection import SERVICE_NAMES, add_reflection
 logger = logging.getLogger(__name__)
 
 RESERVED_DESCRIPTORS = 128
-"""File descriptors that connections leave to the process: its own channels, files, libraries."""
+"""File descriptors that connections leave to the process for its own channels, files and libraries."""
 
 DEFAULT_MAX_OPEN_CALLS = 1024
 
 READ_BYTES = 256 * 2**20
-"""What requests that are being read may hold together; of one connection, an eighth."""
+"""The memory for requests that are being read. A connection may take an eighth of it."""
 
 MIN_READING, MIN_READING_PER_CONNECTION = 8, 2
-"""Requests that are read at once however large they may be."""
+"""The least numbers of requests that may be read at once, however large a request may be."""
 
 SMALL_REQUEST_BYTES = 4096
-"""The longest request of a health, reflection, channelz or control service has a name or two."""
+"""The largest request of the health, reflection, channelz and control services, which hold a name or two."""
 
 MAX_SMALL_CALLS, MAX_SMALL_CALLS_PER_CONNECTION = 512, 64
 MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION = 16, 4
-"""Calls to those services: open at once, and being read. A probe ends at once; who watches health keeps a call open."""
+"""Calls to those services that may be open at once, and that may be read at once. A client that watches health keeps a
+call open.
+"""
 
-LAST_WORDS_S = 0.1
-"""For what was sent last to reach the clients, before the process takes the connections with it."""
+FLUSH_S = 0.1
+"""The time in which what was sent last reaches the clients, before the process ends and its connections with it."""
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
 Register = Callable[[grpc.aio.Server], None]
 
 
 class Server:
-    """A server of some services, not ready until told so."""
+    """A server of some services. They are not ready until set_ready() says so."""
 
     def __init__(
         self,
@@ -67,13 +69,12 @@ class Server:
         max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
         num_unshared_calls: int = 0,
     ) -> None:
-        """services: full name -> what adds its servicer to a server. small_calls: names of
-        services, or of methods as SERVICE/METHOD, whose requests are all small; like health, they have limits apart
-        from the others. Interceptors run inside the error mapping.
-        shares_port: other servers listen where this one does, and the system deals out the connections.
-        max_request_bytes: gRPC refuses a larger message with RESOURCE_EXHAUSTED. max_open_calls: past it, and of one
-        connection past its share, calls are refused with QueueFull. num_unshared_calls: one connection alone may have
-        as many, be it more than its share.
+        """services: for each service's full name, the function that adds its servicer to a server. small_calls:
+        services, or methods as SERVICE/METHOD, whose requests are all small; like health, they have limits apart from
+        the others. interceptors run inside the error mapping. shares_port: other servers listen on the same port, and
+        the system distributes the connections. max_request_bytes: gRPC refuses larger messages with RESOURCE_EXHAUSTED.
+        max_open_calls: further calls are refused with QueueFull, as are those above a connection's share
+        (call_gate.py). num_unshared_calls: how many calls one connection may have even if that is above its share.
         """
         self._services = tuple(services)
         self._credentials = credentials
@@ -102,7 +103,7 @@ class Server:
         add_reflection([*services, *own_names], self._server)
 
     async def start(self, host: str, port: int) -> int:
-        """Listens; gives the port. ConfigError where the address can't be had."""
+        """Listens and returns the port. Raises ConfigError if the server can't listen on the address."""
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if self._credentials is None:
@@ -113,29 +114,30 @@ class Server:
             raise ConfigError(f"can't listen on {address}: {error}") from error
         await self._health.set("", ServingStatus.SERVING)
         await self.set_ready(self._services, False)
-        # What start-up made stays: collections, which hold up all threads, need not look at it again.
+        # Objects made so far stay for good, so the garbage collector, which stops all threads, need not look at them.
         gc.freeze()
         await self._server.start()
         logger.info("listening on %s:%d%s", host, bound, " with TLS" if self._credentials else "")
         return bound
 
     async def set_ready(self, services: Iterable[str], is_ready: bool) -> None:
+        """Sets the readiness of services, by their full names."""
         for service in services:
             await self._health.set(service, ServingStatus.SERVING if is_ready else ServingStatus.NOT_SERVING)
 
     async def finish(self, grace_s: float) -> None:
-        """Prepares the end of the process, which is to leave() next: calls that run have grace_s to end, and new ones
-        are still answered. gRPC is not stopped: it would end CANCELLED what arrives meanwhile, which clients do not try
-        again, while what ends with the process ends UNAVAILABLE.
+        """Prepares for the end of the process, which must leave() next: running calls have grace_s to end, and new ones
+        are still answered. gRPC is not stopped, as it would end calls that arrive meanwhile CANCELLED, which clients
+        do not try again; calls that end with the process end UNAVAILABLE.
         """
         await self._health.enter_graceful_shutdown()
         if running := set(self._first.calls):
             await asyncio.wait(running, timeout=grace_s)
-        await asyncio.sleep(LAST_WORDS_S)
+        await asyncio.sleep(FLUSH_S)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls; those that run have grace_s to end. For a process that goes on afterwards; one
-        that ends should finish().
+        """Takes no new calls, and gives running ones grace_s to end. For a process that goes on afterwards; one that
+        ends should call finish().
         """
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
@@ -157,7 +159,7 @@ def _small_limits() -> CallLimits:
 
 
 def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials | None:
-    """TLS as the settings say, or None. With a client authority, clients must show a certificate of it."""
+    """The credentials for TLS as set, or None without TLS. Raises ConfigError if a file can't be read."""
     if not settings.tls_cert:
         return None
     pair = (read_pem("--tls-key", settings.tls_key), read_pem("--tls-cert", settings.tls_cert))
@@ -166,6 +168,7 @@ def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials | No
 
 
 def read_pem(flag: str, path: str) -> bytes:
+    """The contents of a PEM file. Raises ConfigError, which names the flag, if it can't be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -173,7 +176,9 @@ def read_pem(flag: str, path: str) -> bytes:
 
 
 def write_port_file(path: str, port: int) -> None:
-    """Whole or not at all, for whoever waits for it."""
+    """Writes the port to a file, if the path is not empty. The file appears with all of its contents, as other
+    processes may wait for it.
+    """
     if path:
         partial = Path(f"{path}.{os.getpid()}")
         partial.write_text(f"{port}\n")
@@ -181,7 +186,7 @@ def write_port_file(path: str, port: int) -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT of this process: the first asks for an orderly end, a second for one at once."""
+    """Events for SIGTERM and SIGINT: the first signal asks for an orderly end, a second one for an immediate end."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The secret that a scheduler shows its worker, from a file that both read. Knows files, nothing of sessions."""
+"""The secret that a scheduler shows its worker, from a file that both read."""
 
 import os
 import secrets
@@ -13,9 +13,10 @@ MIN_BYTES, MAX_BYTES = 16, 4096
 
 
 def read_secret(path: str) -> bytes:
-    """The file's contents without white space at the ends; made, readable for this user alone, where there is no file.
+    """The file's contents without white space at the ends, or b"" if the path is empty. If there is no file, it is made
+    with a random secret, readable by this user only.
 
-    No path is no secret. Raises ConfigError.
+    Raises ConfigError if the file can't be read or made, or its length is wrong.
     """
     if not path:
         return b""
@@ -33,7 +34,7 @@ def read_secret(path: str) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Whole or not at all, as two services may start at once."""
+    """Makes the file if there is none. It appears with all of its contents, as two services may start at once."""
     if path.exists():
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")

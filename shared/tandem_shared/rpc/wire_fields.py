@@ -1,6 +1,6 @@
-"""A message's fields as they lie in its bytes: by the lengths that stand before them, without a look into them.
+"""Walks the fields of an encoded protobuf message without decoding them, by the lengths that stand before them.
 
-So a message that would take long to decode, or become much larger, is known before it is decoded.
+So a message that would take long to decode, or become much larger in memory, can be refused undecoded.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 VARINT, LENGTH_DELIMITED = 0, 2
 FIXED_SIZES = {1: 8, 5: 4}
-"""Bytes of the fields of other types; groups have none of their own."""
+"""The size in bytes of the fields of fixed size, by wire type. Groups have no size of their own."""
 
 
 class TooManyFields(Exception):
@@ -17,8 +17,8 @@ class TooManyFields(Exception):
 
 
 def fields(data: bytes, position: int, end: int, max_fields: int) -> Iterator[tuple[int, int, int]]:
-    """Tag, start and end of the fields in a part of the data. Raises TooManyFields, and DecodeError where it is no
-    message.
+    """Yields tag, start and end of each field in data[position:end]. start is behind the tag and the length. Raises
+    TooManyFields after max_fields fields, and DecodeError if the data is not a message.
     """
     for _ in range(max_fields):
         if position >= end:
@@ -36,7 +36,7 @@ def fields(data: bytes, position: int, end: int, max_fields: int) -> Iterator[tu
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """The number and where it ends."""
+    """The number at a position, and the position behind it."""
     number = 0
     for shift in range(0, 70, 7):
         if position >= len(data):
