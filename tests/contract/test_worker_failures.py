@@ -38,7 +38,9 @@ async def ready_status(worker: Worker) -> str:
 
 
 async def check_fails_by_stopping(worker: Worker, call: Any, reason: str) -> None:
-    """Readiness first, then the reason as the session's last word; then no session, and the process knows why."""
+    """Checks the order of the worker's end: readiness goes, the session gets the reason as its last word, no other
+    session is opened, and the process is told the reason.
+    """
     statuses = []
 
     async def go_unready() -> None:
@@ -108,7 +110,7 @@ async def test_a_step_that_hangs_ends_the_worker_and_names_the_setting() -> None
 
 
 async def test_a_step_that_hangs_past_its_sessions_end_ends_the_worker_too() -> None:
-    """Its scheduler died, or gave it up first: the next session could never begin."""
+    """The scheduler died, or gave the step up first. Otherwise the next session could never begin."""
     worker = Worker(FakeRunner(worker_info(), gate=threading.Semaphore(0)), step_timeout_s=0.5)
     await worker.start()
     call = await worker.open()
@@ -139,7 +141,7 @@ async def test_a_session_that_ends_after_idling_is_no_hang() -> None:
 
 
 async def test_a_long_step_that_makes_progress_is_no_failure_and_says_so() -> None:
-    """Ten times the limit: the stream hears of it, and the result comes."""
+    """A step of ten times the limit: the stream tells its progress, and then its result."""
     gate = threading.Semaphore(0)
     worker = Worker(FakeRunner(worker_info(), gate=gate), step_timeout_s=0.3)
     await worker.start()

@@ -37,7 +37,7 @@ async def test_another_scheduler_is_refused_while_the_session_lives(worker: Work
 
 
 async def test_no_refusal_tells_the_name_of_a_session(worker: Worker) -> None:
-    """Whoever knows it could take the session with a newer epoch."""
+    """Someone who knew the name could take the session with a newer epoch."""
     idle = await worker.open(scheduler_id="secret-1")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await worker.open(scheduler_id="b")
@@ -66,7 +66,7 @@ async def test_a_session_that_is_opened_twice_ends(worker: Worker) -> None:
 
 
 async def open_when_free(worker: Worker, **opening: Any) -> Any:
-    """The session before was cancelled; the worker notices soon."""
+    """Opens a session once the worker has noticed that the one before was cancelled."""
     async with asyncio.timeout(WAIT_S):
         while True:
             try:
@@ -85,8 +85,8 @@ async def test_an_epoch_that_is_not_newer_is_refused(worker: Worker, epoch: int)
     held.cancel()
 
 
-async def test_a_dead_sessions_epoch_is_nobodys(worker: Worker) -> None:
-    """Whoever opened one with the last epoch there is and left has locked nobody out."""
+async def test_the_epoch_of_a_dead_session_does_not_count(worker: Worker) -> None:
+    """A session with the largest epoch there is, once it has ended, locks no scheduler out."""
     intruder = await worker.open(epoch=2**64 - 1)
     intruder.cancel()
     await open_when_free(worker, epoch=1)

@@ -23,7 +23,7 @@ class Worker:
     """A worker service around a fake runner, and a client of it."""
 
     def __init__(self, runner: FakeRunner, **options: Any) -> None:
-        """options: WorkerServicer's."""
+        """options: those of WorkerServicer."""
         self.runner = runner
         self.servicer = WorkerServicer(runner, **options)
         self.metadata: tuple[tuple[str, bytes], ...] = ()
@@ -82,7 +82,7 @@ async def read_result(call: Any) -> worker_pb2.StepResult:
 
 
 async def status_of(call: Any) -> grpc.StatusCode:
-    """How a call ends, whatever it still had to say."""
+    """The status that a call ends with, after the messages that still come."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         while await asyncio.wait_for(call.read(), WAIT_S) is not grpc.aio.EOF:
             pass

@@ -1,4 +1,4 @@
-"""Workers of several ranks: the same tokens as one, one end for all of them, and no process left behind."""
+"""Workers of several ranks give the tokens of one rank, end together, and leave no process behind."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ PROMPTS = [random_prompt(3 + 7 * index, VOCAB_SIZE, seed=index) for index in ran
 
 
 def make_requests() -> list[inference_pb2.GenerateStreamRequest]:
-    """Greedy, with temperature, and with top-k, in turn."""
+    """Requests that are greedy, with temperature, and with temperature and top-k, in turn."""
     requests = [
         generate_request(prompt, NUM_TOKENS, temperature=0.9 if index % 3 else 0.0, seed=index)
         for index, prompt in enumerate(PROMPTS)
@@ -67,7 +67,7 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any]
     assert num_preemptions > 0
     assert outputs[2] == outputs[1]
     assert outputs[4] == outputs[1]
-    # Of its ways to compute experts, the one that knows float64.
+    # The eager experts are the only ones of transformers that compute in float64.
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     for prompt, output in list(zip(PROMPTS, outputs[1], strict=True))[::3]:
         ids = torch.tensor([prompt])
@@ -80,7 +80,7 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any]
 
 @pytest.mark.slow
 def test_tokens_of_eight_ranks_are_those_of_one(tmp_path: Path) -> None:
-    """Each of the two KV heads is held by four, and 1027 tokens of vocabulary don't divide."""
+    """Each of the two KV heads is held by four ranks, and eight ranks don't divide a vocabulary of 1027."""
     folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **CONFIGS["dense"])
     outputs = []
     for tp_size in (1, 8):
@@ -112,7 +112,7 @@ def ranks_of(worker: Service) -> list[psutil.Process]:
 
 
 def wait_all_gone(processes: list[psutil.Process], timeout_s: float) -> None:
-    # A zombie is a process whose parent has not asked yet.
+    # A zombie has ended; its parent has not read its status yet.
     def is_gone(process: psutil.Process) -> bool:
         try:
             return process.status() == psutil.STATUS_ZOMBIE
@@ -123,8 +123,8 @@ def wait_all_gone(processes: list[psutil.Process], timeout_s: float) -> None:
 
 
 def lose(engine: Engine, victim: int, number: signal.Signals, timeout_s: float) -> list[psutil.Process]:
-    """Hits a rank while streams run, and sees the whole group end and the streams go on with the next, which the
-    supervisor starts.
+    """Sends a rank a signal while streams run; checks that the whole group ends and the streams go on with the next
+    group, which the supervisor starts. Gives the ended group's processes.
     """
     requests = [generate_request(prompt, 700, seed=index) for index, prompt in enumerate(PROMPTS[:2])]
     truth = [stream.result() for stream in [engine.stream(request) for request in requests]]
@@ -164,7 +164,7 @@ def test_a_frozen_rank_ends_the_group(engine: Engine) -> None:
     "receivers", [pytest.param(1, id="rank_0"), pytest.param(2, id="all_ranks", marks=pytest.mark.slow)]
 )
 def test_sigterm_ends_all_ranks_well(receivers: int, engine: Engine) -> None:
-    """In the middle of streams; a supervisor may tell all of its processes."""
+    """SIGTERM comes in the middle of streams, to rank 0 or, as some supervisors send it, to all ranks."""
     streams = [engine.stream(generate_request(prompt, 900)) for prompt in PROMPTS[:2]]
     for stream in streams:
         stream.wait_tokens(10)
@@ -222,7 +222,7 @@ def test_a_group_that_cannot_be_is_refused(
 
 @contextmanager
 def two_hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a link between them: the commands that enter each."""
+    """Makes two network namespaces with a link between them; gives the command that enters each."""
     with network_namespaces(2) as holders:
         names = [f"td{pid}" for pid in holders]
         ip("link", "add", names[0], "type", "veth", "peer", "name", names[1])
@@ -238,7 +238,7 @@ def two_hosts() -> Iterator[list[str]]:
 
 
 def bytes_received(enter: str) -> int:
-    """By the interface of a host that is no loopback."""
+    """The bytes received by a host's network interface, loopback left out."""
     counters = subprocess.run(
         [*enter.split(), "cat", "/proc/net/dev"], check=True, capture_output=True, text=True
     ).stdout
@@ -279,7 +279,7 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
                 "--num-threads", "1", "--num-blocks", "40", "--tp-size", "2", "--host", "10.99.0.1", "--port", "0",
                 "--port-file", str(port_file), "--session-secret-file", str(secret_file),
             ]  # fmt: skip
-            # The hosts' names resolve to nothing that the other reaches, so Gloo is told its interface.
+            # A host's name does not resolve to an address that the other reaches, so Gloo is told the interface.
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"td{enter.split()[2]}"}
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -314,7 +314,7 @@ def test_ranks_on_two_hosts_meet_through_torchrun(folder: Path, tmp_path: Path) 
         least = num_tokens * 2 * 2 * 32 * 8 // 2
         for enter, count in zip(hosts, before, strict=True):
             assert bytes_received(enter) - count > least
-        # One host's torchrun is killed: its rank ends with it, and the other with the rank.
+        # One host's torchrun is killed: its rank ends with it, and then the other host's rank.
         ranks = [rank for process in processes for rank in psutil.Process(process.pid).children(recursive=True)]
         assert len(ranks) == 2
         processes[1].kill()

@@ -32,7 +32,7 @@ MAX_NUM_BATCHED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run the requests. The default is the base that the truth is taken from."""
+    """One way to run the requests. The default is the base run, from which the truth is taken."""
 
     batch: int = 1
     prefix_caching: bool = False
@@ -65,7 +65,7 @@ def pairs_of(case: Case) -> set[tuple[str, object, str, object]]:
 def pairwise_cases() -> list[Case]:
     """A small set of cases in which every two values of two factors meet: greedily, the one with the most new pairs."""
     everything = [Case(**dict(zip(FACTORS, values, strict=True))) for values in itertools.product(*FACTORS.values())]  # type: ignore[arg-type]
-    # Alone, nothing is ever short of blocks.
+    # A request that runs alone is never preempted.
     possible = [case for case in everything if not (case.batch == 1 and case.preempted)]
     missing = set().union(*map(pairs_of, possible))
     chosen = []
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_prompts(vocab_size: int) -> list[np.ndarray]:
-    """Short ones, ones that share prefixes, ones that cross the largest block while generating."""
+    """Prompts that are short, that share prefixes, and whose outputs cross the end of the largest block."""
     rng = np.random.default_rng(0)
     common = rng.integers(0, vocab_size, 256)
     prompts = [rng.integers(0, vocab_size, int(length)) for length in rng.integers(1, 40, 40)]
@@ -102,7 +102,7 @@ def make_prompts(vocab_size: int) -> list[np.ndarray]:
 
 
 def make_requests(vocab_size: int) -> list[SequenceRequest]:
-    """Half greedy, half seeded with every way of truncation."""
+    """Requests of which half are greedy and half seeded, with every combination of truncations."""
     requests = []
     for index, prompt in enumerate(make_prompts(vocab_size)):
         sampling = RowSampling(temperature=0.0)
@@ -120,7 +120,7 @@ def make_requests(vocab_size: int) -> list[SequenceRequest]:
 
 
 class CountingRunner:
-    """The real runner, and how many rows were added to it: those past one a request are resumes."""
+    """The real runner, with a count of the rows added to it: all but one for each request are resumes."""
 
     def __init__(self, runner: TorchRunner) -> None:
         self.info = runner.info
@@ -134,8 +134,8 @@ class CountingRunner:
 
 
 def execute(folder: Path, case: Case, requests: list[SequenceRequest]) -> tuple[dict[str, list[int]], Load, int]:
-    """Runs the requests; alone means that each is added when the one before has ended. Gives the outputs, the
-    scheduler's counts and the number of resumes.
+    """Runs the requests, case.batch at a time: the next ones are added when the ones before have ended. Gives the
+    outputs, the scheduler's counts and the number of resumes.
     """
     num_pool_tokens = 1536 if case.preempted else 256 * 2 * NUM_REQUESTS
     runner = CountingRunner(make_runner(folder, case.block_size, num_pool_tokens // case.block_size + 1))
@@ -176,8 +176,8 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> Truth:
-    """The base run's outputs, the greedy ones checked against transformers; then some requests get stop ids that
-    cut them short, so that depths above one overshoot.
+    """The base run's outputs; the greedy ones are checked against transformers. Then some requests get stop ids that
+    cut their outputs short, so that depths above one overshoot.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     requests = make_requests(model.config.vocab_size)
@@ -200,7 +200,7 @@ def truth(folder: Path) -> Truth:
 
 @pytest.fixture(scope="module")
 def seen() -> Iterator[dict[str, int]]:
-    """What happened over all cases; everything that can go wrong must have been tried."""
+    """Counts of what happened over all cases. Each must have happened at least once."""
     counts = dict.fromkeys(("preemptions", "resumes", "prefix_hits", "overshoots"), 0)
     yield counts
     assert all(counts.values()), counts
@@ -214,7 +214,7 @@ def test_same_tokens(case: Case, folder: Path, truth: Truth, seen: dict[str, int
     if not case.prefix_caching:
         assert load.num_cached_prompt_tokens == 0
     elif case.batch == 1 or case.block_size < 256:
-        # All at once, no prompt may have filled a block of 256 before the others are admitted.
+        # When all requests run at once, the others may be admitted before any prompt has filled a block of 256.
         assert load.num_cached_prompt_tokens > 0
     assert (load.num_overshoot_tokens > 0) == (case.depth > 1)
     seen["preemptions"] += load.num_preemptions

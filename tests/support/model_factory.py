@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
-    # Wide, so that greedy outputs don't fall into loops.
+    # The initialisation is wide, so that greedy outputs don't fall into loops.
     "initializer_range": 0.3,
     "eos_token_id": None,
     "bos_token_id": None,
@@ -39,10 +39,10 @@ def save_random_model(
     save_original_format: bool = True,
     **config: Any,
 ) -> Path:
-    """A checkpoint of DEFAULTS changed by `config`; num_experts in it makes a mixture of experts, whose experts are
-    fused where save_original_format is False.
+    """Saves a checkpoint whose config is DEFAULTS changed by `config`; gives its folder.
 
-    Norms' weights are random too, so that a wrong one shows.
+    With num_experts in the config it is a mixture of experts; without save_original_format its experts are fused. The
+    weights of norms are random too, so that a wrong one shows.
     """
     torch.manual_seed(seed)
     config = {**DEFAULTS, **config}

@@ -33,11 +33,14 @@ logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def build_runner(settings: WorkerSettings, communicator: Communicator | None = None) -> Runner:
-    """Loads a rank's part of a model and makes it ready. Raises ModelError or ConfigError, saying what is wrong."""
+    """Loads a rank's part of a model and makes it ready to run. Raises ModelError and ConfigError.
+
+    communicator: the rank's; without one the model is loaded whole.
+    """
     communicator = communicator or Communicator()
     folder = resolve_model(settings.model, ALL_FILES)
     device, dtype = device_of(settings), dtype_of(settings)
-    # The ranks of one host share its CPUs. A launcher that does not say how many there are may have started one a host.
+    # The ranks of one host share its CPUs. A launcher that does not tell their number has started one on each host.
     num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // num_ranks_here))
     architecture, config = read_architecture(folder)
@@ -85,7 +88,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
 
 
 def check_model(settings: WorkerSettings) -> None:
-    """Raises ModelError or ConfigError where --tp-size ranks can't share the model; build_runner trusts that."""
+    """Raises ModelError or ConfigError where --tp-size ranks can't divide the model. build_runner does not check it."""
     Shard(0, settings.tp_size).check(read_model_config(resolve_model(settings.model, ALL_FILES)))
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_NAME_CHARACTERS = 255
-"""How long a shard's file name may be; no file system has longer names."""
+"""The longest file name of a shard; no file system has longer names."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 QUANTISED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|SCB|weight_shape|\w+_(scale(_inv|_2)?|zero_point|packed)|(nested_)?(absmax|quant_map)"

@@ -25,8 +25,8 @@ class Architecture:
     read_config: Callable[[ConfigFile], ModelConfig]
     """Raises ModelError, naming file and key, where the model is not one that Tandem runs"""
     make: Callable[[ModelConfig, Operations, int, torch.dtype, Communicator], Model]
-    """Makes a rank's part of a model, uninitialised, on the current device, of the whole model's config; the number is
-    that of the longest context's positions.
+    """Makes a rank's part of a model, uninitialised, on the current device. Takes the whole model's config, the
+    operations, the number of positions of the longest context, the weights' type and the rank's communicator.
     """
 
 

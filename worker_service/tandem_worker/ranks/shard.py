@@ -66,7 +66,7 @@ class Shard:
         return _in_units(self._part(count, count // self.size), count, width)
 
     def divide_kv_heads(self, num_kv_heads: int, head_dim: int) -> ShardedDimension:
-        """The outputs of a projection to keys or values."""
+        """The outputs of a projection to keys or values. With fewer KV heads than ranks each rank holds one of them."""
         if num_kv_heads >= self.size:
             return self.divide(num_kv_heads, head_dim)
         first = self.rank * num_kv_heads // self.size

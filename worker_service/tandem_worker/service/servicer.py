@@ -141,7 +141,9 @@ class WorkerServicer:
                 self._loop.call_soon_threadsafe(self.fail, reason)
 
     async def close(self, timeout_s: float) -> bool:
-        """Ends the session, if there is one. Whether its steps that have begun end within timeout_s, in seconds."""
+        """Ends the session, if there is one, and waits for its steps that have begun. True if they end within
+        timeout_s, in seconds.
+        """
         if self._session is None:
             return True
         self._session.end(None)
@@ -213,5 +215,5 @@ async def _read_plans(requests: AsyncIterator[worker_pb2.ExecuteStepsRequest], s
     except Exception as error:
         session.end(error)
         async for _ in requests:
-            # Plans that were under way.
+            # The scheduler's plans that were still under way are dropped.
             pass

@@ -100,7 +100,7 @@ class Session:
             self._news.put_nowait(_End(error))
 
     def join(self, timeout_s: float) -> bool:
-        """Whether the steps that have begun end within timeout_s, in seconds."""
+        """Waits for the steps that have begun. True if they end within timeout_s, in seconds."""
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -53,7 +53,7 @@ def write(folder: Path, **files: Any) -> None:
 
 @contextmanager
 def only_model_errors(folder: Path) -> Iterator[None]:
-    """Of a ModelError, that it names a file of the folder and is not as long as what it complains of."""
+    """Lets a ModelError pass that names a file of the folder, and is short however long the bad value is."""
     try:
         yield
     except ModelError as error:
@@ -76,7 +76,7 @@ def test_config(folder: Path, base: dict[str, Any], changed: dict[str, Any], rop
     with only_model_errors(folder):
         config = read_model_config(folder)
         if config.head_dim <= 1024:
-            # Numbers that are within their limits give angles that are numbers.
+            # Values that are within their limits give finite angles.
             assert build_rotary_table(config, 16, torch.float32).isfinite().all()
 
 
@@ -106,7 +106,7 @@ TOKENIZER = json.loads(EMBEDDED.read_text())
 @settings(deadline=None, max_examples=30)
 @given(changed=changes([key for key in TOKENIZER if key != "model"]), model=changes(list(TOKENIZER["model"])))
 def test_tokenizer(changed: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
-    # A small vocabulary, for speed; merges of what is not in it are an error of their own.
+    # The vocabulary is small, for speed. Merges of tokens outside it would be an error of their own.
     small = {**TOKENIZER["model"], "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     write(folder, tokenizer={**TOKENIZER, "model": {**small, **model}, **changed})
     with only_model_errors(folder):

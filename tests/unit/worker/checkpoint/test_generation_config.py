@@ -32,11 +32,11 @@ def read(folder: Path, **files: Any) -> GenerationDefaults:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        # The tokenizer's alone; as a string, as an AddedToken, out of the vocabulary proper.
+        # The tokenizer's alone: a string, an AddedToken, and a token of the vocabulary itself.
         ({"tokenizer_config": {"eos_token": "<end>"}}, (3,)),
         ({"tokenizer_config": {"eos_token": {"content": "<turn>", "lstrip": False, "special": True}}}, (4,)),
         ({"tokenizer_config": {"eos_token": "<in vocabulary>"}}, (2,)),
-        # The union with generation_config's, config's where that has none.
+        # The tokenizer's and generation_config's, or config's where generation_config has none.
         ({"generation_config": {"eos_token_id": 5}, "tokenizer_config": {"eos_token": "<end>"}}, (5, 3)),
         ({"generation_config": {"eos_token_id": [5, 3]}, "tokenizer_config": {"eos_token": "<end>"}}, (5, 3)),
         ({"generation_config": {}, "config": {"eos_token_id": 6}, "tokenizer_config": {"eos_token": "<end>"}}, (6, 3)),
@@ -44,7 +44,7 @@ def read(folder: Path, **files: Any) -> GenerationDefaults:
         ({"generation_config": {"eos_token_id": 5}, "config": {"eos_token_id": 6}}, (5,)),
         ({"generation_config": {"eos_token_id": 5}, "tokenizer_config": {"eos_token": None}}, (5,)),
         ({"generation_config": {"eos_token_id": 5}, "tokenizer_config": {}}, (5,)),
-        # Known to tokenizer_config.json alone.
+        # A token that is in tokenizer_config.json alone.
         (
             {"tokenizer_config": {"eos_token": "<new>", "added_tokens_decoder": {"9": {"content": "<new>"}}}},
             (9,),

@@ -48,7 +48,7 @@ def nested(depth: int) -> str:
         ({"rope_scaling": YARN}, 131072, 131072),
         ({"rope_scaling": YARN}, 262144, 262144),
         ({"rope_parameters": {**YARN, "rope_theta": 1e6}}, 40960, 131072),
-        # No original length: max_position_embeddings is it. No factor: max_position_embeddings is the stretched one.
+        # Without an original length, max_position_embeddings is that; without a factor, it is the stretched length.
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, 40960, 81920),
         ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 32768}}, 65536, 65536),
         # A folder saved by transformers 5, to which someone added the recipe.
@@ -67,7 +67,7 @@ def test_the_context_is_the_longer_of_the_models_own_and_yarns(
 @pytest.mark.parametrize(
     ("config", "left_out", "expected"),
     [
-        # As in transformers: Qwen3Config's own numbers; Qwen3MoeConfig has no head_dim, and its model divides.
+        # As in transformers: Qwen3Config has defaults; Qwen3MoeConfig has no head_dim, and its model divides.
         (CONFIG, [], {"head_dim": 128, "num_key_value_heads": 2}),
         (CONFIG | {"head_dim": 16}, [], {"head_dim": 16}),
         (CONFIG | {"num_attention_heads": 64}, ["num_key_value_heads"], {"num_key_value_heads": 32}),

@@ -1,4 +1,4 @@
-"""Checkpoints as they are found in the world: which files are read, which tensors are taken, what is refused."""
+"""Checkpoints as people have them: which files are read, which tensors are taken, what is refused."""
 
 import json
 import struct
@@ -24,7 +24,7 @@ MOE: dict[str, Any] = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermed
 
 
 def one_target() -> tuple[dict[str, CheckpointTarget], torch.Tensor]:
-    """A model of one tensor, "a", (2, 3)."""
+    """The targets of a model that has one tensor, "a" of shape (2, 3), and that tensor."""
     view = torch.full((2, 3), torch.nan)
     return {"a": CheckpointTarget(view, (2, 3), (slice(None), slice(None)))}, view
 
@@ -79,7 +79,7 @@ def test_shards_without_an_index_are_read_in_order(tmp_path: Path) -> None:
     _, expected = load(folder, Shard())
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     (folder / "model.safetensors.index.json").unlink()
-    # What some systems leave beside every file is no shard.
+    # Some systems leave such a file beside every file; it is no shard.
     (folder / "._model-00001.safetensors").write_bytes(b"Mac OS X")
     _, num_bytes = load(folder, Shard())
     assert num_bytes == expected

@@ -10,7 +10,7 @@ from tests.e2e.waiting import WAIT_S
 
 @pytest.mark.parametrize("state", ["never told", "loop is closed", "told"])
 def test_a_lost_group_ends_its_process_whatever_became_of_the_server(state: str) -> None:
-    """In a process of its own: the real fail(), before there is an event loop, after it, and while it runs."""
+    """Calls the real fail() in a new process: before there is an event loop, after it has closed, and while it runs."""
     program = f"""
 import asyncio, os, threading
 from tests.support.builders import worker_info

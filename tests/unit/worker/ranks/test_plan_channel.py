@@ -17,12 +17,12 @@ from tests.e2e.waiting import WAIT_S, wait_until
 
 
 class Failed(Exception):
-    """In place of the end of the process."""
+    """Raised instead of ending the process."""
 
 
 @pytest.fixture
 def problems(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the group was given up for."""
+    """The problems for which the group was given up."""
     problems: list[str] = []
 
     def fail(problem: str) -> None:
@@ -47,8 +47,8 @@ def lead(error: Exception) -> tuple[LeadingRunner, list[bytes]]:
     return LeadingRunner(FailingRunner(error), leader), sent  # type: ignore[arg-type]
 
 
-def test_a_step_that_fails_on_rank_0_alone_is_the_sessions_to_stop_at(problems: list[str]) -> None:
-    """As at every size: tests/contract/test_worker_failures.py says what it does. Rank 0 ends, and so the others."""
+def test_a_step_that_fails_on_rank_0_is_left_to_its_session(problems: list[str]) -> None:
+    """The session ends rank 0, as with one rank (tests/contract/test_worker_failures.py); the other ranks follow."""
     runner, sent = lead(MemoryError("too little memory"))
     with pytest.raises(MemoryError):
         runner.execute(StepPlan(1))
@@ -77,7 +77,7 @@ def peer(monkeypatch: pytest.MonkeyPatch, problems: list[str]) -> Iterator[tuple
     start_thread = plan_channel._start_thread
     monkeypatch.setattr(plan_channel, "_start_thread", lambda *args: threads.append(start_thread(*args)))
     yield channel, clients[0]
-    # Its threads end, before fail is again what it was.
+    # The channel's threads must end before the real fail() is back.
     channel.is_closing = True
     clients[0].close()
     for thread in threads:
@@ -92,7 +92,7 @@ def test_a_peer_that_stops_reading_and_speaking_is_lost(
     channel, end = peer
     end.send_bytes(plan_channel.ALIVE)
     channel.receive()
-    # More than the connection holds: this waits for ever, with the lock.
+    # This is more than the connection's buffers hold, so that sending waits for ever, with the lock.
     threading.Thread(target=channel.send, args=(PLAN, bytes(64 << 20)), daemon=True).start()
     time.sleep(0.1)
     channel.start()

@@ -19,6 +19,6 @@ def test_ranks_that_do_not_end_together_are_given_up(monkeypatch: pytest.MonkeyP
     rank_group.leave_group(SimpleNamespace(close=lambda: None))  # type: ignore[arg-type]
     time.sleep(0.4)
     assert destroyed == [True] and not has_failed.is_set()
-    # Its device never gets done.
+    # This runner waits for its device for ever.
     rank_group.leave_group(SimpleNamespace(close=lambda: has_failed.wait(WAIT_S)))  # type: ignore[arg-type]
     assert has_failed.is_set()

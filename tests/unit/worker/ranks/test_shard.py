@@ -19,9 +19,9 @@ from tandem_worker.ranks.shard import Shard
 from tests.support.model_factory import save_random_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    # A vocabulary that nothing divides, of which the last of four ranks has less than the others.
+    # No group size divides this vocabulary; the last of four ranks has less of it than the others.
     "dense": {"vocab_size": 259},
-    # With four ranks and two KV heads, each is held twice; the last rank has nothing of a vocabulary of three.
+    # With four ranks each of two KV heads is held twice. The last rank has nothing of a vocabulary of three.
     "tied": {"vocab_size": 3, "tie_word_embeddings": True},
     "moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
 }
@@ -47,7 +47,7 @@ def test_the_ranks_parts_put_together_are_the_checkpoint(config: dict[str, Any],
     num_bytes = [0] * size
     with safe_open(folder / "model.safetensors", "pt") as file:
         for name in targets[0]:
-            tensor, views = file.get_tensor(name), [of_rank[name].view for of_rank in targets]
+            tensor, views = file.get_tensor(name), [rank_targets[name].view for rank_targets in targets]
             if any(part in name for part in REPLICATED):
                 assert all(torch.equal(view, tensor) for view in views)
             elif "k_proj" in name or "v_proj" in name:
@@ -62,7 +62,7 @@ def test_the_ranks_parts_put_together_are_the_checkpoint(config: dict[str, Any],
                     assert {view.numel() for view in views} == {tensor.numel() // size}
             for rank, view in enumerate(views):
                 num_bytes[rank] += view.nbytes
-    # No more is read than is held, and everything is filled: padding with zeros.
+    # A rank reads no more than it holds, and all its memory is filled, padding with zeros.
     assert [read for _, read in ranks] == num_bytes
     for model, _ in ranks:
         assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -106,7 +106,9 @@ print(num_bytes, peak_bytes() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_a_rank_of_four_needs_a_fraction_of_the_host_memory(tmp_path: Path) -> None:
-    """Weights, and what is mapped of the file. Of weights that are dealt out by column whole pages are mapped."""
+    """The memory is that of the weights and of the file's mapped pages. Where a rank reads some columns of a weight,
+    all pages of the weight are mapped.
+    """
     folder = save_random_model(
         tmp_path, dtype="float32", vocab_size=20000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6
     )
@@ -122,6 +124,6 @@ def test_a_rank_of_four_needs_a_fraction_of_the_host_memory(tmp_path: Path) -> N
     assert num_bytes == pytest.approx(size, rel=0.01)
     assert peak > 1.8 * size
     for rank in (0, 3):
-        num_bytes, its_peak = measure(rank, 4)
+        num_bytes, rank_peak = measure(rank, 4)
         assert num_bytes == pytest.approx(size / 4, rel=0.02)
-        assert its_peak < 0.4 * peak
+        assert rank_peak < 0.4 * peak

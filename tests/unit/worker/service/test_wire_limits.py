@@ -1,4 +1,4 @@
-"""Step plans measured before they are decoded."""
+"""Step plans are measured before they are decoded."""
 
 import numpy as np
 import pytest
