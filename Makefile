@@ -10,14 +10,14 @@ TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell command -v nvidia-smi)
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 
-# What `make bench` measures on a GPU. Folders in build/models that are not there get random weights of the size that
-# names them; they need the tokenizer.json of a Qwen3.
+# What `make bench` measures on a GPU. A folder in build/models that does not exist is made, with random weights of the
+# size in its name; that takes the tokenizer.json of a Qwen3.
 MODELS ?= build/models/0.6b build/models/8b
 TOKENIZER ?=
-# temperature or qwen3; further flags of benchmarks.throughput, benchmarks.serve and benchmarks.gaps.
+# SAMPLING is temperature or qwen3; BENCH_FLAGS are further flags of the benchmark.
 SAMPLING ?= temperature
 BENCH_FLAGS ?=
-# What bench-scaling measures; numbers of ranks that there are too few GPUs for are left out.
+# What bench-scaling measures. Sizes with more ranks than there are GPUs are left out.
 SCALING_MODELS ?= build/models/8b build/models/32b
 TP_SIZES ?= 1 2 4 8
 
@@ -96,7 +96,7 @@ else
 		--out benchmarks/results/serve_cpu.json
 endif
 
-bench-gaps: $(STAMP) $(BENCH_MODELS)  ## How long the GPU idles between steps; writes benchmarks/results
+bench-gaps: $(STAMP) $(BENCH_MODELS)  ## How long the GPU is idle between steps; writes benchmarks/results
 ifneq ($(GPU),)
 	for model in $(MODELS); do $(BIN)/python -m benchmarks.gaps $$model --sampling $(SAMPLING) $(BENCH_FLAGS) \
 		--out benchmarks/results/gaps_$$(basename $$model)_$(SAMPLING).json || exit 1; done
@@ -105,7 +105,7 @@ else
 		--out benchmarks/results/gaps_cpu.json
 endif
 
-bench-scaling: $(STAMP) $(if $(GPU),$(SCALING_MODELS:%=%/config.json))  ## Speed over TP_SIZES ranks; writes benchmarks/results
+bench-scaling: $(STAMP) $(if $(GPU),$(SCALING_MODELS:%=%/config.json))  ## Speed with TP_SIZES ranks; writes benchmarks/results
 ifneq ($(GPU),)
 	$(BIN)/python -m benchmarks.scaling $(SCALING_MODELS) --tp-sizes $(TP_SIZES) --sampling $(SAMPLING) $(BENCH_FLAGS)
 else
@@ -113,7 +113,7 @@ else
 		--results build/scaling $(BENCH_FLAGS)
 endif
 
-bench-scheduler: $(STAMP)  ## The scheduler's CPU cost a step; writes benchmarks/results
+bench-scheduler: $(STAMP)  ## The scheduler's CPU time per step; writes benchmarks/results
 	$(BIN)/python -m benchmarks.scheduler_cpu
 
 bench-costly: $(STAMP)  ## The costliest requests beside streams: gaps and memory; writes benchmarks/results
@@ -125,14 +125,14 @@ bench-plot: $(STAMP)  ## Draws docs/images from benchmarks/results
 build/models/%/config.json: | $(STAMP)
 	$(BIN)/python -m benchmarks.checkpoint $* $(@D) $(TOKENIZER)
 
-# What `make chaos` runs; all parts by default. CHAOS_FLAGS=--afresh begins again.
+# The parts that `make chaos` runs; all by default. CHAOS_FLAGS=--afresh begins again where there are results.
 PARTS ?=
 CHAOS_FLAGS ?=
 
-chaos: $(STAMP)  ## Tries for hours to lose something, in parts; writes benchmarks/results/chaos, docs/reliability.md
+chaos: $(STAMP)  ## Tries for hours to break the promises of docs/reliability.md, and writes there what it found
 	$(BIN)/python -m tests.chaos $(PARTS) $(CHAOS_FLAGS)
 
-compose-test: $(STAMP)  ## docker-compose.yml brought up for real, its worker killed under a stream
+compose-test: $(STAMP)  ## Runs docker-compose.yml with podman and kills its worker under a stream
 	$(BIN)/python -m tests.e2e.compose_test
 
 clean:  ## Removes what the other targets made
