@@ -27,8 +27,8 @@ from benchmarks.steady_worker import MAX_MODEL_LEN
 from tandem.client import REPLY_LIMIT
 from tandem.processes import Services
 from tandem.v1 import inference_pb2
+from tandem_scheduler.front_end.grpc_api.request_codec import MAX_REPLY_BYTES
 from tandem_scheduler.front_end.reply_size import max_reply_size
-from tandem_scheduler.front_end.request_codec import MAX_REPLY_BYTES
 from tandem_scheduler.front_end.text.encoder import MAX_PIECE_CHARACTERS
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import grpc
 
-from tandem_scheduler.control.servicer import ControlServicer
+from tandem_scheduler.control.control_servicer import ControlServicer
 from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig
@@ -19,7 +19,7 @@ from tandem_scheduler.engine.observer import Observer
 from tandem_scheduler.engine.recorder import RecordingScheduler
 from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine.worker_client import GrpcWorkerClient, WorkerClient
-from tandem_scheduler.front_end.public_server import PublicServer
+from tandem_scheduler.front_end.grpc_api.public_server import PublicServer
 from tandem_scheduler.model_check import ModelCheck
 from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
 from tandem_shared import VERSION

@@ -12,13 +12,12 @@ import pytest
 
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd
-from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.text.detokenizer import TextDecoder
 from tandem_shared.errors import InvalidRequest, TextFailed
 from tests.contract.services import Services, StreamedOutput, details, model_info, stream_request, true_tokens
 from tests.support.fake_worker import FakeRunner
-from tests.support.tokenizers import embedded
-from tests.unit.scheduler.front_end.test_text_encoder import PanicException, WatchedTokenizer
+from tests.support.tokenizers import PanicException, WatchedTokenizer, embedded
 
 GOOD = stream_request([4, 5, 6], 40)
 BAD = stream_request([1, 2, 3], 40)

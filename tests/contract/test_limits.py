@@ -9,7 +9,7 @@ import pytest
 from tandem.client import REPLY_LIMIT
 from tandem.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 from tandem_scheduler.front_end import front_end, live_request
-from tandem_scheduler.front_end.servicer import MIN_TOKEN_LIMIT
+from tandem_scheduler.front_end.grpc_api.inference_servicer import MIN_TOKEN_LIMIT
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
 from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
 from tests.contract.services import Services, model_info, read_stream, stream_request, true_tokens, violations

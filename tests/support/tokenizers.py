@@ -1,6 +1,7 @@
 """Tokenizers that tests make: of known vocabularies, with the parts that decide how text is cut and joined."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -55,3 +56,29 @@ class CountingTokenizer:
         self.num_reads += 1
         token: str | None = self._tokenizer.id_to_token(token_id)
         return token
+
+
+class PanicException(BaseException):
+    """Like pyo3_runtime.PanicException."""
+
+
+class WatchedTokenizer:
+    """A real tokenizer that keeps the texts that it was given. `on_encode` is called with each first."""
+
+    def __init__(self, tokenizer: Tokenizer, on_encode: Callable[[str], None] = lambda text: None) -> None:
+        self._tokenizer = tokenizer
+        self._on_encode = on_encode
+        self.texts: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, **options: bool) -> Any:
+        self.texts.append(text)
+        self._on_encode(text)
+        return self._tokenizer.encode(text, **options)
+
+    def encode_batch_fast(self, texts: list[str], **options: bool) -> Any:
+        self.texts += texts
+        self._on_encode(texts[0])
+        return self._tokenizer.encode_batch_fast(texts, **options)

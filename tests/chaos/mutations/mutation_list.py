@@ -417,7 +417,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "admission",
     ),
     Mutation(
-        "tandem_scheduler/front_end/servicer.py",
+        "tandem_scheduler/front_end/grpc_api/inference_servicer.py",
         "return None if left_s is None else time.monotonic() + left_s",
         "return None",
         "admission",

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tandem.v1 import inference_pb2
-from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.text.detokenizer import UNFINISHED
 from tandem_shared.step_plan import RowSampling, WorkerInfo
 from tests.chaos.simulation.front_end import SimulatedFrontEnd

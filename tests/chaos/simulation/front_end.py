@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from tandem_scheduler.engine.hub import Attachment, EngineHub
 from tandem_scheduler.engine_interface import EngineState, OutputBatch
 from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.live_request import LiveRequest
-from tandem_scheduler.front_end.servicer import InferenceServicer
 from tandem_scheduler.front_end.validation import GenerationRequest
 from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
 from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine

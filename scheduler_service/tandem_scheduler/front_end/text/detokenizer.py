@@ -42,7 +42,7 @@ class TextDecoder:
     """The decoding side of one tokenizer: what all sequences share."""
 
     def __init__(self, tokenizer: Tokenizer, lengths: Int32Array | None = None) -> None:
-        """lengths: those that text_splitter.token_lengths() gives, where they have been read already."""
+        """lengths: those that splitter.token_lengths() gives, where they have been read already."""
         self.tokenizer = tokenizer
         self._threads = PatientThreads(DECODING_THREADS, "decoding")
         decoder = tokenizer.decoder

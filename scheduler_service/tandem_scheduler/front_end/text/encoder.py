@@ -1,7 +1,7 @@
 """Text to token ids, off the event loop, with bounds: on each text, and on all that is being tokenized at once.
 
 Short texts have a thread of their own, so that none waits for a long one. A long text is tokenized in pieces
-(text_splitter.py), between which other long texts have their turn, until it has more tokens than are allowed. A text
+(splitter.py), between which other long texts have their turn, until it has more tokens than are allowed. A text
 that can't be split safely is tokenized whole.
 """
 
@@ -72,7 +72,7 @@ class TextEncoder:
     """The encoding side of one tokenizer, for all calls of a front end."""
 
     def __init__(self, tokenizer: Tokenizer, token_lengths: Int32Array | None = None) -> None:
-        """token_lengths: those that text_splitter.token_lengths() gives, where they have been read already."""
+        """token_lengths: those that splitter.token_lengths() gives, where they have been read already."""
         self._tokenizer = tokenizer
         self._traits = read_traits(tokenizer, token_lengths)
         self._short_texts = _Lane("short-texts")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem_scheduler.control.forwarder import create_forwarder
-from tandem_scheduler.front_end.public_server import PublicServer
+from tandem_scheduler.front_end.grpc_api.public_server import PublicServer
 from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine
 from tandem_shared.config import SchedulerSettings, read_command_line
 from tandem_shared.errors import ConfigError, ModelError, WorkerUnavailable

@@ -19,8 +19,7 @@ from tandem_scheduler.front_end.validation import check_request
 from tandem_shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
 from tandem_shared.step_plan import RowLogprobs
 from tests.support.builders import worker_info
-from tests.support.tokenizers import CountingTokenizer, embedded
-from tests.unit.scheduler.front_end.test_text_encoder import PanicException
+from tests.support.tokenizers import CountingTokenizer, PanicException, embedded
 
 POISON = 500
 WORKER = worker_info(vocab_size=1024)

@@ -20,8 +20,7 @@ from tandem_scheduler.front_end.validation import (
 from tandem_shared.errors import InvalidRequest
 from tandem_shared.step_plan import RowSampling
 from tests.support.builders import create_request, worker_info
-from tests.support.tokenizers import embedded
-from tests.unit.scheduler.front_end.test_text_encoder import WatchedTokenizer
+from tests.support.tokenizers import WatchedTokenizer, embedded
 
 WORKER = worker_info(vocab_size=1024, max_model_len=512)
 ENCODER = TextEncoder(embedded())

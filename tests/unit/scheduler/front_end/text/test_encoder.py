@@ -3,8 +3,6 @@
 import asyncio
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
@@ -12,38 +10,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tandem_scheduler.front_end.text import encoder as text_encoder
 from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, PIECE_CHARACTERS, TextEncoder
 from tandem_shared.errors import InvalidRequest, QueueFull, TextFailed
-from tests.support.tokenizers import embedded, qwen3_like
+from tests.support.tokenizers import PanicException, WatchedTokenizer, embedded, qwen3_like
 
 SHORT = "Good morrow, cousin. " * 100
 LONG = "Good morrow, cousin. " * 10_000
 assert INLINE_CHARACTERS < len(SHORT) < PIECE_CHARACTERS < len(LONG)
 NO_LIMIT = 10**9
-
-
-class PanicException(BaseException):
-    """Like pyo3_runtime.PanicException."""
-
-
-class WatchedTokenizer:
-    """A real tokenizer that keeps the texts that it was given. `on_encode` is called with each first."""
-
-    def __init__(self, tokenizer: Tokenizer, on_encode: Callable[[str], None] = lambda text: None) -> None:
-        self._tokenizer = tokenizer
-        self._on_encode = on_encode
-        self.texts: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def encode(self, text: str, **options: bool) -> Any:
-        self.texts.append(text)
-        self._on_encode(text)
-        return self._tokenizer.encode(text, **options)
-
-    def encode_batch_fast(self, texts: list[str], **options: bool) -> Any:
-        self.texts += texts
-        self._on_encode(texts[0])
-        return self._tokenizer.encode_batch_fast(texts, **options)
 
 
 @pytest.mark.parametrize("text", ["", "words", SHORT, LONG, LONG + "x" * 100_000 + LONG], ids=len)

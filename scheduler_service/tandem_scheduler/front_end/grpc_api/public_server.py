@@ -10,7 +10,7 @@ import grpc
 from tandem.v1 import control_pb2_grpc
 from tandem_scheduler.engine_interface import Engine, EngineListener
 from tandem_scheduler.front_end.front_end import FrontEnd
-from tandem_scheduler.front_end.servicer import InferenceServicer
+from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import SchedulerSettings, model_name
 from tandem_shared.rpc.server import Server, server_credentials

@@ -8,17 +8,17 @@ import grpc
 
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd
-from tandem_scheduler.front_end.live_request import LiveRequest, reply_too_large
-from tandem_scheduler.front_end.reply_codec import stream_message, whole_reply
-from tandem_scheduler.front_end.request_codec import AnyGenerateRequest, params_of, reply_limit
-from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
-from tandem_scheduler.front_end.validation import check_model, check_request, check_token_ids
-from tandem_scheduler.front_end.wire_limits import (
+from tandem_scheduler.front_end.grpc_api.reply_codec import stream_message, whole_reply
+from tandem_scheduler.front_end.grpc_api.request_codec import AnyGenerateRequest, params_of, reply_limit
+from tandem_scheduler.front_end.grpc_api.wire_limits import (
     TooLargeToDecode,
     bounded_detokenize,
     bounded_generate,
     bounded_tokenize,
 )
+from tandem_scheduler.front_end.live_request import LiveRequest, reply_too_large
+from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
+from tandem_scheduler.front_end.validation import check_model, check_request, check_token_ids
 from tandem_shared.errors import WorkerUnavailable
 from tandem_shared.step_plan import WorkerInfo
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.v1 import inference_pb2
-from tandem_scheduler.front_end.wire_limits import (
+from tandem_scheduler.front_end.grpc_api.wire_limits import (
     MAX_OTHER_BYTES,
     TooLargeToDecode,
     _violation,
