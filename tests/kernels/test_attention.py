@@ -1,111 +1,24 @@
-"""Each kernel against plain torch in float64 on random inputs: through Triton's interpreter, or on a GPU.
+"""Attention kernels and the store of keys and values, compared with plain torch in float64 on random inputs.
 
-Outputs are poisoned first, and so is what a kernel must not read.
+They run through Triton's interpreter, or on a GPU. Outputs are poisoned first, and so is what a kernel must not read.
 """
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import linear, silu
 
 from tandem_worker.kernels import decode_attention as decode_attention_module
 from tandem_worker.kernels.decode_attention import DecodeAttention
-from tandem_worker.kernels.experts import mix_experts_grouped
-from tandem_worker.kernels.linear import SKINNY_OUTPUTS, few_token_linear, is_skinny, skinny_linear
-from tandem_worker.kernels.norm import rms_norm, silu_mul
 from tandem_worker.kernels.prefill_attention import prefill_attention
 from tandem_worker.kernels.query_tiles import cut_tiles
-from tandem_worker.kernels.step_input import begin_decode, embed
 from tandem_worker.kernels.store_kv import store_kv
 from tandem_worker.layers.rotary import apply_rotary
-from tandem_worker.ranks.shard import Shard
+from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, normed, random
 
-EPS = 1e-6
-ON_GPU = torch.cuda.is_available()
-# The interpreter multiplies the bits of bfloat16 matrices.
-DTYPE = torch.bfloat16 if ON_GPU else torch.float16
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 ATTENTION_TOLERANCE = 2e-2
 """Scores of random inputs reach 30, so that rounding q and k to bfloat16 shows."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What kernels write to is NaN before. Inputs are the same in each run."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        out = empty(*args, **kwargs)  # type: ignore[call-overload]
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-12345)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, dtype=x.dtype, device=x.device))
-
-
-def random(*shape: int, device: torch.device, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape) * scale).to(DTYPE).to(device)
-
-
-def assert_near(out: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-2) -> None:
-    out, expected = out.double(), expected.double()
-    assert out.shape == expected.shape
-    assert out.isfinite().all()
-    assert (out - expected).norm() / expected.norm() < tolerance
-
-
-def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    x = x.double()
-    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
-
-
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 1024), (3, 96), (5, 5120)])
-def test_rms_norm(device: torch.device, num_tokens: int, size: int) -> None:
-    x, weight = random(num_tokens, size, device=device), random(size, device=device)
-    assert_near(rms_norm(x, weight, EPS), normed(x, weight))
-
-
-@pytest.mark.parametrize(("num_tokens", "size"), [(1, 64), (3, 3072), (2, 37)])
-def test_silu_mul(device: torch.device, num_tokens: int, size: int) -> None:
-    x = random(num_tokens, 2 * size, device=device)
-    gate, up = x.double().chunk(2, dim=-1)
-    assert_near(silu_mul(x), silu(gate) * up)
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4])
-@pytest.mark.parametrize(("num_outputs", "width"), [(48, 128), (130, 256), (64, 384), (100, 1152)])
-def test_few_token_linear(device: torch.device, num_tokens: int, num_outputs: int, width: int) -> None:
-    x, norm = random(num_tokens, width, device=device), random(width, device=device)
-    weight = random(num_outputs, width, device=device, scale=width**-0.5)
-    residual = random(num_tokens, num_outputs, device=device)
-    assert_near(few_token_linear(x, weight), linear(x.double(), weight.double()))
-    expected = residual.double() + linear(x.double(), weight.double())
-    assert few_token_linear(x, weight, residual=residual) is residual
-    assert_near(residual, expected)
-    expected = linear(normed(x, norm), weight.double())
-    assert_near(few_token_linear(x, weight, norm=norm, eps=EPS), expected)
-    gate, up = expected.chunk(2, dim=-1)
-    assert_near(few_token_linear(x, weight, norm=norm, eps=EPS, silu_mul=True), silu(gate) * up)
-
-
-@pytest.mark.parametrize("num_tokens", [1, 5, 16, 17, 64])
-@pytest.mark.parametrize(("num_outputs", "width"), [(64, 128), (192, 640)])
-def test_skinny_linear(device: torch.device, num_tokens: int, num_outputs: int, width: int) -> None:
-    x = random(num_tokens, width, device=device)
-    weight = random(num_outputs, width, device=device, scale=width**-0.5)
-    assert is_skinny(num_tokens, weight)
-    expected = linear(x.double(), weight.double())
-    assert_near(skinny_linear(x, weight), expected)
-    gate, up = expected.chunk(2, dim=-1)
-    assert_near(skinny_linear(x, weight, silu_mul=True), silu(gate) * up)
-
-
-def test_what_is_not_skinny() -> None:
-    weight = torch.empty(SKINNY_OUTPUTS + 64, 256, device="meta")
-    assert is_skinny(64, weight[64:])
-    assert not is_skinny(65, weight[64:])
-    assert not is_skinny(1, weight)
-    assert not is_skinny(1, weight[:96])
-    assert not is_skinny(1, weight[:64, :192])
 
 
 class Pool:
@@ -302,77 +215,3 @@ def test_cut_tiles_covers_every_token_once() -> None:
         chunks = zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True)
         tokens = [(row, start + i) for row, start, count in chunks for i in range(count)]
         assert sorted(covered) == [(index, *token) for index, token in enumerate(tokens)]
-
-
-@pytest.mark.parametrize("num_updates", [0, 5, 300])
-def test_begin_decode(device: torch.device, num_updates: int) -> None:
-    tables = torch.arange(20 * 40, dtype=torch.int32, device=device).view(20, 40)
-    context_lens = torch.arange(20, dtype=torch.int32, device=device)
-    last_tokens = torch.arange(20, dtype=torch.int32, device=device) * 3
-    embedding = random(64, 48, device=device)
-    rows = torch.tensor([4, -1, 7, 19], dtype=torch.int32, device=device)
-    cells = torch.randperm(20 * 40)[:num_updates]
-    updates = torch.full((1 + 3 * 300,), -5, dtype=torch.int32)
-    updates[0] = num_updates
-    entries = torch.stack([cells // 40, cells % 40, cells + 100_000], 1)
-    updates[1 : 1 + 3 * num_updates] = entries.flatten().int()
-    expected = tables.clone().flatten()
-    expected[cells.to(device)] = (cells + 100_000).int().to(device)
-    x = begin_decode(rows, updates.to(device), tables, context_lens, last_tokens, embedding)
-    assert torch.equal(x[[0, 2, 3]], embedding[[12, 21, 57]])
-    assert torch.equal(tables.flatten(), expected)
-    grown = torch.tensor([i + (i in (4, 7, 19)) for i in range(20)], dtype=torch.int32, device=device)
-    assert torch.equal(context_lens, grown)
-
-
-def test_embed(device: torch.device) -> None:
-    embedding = random(64, 48, device=device)
-    last_tokens = torch.tensor([9, 8, 7], dtype=torch.int32, device=device)
-    ids = torch.tensor([5, -1, 63, -3], dtype=torch.int32, device=device)
-    out = torch.full((4, embedding.shape[1]), float("nan"), dtype=DTYPE, device=device)
-    assert embed(ids, last_tokens, embedding, out) is out
-    assert torch.equal(out, embedding[[5, 9, 63, 7]])
-
-
-@pytest.mark.parametrize("num_tokens", [60, 64])
-def test_ranks_embed_their_part_of_the_vocabulary(device: torch.device, num_tokens: int) -> None:
-    """So that the sum is the whole's. With 60 tokens over 3 ranks, some of the last one's rows are padding."""
-    shards = [Shard(rank, 3) for rank in range(3)]
-    share = shards[0].vocab_share(num_tokens)
-    whole = random(3 * share, 48, device=device)
-    last_tokens = torch.tensor([share - 1, share, num_tokens - 1, 0], dtype=torch.int32, device=device)
-    rows = torch.tensor([2, 0, 1, 3], dtype=torch.int32, device=device)
-    ids = torch.tensor([0, share - 1, share, 2 * share, num_tokens - 1, -1, -3], dtype=torch.int32, device=device)
-    decoded, embedded = torch.zeros(4, 48, device=device), torch.zeros(len(ids), 48, device=device)
-    for shard in shards:
-        part, first = whole[shard.rank * share : (shard.rank + 1) * share], shard.rank * share
-        nothing = torch.zeros(1, dtype=torch.int32, device=device)
-        tables, lens = torch.zeros(4, 4, dtype=torch.int32, device=device), torch.zeros_like(last_tokens)
-        decoded += begin_decode(rows, nothing, tables, lens, last_tokens, part, first)
-        out = torch.full((len(ids), 48), float("nan"), dtype=DTYPE, device=device)
-        embedded += embed(ids, last_tokens, part, out, first)
-    assert torch.equal(decoded, whole[last_tokens[rows]].float())
-    tokens = torch.cat([ids[:5], last_tokens[[0, 2]]])
-    assert torch.equal(embedded, whole[tokens].float())
-
-
-@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 8, 8), (5, 3, 2), (150, 5, 2), (70, 1, 1)])
-@pytest.mark.parametrize(("hidden_size", "inner"), [(96, 40), (128, 144)])
-def test_experts(
-    device: torch.device, num_tokens: int, num_experts: int, num_chosen: int, hidden_size: int, inner: int
-) -> None:
-    """With an expert that no token chooses, where there are enough."""
-    x = random(num_tokens, hidden_size, device=device)
-    gate_up = random(num_experts, 2 * inner, hidden_size, device=device, scale=hidden_size**-0.5)
-    down = random(num_experts, hidden_size, inner, device=device, scale=inner**-0.5)
-    scores = torch.rand(num_tokens, num_experts)
-    if num_experts > num_chosen:
-        scores[:, 1] = -1
-    weights, chosen = (values.to(device) for values in scores.topk(num_chosen))
-    weights = weights.to(DTYPE)
-    expected = torch.zeros(num_tokens, hidden_size, dtype=torch.float64, device=device)
-    for token in range(num_tokens):
-        for weight, expert in zip(weights[token].double(), chosen[token], strict=True):
-            gate, up = linear(x[token].double(), gate_up[expert].double()).chunk(2)
-            expected[token] += weight * linear(silu(gate) * up, down[expert].double())
-    assert_near(mix_experts_grouped(x, gate_up, down, weights, chosen), expected)
