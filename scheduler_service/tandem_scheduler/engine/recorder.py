@@ -39,7 +39,8 @@ class RecordingError(TandemError):
 class RecordingScheduler:
     """A scheduler whose calls are written to a file. The file is buffered: close() writes the tail.
 
-    A call that ended nothing because no deadline had passed is not written, as there is one before each plan.
+    Each call of expire() is written, also those that end nothing: they hold the time just before each plan, by which
+    tests/chaos/admission sees that no sequence starts after its deadline.
     """
 
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo, path: Path) -> None:
@@ -87,8 +88,7 @@ class RecordingScheduler:
             except (TandemError, ValueError) as error:
                 self._write(line | {"error": type(error).__name__})
                 raise
-            if answer or name != "expire":
-                self._write(line | {"answer": _to_json(answer)})
+            self._write(line | {"answer": _to_json(answer)})
             return answer
 
         return call
