@@ -1,4 +1,4 @@
-"""Every bad input over real gRPC: its status, the fields that BadRequest names, and that the next request works."""
+"""Bad input over real gRPC: the status, the fields that BadRequest names, and that the next request works."""
 
 import math
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ from tests.support.fake_worker import FakeRunner
 
 MAX_MODEL_LEN = 512
 NUM_BLOCKS = 17
-"""One is for padding: 256 slots of 16-token blocks, fewer than the context, so that a request can outgrow the pool."""
+"""With the block for padding: 16 blocks of 16 tokens are less than the context, so a request can outgrow the pool."""
 
 
 @pytest_asyncio.fixture
@@ -32,7 +32,9 @@ async def services() -> AsyncIterator[Services]:
 
 
 async def refusal(services: Services, request: inference_pb2.GenerateStreamRequest) -> grpc.aio.AioRpcError:
-    """The error of a request, streamed and unary alike; the next request works, and nothing is left behind."""
+    """The error that a request gets, which must be the same for a stream and a unary call. Then checks that the next
+    request works and nothing is left behind.
+    """
     errors = []
     for call in (services.stream, services.generate):
         with pytest.raises(grpc.aio.AioRpcError) as caught:

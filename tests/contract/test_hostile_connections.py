@@ -1,4 +1,4 @@
-"""What a stranger's connection may not use up: memory, file descriptors, places. Frames of HTTP/2 are made by hand."""
+"""Connections that try to use up memory, file descriptors or places. The frames of HTTP/2 are made by hand."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from tests.contract.services import HOST, WAIT_S, Services, stream_request, wait
 MAX_REQUEST_BYTES = 100_000
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 CLOSED_WITHIN_S = (grpc_options.KEEPALIVE_TIME_MS + grpc_options.KEEPALIVE_TIMEOUT_MS) / 2000
-"""Well before unanswered pings would close it."""
+"""Well before unanswered pings would close the connection."""
 
 NUM_PINGS = 300_000
 NUM_RESETS = 50_000
@@ -45,7 +45,7 @@ SETTINGS, PING = frame(4), frame(6, b"12345678")
 
 
 async def test_a_compressed_request_is_refused_unread(services: Services) -> None:
-    """gRPC inflates before it looks at sizes: this one would be 1000 times as long."""
+    """gRPC inflates a message before it checks its size, and this one would become 1000 times as long."""
     request = stream_request("x" * 10_000_000)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in services.inference.GenerateStream(request, compression=grpc.Compression.Gzip):
@@ -76,7 +76,7 @@ async def test_a_call_that_ends_before_its_request_is_refused(services: Services
     "request_class", [inference_pb2.GenerateRequest, inference_pb2.GenerateStreamRequest, inference_pb2.TokenizeRequest]
 )
 async def test_a_refused_request_is_freed_at_once(services: Services, request_class: type[Message]) -> None:
-    """Not only when cycles are collected, of which there may be none for long."""
+    """It is freed at once, not only when the garbage collector runs, which may be much later."""
     method = request_class.__name__.removesuffix("Request")
     call = services.channel.unary_stream(f"/tandem.v1.InferenceService/{method}", request_class.SerializeToString)
 
@@ -153,10 +153,10 @@ sys.stdin.read()
 
 
 async def test_idle_sockets_leave_descriptors_to_the_worker_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than the process may have descriptors; a worker that was restarted is found all the same."""
+    """With more idle sockets than the process may have descriptors, a restarted worker is still found."""
     limit = psutil.Process().num_fds() + 2 * RESERVED_DESCRIPTORS
     monkeypatch.setattr("tandem_shared.rpc.server.raise_descriptor_limit", lambda: limit)
-    # They stay.
+    # The sockets stay open.
     monkeypatch.setattr(grpc_options, "HANDSHAKE_TIMEOUT_MS", 1000 * 2 * round(WAIT_S))
     async with Services() as services:
         command = [sys.executable, "-c", OPEN_SOCKETS, services.address.rpartition(":")[2], str(limit + 50)]
@@ -196,7 +196,7 @@ async def test_a_flood_of_pings_takes_no_memory(services: Services, reads: bool)
 
 
 async def test_calls_opened_and_reset_at_once_are_kept_in_bounds(services: Services) -> None:
-    """A connection that says it wants no answer any more opens as many calls as it likes; gRPC keeps 8,192 of them."""
+    """A connection that opens and resets calls can open as many as it likes; gRPC keeps 8,192 of them at a time."""
     names = {":method": "POST", ":scheme": "http", ":path": "/grpc.health.v1.Health/Check", ":authority": "x"}
     headers = b"".join(
         bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()

@@ -41,7 +41,7 @@ def make_server(**options: Any) -> Server:
 
 @asynccontextmanager
 async def running(server: Server) -> AsyncIterator[int]:
-    """Gives the port."""
+    """Runs the server, and yields its port."""
     try:
         yield await server.start("127.0.0.1", 0)
     finally:
@@ -49,7 +49,7 @@ async def running(server: Server) -> AsyncIterator[int]:
 
 
 async def test_reflection_v1_is_what_its_published_proto_says() -> None:
-    """The requests and replies are bytes and a pool of its own here, as of a client that knows v1 alone."""
+    """As a client that knows nothing of v1alpha: with requests as bytes and a descriptor pool of its own."""
     list_services, symbol = b"\x3a\x00", b"grpc.reflection.v1.ServerReflection"
     file_containing_symbol = b"\x22" + bytes([len(symbol)]) + symbol
     async with running(make_server()) as port, grpc.aio.insecure_channel(f"localhost:{port}") as channel:
@@ -76,7 +76,7 @@ async def test_reflection_v1_is_what_its_published_proto_says() -> None:
 
 
 async def test_a_server_that_finishes_waits_for_what_runs_and_answers_what_comes() -> None:
-    """gRPC's own stop ends CANCELLED the calls that arrive meanwhile."""
+    """Unlike gRPC's own stop, which ends calls that arrive meanwhile CANCELLED."""
     may_answer = asyncio.Event()
 
     async def answer(request: bytes, context: Any) -> bytes:
@@ -194,7 +194,7 @@ async def test_a_port_in_use_is_an_error() -> None:
 
 
 class Refuse(grpc.aio.ServerInterceptor):
-    """What an authenticating interceptor does with a call it doesn't know."""
+    """Refuses every call, as an authenticating interceptor refuses a caller that it doesn't know."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         async def refuse(request: Any, context: Any) -> Any:
@@ -228,7 +228,7 @@ async def test_channelz_counts_calls() -> None:
 
 @pytest.mark.slow
 async def test_an_idle_channel_survives_its_keepalive_pings() -> None:
-    """Pings that a server finds too frequent end in GOAWAY."""
+    """A server that finds pings too frequent sends GOAWAY."""
     pings_s = 3.5 * WORKER_KEEPALIVE_TIME_MS / 1000
     async with (
         running(make_server()) as port,

@@ -42,8 +42,7 @@ and some of those end UNAVAILABLE. A client that opens and resets calls in a loo
 """
 
 UNACCEPTED_CALL_TIMEOUT_S = 3600
-"""How long a call may wait for Python to take it. gRPC then ends it CANCELLED without a reason, by default after 30 s.
-"""
+"""How long a call may wait for Python to take it before gRPC ends it CANCELLED. The default of gRPC is 30 s."""
 
 NO_PROXY: Options = [("grpc.enable_http_proxy", 0)]
 """Connect directly, whatever http_proxy and similar variables say. For our own peers."""

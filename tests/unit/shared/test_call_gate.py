@@ -1,4 +1,4 @@
-"""Past the first places, a connection may have as many calls open as places are left."""
+"""How many calls a connection gets: beyond the unshared places, as many as there are places left."""
 
 from contextlib import ExitStack
 
@@ -9,7 +9,7 @@ from tandem_shared.rpc.call_gate import CallGate
 
 
 def fill(gate: CallGate, peer: str, stack: ExitStack) -> int:
-    """Opens calls until one is refused; how many were opened."""
+    """Opens calls until one is refused, and returns how many were opened."""
     for count in range(5000):
         try:
             stack.enter_context(gate.pass_through(peer))
@@ -18,8 +18,8 @@ def fill(gate: CallGate, peer: str, stack: ExitStack) -> int:
     raise AssertionError("nothing is refused")
 
 
-def test_connections_that_end_no_call_leave_none_and_whoever_comes_then_has_it_told() -> None:
-    """Shares alone keep no place for a late client: something must end, and the gate says so."""
+def test_connections_that_end_no_call_take_all_places_and_the_gate_says_so() -> None:
+    """Shares alone do not keep a place for a late client: a call must end, and the gate says so through if_full."""
     gate, told = CallGate(120), []
     with ExitStack() as calls:
         for name in "abcdef":
@@ -56,7 +56,7 @@ def test_a_connection_has_its_most_whatever_is_left() -> None:
 
 @pytest.mark.parametrize("num_greedy", [1, 2, 8])
 def test_whoever_keeps_coming_back_leaves_places(num_greedy: int) -> None:
-    """Places that become free go round: then all greedy connections have the same, and as much is left."""
+    """As places become free and are taken again, all greedy connections get the same number, and as many are left."""
     gate = CallGate(900)
     stacks = [ExitStack() for _ in range(num_greedy)]
     for _ in range(300):

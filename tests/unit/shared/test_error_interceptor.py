@@ -1,4 +1,4 @@
-"""How the interceptor ends calls that are gone; what it tells of errors is in the contract tests."""
+"""How the interceptor ends calls that gRPC has ended already. The contract tests have the rest of it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from tandem_shared.rpc.error_interceptor import CallLimits, _wrap_awaited, _wrap
 
 
 class GoneContext:
-    """Of a call that gRPC has ended, which Python has not heard of."""
+    """The context of a call that gRPC has ended without having told Python yet."""
 
     def peer(self) -> str:
         return "peer"

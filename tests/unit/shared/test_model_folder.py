@@ -1,4 +1,4 @@
-"""Model folders: what is opened of them, and the tokenizer's digest."""
+"""Model folders: which of their files are opened, and the tokenizer's digest."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from tandem_shared.model_folder import open_regular, resolve_model, tokenizer_di
 
 
 def make_special(path: Path, kind: str) -> Path:
-    """A file at `path` that is no regular one, or a symbolic link to one."""
+    """Makes something at `path` that is not a regular file, or a symbolic link to such a thing."""
     match kind:
         case "fifo":
             os.mkfifo(path)

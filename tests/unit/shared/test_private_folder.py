@@ -1,4 +1,4 @@
-"""Temporary folders of processes that ended in every way."""
+"""Temporary folders, and what becomes of them when their processes end in different ways."""
 
 import os
 import subprocess
@@ -60,7 +60,7 @@ def test_what_a_killed_process_left_is_removed_when_the_next_folder_is_made(
 
 
 def test_a_child_does_not_hold_its_parents_folder(temporary_folder: Path) -> None:
-    """A process that the owner has started and that outlives it."""
+    """The child is a process that the folder's process has started and that outlives it."""
     code = OWNER + "import os, subprocess; subprocess.Popen(['sleep', '10']); os._exit(1)"
     done = subprocess.run([sys.executable, "-c", code, "tandem-"], stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 1

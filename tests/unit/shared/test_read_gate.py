@@ -1,4 +1,4 @@
-"""Requests that do not arrive: how many are read at once, and when they give up."""
+"""Requests that do not arrive: how many are read at once, and when their calls end."""
 
 import asyncio
 from collections.abc import AsyncIterator

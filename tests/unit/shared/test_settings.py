@@ -108,7 +108,7 @@ KUBERNETES = {
     "TANDEM_WORKER_PORT": "udp://[fd00::8]:50052",
     "TANDEM_WORKER_PORT_50052_UDP_ADDR": "fd00::8",
 }
-"""What a container gets where the namespace has Services named tandem and tandem-worker."""
+"""The variables of a container in a namespace that has Services named tandem and tandem-worker."""
 
 
 def test_kubernetes_variables_of_a_service_named_tandem_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:

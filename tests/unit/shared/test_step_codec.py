@@ -105,7 +105,7 @@ infos = st.builds(
 
 
 def plain(value: object) -> object:
-    """Dataclasses as tuples, arrays as lists, so that == compares."""
+    """Dataclasses as tuples and arrays as lists, so that they can be compared with ==."""
     if dataclasses.is_dataclass(value):
         return tuple(plain(getattr(value, field.name)) for field in dataclasses.fields(value))
     if isinstance(value, np.ndarray):
@@ -142,7 +142,7 @@ def test_a_number_past_int32_arrives_as_one_that_validation_refuses() -> None:
 
 
 def test_ids_are_four_bytes_each_whatever_they_are() -> None:
-    """64 new rows of 40,000 tokens: bytes that are copied, not varints that are counted out."""
+    """64 new rows of 40,000 tokens are bytes that are copied, not varints that are decoded one by one."""
     ids = np.full(40_000, 151_935, np.int32)
     assert pack_ids(ids) == ids.tobytes()
     assert unpack_ids(pack_ids(ids)).tolist() == ids.tolist()

@@ -1,4 +1,4 @@
-"""The supervisor with a tiny child in place of a service: what it restarts, how it ends, what it keeps."""
+"""The supervisor with a tiny child in place of a service: what it restarts, how it ends, and that the port stays."""
 
 import itertools
 import json
@@ -65,7 +65,7 @@ sys.exit(Supervisor("child", sys.argv[2:], **limits).run())
 
 
 class Family:
-    """A supervisor, and the lives of its child so far."""
+    """A supervisor, and the processes that it has started so far."""
 
     def __init__(self, folder: Path, lives: list[str], limits: str, prefix: list[str]) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class Family:
         )
 
     def lives(self) -> list[tuple[int, int, float]]:
-        """Process id, port and start of each."""
+        """The process id, port and start time of each process."""
         texts = [(self.folder / f"life{number}").read_text() for number in range(len(list(self.folder.glob("life*"))))]
         return [(int(pid), int(port), float(started)) for pid, port, started in map(str.split, texts)]
 
@@ -260,7 +260,7 @@ def can_make_namespaces() -> bool:
 
 @pytest.mark.skipif(not can_make_namespaces(), reason="may not make process namespaces here")
 def test_the_first_process_of_a_container_restarts_collects_and_ends_in_order(start: Start) -> None:
-    """The kernel gives it all orphans, and no signal that it has no handler for."""
+    """The kernel makes all orphans its children, and sends it no signal that it has no handler for."""
     family = start("orphan", "killed", "stay", prefix=NEW_PID_NAMESPACE)
     family.wait_lives(3)
     [supervisor] = psutil.Process(family.process.pid).children()
