@@ -12,10 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tests.chaos.messages.findings import OTHERS, PROCESS, Findings
+from tests.chaos.support.memory import MIB
 
 PROBE_INTERVAL_S = 0.25
 MAX_PROBE_S = 5.0
-MIB = 2**20
 
 
 class Watch:

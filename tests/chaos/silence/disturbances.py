@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import psutil
 
-from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
 from tandem_scheduler.processes.engine_side.front_end_pool import SILENCE_LIMIT_S as FRONT_END_LIMIT_S
 from tandem_shared.host.supervisor import SILENCE_LIMIT_S as SUPERVISOR_LIMIT_S
 from tandem_shared.rpc.grpc_options import KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS
 from tests.chaos.harness.definitions import Found
 from tests.chaos.support.load import Load
+from tests.chaos.support.memory import front_ends
 from tests.e2e.hosts import Host
 from tests.e2e.link import Link
 from tests.e2e.services import INFERENCE, Engine, HealthWatch
@@ -204,16 +204,6 @@ def kill_front_end_of_frozen_scheduler(scene: Scene) -> Found:
     scheduler.resume()
     wait_until(lambda: len(front_ends(scene.engine)) == NUM_FRONT_ENDS and not victim.is_running(), "another front end")
     return {"resumed_s": round(scene.wait_going_on(), 3), "is_met": True}
-
-
-def front_ends(engine: Engine) -> list[psutil.Process]:
-    children = psutil.Process(engine.scheduler.process.pid).children()
-    found = []
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if FRONT_END in child.cmdline():
-                found.append(child)
-    return found
 
 
 def choose_front_end(scene: Scene) -> psutil.Process | None:

@@ -63,18 +63,21 @@ class Watch:
 
 def processes_of(engine: Engine) -> dict[str, psutil.Process]:
     """The services' own processes and the front ends, which are numbered in the order of their process ids."""
-    scheduler = engine.scheduler.serving()
-    front_ends = []
-    for child in scheduler.children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if FRONT_END in child.cmdline():
-                front_ends.append(child)
-    front_ends.sort(key=lambda process: process.pid)
-    named = {f"front end {number}": process for number, process in enumerate(front_ends)}
+    named = {f"front end {number}": process for number, process in enumerate(front_ends(engine))}
     worker = engine.worker.serving()
     if worker.pid != engine.worker.process.pid:
         named["worker's supervisor"] = psutil.Process(engine.worker.process.pid)
-    return {"scheduler": scheduler, "worker": worker, **named}
+    return {"scheduler": engine.scheduler.serving(), "worker": worker, **named}
+
+
+def front_ends(engine: Engine) -> list[psutil.Process]:
+    """The scheduler's front-end processes, in the order of their process ids."""
+    found = []
+    for child in psutil.Process(engine.scheduler.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if FRONT_END in child.cmdline():
+                found.append(child)
+    return sorted(found, key=lambda process: process.pid)
 
 
 def faults_in_books(engine: Engine) -> list[str]:

@@ -25,7 +25,7 @@ from benchmarks.workloads import Workload, fixed, nano256, shortened
 from tandem.v1 import inference_pb2
 from tandem_shared.model_folder import EMBEDDED_MODEL, TOKENIZER_FILES, resolve_model
 
-# Where the workloads that the anchors were timed on may lie.
+# Folders that may hold the workloads on which the anchors were timed.
 ORIGINAL = Path(__file__).resolve().parents[4] / "shared" / "bench" / "workloads.py"
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -67,7 +67,7 @@ def test_shortened() -> None:
 
 
 class FakeSeconds:
-    """A server whose time is a constant, so much a prompt token and so much a step."""
+    """A server whose time is a constant, plus a time for each prompt token, plus a time for each step."""
 
     def __init__(self, prompt_token_s: float, step_s: float) -> None:
         self._prompt_token_s, self._step_s = prompt_token_s, step_s

@@ -18,7 +18,7 @@ START_NS = 10**18
 
 
 def step(step_id: int, num_sampled: int = 4, num_chunk_tokens: int = 0) -> TracedStep:
-    """Of a worker that is given a step every 2 ms, which the GPU idles for 5 us and computes for the rest."""
+    """A step of a worker that gets a plan every 2 ms. In these the GPU idles for 5 us and computes for the rest."""
     received_ns = START_NS + step_id * 2 * MS
     return TracedStep(
         step_id=step_id,
@@ -55,7 +55,7 @@ def test_a_summary_of_even_steps() -> None:
         "num_steps": 15,
         "gpu_idle_us": dict.fromkeys(even, 5.0),
         "gpu_ms": dict.fromkeys(even, 1.995),
-        # Stretches are apart: nothing between one's last step and the next one's first counts.
+        # The time between the last step of one stretch and the first of the next one does not count.
         "interval_ms": dict.fromkeys(even, 2.0),
         "queued_ahead_share": 1.0,
         "host_us": {
@@ -84,7 +84,7 @@ def test_a_sample_is_of_the_middle_and_begins_at_0() -> None:
 
 def test_steps_on_the_gpu_are_placed_by_its_own_clock() -> None:
     steps = [step(i) for i in range(4)]
-    # The host reads all results late, but the third.
+    # The host reads all results late, except the third.
     steps = [dataclasses.replace(s, sampled_ns=s.sampled_ns + (0 if s.step_id == 2 else 70 * US)) for s in steps]
     spans = timeline.gpu_spans(gaps.sample_of(steps))
     assert spans[2][1] == pytest.approx(2 * 2000 + 3500)
@@ -130,7 +130,7 @@ def test_gaps_are_measured_at_each_depth_and_batch(tmp_path: Path, capsys: pytes
         times = ("received_us", "begun_us", "prepared_us", "queued_us", "sampled_us", "sent_us")
         for entry in case["sample"]:
             assert [entry[name] for name in times] == sorted(entry[name] for name in times)
-    # All that decode alone: 16 steps, in each of two runs, without one at either end.
+    # In each of two runs 16 steps only decode, and one at either end is left out.
     assert [case["num_steps"] for case in report["cases"] if case["batch"] == 1] == [28, 28]
     # A plan waits for the result that makes room for it.
     assert report["cases"][0]["queued_ahead_share"] == 0

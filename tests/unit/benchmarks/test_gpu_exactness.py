@@ -1,4 +1,4 @@
-"""How benchmarks/gpu_exactness.py judges tokens: on scores made by hand, and on what the plain runner gives."""
+"""How benchmarks/gpu_exactness.py judges tokens: on scores written by hand, and on outputs of the plain runner."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ INF = float("inf")
 def verdict(
     scaled: list[float], token_id: int, noise: list[float] | None = None, num_kept: int = 0
 ) -> tuple[str, float]:
-    """The judgement on one token, of logits of which truncation keeps the num_kept largest, or all."""
+    """The judgement on one token. Truncation keeps the num_kept largest logits, or all."""
     logits = torch.tensor([scaled])
     is_kept = logits >= logits[0].sort(descending=True).values[num_kept - 1]
     noises = torch.tensor([noise or [0.0] * len(scaled)])
@@ -60,7 +60,7 @@ def test_a_near_tie_passes_and_a_clear_loss_fails() -> None:
 
 
 def test_a_token_cut_by_less_than_the_tolerance_passes() -> None:
-    # Of 0, 1 and 2 the noise would take 2, which the reference cuts.
+    # Among tokens 0, 1 and 2 the noise would choose 2, which the reference cuts.
     assert verdict([3.0, 2.0, 1.95, 0.0], 2, noise=[0.0, 0.0, 4.0, 0.0], num_kept=2) == (NEAR_CUT, INF)
 
 
@@ -75,7 +75,7 @@ def test_a_token_near_the_cut_still_must_have_the_best_score() -> None:
 def test_the_references_choice_may_be_the_one_that_was_cut() -> None:
     noise = [0.0, 4.0, 0.0, 0.0]
     assert verdict([3.0, 2.0, 1.95, 0.0], 0, noise, num_kept=2) == (NEAR_CUT, 3.0)
-    # But not where it is far above the cut.
+    # This does not hold if it is far above the cut.
     assert verdict([3.0, 2.0, 1.5, 0.0], 0, noise, num_kept=3) == (FAILED, 3.0)
 
 

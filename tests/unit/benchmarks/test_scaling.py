@@ -48,12 +48,13 @@ def test_one_rank_has_all_the_work_and_no_sums() -> None:
 
 def test_sums_take_longer_the_more_ranks() -> None:
     scale = 1.1 / 1.15 / 1e3
-    # At 1 row 0.5 us of 2.5 grow with the other ranks. At 256 rows 2 of 10 come twice, as a sum has two shots.
+    # At 1 row 0.5 us of 2.5 us grow with the number of other ranks. At 256 rows 2 us of 10 us come twice, in a sum of
+    # two shots.
     rows = make_model().rows(4)
     assert rows["decode_b1"] == pytest.approx((500 + 100 + 50 * (2 + 3 * 0.5) / 2.5) * scale)
     assert rows["decode_b256"] == pytest.approx((500 + 100 + 50 * (2 * 2 + 1.5 * 8) / 10) * scale)
     assert rows["prefill_64x2048"] == pytest.approx(8192 / (0.096 / 2 + 0.004))
-    # Over eight, copies outlast the work beside them.
+    # Over eight ranks, copies take longer than the work beside them.
     rows = make_model().rows(8)
     assert rows["decode_b256"] == pytest.approx((250 + 100 + 50 * (2 * 2 + 1.75 * 8) / 10) * scale)
     assert rows["prefill_64x2048"] == pytest.approx(8192 / (0.030 * 1.75 + 0.004))
@@ -99,7 +100,7 @@ def test_it_runs_over_eight_ranks(tmp_path: Path) -> None:
     assert list(report["measured"]) == list(scaling.ROWS)
     for row in report["measured"].values():
         assert list(row) == ["1", "4", "8"] and all(entry["median"] > 0 for entry in row.values())
-    # A number of ranks that the model's heads can't be shared among is named, and the others are still reported.
+    # A number of ranks that cannot share the model's heads is named as failed, and the others are still reported.
     with pytest.raises(SystemExit, match="tp_size=3"):
         scaling.main(["embedded", "--tp-sizes", "3", "--results", str(tmp_path), *flags, *settings])
     assert json.loads((tmp_path / "scaling.json").read_text()) == written

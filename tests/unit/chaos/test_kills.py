@@ -1,4 +1,4 @@
-"""The arithmetic of the kills: how long after one the next token came, and what findings meet the promises."""
+"""The arithmetic of the kills: the time from a kill to the next token, and which findings meet the promises."""
 
 from typing import Any
 

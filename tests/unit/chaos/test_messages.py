@@ -1,4 +1,4 @@
-"""What the harness takes for right and wrong among hostile messages: its own judgement, without a service."""
+"""How the harness judges hostile messages and the answers to them, without a service."""
 
 from collections.abc import Callable
 
@@ -56,7 +56,7 @@ def test_a_changed_message_differs_in_a_part() -> None:
         (lambda plan: plan.appended_block_rows.append(0), True),
         (lambda plan: setattr(plan.added_rows[0].sampling, "temperature", float("nan")), True),
         (lambda plan: setattr(plan.added_rows[0], "block_ids", plan.added_rows[0].block_ids + b"\0"), True),
-        # It reads what nobody has written, which no worker can see.
+        # The plan reads a block that no plan has written, which no worker can see.
         (
             lambda plan: plan.added_rows[0].MergeFrom(worker_pb2.NewRow(num_cached_tokens=1, num_computed_tokens=1)),
             None,

@@ -22,7 +22,7 @@ def test_fairness_is_of_the_window_in_which_all_run() -> None:
     found = fairness([early, late])
     assert found.window_s == 2.5
     assert (found.median_gap_s, found.longest_gap_s) == (1.0, 1.0)
-    # After 1.5 and until 4: 2, 3, 4 of the one, 2.5 of the other.
+    # Messages after 1.5 and until 4: those at 2, 3 and 4 of one stream, and that at 2.5 of the other.
     assert found.jain == pytest.approx(16 / (2 * 10))
     assert found.tokens_per_message == 1.0
 
@@ -54,10 +54,10 @@ def test_a_recording_shows_what_started_late() -> None:
         {"call": "add", "arguments": requests, "answer": None},
         {"call": "add", "arguments": [{"sequence_id": 9, "deadline": None}], "error": "QueueFull"},
         expire(1.0, 0),
-        # 1 is late, by nothing.
+        # Sequence 1 is late, if by 0 s.
         schedule(1, 2),
         {"call": "schedule", "arguments": [None], "answer": None},
-        # Nobody said what time it was.
+        # The scheduler was told no time before this plan.
         schedule(3),
         expire(2.5),
         schedule(4),

@@ -1,4 +1,4 @@
-"""The results files of the chaos harness: what is run again, what is joined, what is refused, and the table of them."""
+"""The results files of the chaos harness: which pieces run again, joining files, refusals, and the table."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ COMMIT = "a" * 40
 
 
 class Pieces:
-    """A part of three pieces that says what it ran."""
+    """A part of three pieces that records which ones it ran."""
 
     def __init__(self) -> None:
         self.ran: list[int] = []

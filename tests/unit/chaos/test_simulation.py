@@ -1,4 +1,4 @@
-"""The simulation's own parts: its clock, its truth, and that a seed says all."""
+"""The simulation itself: its clock, its true answers, and that a world depends on its seed alone."""
 
 import asyncio
 import time
@@ -43,7 +43,7 @@ def test_the_truth_ends_at_the_first_stop() -> None:
     text = tokenizer.decode(ids[:3])
     assert truth(stop_token_ids=[ids[3], ids[1]]) == (2, tokenizer.decode(ids[:1]), (STOP, "", ids[1]))
     assert truth(stop_strings=["cousin", text]) == (3, "", (STOP, text, None))
-    # Of two that end together the longest is told.
+    # If two stop strings end together, the longer one is reported.
     assert truth(stop_strings=["sin", "cousin"]) == (len(ids), "Good morrow, ", (STOP, "cousin", None))
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the soak: slopes and their intervals, on series whose truth is known."""
+"""The arithmetic of the soak: slopes and their intervals, on series of known slope."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from tests.chaos.soak.trend import t_quantile, trend
 SECONDS = np.arange(1200.0)
 
 
-def wandering(rng: np.random.Generator, memory: float) -> np.ndarray:
-    """A stationary series of which each value remembers so much of the one before."""
+def wandering(rng: np.random.Generator, correlation: float) -> np.ndarray:
+    """A stationary series whose neighbouring values have this correlation."""
     values = np.empty(len(SECONDS))
-    values[0] = rng.normal() / np.sqrt(1 - memory**2)
+    values[0] = rng.normal() / np.sqrt(1 - correlation**2)
     for index, noise in enumerate(rng.normal(size=len(SECONDS) - 1), start=1):
-        values[index] = memory * values[index - 1] + noise
+        values[index] = correlation * values[index - 1] + noise
     return values
 
 
