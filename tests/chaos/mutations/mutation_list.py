@@ -1,473 +1,247 @@
-"""Faults of one place that the harness must notice. Each changes what is promised, for some request at some moment."""
+"""Faults of one place that the harness must notice. Each breaks a promise for some request at some moment."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands once in the file, becomes `new`. part: whose short form notices it."""
+    """In `file`, where `old` occurs once, `new` takes its place. The short form of `part` must notice it."""
 
     file: str
-    """Its path below the folder that is on Python's path: tandem_worker/startup.py"""
+    """The path below the folder that is on Python's path, such as tandem_worker/startup.py"""
     old: str
     new: str
     part: str
 
 
-MUTATIONS: tuple[Mutation, ...] = (
-    Mutation(
-        "tandem_scheduler/core/scheduler.py",
-        "                sequence.num_outstanding -= 1",
-        "                sequence.num_outstanding -= 2",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/scheduler.py",
-        "            if token_id in sequence.stop_token_ids:",
-        "            if token_id in sequence.stop_token_ids and len(sequence.token_ids) % 2:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/scheduler.py",
-        "            if len(sequence.token_ids) + 1 == sequence.max_len:",
-        "            if len(sequence.token_ids) + 2 == sequence.max_len:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/scheduler.py",
-        "                outputs.finished.append(self._finish(sequence, FinishReason.LENGTH))",
-        "                self._finish(sequence, FinishReason.LENGTH)",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/block_manager.py",
-        "                if self._registered[block_id] is None:\n                    self._free.append(block_id)",
-        "                if self._registered[block_id] is None:\n                    pass",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/block_manager.py",
-        "        return sum(self._num_references[hit.block_id] == 0 for hit in hits)",
-        "        return 0",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/block_manager.py",
-        "            self._num_references[hit.block_id] += 1",
-        "            self._num_references[hit.block_id] = 1",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/residency.py",
-        "        num_computed = min(num_cached, num_tokens - 1)",
-        "        num_computed = num_cached",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/residency.py",
-        "        self.removed_rows.append(sequence.row)",
-        "        pass",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/residency.py",
-        "            if self.rows.next_position[sequence.row] >= num_tokens:",
-        "            if self.rows.next_position[sequence.row] >= num_tokens - 1:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/residency.py",
-        "        num_blocks = -(-(sequence.max_len - 1) // size)",
-        "        num_blocks = (sequence.max_len - 1) // size",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/rows.py",
-        "        self.last_position[row] = sequence.max_len - 2",
-        "        self.last_position[row] = sequence.max_len - 1",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/rows.py",
-        "        self.is_decoding[row] = False",
-        "        pass",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/suspects.py",
-        "MAX_FAILED_TRIALS = 2",
-        "MAX_FAILED_TRIALS = 1",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/suspects.py",
-        "        return sequence.is_suspect and not self.has_result and not self.is_probed",
-        "        return False",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/core/waiting_queue.py",
-        "        if self.num_new + len(lengths) > most:",
-        "        if self.num_new + len(lengths) >= most:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "            silent_s = time.monotonic() - max(oldest.made_at, session.heard_at)",
-        "            silent_s = time.monotonic() - oldest.made_at",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "            if silent_s > self._step_timeout_s:",
-        "            if silent_s > 10 * self._step_timeout_s:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "                if may_give_up and time.monotonic() >= deadline:",
-        "                if may_give_up and time.monotonic() >= deadline - 5:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "            self._has_given_up = False\n            self.is_connected",
-        "            self.is_connected",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "            pending.token_handles.append(sequence.handle)",
-        "            pending.token_handles.append(sequence.sequence_id)",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "        if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:",
-        "        if sequence is not None:",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "            attachment.close_request(first_handle)",
-        "            self.close_request(attachment, first_handle) if first_handle % 2 else None",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "        for attachment in self._attachments:\n            attachment.flush()",
-        "        for attachment in self._attachments[:1]:\n            attachment.flush()",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine_interface.py",
-        "        return fail_outputs(listener, batch.handles)",
-        "        return []",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine_interface.py",
-        "        self.logprobs += later.logprobs",
-        "        self.logprobs = later.logprobs",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine_interface.py",
-        "return [*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]",
-        "return self.token_handles",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/front_end.py",
-        "                self.engine.stop(handle, choice.num_output_tokens)",
-        "                self.engine.stop(handle, choice.num_output_tokens + 1)",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/front_end.py",
-        "        live.num_running -= 1",
-        "        live.num_running -= 2",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/front_end.py",
-        "        except BaseException:\n            self.close(live)",
-        "        except BaseException:\n            pass",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/front_end.py",
-        "        ended_by_token = {end.handle for end in batch.ends if end.stop_token_id is not None}",
-        "        ended_by_token: set[int] = set()",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/live_request.py",
-        "                del self.token_ids[position + 1 :]",
-        "                del self.token_ids[position + 2 :]",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/live_request.py",
-        "        self._num_decoded = max(0, self._num_decoded - len(token_ids))",
-        "        self._num_decoded = 0",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/live_request.py",
-        "        reason = end.reason if stop_string is None else FinishReason.STOP",
-        "        reason = end.reason",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/live_request.py",
-        "            num_open -= delta.end is not None",
-        "            num_open -= 1",
-        "simulation",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "            self._sink.on_outputs(outputs)\n",
-        "            outputs.step_id % 50 == 7 or self._sink.on_outputs(outputs)\n",
-        "kills",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "self._tell_finished(self.scheduler.lose_worker(failure))",
-        "self.scheduler.lose_worker(failure)",
-        "kills",
-    ),
-    Mutation("tandem_scheduler/engine/step_loop.py", "failure = reason = str(error)", "reason = str(error)", "kills"),
-    Mutation(
-        "tandem_scheduler/core/scheduler.py",
-        "self._in_flight = StepsInFlight()",
-        "self._in_flight = getattr(self, '_in_flight', StepsInFlight())",
-        "kills",
-    ),
-    Mutation(
-        "tandem_scheduler/core/suspects.py",
-        "if count < (MAX_FAILED",
-        "if count <= (MAX_FAILED",
-        "kills",
-    ),
-    Mutation(
-        "tandem_worker/service/session.py",
-        "            self._news.put_nowait(result)",
-        "            self._num_answered % 40 == 7 or self._news.put_nowait(result)",
-        "kills",
-    ),
-    Mutation(
-        "tandem_worker/runners/batch.py",
-        "self.is_present[plan.removed_rows] = False\n        for new",
-        "self.is_present[plan.removed_rows[1:]] = False\n        for new",
-        "kills",
-    ),
-    Mutation(
-        "tandem_shared/host/supervisor.py",
-        "if self._is_stopping or status == 0:",
-        "if self._is_stopping or status <= 0:",
-        "kills",
-    ),
-    Mutation(
-        "tandem_shared/rpc/grpc_options.py",
-        '("grpc.http2.ping_timeout_ms", timeout_ms)',
-        '("grpc.http2.ping_timeout_ms", 10 * timeout_ms)',
-        "silence",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "await self._sink.on_readiness(False)",
-        "await self._sink.on_readiness(True)",
-        "silence",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "        self._result_at = 0.0\n        self._has_news.set()",
-        "        self._result_at = 0.0",
-        "silence",
-    ),
-    Mutation("tandem_worker/service/servicer.py", "self._runner.reset()", "pass", "silence"),
-    Mutation(
-        "tandem_worker/service/session.py",
-        "            self._plans.put(None)\n",
-        "            pass\n",
-        "silence",
-    ),
-    Mutation("tandem_scheduler/service.py", "timeout=grace_s", "timeout=0.0", "restarts"),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "        await self._is_idle.wait()",
-        "        await asyncio.sleep(0)",
-        "restarts",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "        if not self._num_open:",
-        "        if self._num_open:",
-        "restarts",
-    ),
-    Mutation(
-        "tandem_scheduler/processes/engine_side/engine_servicer.py",
-        "        for outbox in self._outboxes:\n            outbox.close()",
-        "        pass",
-        "restarts",
-    ),
-    Mutation(
-        "tandem_shared/host/supervisor.py",
-        "signal.SIGKILL if self._is_stopping else signal.SIGTERM",
-        "signal.SIGKILL",
-        "restarts",
-    ),
-    Mutation(
-        "tandem_shared/rpc/server.py",
-        "(self.second if self.first.is_set() else self.first).set()",
-        "self.second.set()",
-        "restarts",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/validation.py",
-        "violations.check(0 < top_p <= 1,",
-        "violations.check(0 <= top_p <= 1,",
-        "messages",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/validation.py",
-        "0 <= token_id < worker.vocab_size",
-        "0 <= token_id <= worker.vocab_size",
-        "messages",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/validation.py",
-        "    _check_sampling(first.sampling, violations)\n",
-        "",
-        "messages",
-    ),
-    Mutation("tandem_shared/rpc/wire_fields.py", "    raise TooManyFields", "    raise IndexError", "messages"),
-    Mutation("tandem_shared/rpc/error_interceptor.py", "except DecodeError:", "except KeyError:", "messages"),
-    Mutation(
-        "tandem_worker/service/servicer.py",
-        "(old.has_plans or not request.num_live_sequences)",
-        "not request.num_live_sequences",
-        "messages",
-    ),
-    Mutation(
-        "tandem_worker/service/servicer.py",
-        'UnexpectedMessage("a session is opened',
-        'RuntimeError("a session is opened',
-        "messages",
-    ),
-    Mutation(
-        "tandem_worker/runners/batch.py",
-        "0 <= sampling.temperature < np.inf",
-        "0 <= sampling.temperature",
-        "messages",
-    ),
-    Mutation(
-        "tandem_scheduler/core/waiting_queue.py",
-        "if self.num_new + len(lengths) > most:",
-        "if self.num_new + len(lengths) > most + 8:",
-        "overload",
-    ),
-    Mutation(
-        "tandem_scheduler/core/waiting_queue.py",
-        "self.num_new_tokens + sum(lengths) > self._max_num_new_tokens",
-        "self.num_new_tokens > self._max_num_new_tokens",
-        "overload",
-    ),
-    Mutation(
-        "tandem_scheduler/core/waiting_queue.py",
-        "        self.num_new -= 1\n",
-        "        self.num_new -= 0\n",
-        "overload",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "pending.token_ids.append(token_id)",
-        "pending.token_ids.append(token_id ^ 1)",
-        "overload",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/live_request.py",
-        "self._num_taken += len(token_ids)",
-        "self._num_taken += 1",
-        "overload",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/front_end.py",
-        "if live.is_streaming:\n                live.has_news.set()",
-        "if False:\n                live.has_news.set()",
-        "overload",
-    ),
-    Mutation(
-        "tandem_shared/rpc/call_gate.py",
-        "            self._num_open -= 1\n",
-        "            self._num_open -= 0\n",
-        "overload",
-    ),
-    Mutation(
-        "tandem_scheduler/core/waiting_queue.py",
-        "self._deadlines[0][0] <= now:",
-        "self._deadlines[0][0] <= now - 0.1:",
-        "admission",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/step_loop.py",
-        "if expired := self.scheduler.expire(time.monotonic()):",
-        "if expired := []:",
-        "admission",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/grpc_api/inference_servicer.py",
-        "return None if left_s is None else time.monotonic() + left_s",
-        "return None",
-        "admission",
-    ),
-    Mutation(
-        "tandem_scheduler/engine/hub.py",
-        "        self._num_open -= 1\n",
-        "        self._num_open -= 0\n",
-        "admission",
-    ),
-    Mutation(
-        "tandem_scheduler/front_end/front_end.py",
-        "self.engine.close_request(live.first_handle)",
-        "pass",
-        "admission",
-    ),
-    Mutation(
-        "tandem_worker/checkpoint/weights.py",
-        "        if not is_name or len(name) > MAX_NAME_CHARACTERS:",
-        "        if not isinstance(name, str):",
-        "folders",
-    ),
-    Mutation(
-        "tandem_worker/checkpoint/weights.py",
-        "        if tuple(shape) != target.shape:\n            raise",
-        "        if False:\n            raise",
-        "folders",
-    ),
-    Mutation(
-        "tandem_worker/checkpoint/config_file.py",
-        "    except RecursionError:",
-        "    except ZeroDivisionError:",
-        "folders",
-    ),
-    Mutation(
-        "tandem_shared/model_folder.py",
-        "    if len(contents) > MAX_JSON_BYTES:",
-        "    if not contents:",
-        "folders",
-    ),
-    Mutation(
-        "tandem_shared/rpc/grpc_options.py",
-        "WORKER_KEEPALIVE_TIME_MS = 2_000",
-        "WORKER_KEEPALIVE_TIME_MS = 20_000",
-        "drops",
-    ),
-    Mutation(
-        "tandem_worker/service/servicer.py",
-        "if request.session_epoch <= old.epoch:",
-        "if request.session_epoch >= old.epoch:",
-        "drops",
-    ),
+CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
+    ("simulation", "tandem_scheduler/core/scheduler.py"): (
+        ("                sequence.num_outstanding -= 1", "                sequence.num_outstanding -= 2"),
+        (
+            "            if token_id in sequence.stop_token_ids:",
+            "            if token_id in sequence.stop_token_ids and len(sequence.token_ids) % 2:",
+        ),
+        (
+            "            if len(sequence.token_ids) + 1 == sequence.max_len:",
+            "            if len(sequence.token_ids) + 2 == sequence.max_len:",
+        ),
+        (
+            "                outputs.finished.append(self._finish(sequence, FinishReason.LENGTH))",
+            "                self._finish(sequence, FinishReason.LENGTH)",
+        ),
+    ),
+    ("simulation", "tandem_scheduler/core/block_manager.py"): (
+        (
+            "                if self._registered[block_id] is None:\n                    self._free.append(block_id)",
+            "                if self._registered[block_id] is None:\n                    pass",
+        ),
+        ("        return sum(self._num_references[hit.block_id] == 0 for hit in hits)", "        return 0"),
+        ("            self._num_references[hit.block_id] += 1", "            self._num_references[hit.block_id] = 1"),
+    ),
+    ("simulation", "tandem_scheduler/core/residency.py"): (
+        ("        num_computed = min(num_cached, num_tokens - 1)", "        num_computed = num_cached"),
+        ("        self.removed_rows.append(sequence.row)", "        pass"),
+        (
+            "            if self.rows.next_position[sequence.row] >= num_tokens:",
+            "            if self.rows.next_position[sequence.row] >= num_tokens - 1:",
+        ),
+        (
+            "        num_blocks = -(-(sequence.max_len - 1) // size)",
+            "        num_blocks = (sequence.max_len - 1) // size",
+        ),
+    ),
+    ("simulation", "tandem_scheduler/core/rows.py"): (
+        (
+            "        self.last_position[row] = sequence.max_len - 2",
+            "        self.last_position[row] = sequence.max_len - 1",
+        ),
+        ("        self.is_decoding[row] = False", "        pass"),
+    ),
+    ("simulation", "tandem_scheduler/core/suspects.py"): (
+        ("MAX_FAILED_TRIALS = 2", "MAX_FAILED_TRIALS = 1"),
+        ("        return sequence.is_suspect and not self.has_result and not self.is_probed", "        return False"),
+    ),
+    ("simulation", "tandem_scheduler/core/waiting_queue.py"): (
+        ("        if self.num_new + len(lengths) > most:", "        if self.num_new + len(lengths) >= most:"),
+    ),
+    ("simulation", "tandem_scheduler/engine/step_loop.py"): (
+        (
+            "            silent_s = time.monotonic() - max(oldest.made_at, session.heard_at)",
+            "            silent_s = time.monotonic() - oldest.made_at",
+        ),
+        ("            if silent_s > self._step_timeout_s:", "            if silent_s > 10 * self._step_timeout_s:"),
+        (
+            "                if may_give_up and time.monotonic() >= deadline:",
+            "                if may_give_up and time.monotonic() >= deadline - 5:",
+        ),
+        ("            self._has_given_up = False\n            self.is_connected", "            self.is_connected"),
+    ),
+    ("simulation", "tandem_scheduler/engine/hub.py"): (
+        (
+            "            pending.token_handles.append(sequence.handle)",
+            "            pending.token_handles.append(sequence.sequence_id)",
+        ),
+        (
+            "        if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:",
+            "        if sequence is not None:",
+        ),
+        (
+            "            attachment.close_request(first_handle)",
+            "            self.close_request(attachment, first_handle) if first_handle % 2 else None",
+        ),
+        (
+            "        for attachment in self._attachments:\n            attachment.flush()",
+            "        for attachment in self._attachments[:1]:\n            attachment.flush()",
+        ),
+    ),
+    ("simulation", "tandem_scheduler/engine_interface.py"): (
+        ("        return fail_outputs(listener, batch.handles)", "        return []"),
+        ("        self.logprobs += later.logprobs", "        self.logprobs = later.logprobs"),
+        (
+            "[*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]",
+            "self.token_handles",
+        ),
+    ),
+    ("simulation", "tandem_scheduler/front_end/front_end.py"): (
+        (
+            "                self.engine.stop(handle, choice.num_output_tokens)",
+            "                self.engine.stop(handle, choice.num_output_tokens + 1)",
+        ),
+        ("        live.num_running -= 1", "        live.num_running -= 2"),
+        (
+            "        except BaseException:\n            self.close(live)",
+            "        except BaseException:\n            pass",
+        ),
+        (
+            "        ended_by_token = {end.handle for end in batch.ends if end.stop_token_id is not None}",
+            "        ended_by_token: set[int] = set()",
+        ),
+    ),
+    ("simulation", "tandem_scheduler/front_end/live_request.py"): (
+        ("                del self.token_ids[position + 1 :]", "                del self.token_ids[position + 2 :]"),
+        ("        self._num_decoded = max(0, self._num_decoded - len(token_ids))", "        self._num_decoded = 0"),
+        ("        reason = end.reason if stop_string is None else FinishReason.STOP", "        reason = end.reason"),
+        ("            num_open -= delta.end is not None", "            num_open -= 1"),
+    ),
+    ("kills", "tandem_scheduler/engine/step_loop.py"): (
+        (
+            "            self._sink.on_outputs(outputs)\n",
+            "            outputs.step_id % 50 == 7 or self._sink.on_outputs(outputs)\n",
+        ),
+        ("self._tell_finished(self.scheduler.lose_worker(failure))", "self.scheduler.lose_worker(failure)"),
+        ("failure = reason = str(error)", "reason = str(error)"),
+    ),
+    ("kills", "tandem_scheduler/core/scheduler.py"): (
+        ("self._in_flight = StepsInFlight()", "self._in_flight = getattr(self, '_in_flight', StepsInFlight())"),
+    ),
+    ("kills", "tandem_scheduler/core/suspects.py"): (("if count < (MAX_FAILED", "if count <= (MAX_FAILED"),),
+    ("kills", "tandem_worker/service/session.py"): (
+        (
+            "            self._news.put_nowait(result)",
+            "            self._num_answered % 40 == 7 or self._news.put_nowait(result)",
+        ),
+    ),
+    ("kills", "tandem_worker/runners/batch.py"): (
+        (
+            "self.is_present[plan.removed_rows] = False\n        for new",
+            "self.is_present[plan.removed_rows[1:]] = False\n        for new",
+        ),
+    ),
+    ("kills", "tandem_shared/host/supervisor.py"): (
+        ("if self._is_stopping or status == 0:", "if self._is_stopping or status <= 0:"),
+    ),
+    ("silence", "tandem_shared/rpc/grpc_options.py"): (
+        ('("grpc.http2.ping_timeout_ms", timeout_ms)', '("grpc.http2.ping_timeout_ms", 10 * timeout_ms)'),
+    ),
+    ("silence", "tandem_scheduler/engine/step_loop.py"): (
+        ("await self._sink.on_readiness(False)", "await self._sink.on_readiness(True)"),
+        ("        self._result_at = 0.0\n        self._has_news.set()", "        self._result_at = 0.0"),
+    ),
+    ("silence", "tandem_worker/service/servicer.py"): (("self._runner.reset()", "pass"),),
+    ("silence", "tandem_worker/service/session.py"): (("            self._plans.put(None)\n", "            pass\n"),),
+    ("restarts", "tandem_scheduler/service.py"): (("timeout=grace_s", "timeout=0.0"),),
+    ("restarts", "tandem_scheduler/engine/hub.py"): (
+        ("        await self._is_idle.wait()", "        await asyncio.sleep(0)"),
+        ("        if not self._num_open:", "        if self._num_open:"),
+    ),
+    ("restarts", "tandem_scheduler/processes/engine_side/engine_servicer.py"): (
+        ("        for outbox in self._outboxes:\n            outbox.close()", "        pass"),
+    ),
+    ("restarts", "tandem_shared/host/supervisor.py"): (
+        ("signal.SIGKILL if self._is_stopping else signal.SIGTERM", "signal.SIGKILL"),
+    ),
+    ("restarts", "tandem_shared/rpc/server.py"): (
+        ("(self.second if self.first.is_set() else self.first).set()", "self.second.set()"),
+    ),
+    ("messages", "tandem_scheduler/front_end/validation.py"): (
+        ("violations.check(0 < top_p <= 1,", "violations.check(0 <= top_p <= 1,"),
+        ("0 <= token_id < worker.vocab_size", "0 <= token_id <= worker.vocab_size"),
+        ("    _check_sampling(first.sampling, violations)\n", ""),
+    ),
+    ("messages", "tandem_shared/rpc/wire_fields.py"): (("    raise TooManyFields", "    raise IndexError"),),
+    ("messages", "tandem_shared/rpc/error_interceptor.py"): (("except DecodeError:", "except KeyError:"),),
+    ("messages", "tandem_worker/service/servicer.py"): (
+        ("(old.has_plans or not request.num_live_sequences)", "not request.num_live_sequences"),
+        ('UnexpectedMessage("a session is opened', 'RuntimeError("a session is opened'),
+    ),
+    ("messages", "tandem_worker/runners/batch.py"): (
+        ("0 <= sampling.temperature < np.inf", "0 <= sampling.temperature"),
+    ),
+    ("overload", "tandem_scheduler/core/waiting_queue.py"): (
+        ("if self.num_new + len(lengths) > most:", "if self.num_new + len(lengths) > most + 8:"),
+        (
+            "self.num_new_tokens + sum(lengths) > self._max_num_new_tokens",
+            "self.num_new_tokens > self._max_num_new_tokens",
+        ),
+        ("        self.num_new -= 1\n", "        self.num_new -= 0\n"),
+    ),
+    ("overload", "tandem_scheduler/engine/hub.py"): (
+        ("pending.token_ids.append(token_id)", "pending.token_ids.append(token_id ^ 1)"),
+    ),
+    ("overload", "tandem_scheduler/front_end/live_request.py"): (
+        ("self._num_taken += len(token_ids)", "self._num_taken += 1"),
+    ),
+    ("overload", "tandem_scheduler/front_end/front_end.py"): (
+        (
+            "if live.is_streaming:\n                live.has_news.set()",
+            "if False:\n                live.has_news.set()",
+        ),
+    ),
+    ("overload", "tandem_shared/rpc/call_gate.py"): (
+        ("            self._num_open -= 1\n", "            self._num_open -= 0\n"),
+    ),
+    ("admission", "tandem_scheduler/core/waiting_queue.py"): (
+        ("self._deadlines[0][0] <= now:", "self._deadlines[0][0] <= now - 0.1:"),
+    ),
+    ("admission", "tandem_scheduler/engine/step_loop.py"): (
+        ("if expired := self.scheduler.expire(time.monotonic()):", "if expired := []:"),
+    ),
+    ("admission", "tandem_scheduler/front_end/grpc_api/inference_servicer.py"): (
+        ("return None if left_s is None else time.monotonic() + left_s", "return None"),
+    ),
+    ("admission", "tandem_scheduler/engine/hub.py"): (
+        ("        self._num_open -= 1\n", "        self._num_open -= 0\n"),
+    ),
+    ("admission", "tandem_scheduler/front_end/front_end.py"): (
+        ("self.engine.close_request(live.first_handle)", "pass"),
+    ),
+    ("folders", "tandem_worker/checkpoint/weights.py"): (
+        ("        if not is_name or len(name) > MAX_NAME_CHARACTERS:", "        if not isinstance(name, str):"),
+        ("        if tuple(shape) != target.shape:\n            raise", "        if False:\n            raise"),
+    ),
+    ("folders", "tandem_worker/checkpoint/config_file.py"): (
+        ("    except RecursionError:", "    except ZeroDivisionError:"),
+    ),
+    ("folders", "tandem_shared/model_folder.py"): (("    if len(contents) > MAX_JSON_BYTES:", "    if not contents:"),),
+    ("drops", "tandem_shared/rpc/grpc_options.py"): (
+        ("WORKER_KEEPALIVE_TIME_MS = 2_000", "WORKER_KEEPALIVE_TIME_MS = 20_000"),
+    ),
+    ("drops", "tandem_worker/service/servicer.py"): (
+        ("if request.session_epoch <= old.epoch:", "if request.session_epoch >= old.epoch:"),
+    ),
+}
+"""Pairs of old and new text, by the part that must notice them and the file."""
+
+MUTATIONS: tuple[Mutation, ...] = tuple(
+    Mutation(file, old, new, part) for (part, file), changes in CHANGES.items() for old, new in changes
 )
