@@ -40,7 +40,8 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     communicator = communicator or Communicator()
     folder = resolve_model(settings.model, ALL_FILES)
     device, dtype = device_of(settings), dtype_of(settings)
-    # The ranks of one host share its CPUs. A launcher that does not tell their number has started one on each host.
+    # The ranks of one host share its CPUs. A launcher that does not tell their number is taken
+    # to have started one on each host.
     num_ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(settings.num_threads or max(1, torch.get_num_threads() // num_ranks_here))
     architecture, config = read_architecture(folder)

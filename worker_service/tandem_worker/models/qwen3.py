@@ -139,14 +139,14 @@ class Qwen3(nn.Module):
         is_alone = len(inputs) == 1
         micro_batches = [MicroBatch(x, metadata, self.communicator, is_alone=is_alone) for x, metadata in inputs]
         for layer, cache in zip(cast(Iterable[Qwen3Layer], self.layers), caches, strict=True):
-            for batch in micro_batches:
-                x, norm = batch.hidden(), layer.input_layernorm
-                batch.sum(layer.self_attn(x, norm, self.rotary_table, cache, batch.metadata))
-            for batch in micro_batches:
-                batch.sum(layer.mlp(batch.hidden(), layer.post_attention_layernorm))
+            for micro_batch in micro_batches:
+                x, norm = micro_batch.hidden(), layer.input_layernorm
+                micro_batch.sum(layer.self_attn(x, norm, self.rotary_table, cache, micro_batch.metadata))
+            for micro_batch in micro_batches:
+                micro_batch.sum(layer.mlp(micro_batch.hidden(), layer.post_attention_layernorm))
             if self.after_layer is not None:
                 self.after_layer()
-        return [batch.hidden() for batch in micro_batches]
+        return [micro_batch.hidden() for micro_batch in micro_batches]
 
     def compute_local_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.operations.norm_linear(hidden, self.norm, self.lm_head.weight, out)

@@ -69,9 +69,9 @@ def peer(monkeypatch: pytest.MonkeyPatch, problems: list[str]) -> Iterator[tuple
         clients: list[Connection] = []
         thread = threading.Thread(target=lambda: clients.append(Client(listener.address)))
         thread.start()
-        mine = listener.accept()
+        connection = listener.accept()
         thread.join()
-    channel = plan_channel.Channel(mine, "rank 1")
+    channel = plan_channel.Channel(connection, "rank 1")
     monkeypatch.setattr(plan_channel, "HEARTBEAT_S", 0.05)
     threads: list[threading.Thread] = []
     start_thread = plan_channel._start_thread
