@@ -19,6 +19,48 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ErrorReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
+    """Never sent."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 1
+    """UNAUTHENTICATED: the caller did not show the session secret."""
+    ERROR_REASON_SESSION_REFUSED: _ErrorReason.ValueType  # 2
+    """FAILED_PRECONDITION: the session asks for another protocol version or worker instance."""
+    ERROR_REASON_SESSION_TAKEN: _ErrorReason.ValueType  # 3
+    """ABORTED: another scheduler, or a newer epoch of the same one, holds the session."""
+    ERROR_REASON_INVALID_PLAN: _ErrorReason.ValueType  # 4
+    """INVALID_ARGUMENT: the worker's batch cannot follow the plan. Nothing of the plan was applied."""
+    ERROR_REASON_UNEXPECTED_MESSAGE: _ErrorReason.ValueType  # 5
+    """INVALID_ARGUMENT: a stream holds a message that may not come at this place."""
+    ERROR_REASON_WORKER_FAILED: _ErrorReason.ValueType  # 6
+    """INTERNAL: a step failed, and the worker's process ends."""
+
+class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
+    """The reasons in google.rpc.ErrorInfo of errors that only internal services return. Their domain is
+    "tandem.internal.v1". See tandem.v1.ErrorReason, whose reasons the internal services return too.
+    """
+
+ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
+"""Never sent."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 1
+"""UNAUTHENTICATED: the caller did not show the session secret."""
+ERROR_REASON_SESSION_REFUSED: ErrorReason.ValueType  # 2
+"""FAILED_PRECONDITION: the session asks for another protocol version or worker instance."""
+ERROR_REASON_SESSION_TAKEN: ErrorReason.ValueType  # 3
+"""ABORTED: another scheduler, or a newer epoch of the same one, holds the session."""
+ERROR_REASON_INVALID_PLAN: ErrorReason.ValueType  # 4
+"""INVALID_ARGUMENT: the worker's batch cannot follow the plan. Nothing of the plan was applied."""
+ERROR_REASON_UNEXPECTED_MESSAGE: ErrorReason.ValueType  # 5
+"""INVALID_ARGUMENT: a stream holds a message that may not come at this place."""
+ERROR_REASON_WORKER_FAILED: ErrorReason.ValueType  # 6
+"""INTERNAL: a step failed, and the worker's process ends."""
+Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
+
 class _RowFaultCode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from tandem.internal.v1 import error_reason_pb2 as internal_error_reason_pb2
+from tandem.internal.v1 import worker_pb2
 from tandem.v1 import error_reason_pb2
 from tandem_shared import errors
 from tandem_shared.errors import ConfigError, FieldViolation, InvalidRequest, RetryLater, TandemError
@@ -16,7 +16,7 @@ from tools.generate_stubs import PROTOS
 
 ENUMS = {
     each.full_name.removesuffix(".ErrorReason"): each
-    for each in (error_reason_pb2.ErrorReason.DESCRIPTOR, internal_error_reason_pb2.ErrorReason.DESCRIPTOR)
+    for each in (error_reason_pb2.ErrorReason.DESCRIPTOR, worker_pb2.ErrorReason.DESCRIPTOR)
 }
 """The enums by their package, which is the domain."""
 PREFIX = "ERROR_REASON_"
@@ -47,10 +47,10 @@ def test_the_protos_list_the_reasons_that_are_sent() -> None:
 def test_the_protos_state_the_statuses() -> None:
     stated = {
         (domain, name.removeprefix(PREFIX)): code
-        for domain in ENUMS
+        for domain, enum in ENUMS.items()
         for code, name in re.findall(
             rf"  // ([A-Z_]+): .+\n(?:  // .+\n)*  ({PREFIX}\w+) =",
-            (PROTOS / domain.replace(".", "/") / "error_reason.proto").read_text(),
+            (PROTOS / enum.file.name).read_text(),
         )
     }
     assert stated == {key: STATUS_CODES[error_class].name for key, error_class in CLASSES.items()}
