@@ -17,7 +17,7 @@ from tandem_shared.errors import ModelError
 from tandem_worker.checkpoint.generation_config import IGNORED, read_generation_defaults
 from tandem_worker.layers.rotary import build_rotary_table
 from tandem_worker.models.registry import read_model_config
-from tests.unit.scheduler.front_end.test_tokenizer import EMBEDDED
+from tests.support.tokenizers import EMBEDDED
 from tests.unit.worker.checkpoint.test_model_config import CONFIG, MOE, YARN
 
 EXTREMES = [
