@@ -1,7 +1,8 @@
-"""The scheduler as a front end sees it, and what it tells a front end. All plain data: the two may be two processes.
+"""The engine as a front end sees it, and what it tells a front end. All of it is plain data, as the two may be two
+processes.
 
-Knows neither: engine/hub.py is the engine in its own process, remote_engine.py the one behind a
-stream.
+The interface has two implementations: engine/hub.py in the engine's own process, and
+processes/front_end_side/remote_engine.py behind a stream.
 """
 
 import logging
@@ -21,7 +22,7 @@ HEARTBEAT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """worker is the last one seen, is_ready whether it is there now."""
+    """worker is the last one that was seen; is_ready says whether it is there now."""
 
     worker: WorkerInfo | None = None
     is_ready: bool = False
@@ -30,7 +31,7 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class SequenceEnd:
-    """error: the whole request ends with it."""
+    """The end of one sequence. If it has an error, the whole request ends with it."""
 
     handle: int
     reason: FinishReason
@@ -41,8 +42,9 @@ class SequenceEnd:
 
 @dataclass(slots=True)
 class OutputBatch:
-    """What one step or several brought a front end's sequences: parallel lists of handles and tokens, the reports on
-    the tokens of those that asked, in the same order, then the ends. A stop token is the last token before its end.
+    """The outputs of one step or several for one front end: parallel lists of handles and tokens; log-probability
+    reports for the sequences that asked for them, in the same order; then the ends. A stop token is the last token
+    before its end.
     """
 
     token_handles: list[int] = field(default_factory=list)
@@ -55,7 +57,7 @@ class OutputBatch:
 
     @property
     def handles(self) -> list[int]:
-        """Of all sequences that it speaks of, some more than once."""
+        """The handles of all sequences in the batch. Some occur more than once."""
         return [*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]
 
     def extend(self, later: "OutputBatch") -> None:
@@ -72,14 +74,15 @@ class Submission:
     request_id: str
     first_handle: int
     first: SequenceRequest
-    """Choice 0, without its sequence id, which is the engine's to give"""
+    """Choice 0. The engine replaces its sequence id."""
     num_choices: int
     fingerprint: str
-    """Of the worker that the request was checked against; with another model it has to be checked again"""
+    """The fingerprint of the worker that the request was checked against. With another model it has to be checked
+    again."""
 
 
 class Engine(Protocol):
-    """Sequences are named by handles that the front end chooses and never uses again."""
+    """What a front end may ask of the engine. It chooses the handles that name its sequences, and never reuses one."""
 
     @property
     def state(self) -> EngineState: ...
@@ -92,12 +95,14 @@ class Engine(Protocol):
         """
 
     def stop(self, handle: int, num_output_tokens: int) -> None:
-        """Output token number num_output_tokens completed a stop string; those past it don't count. The sequence's end
-        comes as any other, if it has not come yet.
+        """Ends a sequence because its output token number num_output_tokens completed a stop string. Tokens past it
+        don't count. The sequence's end comes as any other, if it has not come yet.
         """
 
     def close_request(self, first_handle: int) -> None:
-        """Forgets a request; what of it still runs is aborted, and its blocks are free for the next plan."""
+        """Forgets a request. Those of its sequences that still run are aborted; their blocks are free for the next
+        plan.
+        """
 
 
 class EngineListener(Protocol):
@@ -110,8 +115,8 @@ class EngineListener(Protocol):
 
 
 def hand_on(listener: EngineListener, batch: OutputBatch) -> list[int]:
-    """Gives a listener its outputs. Those that it can't take end the requests that they are of, as their streams would
-    lack tokens; gives the handles of these. Whoever calls goes on.
+    """Gives a listener its outputs. If it raises, all requests in the batch end with an error, as their streams would
+    lack tokens. Returns the handles of those requests' sequences, and raises nothing.
     """
     try:
         listener.on_outputs(batch)
@@ -122,14 +127,16 @@ def hand_on(listener: EngineListener, batch: OutputBatch) -> list[int]:
 
 
 def failed_outputs(handles: Iterable[int], error: TandemError) -> list[OutputBatch]:
-    """In place of outputs that could not be handed on: the requests whose sequences these are end with an error."""
+    """Batches that stand in for outputs that could not be handed on: each ends the request of one sequence with an
+    error.
+    """
     return [
         OutputBatch(ends=[SequenceEnd(handle, FinishReason.ERROR, 0, error=error)]) for handle in dict.fromkeys(handles)
     ]
 
 
 def fail_outputs(listener: EngineListener, handles: Iterable[int]) -> list[int]:
-    """Ends the requests of these sequences with an error, one by one; gives the handles."""
+    """Ends the requests of these sequences with an error, one by one. Returns the handles, each once."""
     failed = list(dict.fromkeys(handles))
     for batch in failed_outputs(failed, SequenceFailed("its outputs could not be taken by the front end")):
         try:
@@ -140,7 +147,7 @@ def fail_outputs(listener: EngineListener, handles: Iterable[int]) -> list[int]:
 
 
 async def tell_state(listener: EngineListener, state: EngineState) -> None:
-    """A listener that fails at it goes on with what it knew."""
+    """Tells a listener the engine's state. One that raises goes on with the state that it knew."""
     try:
         await listener.on_state(state)
     except Exception:

@@ -1,6 +1,6 @@
-"""Whether a worker has the model that this scheduler serves: its name, its tokenizer, its vocabulary.
+"""Checks that a worker has the model that this scheduler serves: its name, its tokenizer, its vocabulary.
 
-What clients are told, and how their text becomes ids, is decided here, and the worker would compute any ids at all.
+The scheduler tells clients the model's name and turns their text into ids, and the worker would compute any ids at all.
 """
 
 import functools
@@ -13,13 +13,13 @@ from tandem_shared.step_plan import WorkerInfo
 
 
 class ModelCheck:
-    """Says of a worker why it is not the one to use; nothing where it is."""
+    """Says why a worker must not be used. Empty if it may."""
 
     def __init__(self, settings: SchedulerSettings, tokenizer_folder: Path) -> None:
-        # A name that was chosen for clients says nothing of the model's own.
+        # A name that was chosen for clients says nothing about the model's own name.
         self._name = "" if settings.served_model_name else model_name(settings)
         self._folder = tokenizer_folder
-        # Who names another tokenizer than the model's means it.
+        # A tokenizer that is named apart from the model is meant to differ from it.
         self._digest = "" if settings.tokenizer else tokenizer_digest(tokenizer_folder)
 
     def __call__(self, info: WorkerInfo) -> str:

@@ -1,4 +1,4 @@
-"""Puts the scheduler service together: step loop, hub, and the front ends, here or in processes of their own."""
+"""Puts the scheduler service together: step loop, hub, and the front ends, in this process or in their own ones."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ class FrontEnds(Protocol):
     """All front ends of the service: one in this process, or a pool of processes."""
 
     async def start(self) -> int:
-        """Listens; gives the port."""
+        """Listens. Returns the port."""
 
     async def stop(self) -> None:
         """Ends the calls that are left, whose requests have ended."""
@@ -88,7 +88,7 @@ class SchedulerService:
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        """Listens and begins to look for the worker; gives the port."""
+        """Listens and begins to look for the worker. Returns the port."""
         port = await self._front_ends.start()
         self._running = asyncio.create_task(self.step_loop.run())
         return port
@@ -99,7 +99,7 @@ class SchedulerService:
         await asyncio.shield(self._running)
 
     async def stop(self, grace_s: float, hurry: asyncio.Event | None = None) -> None:
-        """Takes no new requests; those that run have grace_s to end, or less if `hurry` is set meanwhile. Then they end
+        """Takes no new requests. Running ones have grace_s to end, or less if `hurry` is set meanwhile; then they end
         UNAVAILABLE.
         """
         drained = asyncio.create_task(self._hub.drain())
@@ -146,7 +146,7 @@ class SchedulerService:
 
 
 def default_num_front_ends() -> int:
-    """None where CPUs are few or a port can't be shared."""
+    """The number of front-end processes by default: 0 if CPUs are few or a port can't be shared."""
     if sys.platform != "linux":
         return 0
     num_cpus = len(os.sched_getaffinity(0))
@@ -166,7 +166,7 @@ def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
 
 
 def worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
-    """For TLS to the worker, with the scheduler's own certificate where it has one; None for none."""
+    """Credentials for TLS to the worker, with the scheduler's own certificate if it has one. None without TLS."""
     if not settings.worker_ca:
         return None
     authority, key, chain = read_pem("--worker-ca", settings.worker_ca), None, None

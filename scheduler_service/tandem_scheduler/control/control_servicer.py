@@ -1,4 +1,4 @@
-"""The control RPCs: what an operator asks of a running scheduler service. Answered in the step loop's process."""
+"""The RPCs with which an operator controls a running scheduler service, answered in the step loop's process."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""Who of the waiting sequences enters the worker's batch: strictly in order, one by one, while there is room.
+"""Which waiting sequences enter the worker's batch: strictly in order, one by one, while there is room.
 
 Knows the queue, the suspects and the plan under construction; gives rows and blocks through Residency alone.
 """
@@ -45,7 +45,7 @@ class Admission:
             plan.add_row(new_row, sequence)
 
     def _probe(self, plan: PlanBuilder, residency: Residency) -> None:
-        """Adds a sequence of our own, whose result shows that the session can compute."""
+        """Admits a sequence of the scheduler's own, whose result will show that the session can compute."""
         probe = create_probe()
         new_row = residency.try_enter(probe, 0.0)
         if new_row is not None:

@@ -14,7 +14,7 @@ import xxhash
 from tandem_shared.step_plan import PADDING_BLOCK
 
 HashFunction = Callable[[bytes, int], int]
-"""(bytes, seed) -> key. A chain: the seed is the parent block's key."""
+"""(bytes, seed) -> key. Keys form a chain: the seed is the parent block's key."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,11 +94,11 @@ class BlockManager:
         return len(self.match(keys, token_ids, salt)) * self.block_size
 
     def num_evictable_among(self, hits: Iterable[CachedBlock]) -> int:
-        """How many of the hits count as available now and will not once acquired."""
+        """How many of the hits count as available now, and no longer once they are acquired."""
         return sum(self._num_references[hit.block_id] == 0 for hit in hits)
 
     def acquire(self, hits: Iterable[CachedBlock]) -> list[int]:
-        """Takes a reference to each hit; gives their block ids."""
+        """Takes a reference to each hit. Returns their block ids."""
         block_ids = []
         for hit in hits:
             if self._num_references[hit.block_id] == 0:
@@ -108,7 +108,7 @@ class BlockManager:
         return block_ids
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks to write. The caller has seen that num_available is enough."""
+        """Takes `count` blocks to write. The caller has made sure that so many are available."""
         block_ids = []
         for _ in range(count):
             if self._free:
@@ -121,7 +121,7 @@ class BlockManager:
         return block_ids
 
     def release(self, block_ids: list[int]) -> None:
-        """Gives back a sequence's references; the tail of its blocks will be evicted before their parents."""
+        """Gives back a sequence's references, the last block first, so that it will be evicted before its parents."""
         for block_id in reversed(block_ids):
             self._num_references[block_id] -= 1
             assert self._num_references[block_id] >= 0, f"block {block_id} released too often"
@@ -132,14 +132,14 @@ class BlockManager:
                     self._evictable[block_id] = None
 
     def register(self, block_id: int, key: int, parent: CachedBlock | None, salt: str, tokens: bytes) -> CachedBlock:
-        """Offers a used, full block to the prefix cache. Gives the block that stands for these contents: an
+        """Offers a used, full block to the prefix cache. Returns the block that stands for these contents there: an
         equal one that was there before, or this one.
         """
         present = self._by_key.get(key)
         if present is not None:
             if _is_same(present, parent, salt, tokens):
                 return present
-            # A collision, or a child whose parent was evicted: it can't be reached any more.
+            # The keys collide, or the present block's parent was evicted, so that no prompt can reach it any more.
             self._drop_from_cache(present.block_id)
         block = CachedBlock(block_id, key, parent, salt, tokens)
         self._by_key[key] = block
@@ -147,13 +147,13 @@ class BlockManager:
         return block
 
     def forget(self, block_ids: Iterable[int]) -> None:
-        """Takes blocks out of the prefix cache whose contents can't be trusted."""
+        """Takes blocks out of the prefix cache because their contents can't be trusted."""
         for block_id in block_ids:
             if self._registered[block_id] is not None:
                 self._drop_from_cache(block_id)
 
     def reset_cache(self) -> int:
-        """Forgets every cached block that nothing uses; gives their number."""
+        """Forgets every cached block that no sequence uses. Returns how many there were."""
         count = len(self._evictable)
         self.forget(list(self._evictable))
         return count

@@ -1,4 +1,4 @@
-"""The scheduler's books, checked against each other: O(everything), for tests and idle moments."""
+"""Checks the scheduler's books against each other. The cost grows with all that is live: for tests and idle moments."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable

@@ -12,18 +12,18 @@ from tandem_shared.step_plan import Int32Array, NewRow, WorkerInfo
 
 
 class Residency:
-    """Rows and blocks of a worker that starts empty."""
+    """The rows and blocks of a worker that starts empty."""
 
     def __init__(self, worker: WorkerInfo, num_rows: int, *, enable_prefix_caching: bool) -> None:
         self.worker = worker
         self.rows = Rows(num_rows)
         self.blocks = BlockManager(worker.num_blocks, worker.block_size)
         self._enable_prefix_caching = enable_prefix_caching
-        # Rows given back since the last plan, which that plan's successor removes.
+        # Rows that were given back since the last plan. The next plan removes them.
         self.removed_rows: list[int] = []
-        # Entered, their known tokens not all scheduled; in order of entry.
+        # Sequences in rows whose known tokens are not all scheduled yet, in order of entry.
         self.prefilling: list[Sequence] = []
-        # Decoding, with a full block whose last slot no plan writes yet.
+        # Decoding sequences with a full block whose last slot no plan writes yet.
         self._half_registered: list[Sequence] = []
 
     def why_never_fits(self, sequence: Sequence) -> str | None:
@@ -40,9 +40,9 @@ class Residency:
         return None
 
     def try_enter(self, sequence: Sequence, watermark: float) -> NewRow | None:
-        """Gives a waiting sequence a row and blocks for all its tokens, or nothing where they are not there.
+        """Gives a waiting sequence a row and blocks for all its tokens, or returns None if there are not enough.
 
-        watermark is the share of all blocks that must stay available, unless no other sequence is here.
+        watermark is the share of all blocks that must stay available, unless no other sequence has a row.
         """
         blocks = self.blocks
         num_tokens = len(sequence.token_ids)
@@ -55,7 +55,7 @@ class Residency:
         reserve = int(blocks.num_total * watermark) if self.rows.num_used else 0
         if self.rows.num_free == 0 or num_new + reserve > blocks.num_available - blocks.num_evictable_among(hits):
             return None
-        # Hits first: a new block must not evict them.
+        # The hits come first, so that a new block can't evict them.
         block_table = blocks.acquire(hits)
         block_table += blocks.allocate(num_new)
         num_cached = len(hits) * blocks.block_size
@@ -78,15 +78,15 @@ class Residency:
         )
 
     def grow(self, sequence: Sequence) -> int:
-        """Gives a decoding row one more block; there is one."""
+        """Gives a decoding row one more block. The caller has made sure that there is one."""
         block_ids = self.blocks.allocate(1)
         sequence.block_table += block_ids
         self.rows.capacity[sequence.row] += self.blocks.block_size
         return block_ids[0]
 
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
-        """Notes that the plan under construction computes a chunk. Its full blocks may be hit from now on: in
-        each layer, a new row's reads come after the stores of rows that are older or were added before.
+        """Notes that the plan under construction computes a chunk. Its full blocks may be shared from now on: in each
+        layer, a new row reads after the rows that are older, or were added before it, have stored.
         """
         sequence.num_computed_tokens += num_tokens
         self._register_blocks(sequence, sequence.num_computed_tokens)
@@ -104,7 +104,7 @@ class Residency:
         self.rows.start_decoding(sequence, self.blocks.block_size)
 
     def note_confirmed(self, sequence: Sequence) -> None:
-        """A decoding row's newest token is known, so a block may have all its ids now."""
+        """Notes that a decoding row's newest token is known, so that all ids of a block may be known now."""
         num_tokens = len(sequence.token_ids)
         if num_tokens % self.blocks.block_size == 0:
             if self.rows.next_position[sequence.row] >= num_tokens:
@@ -113,8 +113,8 @@ class Residency:
                 self._half_registered.append(sequence)
 
     def vacate(self, sequence: Sequence) -> None:
-        """Frees a sequence's row and blocks: the one place. Plans run in order, so what is freed while planning
-        step N may be written by step N, whatever is in flight.
+        """Frees a sequence's row and blocks. This is the only place that does. Plans run in order, so a block that is
+        freed while step N is planned may be written by step N, whatever is in flight.
         """
         if not self.rows.is_decoding[sequence.row]:
             self.prefilling.remove(sequence)
@@ -124,8 +124,8 @@ class Residency:
         sequence.leave_row()
 
     def distrust(self, sequence: Sequence) -> None:
-        """Keeps what a faulty row wrote, and whatever it read, out of the prefix cache. It may have left its row by now
-        and others, which share its blocks, may have been admitted.
+        """Keeps the blocks that a faulty row wrote or read out of the prefix cache. The sequence may have left its row
+        by now, and others that share its blocks may have been admitted.
         """
         self.blocks.forget(sequence.block_table or sequence.former_block_table)
         self.blocks.reset_cache()

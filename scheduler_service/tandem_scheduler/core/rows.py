@@ -9,20 +9,20 @@ from tandem_shared.step_plan import Int32Array
 
 
 class Rows:
-    """The rows of the worker's batch: who holds which, and where each decoding row stands.
+    """The rows of the worker's batch: the sequence in each, and the progress of the decoding rows.
 
-    All arrays have one entry a row, of shape (num_rows,).
+    All arrays have one entry per row, so their shape is (num_rows,).
     """
 
     def __init__(self, num_rows: int) -> None:
         self._free = list(range(num_rows))
         self.sequences: list[Sequence | None] = [None] * num_rows
         self.is_decoding = np.zeros(num_rows, np.bool_)
-        # The position that the next step computes.
+        # The position that the next planned step computes.
         self.next_position = np.zeros(num_rows, np.int32)
         # The position whose sample is the sequence's last token.
         self.last_position = np.zeros(num_rows, np.int32)
-        # Positions that the row's blocks hold.
+        # How many positions the row's blocks hold.
         self.capacity = np.zeros(num_rows, np.int32)
 
     @property
@@ -34,7 +34,7 @@ class Rows:
         return len(self.sequences) - len(self._free)
 
     def take(self, sequence: Sequence) -> int:
-        """Gives the lowest free row, so that the worker's batch stays dense."""
+        """Takes the lowest free row, so that the worker's batch stays dense."""
         row = heapq.heappop(self._free)
         self.sequences[row] = sequence
         return row
@@ -52,7 +52,7 @@ class Rows:
         self.capacity[row] = len(sequence.block_table) * block_size
 
     def decoding(self) -> Int32Array:
-        """Rows that decode, ascending."""
+        """The rows that decode, ascending, shape (num_decoding,)."""
         return np.flatnonzero(self.is_decoding).astype(np.int32)
 
     def owner(self, row: int) -> Sequence:

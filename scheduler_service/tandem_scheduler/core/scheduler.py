@@ -89,8 +89,8 @@ class Scheduler:
         return None if sequence is None else self._finish(sequence, FinishReason.ABORT)
 
     def stop(self, sequence_id: int, num_output_tokens: int) -> FinishedSequence | None:
-        """Ends a sequence at a stop that the front end found in its text; what came after is overshoot. None if it
-        is not live.
+        """Ends a sequence at a stop that the front end found in its text. Tokens past it are overshoot. None if the
+        sequence is not live.
         """
         sequence = self._live.get(sequence_id)
         if sequence is None:
@@ -103,19 +103,19 @@ class Scheduler:
         return [self._finish(sequence, FinishReason.EXPIRED) for sequence in self._queue.expired(now)]
 
     def discount(self, num_tokens: int) -> None:
-        """Output tokens that turned out to be past a stop are overshoot. Changes no plan."""
+        """Counts output tokens that turned out to be past a stop as overshoot. Changes no plan."""
         self.counters.num_output_tokens -= num_tokens
         self.counters.num_overshoot_tokens += num_tokens
 
     def reset_prefix_cache(self) -> int:
-        """Forgets cached blocks that no sequence uses; gives their number."""
+        """Forgets cached blocks that no sequence uses. Returns how many there were."""
         return self._residency.blocks.reset_cache()
 
     def lose_worker(self, failure: str = "") -> list[FinishedSequence]:
-        """Everything the worker held is gone: preempts all, forgets the prefix cache, never retries a step.
+        """Everything that the worker held is gone: preempts all sequences, forgets the prefix cache, retries no step.
 
-        failure is the worker's last word on the step that failed, empty where it vanished. Gives the sequences that end
-        here, because they take workers down.
+        failure is what the worker said of the step that failed, empty if it vanished. Returns the sequences that end
+        here because they take workers down.
         """
         self._is_attached = False
         self.counters.num_worker_losses += 1
@@ -135,14 +135,14 @@ class Scheduler:
         return [self._finish(tried, FinishReason.ERROR, error=error)] if tried is not None and error else []
 
     def attach_worker(self, worker: WorkerInfo) -> list[FinishedSequence]:
-        """A new, empty worker. Gives the sequences that end here because they don't fit it."""
+        """Begins a session with an empty worker. Returns the sequences that end here because they don't fit it."""
         if self._is_attached:
             raise ValueError("a worker is attached")
         self._is_attached = True
         self._start_session(worker)
         ended = []
         for sequence in list(self._live.values()):
-            # The block size may be another.
+            # The new worker's blocks may have another size.
             sequence.block_keys.clear()
             if problem := self._residency.why_never_fits(sequence):
                 ended.append(self._finish(sequence, FinishReason.ERROR, error=problem))
@@ -151,10 +151,11 @@ class Scheduler:
     # Steps
 
     def schedule(self, max_prompt_tokens: int | None = None) -> StepPlan | None:
-        """The next step, or None: nothing to compute, enough plans in flight, or no worker.
+        """Plans the next step. None if there is nothing to compute, enough plans are in flight, or no worker is
+        attached.
 
-        max_prompt_tokens limits the step's tokens of prompts further than the token budget does, for a worker on which
-        a step of the whole budget takes too long.
+        max_prompt_tokens limits the step's prompt tokens further than the token budget does, for a worker on which a
+        step of the whole budget takes too long.
         """
         if not self._is_attached or len(self._in_flight) >= self.config.max_plans_in_flight:
             return None
@@ -190,7 +191,7 @@ class Scheduler:
         self._confirm(list(owners.values()) if faults else step.sequences, result.token_ids, outputs)
         if result.logprobs:
             confirmed = set(outputs.sequence_ids)
-            # A row that asked and has a fault may be reported on: of no token, for a sequence that ended above.
+            # There may be reports on rows with a fault too, whose sequences ended above without a token.
             reports = {owners[report.row].sequence_id: report for report in result.logprobs if report.row in owners}
             outputs.logprobs = {key: report for key, report in reports.items() if key in confirmed}
         return outputs
@@ -202,7 +203,7 @@ class Scheduler:
         return len(self._live)
 
     def longest_prefix(self, token_ids: Int32Array, cache_salt: str = "") -> int:
-        """Tokens at the start of token_ids whose KV is cached."""
+        """How many tokens at the start of token_ids, of shape (n,), have their KV in the prefix cache."""
         return self._residency.blocks.longest_prefix(array("i", token_ids.tolist()), cache_salt)
 
     def load(self) -> Load:
@@ -231,7 +232,7 @@ class Scheduler:
         """Gives each decoding row a block for its next position, preempting the last in order where none is left."""
         residency, rows = self._residency, self._residency.rows
         full = np.flatnonzero(rows.is_decoding & (rows.next_position >= rows.capacity))
-        # In order, so that a victim never has a block appended in this very plan.
+        # The rows are taken in order, so that a preempted sequence never had a block appended in this very plan.
         for sequence in sorted(map(rows.owner, full.tolist()), key=lambda sequence: sequence.order):
             while sequence.state is SequenceState.RUNNING and residency.blocks.num_available == 0:
                 victim = max(rows.running(), key=lambda running: running.order)
@@ -266,13 +267,13 @@ class Scheduler:
             sequence.move_to(SequenceState.DRAINING)
             self._residency.vacate(sequence)
             if sequence.sequence_id == PROBE_ID:
-                # It was never live; nobody waits for its token.
+                # The probe is not a request's sequence, so its token has no receiver.
                 sequence.move_to(SequenceState.FINISHED)
 
     # Moves
 
     def _confirm(self, sequences: list[Sequence], token_ids: list[int], outputs: StepOutputs) -> None:
-        """Appends a step's tokens to the sequences that are still live; the rest is overshoot."""
+        """Appends a step's tokens to the sequences that are still live. All other tokens are overshoot."""
         residency = self._residency
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             state = sequence.state
@@ -339,7 +340,7 @@ class Scheduler:
         )
 
     def _start_session(self, worker: WorkerInfo) -> None:
-        """An empty worker: its limits, all its rows and blocks free, step ids from 1."""
+        """Begins with an empty worker: its limits, all rows and blocks free, step ids from 1."""
         config = self.config
         self._max_num_batched_tokens = min(config.max_num_batched_tokens, worker.max_num_batched_tokens)
         num_rows = min(config.max_num_seqs, worker.max_num_rows, self._max_num_batched_tokens)

@@ -1,4 +1,4 @@
-"""A sequence, its states, and the one table of legal transitions. Knows nothing of what rows and blocks hold."""
+"""A sequence, its states, and the table of legal transitions. Knows nothing of the contents of rows and blocks."""
 
 from array import array
 from enum import Enum, auto
@@ -9,11 +9,12 @@ from tandem_scheduler.core.types import SequenceRequest
 
 class SequenceState(Enum):
     WAITING = auto()
-    """New or preempted: holds no row and no blocks."""
+    """The sequence is new or preempted, and holds no row and no blocks."""
     RUNNING = auto()
-    """Holds a row and blocks; every further step may compute it."""
+    """The sequence holds a row and blocks, and every further step may compute it."""
     DRAINING = auto()
-    """Planned to its full length, row and blocks given back; its last results are under way."""
+    """The sequence is planned to its full length and has given back its row and blocks; its last results are under
+    way."""
     FINISHED = auto()
 
 
@@ -26,11 +27,11 @@ TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
 
 
 class IllegalTransition(AssertionError):
-    """The scheduler moved a sequence in a way that TRANSITIONS doesn't have. A bug of ours."""
+    """The scheduler moved a sequence in a way that is not in TRANSITIONS, which is a bug."""
 
 
 class Sequence:
-    """The scheduler's unit: one prompt, one output. token_ids holds the prompt and the confirmed output."""
+    """The scheduler's unit: one prompt and one output. token_ids holds the prompt and the confirmed output."""
 
     __slots__ = (
         "arrival",
@@ -62,22 +63,22 @@ class Sequence:
         self.state = SequenceState.WAITING
         self.token_ids = array("i", request.prompt_token_ids.tolist())
         self.num_prompt_tokens = len(self.token_ids)
-        # Of the first admission; None before it.
+        # Prompt tokens that the prefix cache had at the first admission; None before it.
         self.num_cached_tokens: int | None = None
-        # Results planned before a preemption that are still under way.
+        # How many results are still under way that were planned before a preemption.
         self.num_outstanding = 0
-        # Worker losses at which the sequence was present, and those of its own trials, without proving itself in
-        # between: core/suspects.py has the rules.
+        # For core/suspects.py, which has the rules: how many losses of the worker met the sequence, and how many of
+        # them came during its own trials, since it last proved that it can be computed.
         self.loss_streak = 0
         self.num_trial_losses = 0
         self.proven_len = 0
-        # Hash chain over the full blocks of token_ids, as far as it was needed.
+        # The hash chain over the full blocks of token_ids, as far as it was needed yet.
         self.block_keys: list[int] = []
         self.row = -1
         self.block_table: list[int] = []
-        # The table of its last row, which steps in flight may still write.
+        # The block table that it had in its last row. Steps in flight may still write those blocks.
         self.former_block_table: list[int] = []
-        # Scheduled, of the tokens known when it entered; a decoding row's count is in the scheduler's arrays.
+        # How many of the tokens that were known when it entered its row are scheduled. For a decoding row, Rows counts.
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0
         self.parent_block: CachedBlock | None = None
@@ -98,13 +99,15 @@ class Sequence:
         self.parent_block = None
 
     def start_probation(self, num_in_flight: int) -> None:
-        """Until it gets past all tokens that may be under way at once, nothing shows that it can be computed."""
+        """Sets the length that it must get past, to prove that it can be computed: beyond all tokens that may be under
+        way at once.
+        """
         if self.loss_streak and self.is_proven:
             self.loss_streak = self.num_trial_losses = 0
         self.proven_len = len(self.token_ids) + num_in_flight
 
     def note_loss(self, num_in_flight: int) -> None:
-        """The worker was lost while it held this sequence."""
+        """Notes that the worker was lost while it held this sequence."""
         self.start_probation(num_in_flight)
         self.loss_streak += 1
         self.num_outstanding = 0
@@ -116,7 +119,9 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts by who goes first: lower priority value, then earlier arrival. The last is preempted first."""
+        """The sort key of admission: the lower priority value first, then the earlier arrival. The last in this order
+        is preempted first.
+        """
         return self.request.priority, self.arrival
 
     @property
@@ -129,7 +134,7 @@ class Sequence:
 
     @property
     def is_proven(self) -> bool:
-        """It got past the tokens at which it was admitted, so it is not what takes workers down."""
+        """Whether it got past the tokens at which it was admitted, so that it is not what takes workers down."""
         return len(self.token_ids) > self.proven_len
 
     @property

@@ -1,4 +1,4 @@
-"""The steps that are planned and whose results are still to come, and what a result must be to fit its plan."""
+"""The steps whose results are still to come, and the check that a result fits its plan."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ class StepsInFlight:
         return self._steps[0]
 
     def push(self, rows: list[int], sequences: list[Sequence]) -> int:
-        """Notes a new step; gives its id."""
+        """Adds a new step. Returns its id."""
         step_id = self._next_step_id
         self._next_step_id += 1
         self._steps.append(StepInFlight(step_id, rows, sequences))
         return step_id
 
     def pop(self, result: StepResult) -> StepInFlight:
-        """The oldest step, which the result must belong to and fit. Where it does not, ProtocolError, and nothing has
-        changed.
+        """Removes and returns the oldest step, which the result must belong to and fit. Raises ProtocolError if it does
+        not, and changes nothing then.
         """
         if not self._steps or self._steps[0].step_id != result.step_id:
             raise ProtocolError(f"result of step {result.step_id}, which is not the oldest in flight")
@@ -58,7 +58,7 @@ class StepsInFlight:
         return self._steps.popleft()
 
     def count(self, sequence: Sequence) -> int:
-        """In how many steps in flight the sequence samples."""
+        """The number of steps in flight in which the sequence samples."""
         return sum(sequence in step.sequences for step in self._steps)
 
     def sequences(self) -> set[Sequence]:

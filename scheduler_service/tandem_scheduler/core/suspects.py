@@ -1,4 +1,4 @@
-"""Who takes the worker down: how a poisonous sequence is found without accusing those that were merely there.
+"""How a poisonous sequence, one that takes the worker down, is found without accusing those that were merely present.
 
 A loss alone says little, since whoever kills workers hits whatever runs. So a sequence that was present at two losses,
 with no proof in between that it can be computed, is only a suspect. Suspects are tried apart: once a session has
@@ -20,12 +20,13 @@ from tandem_scheduler.core.types import SequenceRequest
 from tandem_shared.step_plan import RowSampling
 
 MAX_FAILED_TRIALS = 2
-"""Lost trials that end a sequence, if the worker said after the last one that a step had failed."""
+"""So many lost trials end a sequence if the worker said after the last one that a step had failed."""
 MAX_VANISHED_TRIALS = 4
-"""Lost trials that end a sequence, if the worker vanished without a word, as those do that are killed from outside."""
+"""So many lost trials end a sequence if the worker vanished without a word, as it does when it is killed from
+outside."""
 
 PROBE_ID = 2**63
-"""The probe's sequence id. Those of requests count from 0."""
+"""The probe's sequence id. The sequence ids of requests count from 0."""
 
 
 def create_probe() -> Sequence:
@@ -35,7 +36,7 @@ def create_probe() -> Sequence:
 
 
 class Suspects:
-    """The rules above, for one scheduler. Decides who may be admitted, and who is guilty; moves nobody."""
+    """The rules above, for one scheduler. Decides which sequences may be admitted and which is guilty; moves none."""
 
     def __init__(self, num_in_flight: int) -> None:
         self._num_in_flight = num_in_flight
@@ -44,7 +45,7 @@ class Suspects:
     def start_session(self) -> None:
         self.has_result = False
         self.is_probed = False
-        # Admitted last of the suspects.
+        # The suspect that was admitted last.
         self._on_trial: Sequence | None = None
 
     def note_admitted(self, sequence: Sequence) -> None:
@@ -53,7 +54,9 @@ class Suspects:
             self._on_trial = sequence
 
     def may_enter(self, sequence: Sequence, get_held: Callable[[], Iterable[Sequence]]) -> bool:
-        """get_held gives all sequences that the worker holds, those too that only steps in flight still have."""
+        """Whether a sequence may be admitted. get_held gives all sequences that the worker holds, including those that
+        are only in steps in flight.
+        """
         if self._is_trial_on:
             return False
         return not sequence.is_suspect or (self.has_result and all(other.is_proven for other in get_held()))
@@ -63,7 +66,7 @@ class Suspects:
         return sequence.is_suspect and not self.has_result and not self.is_probed
 
     def judge_loss(self, present: list[Sequence]) -> Sequence | None:
-        """Notes a loss of the worker with those that it held; gives the one whose trial it was."""
+        """Notes a loss of the worker and the sequences that it held. Returns the sequence whose trial it was."""
         tried = self._on_trial if self._is_trial_on else None
         for sequence in present:
             sequence.note_loss(self._num_in_flight)
@@ -73,7 +76,7 @@ class Suspects:
 
     @staticmethod
     def verdict(tried: Sequence, failure: str) -> str | None:
-        """Why a sequence ends that has just been tried, or None where it may go on.
+        """Why a sequence that has just been tried ends, or None if it may go on.
 
         failure is the worker's last word on the step that failed, empty where it vanished.
         """

@@ -14,15 +14,15 @@ class SchedulerConfig:
     max_num_seqs: int = 256
     """Sequences running at once."""
     max_num_batched_tokens: int = 8192
-    """Token budget of a step; at least max_num_seqs, so that every decoding row always fits."""
+    """The token budget of a step; at least max_num_seqs, so that every decoding row always fits."""
     max_chunk_tokens: int | None = None
-    """Prompt tokens of one sequence in one step at most; None is the token budget."""
+    """The most prompt tokens of one sequence in one step; None means the token budget."""
     max_plans_in_flight: int = 2
-    """1 to 4."""
+    """How many steps may be planned before the oldest one's result is in: 1 to 4."""
     max_num_waiting: int = 4096
-    """Sequences that were never admitted, at most; past it QueueFull. Preempted ones don't count."""
+    """The most sequences that may wait for their first admission; past it QueueFull. Preempted ones don't count."""
     max_num_waiting_tokens: int = 2**22
-    """Their prompt tokens, at most, unless they are one request's."""
+    """The most prompt tokens of those sequences together, unless they belong to one request."""
     enable_prefix_caching: bool = True
     admission_watermark: float = 0.01
     """Share of the blocks that an admission leaves free, so that running sequences can grow."""
@@ -46,10 +46,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
-    """One sequence to generate. max_tokens counts output tokens; stop_token_ids holds the end-of-sequence ids too.
+    """One sequence to generate. max_tokens counts output tokens; stop_token_ids includes the end-of-sequence ids.
 
-    sequence_id is the engine's own number, never used again: what a client calls its request stays at the edge, so that
-    no late news of a request can reach another one of the same name.
+    sequence_id is the engine's own number and never used again. The request id that a client chose stays at the edge,
+    so that late outputs of a request can't reach another one of the same id.
     """
 
     sequence_id: int
@@ -61,7 +61,7 @@ class SequenceRequest:
     """Lower is admitted earlier and preempted later."""
     cache_salt: str = ""
     deadline: float | None = None
-    """When the sequence ends if it still waits, in seconds of the clock whose time Scheduler.expire() is told."""
+    """When the sequence ends if it still waits, by the clock whose time Scheduler.expire() is told, in seconds."""
 
     def has_expired(self, now: float) -> bool:
         return self.deadline is not None and self.deadline <= now
@@ -90,7 +90,9 @@ class FinishedSequence:
 
 @dataclass(slots=True)
 class StepOutputs:
-    """What one step brought: parallel lists of sequences and their new token, then the sequences that ended."""
+    """The outputs of one step: parallel lists of sequence ids and their new tokens, log-probability reports by sequence
+    id, and the sequences that ended.
+    """
 
     step_id: int
     sequence_ids: list[int] = field(default_factory=list)
@@ -101,7 +103,9 @@ class StepOutputs:
 
 @dataclass(slots=True)
 class Counters:
-    """What a scheduler has counted since its start; none ever falls but num_output_tokens, by what proves overshoot."""
+    """What a scheduler has counted since its start. num_output_tokens falls by tokens that turn out to be overshoot;
+    the others only grow.
+    """
 
     num_steps: int = 0
     num_preemptions: int = 0

@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may have on this worker, so that no step holds up everyone's next token for long.
+"""How many prompt tokens a step may have on this worker, so that no step delays the next token of all others for long.
 
 A GPU takes the whole token budget in a fraction of a second, and the limit stays where it is. On a CPU a long prompt
 in one step would take minutes. Knows durations, nothing of steps or clocks.
@@ -16,11 +16,11 @@ class ChunkPace:
         """max_tokens is a step's token budget; device is the worker's, "cpu" or a GPU's name."""
         self._max_tokens = max_tokens
         self.limit = min(max_tokens, FIRST_TOKENS_ON_CPU) if device == "cpu" else max_tokens
-        # Of the last step without prompts.
+        # How long the last step without prompt tokens took.
         self._decode_s = 0.0
 
     def note(self, num_prompt_tokens: int, seconds: float) -> None:
-        """A step with so many prompt tokens took so long. What decoding alone takes is no prompt's doing."""
+        """Takes the duration of a step with so many prompt tokens. The time that decoding alone takes is subtracted."""
         if not num_prompt_tokens:
             self._decode_s = seconds
             return

@@ -1,7 +1,8 @@
-"""The live requests of all front ends: the step loop's one sink, and the engine that each front end holds.
+"""The live requests of all front ends: the step loop's one sink, and behind Attachment the engine that each front end
+holds.
 
-Request ids are unique here, drain and abort reach every front end. Knows the step loop and plain data; nothing of text,
-calls or processes.
+Here request ids are unique, and drain and abort reach every front end. Knows the step loop and plain data; nothing of
+text, calls or processes.
 """
 
 import asyncio
@@ -47,7 +48,7 @@ class _Sequence:
     handle: int
     request: _Request
     attachment: "Attachment"
-    # Of the core, once it has ended there.
+    # As the core counted them, once the sequence has ended there.
     num_output_tokens: int | None = None
 
 
@@ -59,7 +60,7 @@ class EngineHub:
         self._events = RequestEvents(observer) if observer is not None else None
         self._is_ready = False
         self._attachments: list[Attachment] = []
-        # Live ones alone.
+        # Live requests and sequences alone.
         self._requests: dict[str, _Request] = {}
         self._sequences: dict[int, _Sequence] = {}
         self._sequence_ids = itertools.count()
@@ -82,13 +83,13 @@ class EngineHub:
         return EngineState(self.step_loop.worker, self._is_ready, self.is_draining)
 
     def attach(self, listener: EngineListener, is_gone: Callable[[], bool] = lambda: False) -> "Attachment":
-        """The engine for one more front end. is_gone: whether that has ended, though it is not detached yet."""
+        """The engine for one more front end. is_gone says whether that has ended although it is not detached yet."""
         attachment = Attachment(self, listener, is_gone)
         self._attachments.append(attachment)
         return attachment
 
     def detach(self, attachment: "Attachment") -> None:
-        """A front end is gone: closes all of its requests."""
+        """Closes all requests of a front end that has gone."""
         self._attachments.remove(attachment)
         for first_handle in list(attachment.requests):
             attachment.close_request(first_handle)
@@ -110,7 +111,7 @@ class EngineHub:
         await self._is_idle.wait()
 
     def end_all(self, error: TandemError) -> None:
-        """Every live request ends with an error."""
+        """Ends every live request with an error."""
         self._fail(list(self._sequences), error)
 
     # The step loop's sink
@@ -207,7 +208,7 @@ class EngineHub:
             sequence.num_output_tokens = num_left
 
     def abort_sequence(self, sequence: _Sequence | None) -> None:
-        """A front end could not take its outputs."""
+        """Ends a sequence whose front end wants no more of it, or could not take its outputs."""
         if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:
             ended = self.step_loop.abort(sequence.sequence_id)
             num_output_tokens, num_cached_tokens = _counts_of(ended)
@@ -227,10 +228,10 @@ class EngineHub:
             self._is_idle.set()
 
     def _fail(self, sequence_ids: list[int], error: TandemError) -> None:
-        """Ends with an error those of the sequences that are live."""
+        """Ends those of the sequences that are live with an error."""
         for sequence_id in sequence_ids:
             if (sequence := self._sequences.get(sequence_id)) is not None:
-                # A stop that a front end finds in what it has is still to count.
+                # The front end may still find a stop in the tokens that it has, and report it.
                 ended = self.step_loop.abort(sequence_id)
                 if ended is not None:
                     sequence.num_output_tokens = ended.num_output_tokens
@@ -282,7 +283,7 @@ class Attachment:
         self.listener = listener
         self.is_gone = is_gone
         self.pending = OutputBatch()
-        # Open ones, by first handle and by handle.
+        # Open requests by their first handle, and their sequences by handle.
         self.requests: dict[int, _Request] = {}
         self.sequences: dict[int, _Sequence] = {}
 

@@ -31,7 +31,7 @@ class PlanMade:
     num_in_flight: int
     """Plans under way, this one included."""
     made_at: float
-    """In seconds of time.monotonic()."""
+    """When it was made, in seconds of time.monotonic()."""
 
     @property
     def num_bytes(self) -> int:
@@ -47,7 +47,7 @@ class StepDone:
     result: StepResult
     outputs: StepOutputs
     received_at: float
-    """In seconds of time.monotonic()."""
+    """When the result came, in seconds of time.monotonic()."""
 
     @property
     def wire_s(self) -> float:
@@ -60,12 +60,16 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class WorkerAttached:
+    """A session with a worker has begun."""
+
     worker: WorkerInfo
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
+    """The session with that epoch has ended. Every sequence was preempted."""
+
     epoch: int
     reason: str
     num_live_sequences: int
@@ -83,6 +87,8 @@ class RequestSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class RequestRefused:
+    """A request that passed the front end's checks, and that the engine refused."""
+
     request_id: str
     error: TandemError
 
@@ -102,7 +108,7 @@ class RequestEnded:
     reasons: tuple[FinishReason, ...]
     """One for each choice, in their order. ABORT for those that an operator or the front end ended."""
     num_output_tokens: int
-    """Of all choices, past a stop string included where the front end has not found it yet."""
+    """Output tokens of all choices. Tokens past a stop string count here, as the front end cuts them off later."""
     num_cached_tokens: int
     """Prompt tokens that the prefix cache had, of all choices."""
     error: TandemError | None

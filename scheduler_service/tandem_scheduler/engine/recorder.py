@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class RecordingError(TandemError):
-    """The file is no recording, or a broken one."""
+    """The file is not a recording, or it is broken."""
 
 
 class RecordingScheduler:
@@ -113,7 +113,7 @@ class Replay:
     num_plans: int
     difference: str | None
     is_truncated: bool
-    """The last line is cut, as after a crash; it was left out."""
+    """The last line is incomplete, as after a crash, and was left out."""
 
 
 def replay(path: Path) -> Replay:
@@ -138,7 +138,7 @@ def replay(path: Path) -> Replay:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """All whole lines, and whether the last one is cut."""
+    """All complete lines, and whether an incomplete one follows."""
     text = path.read_text(encoding="utf-8")
     *whole, rest = text.split("\n")
     if not whole:
@@ -168,7 +168,9 @@ def _call(scheduler: Scheduler, name: str, arguments: list[Any]) -> dict[str, An
 
 
 def _to_json(value: Any) -> Any:
-    """Arguments in full. Of answers, what shows a difference: new rows' token ids as a hash, outputs as ends."""
+    """Arguments in full, and of answers as much as shows a difference: a hash of a new row's token ids, and of a step's
+    outputs their number and the ends.
+    """
     match value:
         case SequenceRequest():
             return {
@@ -226,7 +228,7 @@ def _new_row_to_json(row: NewRow) -> dict[str, Any]:
 
 
 def _round_trip(value: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, so that an answer equals its own recording."""
+    """Turns tuples into lists, as JSON does, so that a value equals its own recording."""
     return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
 
 

@@ -1,4 +1,4 @@
-"""Makes an observer's request events of what the hub sees of single sequences. There is one only where there is an
+"""Makes request events of what the hub sees of single sequences. The hub has a RequestEvents only if it has an
 observer.
 """
 
@@ -20,18 +20,18 @@ from tandem_shared.errors import TandemError
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What has come of a request so far."""
+    """A live request, and the ends of its choices so far."""
 
     submitted: RequestSubmitted
     reasons: dict[int, FinishReason]
-    """By sequence id."""
+    """The finish reasons of the choices that have ended, by sequence id."""
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     error: TandemError | None = None
 
 
 class RequestEvents:
-    """The requests that live, and those of them without a token yet."""
+    """Tells an observer of the live requests."""
 
     def __init__(self, observer: Observer) -> None:
         self._observe = guarded(observer)

@@ -1,8 +1,8 @@
-"""The sole caller of the scheduler core: plan -> worker -> update, some plans in flight.
+"""The sole caller of the scheduler core: plans go to the worker, results come back, with some plans in flight.
 
-Knows the core and the worker's interface; of the front ends only a sink that takes each step's outputs as one
-batch of plain data. When the worker is lost it waits for one with the same
-fingerprint and goes on; no step is ever retried.
+Knows the core and the worker's interface; of the front ends it knows only a sink that takes each step's outputs as one
+batch of plain data. When the worker is lost, the loop waits for one with the same fingerprint and goes on; no step is
+ever retried.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ MAX_BACKOFF_S = 1.0
 
 CreateScheduler = Callable[[SchedulerConfig, WorkerInfo], SchedulerInterface]
 CheckWorker = Callable[[WorkerInfo], str]
-"""Why a worker is not the one to use; empty where it is."""
+"""Says why a worker must not be used; empty if it may."""
 
 
 class Sink(Protocol):
@@ -41,8 +41,8 @@ class Sink(Protocol):
         """Sequences that ended outside a step."""
 
     def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
-        """One of the two above raised, so that the streams of these sequences, and of those that ended, may lack what
-        it was told: all of them that are live here end with an error.
+        """One of the two above raised, so the streams of these sequences may lack tokens or ends: those that are still
+        live here end with an error.
         """
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:
@@ -52,7 +52,7 @@ class Sink(Protocol):
 
 
 class StepLoop:
-    """Runs one scheduler against one worker address, through losses of the worker. All of it is one event loop's."""
+    """Runs one scheduler against one worker address, through losses of the worker. All of it runs in one event loop."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class StepLoop:
         self._create_scheduler = create_scheduler
         self._check_worker = check_worker
         self._observe = guarded(observer) if observer is not None else None
-        # No worker in time: new sequences are refused until there is one.
+        # No worker came back in time, so new sequences are refused until there is one.
         self._has_given_up = False
         self._has_news = asyncio.Event()
         self._sending = asyncio.Lock()
@@ -89,7 +89,7 @@ class StepLoop:
         self._num_preemptions = 0
         self._pace: ChunkPace | None = None
         self._result_at = 0.0
-        # Between sessions that bring no result, and why there was none yet, as it was said last.
+        # The pause between sessions that bring no result, and the last reason for having no worker that was logged.
         self._backoff_s = 0.0
         self._last_reason = ""
 
@@ -112,12 +112,12 @@ class StepLoop:
         return self.scheduler.stop(sequence_id, num_output_tokens) if self.scheduler else None
 
     def discount(self, num_output_tokens: int) -> None:
-        """Tokens of a sequence that has ended turned out to be past a stop."""
+        """Counts tokens of a sequence that has ended as overshoot, because they turned out to be past a stop."""
         if self.scheduler:
             self.scheduler.discount(num_output_tokens)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until it is cancelled."""
         while True:
             session = await self._connect()
             self._has_given_up = False
@@ -130,7 +130,7 @@ class StepLoop:
                 failure = reason = str(error)
                 logger.warning("worker lost: it said: %s", error)
             except Exception as error:
-                # Whatever it was, the outcome of the steps in flight is unknown.
+                # Whatever the error was, the outcome of the steps in flight is unknown.
                 reason = str(error)
                 is_expected = isinstance(error, WorkerUnavailable)
                 logger.warning("worker lost: %s", error, exc_info=None if is_expected else error)
@@ -147,11 +147,13 @@ class StepLoop:
             await asyncio.sleep(self._backoff_s)
 
     async def _connect(self) -> WorkerSession:
-        """A session with the right worker; gives up on the live sequences, but not on the worker, in time."""
+        """Tries until it has a session with the right worker. After worker_wait_s it gives up on the live sequences,
+        but not on the worker.
+        """
         deadline, backoff = time.monotonic() + self._worker_wait_s, MIN_BACKOFF_S
         while True:
             may_give_up = self.scheduler is not None and not self._has_given_up
-            # A worker that hangs must not hold up the giving up.
+            # A worker that hangs must not delay the moment of giving up.
             left_s = max(deadline - time.monotonic(), MIN_BACKOFF_S) if may_give_up else CONNECT_TIMEOUT_S
             timeout_s = min(left_s, CONNECT_TIMEOUT_S)
             try:
@@ -187,14 +189,14 @@ class StepLoop:
         return session
 
     def _why_not_needed(self, info: WorkerInfo) -> str:
-        """A worker with another model can't go on with what is live."""
+        """Why a worker is of no use: live sequences cannot go on with another model."""
         is_same = self.worker is None or info.fingerprint == self.worker.fingerprint
         if is_same or self.scheduler is None or not self.scheduler.num_unfinished:
             return ""
         return f"live requests wait for their model, and the worker has another one: fingerprint {info.fingerprint}"
 
     def _say_no_worker(self, reason: str) -> None:
-        """Loudly, when it is news."""
+        """Logs why there is no worker: as a warning if the reason is new."""
         level = logging.INFO if reason == self._last_reason else logging.WARNING
         self._last_reason = reason
         logger.log(level, "waiting for a worker: %s", reason)
@@ -205,7 +207,7 @@ class StepLoop:
         self._sink.on_worker_gone(error)
 
     async def _run_session(self, session: WorkerSession) -> None:
-        """Until the worker is lost: then raises why."""
+        """Runs until the worker is lost, and raises the reason."""
         self._sent.clear()
         self._result_at = 0.0
         self._has_news.set()
@@ -217,7 +219,7 @@ class StepLoop:
         receiving, *_ = tasks = [asyncio.create_task(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            # Another part may have failed because the session was ending, and why it was comes with the results.
+            # Another part may have failed only because the session was ending. The reason comes with the results.
             await asyncio.wait([receiving], timeout=LAST_WORD_WAIT_S)
             first = receiving if receiving.done() else done.pop()
             first.result()
@@ -232,15 +234,17 @@ class StepLoop:
             outputs = self.scheduler.update(result)
             plan = self._sent.popleft()
             self._note_result(plan)
-            # The front ends first, with no wait in between: nobody may close a sequence that these outputs name. The
-            # worker has other plans, and a stop that a front end finds here is in the next one.
+            # The front ends come first, with no await in between, so that none can close a sequence that these outputs
+            # name. The worker has other plans meanwhile, and a stop that a front end finds here is in the next one.
             self._tell_outputs(outputs)
             if self._observe:
                 self._observe(StepDone(plan, result, outputs, self._result_at))
             await self._send_plans(session)
 
     def _tell_outputs(self, outputs: StepOutputs) -> None:
-        """A sink that raises is no fault of the worker, and the core has confirmed what it was told."""
+        """Gives the sink a step's outputs. If it raises, that is no fault of the worker, and the core has already
+        confirmed the outputs.
+        """
         try:
             self._sink.on_outputs(outputs)
         except Exception:
@@ -292,12 +296,12 @@ class StepLoop:
     def _note_result(self, plan: PlanMade) -> None:
         assert self._pace is not None
         now = time.monotonic()
-        # It may have waited for the step before.
+        # The step may have waited for the one before it.
         self._pace.note(plan.num_prompt_tokens, now - max(plan.made_at, self._result_at))
         self._result_at = now
 
     async def _watch(self, session: WorkerSession) -> None:
-        """A step may take long, but not without a word that it gets on."""
+        """Raises WorkerUnavailable when the oldest step has brought neither a result nor progress for too long."""
         while True:
             await asyncio.sleep(self._step_timeout_s / 10)
             if not self._sent:

@@ -24,26 +24,28 @@ class WorkerSession(Protocol):
 
     info: WorkerInfo
     heard_at: float
-    """When (time.monotonic) the worker last said that its steps get on"""
+    """When the worker last sent anything, in seconds of time.monotonic()."""
 
     async def send(self, plan: StepPlan) -> None: ...
 
     def results(self) -> AsyncIterator[StepResult]:
-        """Results in the order of the plans, until the session ends: then raises why. WorkerFailed and InvalidPlan are
-        the worker's last word on a step, WorkerUnavailable is any other end.
+        """Yields results in the order of the plans until the session ends, and then raises the reason: WorkerFailed or
+        InvalidPlan if the worker said that a step failed, WorkerUnavailable for any other end.
         """
 
     async def close(self) -> None: ...
 
 
 class WorkerClient(Protocol):
+    """A worker at an address, whether it is there or not."""
+
     async def get_info(self, timeout_s: float) -> WorkerInfo:
-        """WorkerUnavailable where no worker answers in time."""
+        """What the worker is. Raises WorkerUnavailable if none answers in time."""
 
     async def open_session(
         self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
     ) -> WorkerSession:
-        """WorkerUnavailable where the worker does not take it, SessionTaken where another scheduler has it."""
+        """Raises SessionTaken if another scheduler has the worker, else WorkerUnavailable if it refuses."""
 
     async def close(self) -> None: ...
 
@@ -65,7 +67,7 @@ class GrpcWorkerClient:
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:
         try:
-            # wait_for_ready, so that a channel in backoff tries again within the time.
+            # With wait_for_ready a channel in backoff tries again within the time.
             response = await self._stub.GetWorkerInfo(
                 worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s, wait_for_ready=True, metadata=self._metadata
             )
@@ -76,7 +78,7 @@ class GrpcWorkerClient:
     async def open_session(
         self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
     ) -> WorkerSession:
-        # Typed by hand: the stubs have it that read() gives an object.
+        # Any, because the stubs declare that read() gives an object.
         call: Any = self._stub.ExecuteSteps(metadata=self._metadata)
         opening = worker_pb2.OpenSession(
             protocol_version=PROTOCOL_VERSION,
@@ -139,7 +141,7 @@ class GrpcWorkerSession:
 
 
 def _error_of_last_word(data: bytes) -> TandemError:
-    """WorkerFailed and InvalidPlan as they are; any other end leaves a worker that is unavailable to us."""
+    """WorkerFailed and InvalidPlan as they are; any other reason as WorkerUnavailable."""
     status = status_pb2.Status.FromString(data)
     error = read_status(status)
     return error if isinstance(error, WorkerFailed | InvalidPlan) else WorkerUnavailable(status.message)

@@ -1,8 +1,9 @@
-"""The live requests of one front end: what the engine brings goes to each request's buffers, for its reader to take.
+"""One front end: its live requests. Outputs of the engine go into each request's buffers, from which its reader takes
+them.
 
-Knows requests and of the engine only its interface. A slow reader slows nobody: its tokens gather in its buffers and
-leave many at a time, and past a bound its request ends. Whatever goes wrong with one request, its text, its stop
-strings or its reader, ends that request alone.
+It knows requests, and of the engine only the interface. A slow reader slows down nobody else: its tokens gather in its
+buffers and leave many at a time, and past a limit its request ends. Whatever goes wrong with one request (its text, its
+stop strings, its reader) ends that request alone.
 """
 
 from collections.abc import Awaitable, Callable
@@ -20,10 +21,10 @@ from tandem_scheduler.front_end.validation import MAX_LOGPROBS, GenerationReques
 from tandem_shared.errors import Draining, TandemError
 
 MAX_UNREAD_BYTES = 256 * 1024 * 1024
-"""Of all buffers together. Past it the request with the largest ends."""
+"""The limit of all buffers together. Past it the request that holds most ends."""
 
 COUNT_EVERY_BYTES = 8 * 1024 * 1024
-"""That came since the buffers were counted."""
+"""The buffers are counted once so many bytes have come since the last count."""
 
 T = TypeVar("T")
 
@@ -37,9 +38,9 @@ class FrontEnd:
         self.decoder = TextDecoder(tokenizer, lengths)
         self._set_ready = set_ready
         self._choices: dict[int, Choice] = {}
-        # Ended here, by a stop string; the engine's word is under way.
+        # Choices that a stop string ended here, until the engine says so too.
         self._stopped: dict[int, Choice] = {}
-        # Opened and not closed, ended or not, by first handle.
+        # Requests that were opened and not closed yet, ended or not, by first handle.
         self._lives: dict[int, LiveRequest] = {}
         self._num_uncounted_bytes = 0
         self._next_handle = 0
@@ -63,7 +64,7 @@ class FrontEnd:
         live = LiveRequest(request, self.decoder, self._next_handle, self.close)
         self._next_handle += len(live.choices)
         self._lives[live.first_handle] = live
-        # First, because outputs may come before submit returns.
+        # This comes first, because outputs may come before submit() returns.
         self._choices.update(enumerate(live.choices, start=live.first_handle))
         try:
             await self.engine.submit(
@@ -77,7 +78,7 @@ class FrontEnd:
         return live
 
     def close(self, live: LiveRequest) -> None:
-        """Forgets a request, whose sequences end if they run."""
+        """Forgets a request and ends those of its sequences that still run."""
         for handle in range(live.first_handle, live.first_handle + len(live.choices)):
             self._choices.pop(handle, None)
             self._stopped.pop(handle, None)
@@ -144,7 +145,7 @@ class FrontEnd:
             live.has_news.set()
 
     def _guard(self, live: LiveRequest, function: Callable[..., T], *args: Any) -> T | None:
-        """Calls what may fail for this request. If it does, the request ends, and nothing else."""
+        """Calls a function for a request. If it fails, the request ends, and nothing else."""
         try:
             return function(*args)
         except BaseException as error:
@@ -158,14 +159,14 @@ class FrontEnd:
         self.close(live)
 
     def _fail_behind(self, live: LiveRequest) -> None:
-        """Ends a request that holds more than it may, and drops that."""
+        """Ends a request that holds more than it may, and drops what it holds."""
         error = live.too_large()
         live.drop_unread()
         self._fail(live, error)
 
     def _bound_unread(self, batch: OutputBatch) -> None:
-        """Ends the requests whose readers are furthest behind where all together hold too much. Counts only once enough
-        has come to matter.
+        """If all requests together hold too much, ends those whose readers are furthest behind. It counts only once
+        COUNT_EVERY_BYTES have come.
         """
         self._num_uncounted_bytes += TOKEN_BYTES * len(batch.token_ids) + logprob_bytes(MAX_LOGPROBS) * len(
             batch.logprobs

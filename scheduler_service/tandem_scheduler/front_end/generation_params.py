@@ -1,4 +1,4 @@
-"""What a request asks for, as plain data, before anything of it is checked. Each door makes one; knows no wire."""
+"""A generate request as plain data, before anything in it is checked. Each API makes one of its own messages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
-    """The fields of a generate request. None stands for what was left out, where that differs from a zero.
+    """The fields of a generate request. None stands for a field that was left out, where that differs from a zero.
 
-    A door copies no sequence and looks at no element of one: any of them may be as long as a message can be, and their
-    lengths are checked (validation.py) before their elements are.
+    Whoever makes one copies no sequence and looks at no element of one: any of them may be as long as a message can be,
+    and validation.py checks their lengths before their elements.
     """
 
     prompt_text: str | None = None
@@ -31,6 +31,6 @@ class GenerationParams:
     priority: int = 0
     cache_salt: str = ""
     max_reply_bytes: int | None = None
-    """What the reader takes in one reply; None where the output is streamed."""
+    """The largest reply that the reader accepts; None if the output is streamed."""
     deadline: float | None = None
-    """When the call's deadline passes, in seconds of time.monotonic(); None where it has none."""
+    """When the call's deadline passes, in seconds of time.monotonic(); None if it has no deadline."""

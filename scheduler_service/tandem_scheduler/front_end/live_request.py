@@ -1,6 +1,7 @@
-"""A request under way, as its reader has it: what came of each choice gathers in buffers, packed, until it is taken.
+"""A request under way, as its reader sees it: the tokens of each choice gather in packed buffers until they are taken.
 
-Text is made when it is taken, in the reader's own task, but where stop strings must be looked for.
+Tokens become text when they are taken, in the reader's own task. Only where a request has stop strings they become text
+as they come.
 """
 
 import asyncio
@@ -20,17 +21,18 @@ from tandem_shared.errors import OutputTooLarge, TandemError
 from tandem_shared.step_plan import RowLogprobs
 
 MAX_TOKENS_PER_DELTA = 64
-"""Of a stream; more leave in several messages, none of which takes long to make or is too large for a client."""
+"""The most tokens in one message of a stream. More leave in several messages, so that none takes long to make or is too
+large for a client."""
 
 MAX_UNREAD_BYTES = 16 * 1024 * 1024
-"""Of one stream's buffers: 4 million tokens, or 100,000 with 20 log-probabilities each."""
+"""The limit of one stream's buffers: 4 million tokens, or 100,000 with 20 log-probabilities each."""
 
 TOKEN_BYTES = 4
-"""Of a token in a buffer, but for its log-probabilities."""
+"""The size of a token in a buffer, without its log-probabilities."""
 
 
 def logprob_bytes(num_logprobs: int) -> int:
-    """Of a token's report in a LogprobBuffer."""
+    """The size of one token's report in a LogprobBuffer."""
     return 5 + 8 * num_logprobs
 
 
@@ -43,7 +45,7 @@ class ChoiceEnd:
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """What came of one choice since its last delta."""
+    """The new output of one choice since its last delta. `end` comes with the last one."""
 
     choice_index: int
     text: str
@@ -53,7 +55,7 @@ class ChoiceDelta:
 
 
 class Choice:
-    """One sequence of a request: its detokenizer, and what its reader has not taken yet."""
+    """One sequence of a request: its detokenizer, and the output that its reader has not taken yet."""
 
     __slots__ = (
         "_detokenizer",
@@ -76,7 +78,7 @@ class Choice:
         self._logprobs = LogprobBuffer()
         self._detokenizer = detokenizer
         self._texts: list[str] = []
-        # Of token_ids, how many are in the texts.
+        # How many of token_ids are in the texts.
         self._num_decoded = 0
         self._num_taken = 0
         self._end: SequenceEnd | None = None
@@ -93,8 +95,8 @@ class Choice:
         self._logprobs.append(report)
 
     def find_stop(self, num_left_out: int) -> bool:
-        """Decodes what is new, but for the last tokens left out, and drops what is past a stop string. True if there
-        was one.
+        """Looks for a stop string in the new tokens, without the last num_left_out of them. If there is one, drops the
+        tokens past it and returns True.
         """
         for position in range(self._num_decoded, len(self.token_ids) - num_left_out):
             text = self._detokenizer.add(self.token_ids[position])
@@ -113,7 +115,7 @@ class Choice:
         self._end = end
 
     def drop(self) -> None:
-        """Forgets what was not taken."""
+        """Forgets the output that was not taken."""
         self.token_ids = array("i")
         self._logprobs = LogprobBuffer()
         self._texts, self._num_decoded, self._end = [], 0, None
@@ -123,11 +125,13 @@ class Choice:
         return sum(map(len, self._texts))
 
     def num_undecoded(self, max_tokens: int) -> int:
-        """Tokens that taking so many has to decode."""
+        """How many tokens take(max_tokens) would have to decode."""
         return min(len(self.token_ids), max_tokens) - self._num_decoded
 
     def take(self, max_tokens: int) -> ChoiceDelta:
-        """What came, or the first of it; with the choice's end if it is all. Raises what the tokenizer raises."""
+        """The first max_tokens of the output, and the choice's end if that is all of it. Raises what the tokenizer
+        raises.
+        """
         is_all = len(self.token_ids) <= max_tokens
         token_ids = self.token_ids[:max_tokens]
         undecoded = token_ids[self._num_decoded :]
@@ -152,7 +156,7 @@ class Choice:
 
     def _choice_end(self, end: SequenceEnd) -> ChoiceEnd:
         stop_string = self._detokenizer.matched_stop
-        # Whatever the engine made of the tokens past it.
+        # A stop string ends the choice with STOP, whatever the engine made of the tokens past it.
         reason = end.reason if stop_string is None else FinishReason.STOP
         return ChoiceEnd(reason, stop_string, end.stop_token_id)
 
@@ -183,9 +187,9 @@ class LiveRequest:
         self.num_cached_tokens = 0
         num_logprobs = request.first.sampling.num_logprobs
         self._bytes_per_token = TOKEN_BYTES + (0 if num_logprobs is None else logprob_bytes(num_logprobs))
-        # These count what the choices hold, so both are zero when a request has ended and been read or closed.
+        # These count what the choices hold, so both are zero when a request has ended and been read or closed. The
+        # characters are those of text that was made before it was taken.
         self.num_unread_tokens = 0
-        # Of text that was made as it came.
         self.num_unread_characters = 0
         self._is_dropped = False
         if request.max_reply_bytes is None:
@@ -210,15 +214,15 @@ class LiveRequest:
         return OutputTooLarge(f"the stream's reader is {self.num_unread_tokens} tokens behind")
 
     def drop_unread(self) -> None:
-        """Forgets what was not taken. Nothing more is given out, so the caller ends the request."""
+        """Forgets the output that was not taken. Nothing more is given out, so the caller ends the request."""
         self._is_dropped = True
         for choice in self.choices:
             choice.drop()
         self.num_unread_tokens = self.num_unread_characters = 0
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """News of the choices until all have ended: all at once at the end, unless the request streams. Raises the
-        error that ended the request.
+        """The new output of the choices until all have ended: as it comes if the request streams, else all at the end.
+        Raises the error that ended the request.
         """
         num_open = len(self.choices)
         while num_open:
@@ -235,7 +239,7 @@ class LiveRequest:
                 self._raise_error()
 
     def close(self) -> None:
-        """Its reader is done with it, whether it has read all or not."""
+        """Ends the request if it still runs. Its reader reads no further."""
         self._close(self)
         self.drop_unread()
 
@@ -250,7 +254,7 @@ class LiveRequest:
         except BaseException as error:
             raise text_failure("the tokenizer failed on the output", error) from error
         if self._is_dropped:
-            # While a thread took it: the delta may lack what was dropped, and the books have been closed.
+            # The request was dropped while a thread took the delta, which may therefore lack output.
             self._raise_error()
         self.num_unread_tokens -= num_tokens - len(choice.token_ids)
         self.num_unread_characters -= num_characters

@@ -1,4 +1,4 @@
-"""Log-probability reports of many tokens, packed: a tenth of what they take as objects."""
+"""Log-probability reports of many tokens, packed into a tenth of the memory that they take as objects."""
 
 from array import array
 from collections.abc import Iterator
@@ -48,7 +48,9 @@ class LogprobBuffer:
             setattr(self, name, getattr(kept, name))
 
     def reports(self, start: int, end: int) -> Iterator[tuple[float, "array[int]", "array[float]"]]:
-        """Of tokens start to end: the token's own log-probability, the likeliest ids and theirs."""
+        """For each token from start to end: its own log-probability, the likeliest token ids, and their
+        log-probabilities.
+        """
         first = sum(self._num_top[:start])
         for logprob, num_top in zip(self._logprobs[start:end], self._num_top[start:end], strict=True):
             top = slice(first, first + num_top)

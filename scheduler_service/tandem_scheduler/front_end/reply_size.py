@@ -10,7 +10,7 @@ FLOAT_BYTES = 5
 
 
 def max_reply_size(vocab_size: int, num_logprobs: int | None) -> int:
-    """Of one output token, at most: its id, and its log-probabilities where they are asked for."""
+    """The most bytes of one output token: its id, and its log-probabilities if the request asks for them."""
     id_bytes = _varint_size(vocab_size - 1)
     if num_logprobs is None:
         return id_bytes
@@ -20,8 +20,8 @@ def max_reply_size(vocab_size: int, num_logprobs: int | None) -> int:
 
 
 def min_reply_size(num_logprobs: int | None) -> int:
-    """Of one output token, at least. Zeros are left out of a message, and of several tokens only one has the id 0, or
-    the log-probability 0.
+    """The fewest bytes of one output token. Protobuf leaves zeros out, but of several tokens only one can have the id 0
+    or the log-probability 0.
     """
     return 1 if num_logprobs is None else 3 + max(0, num_logprobs - 1) * (4 + FLOAT_BYTES)
 

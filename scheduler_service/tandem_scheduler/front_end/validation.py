@@ -1,7 +1,7 @@
-"""Requests, checked once, here at the edge: plain parameters in, plain data out. What is wrong is said at once.
+"""Checks a request, once, at the edge: plain parameters in, plain data out. All that is wrong is reported together.
 
-Lengths come first: nothing that a client sends is looked at element by element, tokenized, hashed or quoted in an error
-before its length is known to be allowed.
+Lengths are checked first: nothing that a client sends is read element by element, tokenized, hashed or quoted in an
+error before its length is known to be allowed.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_STRINGS_LENGTH = 8192
-"""Of all stop strings together, in characters."""
+"""The limit of all stop strings together, in characters."""
 MAX_STOP_TOKEN_IDS = 128
 MAX_REQUEST_ID_BYTES = 256
 MAX_CACHE_SALT_BYTES = 1024
 MAX_VIOLATIONS = 10
-"""That are told, and that any text is made for."""
+"""The most violations that are reported. The others are only counted."""
 
 MAX_QUOTED_CHARACTERS = 64
 IDS_AT_ONCE = 16_384
@@ -51,12 +51,12 @@ class GenerationRequest:
     first: SequenceRequest
     num_choices: int
     fingerprint: str
-    """Of the worker that it was checked against"""
+    """The fingerprint of the worker that the request was checked against."""
     num_prompt_tokens: int
     stop_strings: tuple[str, ...]
     skip_special_tokens: bool
     max_reply_bytes: int | None
-    """None where the output is streamed"""
+    """The largest reply that the reader accepts; None if the output is streamed."""
 
 
 class _Violations:
@@ -89,7 +89,7 @@ def check_model(wanted: str, served: str) -> None:
 
 
 def check_request_id(request_id: str) -> None:
-    """Of a request that is to be found. Raises InvalidRequest."""
+    """Checks the id by which a live request is looked for. Raises InvalidRequest."""
     violations = _Violations()
     _check_request_id(request_id, violations)
     violations.raise_any()
@@ -108,7 +108,7 @@ async def check_request(
     _check_stopping(params, worker, violations)
     _check_reply_size(params, worker, violations)
     if _has_long_prompt(params):
-        # It costs too much to read for a request that is wrong already.
+        # Reading a long prompt costs too much for a request that is already known to be wrong.
         _read_max_tokens(params, 0, worker, violations)
         violations.raise_any()
     prompt = await _read_prompt(params, encoder, worker, violations)
@@ -141,7 +141,9 @@ async def check_request(
 
 
 def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
-    """What would harm the requests of others, were the front end wrong that checked it. Raises InvalidRequest."""
+    """Checks once more, for the engine, what would harm other requests if the front end had not checked it. Raises
+    InvalidRequest.
+    """
     violations, first, num_choices = _Violations(), submission.first, submission.num_choices
     _check_num_choices(num_choices, violations)
     is_handle = submission.first_handle + num_choices <= 2**64
@@ -167,7 +169,7 @@ async def check_token_ids(field: str, token_ids: Sequence[int], max_count: int, 
 
 
 async def _read_ids(token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Lets others have their turn in between."""
+    """Copies the ids in parts, between which the event loop has other turns."""
     array = np.empty(len(token_ids), np.int64)
     for start in range(0, len(token_ids), IDS_AT_ONCE):
         array[start : start + IDS_AT_ONCE] = token_ids[start : start + IDS_AT_ONCE]
@@ -185,12 +187,12 @@ def _quoted(text: str) -> str:
 
 
 def _hashed(salt: str) -> str:
-    """Equal for equal salts and short, as the prefix cache keeps it; empty for none."""
+    """A short digest of the salt, as the prefix cache keeps it; empty if there is no salt."""
     return hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).hexdigest() if salt else ""
 
 
 def _is_short(text: str, max_bytes: int) -> bool:
-    """Looks at no text that is much too long."""
+    """Whether a text has max_bytes at most. A text that is much too long is not read."""
     return len(text) <= max_bytes and len(text.encode(errors="surrogatepass")) <= max_bytes
 
 
@@ -202,7 +204,7 @@ def _check_request_id(request_id: str, violations: _Violations) -> None:
 
 
 def _read_sampling(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> dict[str, Any]:
-    """RowSampling's fields, with the model's defaults, then the API's, where the request has none."""
+    """The fields of RowSampling: the request's, else the model's default, else the API's default."""
     defaults = {
         "temperature": (worker.default_temperature, 1.0),
         "top_k": (worker.default_top_k, 0),
@@ -272,7 +274,7 @@ def _has_long_prompt(params: GenerationParams) -> bool:
 async def _read_prompt(
     params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, violations: _Violations
 ) -> Int32Array:
-    """The prompt's ids; none where it is wrong."""
+    """The prompt's ids; NO_IDS if it is wrong."""
     text, token_ids, limit = params.prompt_text, params.prompt_token_ids, worker.max_model_len
     if (text is None) == (token_ids is None):
         description = "has neither text nor token_ids" if text is None else "has both text and token_ids"
@@ -313,8 +315,8 @@ def _read_max_tokens(
 
 
 def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
-    """Of a reply that the request's own max_tokens lets grow too large. Where the context alone bounds the output it
-    will most likely end earlier, so that is left to be seen.
+    """Refuses a request whose own max_tokens lets the reply grow too large. If the context alone bounds the output, it
+    will most likely end earlier, so nothing is refused beforehand.
     """
     limit = params.max_reply_bytes
     if limit is None or params.max_tokens is None or not 1 <= params.max_tokens <= worker.max_model_len:

@@ -1,4 +1,4 @@
-"""What a front-end process and the engine say to each other, to protobuf and back. Knows the wire's field names."""
+"""Encodes and decodes the messages between a front-end process and the engine. Knows the wire's field names."""
 
 import numpy as np
 from google.rpc import status_pb2
@@ -108,7 +108,7 @@ def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
 
 
 def handles_in(message: engine_pb2.AttachResponse) -> list[int]:
-    """Of all sequences that a message speaks of, as far as it can be read."""
+    """The handles of all sequences in a message, as far as it can be read."""
     whole = len(message.token_handles) // HANDLES.itemsize * HANDLES.itemsize
     tokens = np.frombuffer(message.token_handles[:whole], HANDLES).tolist()
     return [*tokens, *message.logprobs.handles, *(end.handle for end in message.ends)]
@@ -139,7 +139,7 @@ def _decode_logprobs(message: engine_pb2.TokenLogprobs) -> list[tuple[int, RowLo
     reports, start = [], 0
     for handle, logprob, num_top in zip(message.handles, message.logprobs, message.num_top, strict=True):
         top = slice(start, start + num_top)
-        # Rows are the worker's; nobody here asks for them.
+        # The row is known to the worker's side alone, and not sent.
         reports.append((handle, RowLogprobs(0, logprob, top_token_ids[top], top_logprobs[top])))
         start += num_top
     return reports

@@ -27,11 +27,13 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 SERVICE_NAME = "tandem.v1.InferenceService"
 
 MIN_TOKEN_LIMIT = 131_072
-"""Tokens that Tokenize gives and Detokenize takes, at most; or a context's, where that is more."""
+"""The most tokens that Tokenize returns and Detokenize accepts, unless the model's context is longer."""
 
 
 class InferenceServicer:
-    """Registers itself with add_to(): a whole reply is encoded part by part, and what arrives is measured first."""
+    """The RPCs of InferenceService. They are registered with add_to() instead of the generated function, because
+    requests are measured before they are decoded, and whole replies come here encoded.
+    """
 
     def __init__(self, front_end: FrontEnd, served_model: str) -> None:
         self._front_end = front_end
@@ -144,6 +146,6 @@ class InferenceServicer:
 
 
 def _deadline_of(context: Context) -> float | None:
-    """When the call's deadline passes, in seconds of time.monotonic(); None where it has none."""
+    """When the call's deadline passes, in seconds of time.monotonic(); None if it has no deadline."""
     left_s = context.time_remaining()
     return None if left_s is None else time.monotonic() + left_s

@@ -1,5 +1,5 @@
-"""The public gRPC server on one engine: tokenizer, front end, servicers. The same beside the step loop and away from
-it; knows neither.
+"""The public gRPC server of one front end: tokenizer, front end and servicers. It is the same in the step loop's
+process and in a process of its own, and knows neither.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ INFERENCE_SERVICE = "tandem.v1.InferenceService"
 CONTROL_SERVICE = "tandem.v1.ControlService"
 
 NUM_OTHER_CALLS = 64
-"""Open calls, beside those that the engine may have waiting or running."""
+"""How many calls may be open beside those that the engine has waiting or running."""
 
 STOP_GRACE_S = 1.0
-"""For calls whose requests have ended, to send their last words."""
+"""How long calls whose requests have ended may take to send their last messages."""
 
 
 class PublicServer:
@@ -65,7 +65,7 @@ class PublicServer:
         return port
 
     async def stop(self) -> None:
-        """The calls whose requests have ended may send their last words."""
+        """Lets calls whose requests have ended send their last messages."""
         await (self._server.finish(STOP_GRACE_S) if self._ends_process else self._server.stop(STOP_GRACE_S))
 
     async def _set_ready(self, is_ready: bool) -> None:

@@ -1,5 +1,5 @@
-"""What comes of a request as messages of the gRPC API. A whole reply is built and encoded part by part, so that a large
-one holds up nobody: the event loop has other turns in between.
+"""Makes messages of the gRPC API of a request's output. A whole reply is built and encoded part by part, and the event
+loop has other turns in between, so that a large reply holds up nobody.
 """
 
 import asyncio

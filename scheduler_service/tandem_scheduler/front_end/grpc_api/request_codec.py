@@ -1,4 +1,4 @@
-"""Generate requests of the gRPC API as GenerationParams. Checks nothing, copies no repeated field."""
+"""Makes GenerationParams of the gRPC API's generate requests. It checks nothing and copies no repeated field."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,11 @@ from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
 
 DEFAULT_REPLY_BYTES = 4 * 1024 * 1024
-"""gRPC's own limit on what a client takes."""
+"""gRPC's own default limit on the messages that a client accepts."""
 
 MAX_REPLY_BYTES = 8 * 1024 * 1024
-"""A reply is in memory several times before it leaves; what is larger has to be streamed."""
+"""The largest reply, whatever the client accepts: a reply is in memory several times before it leaves, so larger
+outputs have to be streamed."""
 
 MAX_LIMIT_DIGITS = 12
 
@@ -21,7 +22,7 @@ AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStrea
 def params_of(
     request: AnyGenerateRequest, max_reply_bytes: int | None, deadline: float | None = None
 ) -> GenerationParams:
-    """max_reply_bytes: None where the output is streamed. deadline: of the call, on time.monotonic()."""
+    """max_reply_bytes is None if the output is streamed. deadline is the call's, in seconds of time.monotonic()."""
     prompt, sampling, stopping, output = request.prompt, request.sampling, request.stopping, request.output
     return GenerationParams(
         prompt_text=prompt.text if prompt.HasField("text") else None,
@@ -48,7 +49,7 @@ def params_of(
 
 
 def reply_limit(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
-    """What the client of a call takes in one reply, by its metadata. Raises InvalidRequest."""
+    """The largest reply, in bytes, that the client accepts according to the call's metadata. Raises InvalidRequest."""
     for key, value in metadata or ():
         if key == MAX_REPLY_BYTES_KEY:
             is_number = isinstance(value, str) and value.isascii() and value.isdigit()

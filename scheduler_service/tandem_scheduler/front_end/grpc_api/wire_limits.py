@@ -14,13 +14,13 @@ from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
 
 MAX_OTHER_BYTES = 256 * 1024
-"""Of all fields but the prompt: the longest stop strings take 32 kB, all else a few."""
+"""The limit of all fields but the prompt together: the longest stop strings take 32 kB, all else a few bytes."""
 
 MAX_ID_BYTES = 5
-"""Of one id, at most, in a row of them."""
+"""The most bytes of one id in a packed field."""
 
 MAX_FIELDS = 256
-"""Of a request or a prompt itself. They have nine and two, which may come in parts."""
+"""The most fields on the wire of a request or of a prompt. They have nine and two, but a field may come in parts."""
 
 PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
@@ -44,10 +44,10 @@ class TooLargeToDecode:
 def bounded_generate(
     decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
 ) -> Callable[[bytes], T | TooLargeToDecode]:
-    """A decoder of either generate request that measures it first. max_num_ids: what a prompt may have now."""
+    """A decoder of either generate request that measures it first. max_num_ids gives how many ids a prompt may have."""
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        # What is small as a whole needs no second look.
+        # A message that is small as a whole needs no measuring.
         violation = _violation(data, max_num_ids()) if len(data) > MAX_OTHER_BYTES else None
         return decode(data) if violation is None else TooLargeToDecode(violation)
 
@@ -57,7 +57,7 @@ def bounded_generate(
 def bounded_detokenize(
     decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
 ) -> Callable[[bytes], T | TooLargeToDecode]:
-    """A decoder of a request that is ids and little else. They come packed, as clients of protobuf send them."""
+    """A decoder of a request of ids and little else. The ids come packed, as protobuf clients send them."""
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
         limit = max_num_ids()
@@ -70,7 +70,7 @@ def bounded_detokenize(
 
 
 def bounded_tokenize(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooLargeToDecode]:
-    """A decoder of a request that is a text and little else."""
+    """A decoder of a request of one text and little else."""
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
         violation = _violation_beside(data, TOKENIZE_TEXT_TAG, "text")
@@ -97,7 +97,7 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
 
 
 def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None:
-    """Of a request that should be long for one field alone, which has the tag."""
+    """What is wrong with a request that may be long only because of the one field that has this tag."""
     if len(data) <= MAX_OTHER_BYTES:
         return None
     try:

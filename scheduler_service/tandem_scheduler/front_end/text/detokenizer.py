@@ -1,4 +1,4 @@
-"""Tokens to text as they come, and stop strings in it. Knows one sequence's output, nothing of requests.
+"""Turns tokens into text as they come, and finds stop strings in it. Knows one sequence's output, nothing of requests.
 
 Text is certain, and given out, once no later token can change it. What later tokens can change depends on the decoder:
 
@@ -25,13 +25,13 @@ from tandem_shared.step_plan import Int32Array
 UNFINISHED = "\ufffd"
 
 LONGEST_CHARACTER = 4
-"""Bytes of a character of UTF-8."""
+"""The most bytes of one character in UTF-8."""
 
 MAX_UNCERTAIN = 16
-"""Byte-level tokens that may be uncertain together before a place to cut is looked for."""
+"""So many byte-level tokens may be uncertain together before a place to cut is looked for."""
 
 RELEASED_IDS = 512
-"""So many ids and more are decoded without the GIL, by a call that costs more for few."""
+"""From this many ids on they are decoded without holding the GIL, by a call that costs more for few ids."""
 
 DECODING_THREADS = 4
 
@@ -42,7 +42,7 @@ class TextDecoder:
     """The decoding side of one tokenizer: what all sequences share."""
 
     def __init__(self, tokenizer: Tokenizer, lengths: Int32Array | None = None) -> None:
-        """lengths: those that splitter.token_lengths() gives, where they have been read already."""
+        """lengths: the result of splitter.token_lengths(), if it is there already."""
         self.tokenizer = tokenizer
         self._threads = PatientThreads(DECODING_THREADS, "decoding")
         decoder = tokenizer.decoder
@@ -62,7 +62,7 @@ class TextDecoder:
         )
 
     def min_text_bytes(self, token_ids: Int32Array, *, skip_special_tokens: bool) -> int:
-        """What the ids' text has at least, without decoding them; 0 where that is not known."""
+        """The fewest bytes that the text of the ids can have, without decoding them; 0 if that is not known."""
         if self._token_sizes is None:
             return 0
         sizes = self._token_sizes[token_ids]
@@ -76,23 +76,25 @@ class TextDecoder:
         return text
 
     async def decode_away(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The same in a thread, where it is long."""
+        """decode(), in a thread if there are many ids."""
         if len(token_ids) < RELEASED_IDS:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return await self.away(lambda: self.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     async def away(self, function: Callable[..., T], *args: Any) -> T:
-        """Calls what decodes much text in a thread. A call that is cancelled before its turn leaves nothing behind."""
+        """Calls a function that decodes much text, in a thread. A call that is cancelled before its turn leaves nothing
+        behind.
+        """
         return await self._threads.call(function, *args)
 
     def extends_a_run(self, token_id: int, *, skip_special_tokens: bool) -> bool:
-        """Whether a run of byte tokens goes on with this token: it is one, or a special token that is left out."""
+        """Whether a run of byte tokens goes on with this token: a byte token, or a special token that is left out."""
         return token_id in self._byte_ids or (skip_special_tokens and token_id in self._special_ids)
 
 
 def _sizes_of_tokens(tokenizer: Tokenizer, lengths: Int32Array) -> Int32Array:
-    """In bytes, of a byte-level vocabulary's tokens, where a character stands for a byte; those of special tokens are
-    negative.
+    """The size in bytes of each token of a byte-level vocabulary, where one character stands for one byte. Sizes of
+    special tokens are negative.
     """
     sizes = lengths.copy()
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
@@ -102,7 +104,9 @@ def _sizes_of_tokens(tokenizer: Tokenizer, lengths: Int32Array) -> Int32Array:
 
 
 class Detokenizer:
-    """The deltas that it gives, joined, are the text of the output, up to the first stop string."""
+    """Makes text of one sequence's tokens. The parts that it returns, joined, are the output up to the first stop
+    string.
+    """
 
     def __init__(
         self, decoder: TextDecoder, stop_strings: StopStrings | None = None, *, skip_special_tokens: bool
@@ -111,14 +115,15 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._stop_strings = stop_strings or StopStrings(())
         self._node = START
-        # Decoded, but perhaps the start of a stop string.
+        # Text that may be the start of a stop string.
         self._held = ""
         self.matched_stop: str | None = None
-        # Tokens whose text is not certain, and those before them with their own text, which byte-level does not need.
+        # Tokens whose text is not certain. Then the tokens before them and their text, unless the decoder is
+        # byte-level.
         self._uncertain: list[int] = []
         self._context: list[int] = []
         self._context_text = ""
-        # For decoders of which nothing is known.
+        # All tokens, unless the decoder is byte-level.
         self._all_ids = array("i")
         self._num_decoded = 0
 
@@ -127,7 +132,7 @@ class Detokenizer:
         return bool(self._stop_strings)
 
     def add(self, token_id: int) -> str:
-        """The text that is certain now. After a match there is no more."""
+        """The text that has become certain with this token. After a stop string was found, there is no more text."""
         self._uncertain.append(token_id)
         decoder = self._decoder
         if decoder.is_byte_level:
@@ -148,8 +153,8 @@ class Detokenizer:
         return self._release(new_text)
 
     def finish(self, last_token_ids: Sequence[int] = ()) -> str:
-        """The text of the last tokens, which is cheaper than adding them, and what was held back: a possible stop
-        string, an incomplete character.
+        """The text of the last tokens, which is cheaper than adding them, and the text that was held back: a possible
+        stop string, an incomplete character.
         """
         if self.matched_stop is not None:
             return ""
@@ -165,7 +170,7 @@ class Detokenizer:
         return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def _after_context(self, text: str) -> str:
-        """What a text that was decoded together with the context has past it."""
+        """The part of a text after the context with which it was decoded."""
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
         return self._decode(self._all_ids)[self._num_decoded :]

@@ -19,23 +19,23 @@ from tandem_shared.errors import FieldViolation, InvalidRequest, QueueFull
 from tandem_shared.step_plan import Int32Array
 
 INLINE_CHARACTERS = 1024
-"""Texts up to this long take a millisecond or so and are tokenized in place."""
+"""Texts of up to this length take about a millisecond and are tokenized in the event loop."""
 
 PIECE_CHARACTERS = 32 * 1024
-"""Longer texts are split. A piece takes some 30 ms."""
+"""Texts that are longer than this are split into pieces of about this length. A piece takes some 30 ms."""
 
 MAX_PIECE_CHARACTERS = 256 * 1024
-"""Without a place to cut. The library takes up to 200 bytes a character while it works, and one word that is this long
-takes half a second."""
+"""The longest piece where a text has no place to cut. The library takes up to 200 bytes of memory per character while
+it works, and half a second for one word of this length."""
 
 MAX_BYTES_AT_ONCE = 16 * 1024 * 1024
-"""Of the texts of one lane that are being tokenized or wait for it."""
+"""The limit of the texts of one lane that wait or are being tokenized, all together."""
 
 T = TypeVar("T")
 
 
 class _Lane:
-    """One thread, and a bound on the text that it reads or that waits for it."""
+    """One thread, and a limit on the text that it tokenizes or that waits for it."""
 
     def __init__(self, name: str) -> None:
         self._thread = PatientThreads(1, name)
@@ -72,7 +72,7 @@ class TextEncoder:
     """The encoding side of one tokenizer, for all calls of a front end."""
 
     def __init__(self, tokenizer: Tokenizer, token_lengths: Int32Array | None = None) -> None:
-        """token_lengths: those that splitter.token_lengths() gives, where they have been read already."""
+        """token_lengths: the result of splitter.token_lengths(), if it is there already."""
         self._tokenizer = tokenizer
         self._traits = read_traits(tokenizer, token_lengths)
         self._short_texts = _Lane("short-texts")
@@ -137,7 +137,7 @@ class TextEncoder:
             raise text_failure("the tokenizer failed on the text", error) from error
 
     def _encode_released(self, text: str, add_special_tokens: bool) -> Int32Array:
-        """Without the GIL: of the library's calls only the batched ones let go of it."""
+        """Tokenizes without holding the GIL, which only the library's batched calls release."""
         try:
             [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return np.array(encoding.ids, np.int32)

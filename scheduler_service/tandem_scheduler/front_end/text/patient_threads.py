@@ -1,5 +1,5 @@
-"""Threads that calls wait for in the event loop, not in an executor's queue, which holds what is cancelled until its
-turn comes. Knows nothing of what they run.
+"""Threads for which calls wait in the event loop, and not in an executor's queue, which keeps a cancelled call until
+its turn comes. Knows nothing of the functions that they run.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 class PatientThreads:
-    """A call that is cancelled while it waits never reaches a thread, and nothing of it stays. One that runs keeps its
-    thread until it ends, cancelled or not.
+    """A call that is cancelled while it waits never reaches a thread, and nothing of it stays in memory. A call that
+    runs keeps its thread until it ends, cancelled or not.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -20,8 +20,8 @@ class PatientThreads:
         self._free = asyncio.Semaphore(count)
 
     async def start(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
-        """Waits for a free thread and starts the call there. The future is done when the thread is free again, unless
-        it is cancelled, so it is to be awaited through asyncio.shield().
+        """Waits for a free thread and starts the call there. The future is done when the thread is free again. Await it
+        through asyncio.shield(), so that a cancelled caller does not cancel it.
         """
         await self._free.acquire()
         try:

@@ -67,8 +67,8 @@ def token_lengths(tokenizer: Tokenizer) -> Int32Array:
 
 
 def read_traits(tokenizer: Tokenizer, lengths: Int32Array | None = None) -> TokenizerTraits:
-    """What is known of a tokenizer; UNKNOWN for any that is not wholly understood. lengths: token_lengths(), where they
-    have been read already.
+    """The traits of a tokenizer; UNKNOWN for any that this module does not wholly understand. lengths: the result of
+    token_lengths(), if it is there already.
     """
     model, normalizer = tokenizer.model, _state(tokenizer.normalizer)
     if not isinstance(model, BPE) or not _is_byte_level_bpe(tokenizer, model):

@@ -1,4 +1,4 @@
-"""What escapes from the tokenizers library, as an error of the one request that it happened to."""
+"""Turns what the tokenizers library raises into an error of the one request that it happened to."""
 
 import logging
 

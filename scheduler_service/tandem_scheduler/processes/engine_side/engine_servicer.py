@@ -1,6 +1,6 @@
-"""The engine for front ends in other processes: each stream is one front end's Engine, and its listener.
+"""The engine for front ends in other processes: each stream stands for one front end's Engine and its listener.
 
-The step loop never waits here: what a stream's reader has not taken yet gathers in an outbox.
+The step loop never waits here: messages that a stream's reader has not taken yet gather in an outbox.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Outbox:
-    """An engine's listener whose news leave when the stream takes them."""
+    """An engine's listener that keeps the news until the stream takes them."""
 
     def __init__(self, state: EngineState) -> None:
         self._state: EngineState | None = state
@@ -34,7 +34,7 @@ class _Outbox:
         self._is_closed = False
         self._is_beat_due = False
         self.process_id: int | None = None
-        """The front end's process id, once it has told it."""
+        """The front end's process id, once the front end has said it."""
 
     def on_outputs(self, batch: OutputBatch) -> None:
         if self._batch:
@@ -52,7 +52,7 @@ class _Outbox:
         self._has_news.set()
 
     def say_alive(self) -> None:
-        """Sends a message, though it may be empty."""
+        """Sends a message even if there is nothing to say."""
         self._is_beat_due = True
         self._has_news.set()
 
@@ -61,7 +61,7 @@ class _Outbox:
         self._has_news.set()
 
     async def messages(self) -> AsyncIterator[engine_pb2.AttachResponse]:
-        """Until closed, and what came before that."""
+        """Yields messages until the outbox is closed and empty."""
         while self._has_contents or not self._is_closed:
             await self._has_news.wait()
             self._has_news.clear()
@@ -82,7 +82,7 @@ class _Outbox:
 
 
 def _encode(batch: OutputBatch) -> engine_pb2.AttachResponse:
-    """Outputs that no message can hold end their own requests, and not the stream of all."""
+    """Encodes outputs. Those that no message can hold end their own requests, and not the stream of all."""
     try:
         return encode_outputs(batch)
     except Exception:
@@ -97,8 +97,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     def __init__(
         self, hub: EngineHub, on_alive: Callable[[int], None], has_ended: Callable[[int], bool] = lambda _: False
     ) -> None:
-        """on_alive hears the process id of a front end whenever it says that it takes calls. has_ended: whether the
-        process of an id has ended, or has begun to.
+        """on_alive is called with a front end's process id whenever that says that it is alive. has_ended says whether
+        a process has ended or begun to end.
         """
         self._hub = hub
         self._on_alive = on_alive
@@ -107,12 +107,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._is_closed = False
 
     def say_alive(self) -> None:
-        """To every front end."""
+        """Tells every front end that this process is alive."""
         for outbox in self._outboxes:
             outbox.say_alive()
 
     def close(self) -> None:
-        """Ends all streams, and those that come later; the front ends leave."""
+        """Ends all streams, now and later, so that the front ends leave."""
         self._is_closed = True
         for outbox in self._outboxes:
             outbox.close()
@@ -154,7 +154,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
 
 async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engine_pb2.SubmitReply:
-    """Whatever is wrong with it ends this request alone."""
+    """Submits a request. Whatever is wrong with it ends this request alone."""
     reply = engine_pb2.SubmitReply(first_handle=message.first_handle)
     try:
         submission = decode_submit(message)
@@ -169,7 +169,7 @@ async def _submit(engine: Attachment, message: engine_pb2.SubmitRequest) -> engi
 
 
 def _end(engine: Attachment, request: engine_pb2.AttachRequest) -> None:
-    """Of a sequence or a whole request. What goes wrong there is a bug, and no other request's affair."""
+    """Ends a sequence or a whole request. If that fails it is a bug, which must not harm other requests."""
     try:
         if request.HasField("stop"):
             engine.stop(request.stop.handle, request.stop.num_output_tokens)

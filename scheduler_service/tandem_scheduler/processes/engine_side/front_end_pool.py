@@ -1,7 +1,6 @@
-"""Front ends as processes: starts them, starts one again that ends, kills one that falls silent, tells them to leave.
-Knows no request.
+"""The pool of front-end processes: starts them, replaces one that ends, kills one that is silent, tells them to leave.
 
-They share a port and find the engine at a Unix domain socket in a private folder.
+The processes share a port and find the engine at a Unix domain socket in a private folder. The pool knows no request.
 """
 
 import asyncio
@@ -36,13 +35,14 @@ MAX_BACKOFF_S = 5.0
 STOP_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 5.0
 PF_EXITING = 0x4
-"""Linux' flag of a process that ends, set before its files are closed (include/linux/sched.h)."""
+"""The flag of a process that has begun to end. Linux sets it before closing its files (include/linux/sched.h)."""
 START_LIMIT_S = 60.0
-"""A front end that has not listened by then is killed; it reads a tokenizer, which takes a second or two."""
+"""A front end that does not listen after this time is killed. It reads a tokenizer, which takes a second or two."""
 SILENCE_LIMIT_S = 10.0
-"""A front end that has listened and says nothing for so long is killed. It speaks every second, from its event loop, so
-a collection of garbage or a long message delays its words by far less, and what runs in its threads (the tokenizer) not
-at all. It is stopped, or its loop is blocked for good, and the connections that the kernel deals to it are lost."""
+"""A front end that has listened and then says nothing for this time is killed: it is stopped, or its event loop is
+blocked for good, and the connections that the kernel gives to it are lost. It speaks every second from its event loop.
+Garbage collection or a long message delays that by far less, and what runs in its threads (the tokenizer) not at
+all."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 class _FrontEnd:
     process: asyncio.subprocess.Process
     is_listening: bool = False
-    # Counted in turns of the event loop: while this process itself stands still, nobody's words reach it.
+    # Counted in turns of this event loop, because messages don't arrive while this process itself stands still.
     silent_s: float = 0.0
 
     @property
@@ -86,7 +86,7 @@ class FrontEndPool:
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
-        """Returns the port once all listen on it. ConfigError where one can't."""
+        """Returns the port once all front ends listen on it. Raises ConfigError if one can't."""
         try:
             return await self._start()
         except BaseException:
@@ -142,7 +142,7 @@ class FrontEndPool:
 
     def _on_alive(self, process_id: int) -> None:
         front_end = self._front_ends.get(process_id)
-        # One that is being killed may still be heard.
+        # A message may come from a process that is being killed.
         if front_end is None:
             return
         front_end.silent_s = 0.0
@@ -151,13 +151,13 @@ class FrontEndPool:
             self._listening.release()
 
     async def _watch(self) -> None:
-        """Says that this process is alive, and kills front ends that don't; their keepers start others."""
+        """Tells the front ends that this process is alive, and kills those that are silent; _keep() replaces them."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             try:
                 self._beat()
             except Exception:
-                # Without a watch the front ends would take this process for dead.
+                # The watch goes on: without it the front ends would take this process for dead.
                 logger.exception("a look at the front ends failed")
 
     def _beat(self) -> None:
@@ -169,7 +169,7 @@ class FrontEndPool:
                 front_end.process.kill()
 
     async def _keep(self, command: list[str]) -> None:
-        """Runs one, and another whenever it ends."""
+        """Runs a front end, and another one whenever it ends."""
         environment = child_environment()
         backoff_s = MIN_BACKOFF_S
         while True:
@@ -183,11 +183,11 @@ class FrontEndPool:
             await asyncio.sleep(backoff_s)
 
     async def _run_one(self, command: list[str], environment: dict[str, str]) -> str:
-        """Starts one and waits for its end. Returns how it ended, in words."""
+        """Starts a front end and waits for its end. Returns how it ended, in words."""
         try:
             process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL, env=environment)
         except (OSError, RuntimeError) as error:
-            # There may be too little memory, or too many processes, threads or files, for the moment.
+            # Memory, processes, threads or files may be short for the moment.
             return f"could not be started ({error})"
         self._front_ends[process.pid] = _FrontEnd(process)
         status = await process.wait()
@@ -202,7 +202,7 @@ class FrontEndPool:
 
 
 def has_ended(process_id: int) -> bool:
-    """Whether a child has begun to end: its connections are closed some time before its end can be waited for."""
+    """Whether a child process has begun to end. Its connections close some time before its end can be waited for."""
     try:
         if os.waitid(os.P_PID, process_id, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return True
@@ -210,7 +210,7 @@ def has_ended(process_id: int) -> bool:
     except (ChildProcessError, ProcessLookupError, FileNotFoundError):
         return True
     except (OSError, OverflowError):
-        # No process id, or a system without /proc.
+        # The number is not a process id, or the system has no /proc.
         return False
     # The fields after the name, which may hold anything but ends with the last parenthesis; the seventh are the flags.
     return bool(int(status.rpartition(b")")[2].split()[6]) & PF_EXITING)

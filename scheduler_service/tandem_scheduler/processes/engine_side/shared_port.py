@@ -1,4 +1,6 @@
-"""One port for several servers: taken before any of them listens, and kept while they come and go. Linux alone."""
+"""One port for several servers: taken before any of them listens, and kept while they come and go. Works on Linux
+alone.
+"""
 
 import socket
 
@@ -6,10 +8,10 @@ from tandem_shared.errors import ConfigError
 
 
 class SharedPort:
-    """Bound sockets that never listen: they hold the port, and the system deals its connections to those that do."""
+    """Bound sockets that never listen. They hold the port; its connections go to the sockets that listen."""
 
     def __init__(self, host: str, port: int) -> None:
-        """port 0 takes a free one. ConfigError where the address can't be had."""
+        """Port 0 takes a free one. Raises ConfigError if the address can't be bound."""
         self._sockets: list[socket.socket] = []
         self.port = port
         try:
@@ -27,7 +29,7 @@ class SharedPort:
 
     def _hold(self, family: socket.AddressFamily, host: str) -> None:
         if self.port:
-            # Without sharing first: servers that are not ours may share theirs.
+            # Binds without sharing first, because a server that is not ours may share the port.
             with socket.socket(family) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 _bind(probe, host, self.port)

@@ -1,7 +1,8 @@
 """A front end as a process of its own, started by the scheduler process (front_end_pool.py) and ending with it.
 
-It has the public server and no step loop. It lives as long as its stream to the scheduler process: that says when to
-leave, so signals meant for the scheduler process, which a terminal or a supervisor may send to all, are ignored.
+It has the public server and no step loop. It lives as long as its stream to the scheduler process, which ends the
+stream when the front end is to leave. So it ignores signals, which a terminal or a supervisor may send to all
+processes.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrontEndSettings(SchedulerSettings):
-    """The scheduler's own, with its port chosen and its tokenizer a folder."""
+    """The scheduler's settings, with the port chosen and the tokenizer as a folder."""
 
     engine_socket: str = option("", "Unix domain socket of the scheduler process")
     parent_pid: int = option(0, "process id of the scheduler process", minimum=1)

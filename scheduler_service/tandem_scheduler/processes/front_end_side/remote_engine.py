@@ -1,8 +1,9 @@
-"""The engine as a front-end process has it: behind one stream to the scheduler process. The two live and end together.
+"""The engine in a front-end process: behind one stream to the scheduler process. The stream and the process end
+together.
 
 Both ends say every HEARTBEAT_S that they are alive. A front end that is silent is killed by the other end. A scheduler
-process that is silent stands still, as when it is stopped by a signal, and may go on: the front end says that it is not
-ready until then and refuses new calls; those that run wait.
+process that is silent stands still, for example because a signal stopped it, and may go on later: until then the front
+end says that it is not ready and refuses new calls, while running calls wait.
 
 Knows the wire and plain data; nothing of text or calls.
 """
@@ -38,14 +39,14 @@ from tandem_shared.errors import SequenceFailed, TandemError, WorkerUnavailable
 from tandem_shared.rpc.grpc_options import LOCAL_OPTIONS
 
 SILENCE_LIMIT_S = 10.0
-"""A scheduler process that says nothing for so long stands still. Its event loop has a pause of seconds only where the
-machine has."""
+"""A scheduler process that says nothing for this time stands still. Its event loop pauses for seconds only if the whole
+machine does."""
 
 logger = logging.getLogger(__name__)
 
 
 class RemoteEngine:
-    """An Engine at a Unix domain socket. Start it with connect(), then run()."""
+    """An Engine at a Unix domain socket. It is started with connect() and then run()."""
 
     def __init__(self, socket_path: str) -> None:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket_path}", LOCAL_OPTIONS)
@@ -53,14 +54,14 @@ class RemoteEngine:
         self.state = EngineState()
         self._outbox: asyncio.Queue[engine_pb2.AttachRequest] = asyncio.Queue()
         self._submitting: dict[int, asyncio.Future[None]] = {}
-        # Counted in turns of this process's loop, which may have stood still itself.
+        # Counted in turns of this process's event loop, because this process may have stood still itself.
         self._silent_s = 0.0
         self._has_ended = False
-        # Typed by hand: the stubs have it that read() gives an object.
+        # Any, because the stubs declare that read() gives an object.
         self._call: Any = None
 
     async def connect(self, timeout_s: float) -> None:
-        """Until the engine's state is known. WorkerUnavailable where nobody answers."""
+        """Returns when the engine's state is known. Raises WorkerUnavailable without an answer in time."""
         self._call = engine_pb2_grpc.EngineServiceStub(self._channel).Attach(self._requests(), wait_for_ready=True)
         try:
             async with asyncio.timeout(timeout_s):
@@ -72,7 +73,7 @@ class RemoteEngine:
         self.state = decode_state(first.state)
 
     async def run(self, listener: EngineListener) -> None:
-        """Says that the front end takes calls; hands on what comes until the stream ends, and with it the engine."""
+        """Says that the front end takes calls, and hands on what the stream brings until it ends."""
         await tell_state(listener, self.state)
         beating = asyncio.create_task(self._beat(listener))
         try:
@@ -145,7 +146,7 @@ class RemoteEngine:
             await self._take_state(message.state, listener)
         for reply in message.submit_replies:
             submitting = self._submitting.get(reply.first_handle)
-            # Gone where its call was cancelled.
+            # It is gone if its call was cancelled.
             if submitting is not None and not submitting.done():
                 if reply.HasField("error"):
                     submitting.set_exception(_read_error(reply.error))
@@ -154,7 +155,7 @@ class RemoteEngine:
         _hand_on(message, listener)
 
     async def _take_state(self, message: engine_pb2.EngineState, listener: EngineListener) -> None:
-        """One that can't be read leaves what was known."""
+        """Takes the engine's state. If it can't be read, the state that was known stays."""
         try:
             self.state = decode_state(message)
         except Exception:
