@@ -1,4 +1,4 @@
-"""What several contract tests start."""
+"""Services that several contract tests start."""
 
 from collections.abc import AsyncIterator
 

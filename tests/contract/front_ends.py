@@ -1,4 +1,4 @@
-"""Front-end processes as tests see them: which process a connection landed in, and what their operating system says."""
+"""Helpers for tests of front-end processes: which process a connection landed in, and what the system says of them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -55,7 +55,7 @@ class Connection:
 
 
 def front_end_processes(parent: psutil.Process | None = None) -> list[psutil.Process]:
-    """Children of a process, this one by default, that are front ends and no zombies."""
+    """The front ends among the children of a process, this one by default, without zombies."""
     found = []
     for child in (parent or psutil.Process()).children():
         try:
@@ -67,7 +67,7 @@ def front_end_processes(parent: psutil.Process | None = None) -> list[psutil.Pro
 
 
 def client_ports(process: psutil.Process, server_port: int, *, is_server: bool) -> set[int]:
-    """Of a process's connections to a server's port: the ports of their clients' ends. The process is either end."""
+    """The client ports of a process's connections to a server's port. The process is the server or the client."""
     ports = set()
     for connection in process.net_connections("tcp"):
         if connection.status == psutil.CONN_ESTABLISHED:
@@ -80,12 +80,12 @@ def client_ports(process: psutil.Process, server_port: int, *, is_server: bool) 
 
 
 async def connect(address: str, parent: psutil.Process | None = None) -> Connection:
-    """One more connection. Which front end gets it is the kernel's choice."""
+    """Opens one more connection. The kernel chooses the front end that gets it."""
     port = int(address.rpartition(":")[2])
     before = client_ports(psutil.Process(), port, is_server=False)
     channel = grpc.aio.insecure_channel(address, [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
     await asyncio.wait_for(channel.channel_ready(), 10)
-    # Connections that have just been closed may still be among a front end's, so one that is new is looked for.
+    # A front end may still list connections that have just been closed, so this looks for the new one.
     new = client_ports(psutil.Process(), port, is_server=False) - before
     [owner] = [each for each in front_end_processes(parent) if client_ports(each, port, is_server=True) & new]
     return Connection(channel, owner)
@@ -127,7 +127,7 @@ def gated_services(**settings: Any) -> Services:
 async def running_on(
     services: Services, connection: Connection, request: inference_pb2.GenerateStreamRequest
 ) -> AsyncIterator["asyncio.Task[Any]"]:
-    """The request's stream, once it runs."""
+    """Starts the request's stream and waits until it runs."""
     before = (await services.load()).num_running_sequences
     task = asyncio.create_task(connection.stream(request))
     await services.wait_load(lambda load: load.num_running_sequences > before, "it runs")

@@ -1,4 +1,4 @@
-"""A worker whose results come when a test lets them."""
+"""A fake worker whose results come when a test lets them."""
 
 import threading
 
@@ -10,7 +10,7 @@ MANY = 100_000
 
 
 def gated_runner(number: int, permits: int = 0, **changes: object) -> FakeRunner:
-    """A worker of its own, that gives so many results and then none."""
+    """A worker that gives so many results and then none, until its gate is opened."""
     info = model_info(worker_instance_id=f"worker-{number}", **changes)
     return FakeRunner(info, gate=threading.Semaphore(permits))
 
@@ -21,7 +21,7 @@ def open_gate(runner: object, permits: int = MANY) -> None:
 
 
 async def kill_worker(services: Services) -> None:
-    """It never answers again, and its port is closed."""
+    """Stops the worker for good, and waits until the scheduler has noticed."""
     losses = (await services.load()).num_worker_losses
     runner = services.runner
     await services.stop_worker()

@@ -17,7 +17,7 @@ from tests.contract.services import stream_request
 
 
 async def end_of(stub: inference_pb2_grpc.InferenceServiceStub) -> str:
-    """How a call ends: OK, or its code, the class of its error, and whether that says when to come again."""
+    """How a call ends: OK, or its code, the class of its error, and whether that says when to try again."""
     try:
         async for _ in stub.GenerateStream(stream_request([1, 2, 3], 1)):
             pass

@@ -39,7 +39,7 @@ POLL_INTERVAL_S = 0.005
 
 MODEL = "embedded"
 VOCAB_SIZE = 1024
-"""Of the embedded model's tokenizer."""
+"""The vocabulary size of the embedded model's tokenizer."""
 
 
 def model_info(**changes: object) -> WorkerInfo:
@@ -53,7 +53,7 @@ class Services:
     def __init__(
         self, runner: Runner | None = None, *, worker_step_timeout_s: float = STEP_TIMEOUT_S, **settings: Any
     ) -> None:
-        """settings: SchedulerSettings' fields."""
+        """settings: fields of SchedulerSettings."""
         self._worker_step_timeout_s = worker_step_timeout_s
         self.runner = runner or FakeRunner(model_info())
         self._settings = settings
@@ -70,7 +70,7 @@ class Services:
         self._supervisor = asyncio.create_task(self._restart_after_failure(servicer))
 
     async def _restart_after_failure(self, servicer: WorkerServicer) -> None:
-        """What a worker's process and its supervisor do: say the last word, end, begin anew."""
+        """Does what a worker's process and its supervisor do: send the reason, end, start again."""
         assert self._worker is not None
         await servicer.run_until_failure()
         self.num_failures += 1
@@ -78,7 +78,7 @@ class Services:
         await self.start_worker()
 
     async def stop_worker(self) -> None:
-        """At once, like a worker that dies."""
+        """Stops the worker at once, as if it died."""
         if self._supervisor is not None:
             self._supervisor.cancel()
         if self._worker is not None:
@@ -86,7 +86,9 @@ class Services:
             self._worker = None
 
     async def start(self, *, has_worker: bool = True) -> None:
-        """has_worker: wait for it; else its address is known, and nobody listens there."""
+        """has_worker: start a worker and wait for it. Without one the scheduler knows an address at which nothing
+        listens.
+        """
         await self.start_worker()
         if not has_worker:
             await self.stop_worker()
@@ -141,7 +143,7 @@ class Services:
         await wait_until(check, what)
 
     async def generate(self, request: inference_pb2.GenerateStreamRequest) -> inference_pb2.GenerateResponse:
-        """The same request, unary."""
+        """The same request as a unary call."""
         unary = inference_pb2.GenerateRequest.FromString(request.SerializeToString())
         response: inference_pb2.GenerateResponse = await self.inference.Generate(unary)
         return response
@@ -195,7 +197,7 @@ class StreamedOutput:
 async def read_stream(
     call: AsyncIterable[inference_pb2.GenerateStreamResponse], output: StreamedOutput | None = None
 ) -> StreamedOutput:
-    """Reads to the end. `output` lets another task see what has come."""
+    """Reads a stream to its end. Through `output` another task can see what has come so far."""
     output = output or StreamedOutput()
     async for message in call:
         output.add(message)
@@ -211,7 +213,7 @@ def stream_request(
     request_id: str | None = None,
     **fields: Any,
 ) -> inference_pb2.GenerateStreamRequest:
-    """A greedy request that goes on past end-of-sequence tokens. fields: of the message, or of its parts."""
+    """A greedy request that goes on past end-of-sequence tokens. fields are the message's, or those of its parts."""
     request = inference_pb2.GenerateStreamRequest(request_id=request_id)
     if isinstance(prompt, str):
         request.prompt.text = prompt
@@ -239,7 +241,7 @@ def true_tokens(
     choice_index: int = 0,
     stop_token_ids: Iterable[int] = (),
 ) -> list[int]:
-    """What the fake model gives for a request, computed alone. The seed is the request's or its id's hash."""
+    """The fake model's output for a request, computed alone. The seed is the request's, or the hash of its id."""
     sampling = request.sampling
     seed = sampling.seed if sampling.HasField("seed") else xxhash.xxh64_intdigest(request.request_id.encode())
     sequence = SequenceRequest(
@@ -258,14 +260,14 @@ def details(error: grpc.aio.AioRpcError) -> status_pb2.Status:
 
 
 def violations(error: grpc.aio.AioRpcError) -> dict[str, str]:
-    """Field -> description, of an error's BadRequest."""
+    """The violations in an error's BadRequest: field -> description."""
     bad_request = error_details_pb2.BadRequest()
     assert any(detail.Unpack(bad_request) for detail in details(error).details), details(error)
     return {violation.field: violation.description for violation in bad_request.field_violations}
 
 
 def retry_delay_s(error: grpc.aio.AioRpcError) -> float:
-    """Of an error's RetryInfo."""
+    """The delay in an error's RetryInfo, in seconds."""
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in details(error).details), details(error)
     return float(retry.retry_delay.ToMilliseconds() / 1000)

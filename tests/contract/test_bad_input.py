@@ -22,7 +22,8 @@ from tests.support.fake_worker import FakeRunner
 
 MAX_MODEL_LEN = 512
 NUM_BLOCKS = 17
-"""With the block for padding: 16 blocks of 16 tokens are less than the context, so a request can outgrow the pool."""
+"""Besides the padding block there are 16 blocks of 16 tokens: less than the context, so a request can outgrow the
+pool."""
 
 
 @pytest_asyncio.fixture
@@ -76,7 +77,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("num_choices", {"num_choices": 0}),
     ("num_choices", {"num_choices": 65}),
     ("model", {"model": "another"}),
-    # Fits the context, not the pool: 250 tokens in and 20 out need 17 blocks.
+    # This fits the context but not the pool: 250 prompt and 20 output tokens need 17 blocks.
     ("prompt", {"prompt": [1] * 250, "max_tokens": 20}),
 ]
 

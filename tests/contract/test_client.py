@@ -24,7 +24,7 @@ async def services() -> AsyncIterator[Services]:
 
 
 async def call(services: Services, use: Callable[[TandemClient], T]) -> T:
-    """The client is synchronous, and the services live in this loop."""
+    """Calls the synchronous client in a thread, as the services run in this event loop."""
 
     def in_thread() -> T:
         with TandemClient(services.address) as client:
@@ -122,7 +122,7 @@ async def test_what_an_operator_asks(services: Services) -> None:
 
 
 async def test_a_server_whose_handshake_takes_long_is_reached(services: Services) -> None:
-    """A far one over TLS, say: gRPC's limit for an attempt goes by the name of a backoff."""
+    """As with a distant server over TLS. gRPC's option for the time limit of an attempt is named after the backoff."""
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):

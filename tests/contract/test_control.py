@@ -32,7 +32,7 @@ async def test_server_and_model_info() -> None:
         server = await services.control.GetServerInfo(control_pb2.GetServerInfoRequest())
         model = await services.inference.GetModelInfo(inference_pb2.GetModelInfoRequest())
     assert server.version == VERSION and server.protocol_version == PROTOCOL_VERSION
-    # Who knows these could take the session: they are in no public answer.
+    # Whoever knows these could take over the session, so no public answer contains them.
     names = set(control_pb2.GetServerInfoResponse.DESCRIPTOR.fields_by_name)
     assert not names & {"scheduler_id", "session_epoch", "worker_instance_id"}
     assert server.worker_state == control_pb2.WORKER_STATE_READY and not server.draining

@@ -1,4 +1,4 @@
-"""The hub between the step loop and several front ends: whose news is whose, and a front end that fails."""
+"""The hub between the step loop and several front ends: each gets its own outputs, and one that fails harms no other."""
 
 import asyncio
 from dataclasses import replace
@@ -14,7 +14,7 @@ from tests.support.fake_worker import FakeRunner, expected_tokens
 
 
 class Listener:
-    """A front end that keeps what it is told. While `is_broken` it raises instead."""
+    """A front end that keeps its outputs. While `is_broken` it raises instead."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
@@ -65,7 +65,9 @@ async def test_late_news_of_an_ended_request_does_not_touch_a_new_one_of_its_id(
 
 
 async def test_a_client_tries_again_before_the_end_of_its_front_end_is_noticed() -> None:
-    """While the scheduler's process is held up, both wait for it, and the second try may be the first to be read."""
+    """While the scheduler process is busy, the end of the front end and the second try both wait to be read, and the
+    second try may be read first.
+    """
     async with Services(FakeRunner(model_info(), delay_s=0.005)) as services:
         hub, second, has_ended = services.service._hub, Listener(), False
         engine_a, engine_b = hub.attach(Listener(), lambda: has_ended), hub.attach(second)
@@ -92,7 +94,7 @@ async def test_a_front_end_that_raises_ends_its_own_requests_and_loses_no_worker
         assert (await other).token_ids == true_tokens(stream_request(max_tokens=100))
         load = await services.load()
         assert load.num_worker_losses == load.num_used_blocks == 0
-        # Told of every change, and raising at each, it holds up nobody.
+        # It raises at each change of state that it is told, and delays no one.
         await services.stop_worker()
         await services.wait_health("NOT_SERVING")
         await services.start_worker()

@@ -1,4 +1,4 @@
-"""The stream between a front-end process and the engine: one bad message is the loss of one request."""
+"""The stream between a front-end process and the engine: one bad message costs one request."""
 
 import asyncio
 import logging
@@ -36,7 +36,7 @@ def submission(request_id: str, first_handle: int) -> Submission:
 
 
 class Listener:
-    """Takes what it is told, but fails at some handles and, if told so, at states."""
+    """A listener that fails at outputs of some handles and, if asked to, at states."""
 
     def __init__(self, bad_handles: frozenset[int] = frozenset(), *, fails_at_states: bool = False) -> None:
         self._bad_handles = bad_handles
@@ -58,7 +58,7 @@ class Listener:
 
 
 class ScriptedEngine(engine_pb2_grpc.EngineServiceServicer):
-    """Sends what the test puts into its queue, and ends the stream at None."""
+    """An engine that sends what the test puts into its queue, and ends the stream at None."""
 
     def __init__(self) -> None:
         self.responses: asyncio.Queue[Response | None] = asyncio.Queue()
@@ -88,7 +88,7 @@ async def serving(servicer: engine_pb2_grpc.EngineServiceServicer, folder: Path)
 
 
 async def run(listener: Listener, folder: Path, act: Callable[[ScriptedEngine, RemoteEngine], Awaitable[None]]) -> None:
-    """A remote engine's whole life, up to the end of its stream."""
+    """Runs a remote engine up to the end of its stream."""
     scripted = ScriptedEngine()
     async with serving(scripted, folder) as socket_path:
         engine = RemoteEngine(socket_path)
@@ -97,7 +97,7 @@ async def run(listener: Listener, folder: Path, act: Callable[[ScriptedEngine, R
         running = asyncio.create_task(engine.run(listener))
         await act(scripted, engine)
         scripted.responses.put_nowait(None)
-        # It has read all that came before.
+        # The engine has read all that came before the end.
         await running
         await engine.close()
 
@@ -126,7 +126,7 @@ async def test_outputs_that_cannot_be_decoded_end_their_requests_alone(folder: P
     listener = Listener()
 
     async def act(scripted: ScriptedEngine, _: RemoteEngine) -> None:
-        # An end without a reason.
+        # This end has no reason.
         scripted.responses.put_nowait(
             Response(
                 token_handles=np.array([4], HANDLES).tobytes(),
@@ -177,7 +177,7 @@ async def test_a_silent_scheduler_process_makes_the_front_end_unready_until_it_s
             return len(listener.states) == 2
 
         await wait_until(is_unready, "it is not ready")
-        # Empty: the other end's heartbeat.
+        # An empty message is the other end's heartbeat.
         scripted.responses.put_nowait(Response())
         await wait_until(is_ready, "it is ready")
         assert len([each for each in scripted.requests if each.HasField("alive")]) >= 2
@@ -190,7 +190,7 @@ async def test_a_silent_scheduler_process_makes_the_front_end_unready_until_it_s
 
 
 class FaultyHub:
-    """A hub in which the second request meets a bug, as do ends; it sends outputs that no message can hold."""
+    """A hub that fails at the second request and at ends, and sends outputs that no message can hold."""
 
     state = EngineState()
 

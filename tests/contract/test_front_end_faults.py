@@ -22,7 +22,7 @@ from tests.support.tokenizers import PanicException, WatchedTokenizer, embedded
 GOOD = stream_request([4, 5, 6], 40)
 BAD = stream_request([1, 2, 3], 40)
 POISON = next(token for token in true_tokens(BAD)[5:] if token not in true_tokens(GOOD))
-"""A token that only the bad request's output has."""
+"""A token that occurs only in the output of the bad request."""
 
 
 class PoisonedDecoder(TextDecoder):
@@ -41,7 +41,7 @@ def front_end_of(services: Services) -> FrontEnd:
     return front_end.front_end  # type: ignore[no-any-return]
 
 
-# With stop strings text is made as tokens come, else as they are taken; of a unary request at the end.
+# With stop strings text is made as tokens come, otherwise when they are taken, and for a unary request at the end.
 @pytest.mark.parametrize("stop_strings", [[], ["never there"]], ids=["as it is taken", "as it comes"])
 @pytest.mark.parametrize("unary", [False, True], ids=["streamed", "unary"])
 async def test_a_detokenizer_that_raises_ends_one_request(unary: bool, stop_strings: list[str]) -> None:
@@ -100,7 +100,7 @@ async def test_a_decoder_that_panics_gives_detokenize_a_status() -> None:
 
 
 class Call:
-    """What of a call's context the servicer uses."""
+    """The part of a call's context that the servicer uses."""
 
     def invocation_metadata(self) -> tuple[()]:
         return ()

@@ -1,4 +1,4 @@
-"""Front-end processes that fall silent are replaced; ones that are slow, or not to blame, stay."""
+"""Front-end processes that fall silent are replaced. Those that are slow, or silent through no fault of theirs, stay."""
 
 import asyncio
 import contextlib
@@ -70,7 +70,7 @@ async def test_a_front_end_that_pauses_stays() -> None:
         await asyncio.sleep(SILENCE_LIMIT_S / 2)
         for connection in connections:
             connection.process.send_signal(signal.SIGCONT)
-        # Longer than it takes to find a silent one.
+        # This is longer than it takes to find a silent front end.
         await asyncio.sleep(SILENCE_LIMIT_S + 1.5)
         assert front_end_processes() == before
 
@@ -80,7 +80,7 @@ async def test_a_front_end_that_pauses_stays() -> None:
 async def test_front_ends_are_not_blamed_for_a_pause_of_the_scheduler_process() -> None:
     async with two_front_ends(gated_services()):
         before = front_end_processes()
-        # The event loop of the scheduler process hears nobody meanwhile.
+        # The event loop of the scheduler process receives nothing meanwhile.
         time.sleep(SILENCE_LIMIT_S + 1.5)
         await asyncio.sleep(1.5)
         assert front_end_processes() == before
@@ -140,7 +140,7 @@ def test_what_is_no_process_id_has_not_ended(process_id: int) -> None:
 
 
 class FailsOnce:
-    """A function that raises when it is called first."""
+    """A function that raises at its first call."""
 
     def __init__(self, function: Any, error: Exception) -> None:
         self._function = function
@@ -173,7 +173,7 @@ async def test_a_front_end_that_cannot_be_started_again_at_first_is_started_late
         [process] = before = front_end_processes()
         process.kill()
         await wait_for_another(before)
-        # Nobody listens until it does, so the call waits for a connection.
+        # No process listens until the new one does, so the call waits for a connection.
         call = services.inference.GenerateStream(stream_request(), wait_for_ready=True, timeout=30)
         assert (await read_stream(call)).token_ids == true_tokens(stream_request())
     assert start.num_calls == 2

@@ -38,7 +38,7 @@ async def test_a_frozen_front_end_slows_nobody_and_a_stop_found_late_counts_noth
     services = gated_services()
     async with two_front_ends(services) as (first, second), running_on(services, first, request) as task:
         first.process.send_signal(signal.SIGSTOP)
-        # The rest is asked of the other one: this one answers nobody.
+        # The other front end is asked from here on, as this one does not answer.
         open_gate(services.runner)
         assert (await second.stream(stream_request([4, 5], 100))).usage.num_output_tokens == 100
 
@@ -61,7 +61,7 @@ async def test_a_frozen_front_end_slows_nobody_and_a_stop_found_late_counts_noth
 
 
 async def test_steps_that_a_frozen_front_end_misses_reach_it_merged() -> None:
-    # Log-probabilities fill the socket; from then on the scheduler process gathers.
+    # Log-probabilities fill the socket; from then on outputs gather in the scheduler process.
     request = stream_request(max_tokens=2000, num_logprobs=20)
     services = gated_services()
     async with two_front_ends(services) as (first, second), running_on(services, first, request) as task:
@@ -123,6 +123,6 @@ async def test_a_killed_front_end_loses_its_own_requests_alone_and_is_replaced()
             return len(front_end_processes()) == 2 and (await reach_a_third(services, [first, second]))
 
         await wait_until(is_replaced, "a new front end takes calls")
-        # The dead one's request ids are free.
+        # The request ids of the dead front end are free.
         assert (await second.stream(requests[1])).token_ids == true_tokens(requests[1])
         assert (await second.load()).num_used_blocks == 0

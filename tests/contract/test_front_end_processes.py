@@ -86,7 +86,7 @@ async def test_a_request_id_is_live_on_all() -> None:
             assert (await error_of(connection.stream(request))).code() == grpc.StatusCode.ALREADY_EXISTS
         open_gate(services.runner)
         assert (await task).token_ids == true_tokens(request)
-        # Free on all as soon as its end is seen on one.
+        # The id is free on all front ends as soon as the end is seen on one.
         for connection in (second, first) * 5:
             assert (await connection.generate(request)).usage.num_output_tokens == 8
 
@@ -142,7 +142,7 @@ async def test_the_rest_of_control_is_one_answer() -> None:
 
 
 BadCall = Callable[[Any], Awaitable[Any]]
-"""Takes Services or a Connection: both have the stubs."""
+"""A call on Services or on a Connection, as both have the stubs."""
 
 BAD_CALLS: dict[str, BadCall] = {
     "many fields": lambda c: c.generate(stream_request([], 0, temperature=-1.0, top_p=2.0, num_choices=99)),
@@ -171,7 +171,7 @@ async def statuses(services: Services, connection: Any) -> dict[str, tuple[grpc.
 
 async def test_errors_are_those_of_one_process() -> None:
     def runner() -> FakeRunner:
-        # A context that the blocks can't hold: the core, not the front end, refuses what never fits.
+        # The blocks can't hold the whole context, so the core, and not the front end, refuses what never fits.
         return gated_runner(0, num_blocks=17)
 
     async with Services(runner(), max_num_waiting=8) as services:

@@ -131,7 +131,7 @@ async def test_the_models_end_token_stops_unless_ignored(tokenizer: Tokenizer) -
         ignored = await services.stream(plain)
     assert stopped.token_ids == expected[: first + 1]
     assert stopped.choices[0].finish == inference_pb2.Finish(reason=STOP, stop_token_id=eos)
-    # Its id is among the tokens, its text is not in the text.
+    # The stop token is among the token ids, and its text is not in the text.
     assert stopped.choices[0].text == tokenizer.decode(expected[:first])
     assert stopped.usage.num_output_tokens == first + 1
     assert ignored.token_ids == expected
@@ -159,14 +159,14 @@ async def test_a_stop_string_across_tokens_cuts_the_text_and_the_tokens(tokenize
         assert output.text == text
         assert list(output.token_ids) == expected[:num_tokens]
         assert output.finish == inference_pb2.Finish(reason=STOP, stop_string=stop)
-    # What the plans in flight computed past the stop is counted as overshoot and nowhere else.
+    # Tokens that plans in flight computed past the stop count as overshoot and nowhere else.
     assert streamed.usage.num_output_tokens == num_tokens
     assert load.num_output_tokens == 2 * num_tokens
     assert load.num_overshoot_tokens > 0
 
 
 def spanning_stop(tokenizer: Tokenizer, token_ids: list[int]) -> tuple[str, str, int]:
-    """A string that two tokens of an output make together, the text before it, and the count of tokens up to it."""
+    """A string that two tokens of an output form together, the text before it, and the number of tokens up to its end."""
     for count in range(10, len(token_ids)):
         before, text = tokenizer.decode(token_ids[: count - 1]), tokenizer.decode(token_ids[:count])
         stop = text[len(before) - 2 : len(before) + 1]
@@ -228,7 +228,7 @@ async def test_a_full_queue_refuses_with_advice_and_keeps_no_choice() -> None:
         running = StreamedOutput()
         task = asyncio.create_task(read_stream(services.inference.GenerateStream(stream_request()), running))
         await services.wait_load(lambda load: load.num_running_sequences == 1, "one runs")
-        # More than may ever wait: to come again would not help.
+        # These are more than may ever wait, so trying again would not help.
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services.stream(stream_request(num_choices=5))
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "num_choices" in violations(caught.value)
@@ -262,7 +262,7 @@ async def test_a_live_request_id_is_refused_and_runs_anew_afterwards() -> None:
 async def test_a_row_fault_ends_one_request_and_no_other() -> None:
     gate = threading.Semaphore(0)
     runner = FakeRunner(model_info(), gate=gate)
-    # The second sequence of all.
+    # The second sequence that the engine was ever given.
     runner.faulty.add(1)
     good, bad = stream_request(range(1, 30), 20), stream_request(num_logprobs=2)
     async with Services(runner) as services:

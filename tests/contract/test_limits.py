@@ -1,4 +1,4 @@
-"""What a client may ask for at most, over real gRPC: prompts, ids, replies, and output that nobody reads."""
+"""The limits on what a client may ask for, over real gRPC: prompts, ids, replies, and output that is not read."""
 
 import threading
 from typing import Any
@@ -119,7 +119,7 @@ async def test_a_reply_that_grows_too_large_ends_before_it_is_computed_whole() -
 
 
 async def test_a_reply_is_as_large_as_its_client_takes_and_no_larger() -> None:
-    """Text counts, though its size is known only at the end."""
+    """Text counts towards the limit, although its size is known only at the end."""
     request = unary(stream_request(max_tokens=None, request_id="mine"))
     async with Services(FakeRunner(model_info(max_model_len=400))) as services:
         size = (await services.inference.Generate(request)).ByteSize()
@@ -138,7 +138,7 @@ async def test_a_limit_that_is_no_number_is_refused(value: str) -> None:
 
 
 class StalledStream:
-    """A stream with log-probabilities, so that its transport's small window is soon full, of which nothing is read."""
+    """A stream of which nothing is read. Log-probabilities soon fill its transport's window, which is small."""
 
     def __init__(self, services: Services, max_tokens: int = 1200) -> None:
         window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]

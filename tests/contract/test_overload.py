@@ -18,7 +18,7 @@ from tests.support.fake_worker import FakeRunner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GRPC_PATIENCE_S = 30.0
-"""After so long gRPC, left to itself, ends calls that Python has not taken: CANCELLED, without a reason."""
+"""After this time gRPC ends calls that Python has not taken: CANCELLED, without a reason."""
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ async def test_each_call_of_a_flood_gets_a_reason_and_a_polite_client_is_served(
         )
         with hostile:
             assert hostile.stdout is not None
-            # It holds up this event loop: connections need no Python, and the calls gather in gRPC.
+            # This blocks the event loop. Connections need no Python, so the calls gather in gRPC.
             assert hostile.stdout.readline() == "under way\n"
             own_connection = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
             async with grpc.aio.insecure_channel(services.address, own_connection) as channel:

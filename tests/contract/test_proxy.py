@@ -1,4 +1,4 @@
-"""A proxy in the environment is for what lies beyond this machine: our own links go without."""
+"""A proxy in the environment is for what lies beyond this machine; Tandem's own links don't use it."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from tests.support.fake_worker import FakeRunner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")
-"""Nobody runs the discard service."""
+"""The port of the discard service, at which nothing listens."""
 
 CLIENT = "import sys, tandem; print(tandem.TandemClient(sys.argv[1]).model_info().model)"
 

@@ -1,4 +1,4 @@
-"""Readers of streams: those that go away, those that are slow, and those beside them."""
+"""Readers of streams that go away or are slow, and what that means for others."""
 
 import asyncio
 import threading
@@ -56,7 +56,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(num_choices: int, unary: b
         await services.wait_load(lambda load: load.num_output_tokens >= 3, "some tokens")
         assert (await services.load()).num_used_blocks > 0
         task.cancel()
-        # With no result for the plans in flight: the blocks are free before anything comes back.
+        # The plans in flight have no result yet: the blocks are free before any comes.
         await services.wait_load(lambda load: load.num_used_blocks == 0, "its blocks are free")
         load = await services.load()
         assert load.num_running_sequences == load.num_waiting_sequences == 0

@@ -1,4 +1,4 @@
-"""Calls whose requests do not arrive, or are not what they should be: others have places and memory all the same."""
+"""Calls whose requests do not arrive, or are malformed, take neither places nor memory from others."""
 
 import asyncio
 import struct
@@ -62,7 +62,7 @@ class RawConnection:
         await asyncio.gather(self._reading, return_exceptions=True)
 
     async def call(self, method: str, data: bytes = b"") -> None:
-        """Opens a call and leaves it open. data: of its request, as gRPC frames it."""
+        """Opens a call and leaves it open. data is a part of its request, as gRPC frames it."""
         names = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x"}
         headers = b"".join(
             bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
@@ -121,7 +121,7 @@ async def test_a_call_that_sends_no_request_is_ended(
 async def test_calls_that_send_no_request_lock_nobody_out(
     monkeypatch: pytest.MonkeyPatch, num_connections: int, num_calls: int
 ) -> None:
-    """Be they more than are read at once, which hurry each other, or all of them being read."""
+    """Both for more calls than are read at once, which shorten each other's time, and for so few that all are read."""
     monkeypatch.setattr(read_gate, "READ_TIMEOUT_S", LONG_S)
     monkeypatch.setattr(read_gate, "HURRIED_READ_S", 0.2)
     async with AsyncExitStack() as stack:
@@ -152,7 +152,7 @@ async def test_calls_that_send_no_request_lock_nobody_out(
 async def test_half_sent_requests_hold_memory_of_few_calls(
     services: Services, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """gRPC lets a whole message in once it is asked for one, and then keeps what came."""
+    """gRPC takes in a whole message once it is asked for one, and keeps it."""
     monkeypatch.setattr(read_gate, "READ_TIMEOUT_S", LONG_S)
     monkeypatch.setattr(read_gate, "HURRIED_READ_S", LONG_S)
     async with AsyncExitStack() as stack:
@@ -170,7 +170,7 @@ async def test_half_sent_requests_hold_memory_of_few_calls(
         await wait_until(is_any_let_in, "a message is let in")
         await asyncio.sleep(0.3)
         assert num_let_in() <= READ_BYTES // DEFAULT_MAX_REQUEST_BYTES // 8
-        # Another connection's calls are served meanwhile.
+        # Calls of another connection are served meanwhile.
         assert await services.health_of("") == "SERVING"
         await services.inference.Tokenize(inference_pb2.TokenizeRequest(text="polite"))
 

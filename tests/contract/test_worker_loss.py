@@ -1,4 +1,4 @@
-"""The worker dies, hangs or changes under running streams. The truth is what the fake model gives undisturbed."""
+"""The worker dies, hangs or changes under running streams. The truth is the fake model's undisturbed output."""
 
 import asyncio
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from tests.support.fake_worker import FakePendingStep, FakeRunner
 
 
 def make_requests(count: int = 8, max_tokens: int = 40) -> list[inference_pb2.GenerateStreamRequest]:
-    """Half of them greedy, half seeded, some with a prompt in common."""
+    """Requests of which half are greedy and half seeded, and some share a prompt."""
     return [
         stream_request(range(1, 20 + 5 * (index // 2)), max_tokens + index, temperature=float(index % 2), seed=index)
         for index in range(count)
@@ -34,7 +34,7 @@ def make_requests(count: int = 8, max_tokens: int = 40) -> list[inference_pb2.Ge
 
 
 class Streams:
-    """Requests that are read while a test does something else."""
+    """Streams that are read while a test does something else."""
 
     def __init__(self, services: Services, requests: Sequence[inference_pb2.GenerateStreamRequest]) -> None:
         self.requests = requests
@@ -60,13 +60,13 @@ class Streams:
     async def mid_way(
         cls, services: Services, requests: Sequence[inference_pb2.GenerateStreamRequest], num_steps: int = 8
     ) -> "Streams":
-        """Started together on a worker whose gate is closed, then run for so many steps."""
+        """Starts all streams on a worker whose gate is closed, and lets it run for so many steps."""
         streams = cls(services, requests)
         await services.wait_load(
             lambda load: load.num_running_sequences + load.num_waiting_sequences == len(requests), "all have come"
         )
         open_gate(services.runner, num_steps)
-        # The plans that were in flight before the last request came may lack it.
+        # Plans that were in flight when the last request came don't include it.
         await streams.wait_tokens(num_steps - 5)
         return streams
 
@@ -148,7 +148,7 @@ async def test_no_worker_in_time_ends_all_with_advice_and_a_later_worker_serves_
 
 
 async def test_a_long_step_that_gets_on_is_no_loss() -> None:
-    """Ten times both limits, the scheduler's and the worker's own; the tokens come in the end."""
+    """A step that takes ten times both limits, the scheduler's and the worker's own, brings its tokens in the end."""
     async with Services(gated_runner(0), step_timeout_s=0.3, worker_step_timeout_s=0.3) as services:
         streams = await Streams.mid_way(services, make_requests(3))
         assert isinstance(services.runner, FakeRunner)
@@ -156,14 +156,14 @@ async def test_a_long_step_that_gets_on_is_no_loss() -> None:
             await asyncio.sleep(0.05)
             services.runner.progress += 1
         assert (await services.load()).num_worker_losses == services.num_failures == 0
-        # Results that may come at any time are progress of their own.
+        # Results count as progress too.
         open_gate(services.runner)
         await streams.check_truth()
         assert (await services.load()).num_worker_losses == 0
 
 
 async def test_a_step_that_hangs_ends_the_worker_and_streams_go_on_with_the_next() -> None:
-    """Its own watchdog bites, though its scheduler would wait on."""
+    """The worker's own watchdog ends it, although its scheduler would wait longer."""
     async with Services(gated_runner(0), worker_step_timeout_s=0.4) as services:
         streams = await Streams.mid_way(services, make_requests(3))
         runner = services.runner
@@ -188,11 +188,11 @@ async def test_a_worker_that_hangs_past_the_watchdog_is_lost_and_may_come_back()
 
 
 POISON = 999
-"""First token of a poisonous prompt."""
+"""The first token of a poisonous prompt."""
 
 
 class PoisonedRunner(FakeRunner):
-    """Fails whole whenever the poison is in its batch."""
+    """A worker that fails whenever the poison is in its batch."""
 
     def execute(self, plan: StepPlan) -> FakePendingStep:
         if any(row.token_ids[0] == POISON for row in plan.added_rows):
@@ -209,13 +209,13 @@ async def test_a_poisonous_request_ends_and_all_others_complete() -> None:
         assert caught.value.code() == grpc.StatusCode.INTERNAL
         assert "the poison works" in (caught.value.details() or "")
         await streams.check_truth()
-        # Two make a suspect, then its trials count.
+        # Two losses make a suspect, and then its trials count.
         num_losses = 2 + MAX_FAILED_TRIALS
         assert (await services.load()).num_worker_losses == services.num_failures == num_losses
 
 
 class AskedRunner(FakeRunner):
-    """Counts how often it was asked for its info."""
+    """A worker that counts how often it was asked for its info."""
 
     num_questions = 0
 

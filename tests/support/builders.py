@@ -14,7 +14,7 @@ GREEDY = RowSampling(temperature=0.0)
 
 
 def worker_info(**changes: object) -> WorkerInfo:
-    """A small worker; `changes` name WorkerInfo's fields."""
+    """The info of a small worker; `changes` are fields of WorkerInfo."""
     info = WorkerInfo(
         protocol_version=1,
         worker_instance_id="worker-1",

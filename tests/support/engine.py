@@ -33,7 +33,7 @@ class Engine:
         return plan
 
     def deliver(self) -> StepOutputs:
-        """Hands the oldest step's result to the scheduler."""
+        """Gives the oldest step's result to the scheduler."""
         outputs = self.scheduler.update(self.in_flight.popleft().wait())
         for sequence_id, token_id in zip(outputs.sequence_ids, outputs.token_ids, strict=True):
             self.outputs[sequence_id].append(token_id)
@@ -42,13 +42,13 @@ class Engine:
         return outputs
 
     def lose_worker(self, failure: str = "") -> None:
-        """The runner and the steps in flight are gone."""
+        """Loses the runner and the steps in flight."""
         self.in_flight.clear()
         for finished in self.scheduler.lose_worker(failure):
             self.finished[finished.sequence_id] = finished
 
     def attach_worker(self, runner: Runner) -> None:
-        """Another runner, whose batch is empty."""
+        """Attaches another runner, whose batch is empty."""
         self.runner = runner
         runner.reset()
         for finished in self.scheduler.attach_worker(runner.info):

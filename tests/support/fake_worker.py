@@ -30,11 +30,11 @@ from tandem_shared.step_plan import (
 from tests.support.builders import VOCAB_SIZE, worker_info
 
 Chain = npt.NDArray[np.uint64]
-"""Entry p stands for the tokens 0 to p of a sequence, all of them. 0 is an unwritten slot."""
+"""Entry p is a hash of all tokens 0 to p of a sequence. 0 stands for an unwritten slot."""
 
 
 class BrokenPlan(InvalidPlan, AssertionError):
-    """A plan that breaks the protocol, or whose rows would read or write what is not theirs."""
+    """A plan that breaks the protocol, or whose rows would read or write slots of others."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -48,7 +48,7 @@ def extend_chain(chain: list[int], token_ids: list[int]) -> None:
 
 
 def sample(contents: Chain, sampling: RowSampling, vocab_size: int) -> int:
-    """The token after what was read: of the contents and, unless greedy, of seed, choice and position."""
+    """The next token: a function of the contents that were read and, unless greedy, of seed, choice and position."""
     noise = (sampling.seed, sampling.choice_index, len(contents)) if sampling.temperature > 0 else (0, 0, 0)
     return xxhash.xxh64_intdigest(contents.tobytes() + repr(noise).encode()) % vocab_size
 
@@ -68,7 +68,7 @@ def expected_tokens(request: SequenceRequest, n: int | None = None, *, vocab_siz
 
 @dataclass
 class FakeRow:
-    """What the worker knows of a row. chain has an entry for each of its tokens, sampled ones included."""
+    """The state of a row. chain has an entry for each of its tokens, sampled ones included."""
 
     sequence_id: int
     salt: str
@@ -82,7 +82,7 @@ class FakeRow:
 
 
 class FakePendingStep:
-    """A result that is known, and given out when the runner's gate and delay let it through."""
+    """A result that is known already, and returned once the runner's gate and delay let it through."""
 
     def __init__(self, result: StepResult, gate: threading.Semaphore | None, delay_s: float) -> None:
         self._result = result
@@ -118,7 +118,7 @@ class FakeRunner:
         self.faulty: set[int] = set()
         self.num_steps = 0
         self.num_full_hits = 0
-        # Tests raise it where a step is to seem to get on.
+        # Tests raise it to make a step look as if it made progress.
         self.progress = 0
         self.reset()
 
@@ -134,7 +134,7 @@ class FakeRunner:
         self._last_step_id = 0
 
     def forget_block(self, block_id: int) -> None:
-        """Its slots are unwritten again."""
+        """Makes the slots of a block unwritten again."""
         size = self._info.block_size
         self._slots[block_id * size : (block_id + 1) * size] = 0
 
@@ -146,7 +146,8 @@ class FakeRunner:
         num_tokens = self._num_tokens_by_row(plan)
         written: set[int] = set()
         contents: dict[int, Chain] = {}
-        # Decoding rows, rows that were there, new ones as they were added: each finds what those before it stored.
+        # The order is decoding rows, other old rows, new rows as they were added: each reads what those before it
+        # stored.
         new_rows = [new.row for new in plan.added_rows]
         old_rows = sorted(num_tokens.keys() - set(new_rows), key=lambda row: not self.rows[row].is_decoding)
         for row in [*old_rows, *new_rows]:
@@ -212,7 +213,8 @@ class FakeRunner:
             block_id = row.block_ids[position // size]
             slot = block_id * size + position % size
             check(slot not in written, f"slot {slot} is written twice in a step")
-            # Rows that came with this very step may share a block that it fills; others own what they read.
+            # Rows that came with this very step may share a block that it fills. Other rows own the blocks that they
+            # read.
             owners = [
                 r.sequence_id for r in self._holders[block_id] if r is not row and r.added_at < self._last_step_id
             ]
@@ -240,14 +242,15 @@ class FakeRunner:
             else:
                 counts.append(1)
                 token_ids.append(token_id)
-            # A row that asked is reported on even if it has a fault: the scheduler must bear it.
+            # A row that asked for log-probabilities gets a report even if it has a fault: the scheduler must cope with
+            # that.
             if row.sampling.num_logprobs is not None:
                 top = tuple((token_id + i) % self._info.vocab_size for i in range(row.sampling.num_logprobs))
                 logprobs.append(RowLogprobs(index, -0.5, top, tuple(-0.5 - i for i in range(len(top)))))
         return StepResult(step_id, counts, token_ids, tuple(faults), tuple(logprobs))
 
     def _read(self, row: FakeRow) -> Chain:
-        """What the row's newest position attends to; every slot must hold this row's own past."""
+        """The contents that the row's newest position attends to. Every slot must hold this row's own past."""
         size, count = self._info.block_size, row.num_computed_tokens
         blocks = np.array(row.block_ids, np.int64)
         positions = np.arange(count)

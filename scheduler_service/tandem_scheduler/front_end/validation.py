@@ -213,10 +213,10 @@ def _read_sampling(params: GenerationParams, worker: WorkerInfo, violations: _Vi
         "seed": (None, 0),
     }
     sampling: dict[str, Any] = {}
-    for name, (of_model, of_api) in defaults.items():
-        of_request = getattr(params, name)
-        default = of_api if of_model is None else of_model
-        sampling[name] = default if of_request is None else of_request
+    for name, (model_default, api_default) in defaults.items():
+        value = getattr(params, name)
+        default = api_default if model_default is None else model_default
+        sampling[name] = default if value is None else value
     _check_sampling(RowSampling(**sampling, num_logprobs=params.num_logprobs), violations)
     return sampling
 

@@ -46,7 +46,7 @@ requests = st.builds(
 
 @st.composite
 def workers(draw: st.DrawFn) -> WorkerInfo:
-    """From pools that hold one sequence to pools that hold all."""
+    """Workers whose pools hold from one sequence to all."""
     block_size = draw(st.sampled_from([1, 2, 16]))
     num_slots = draw(st.sampled_from([64, 96, 512]))
     return worker_info(
@@ -72,7 +72,7 @@ configs = st.builds(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """One scheduler and its worker. `seen` counts over all examples, so that a test can ask what was reached."""
+    """One scheduler and its worker. `seen` counts events over all examples, so that a test can check what was reached."""
 
     seen: ClassVar[Counter[str]] = Counter()
 
@@ -124,7 +124,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.expire()
         plan = self.engine.launch()
         for row in plan.added_rows if plan is not None else ():
-            # A probe is nobody's request.
+            # A probe belongs to no request.
             request = self.requests.get(row.sequence_id)
             assert request is None or request.deadline is None or request.deadline > self.now
         if plan is None and not self.engine.in_flight and not self.is_lost:
@@ -149,7 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 8))
     def step(self, count: int) -> None:
-        """What the step loop does."""
+        """Plans and delivers as the step loop does."""
         for _ in range(count):
             for _ in range(self.config.max_plans_in_flight):
                 self.schedule()
@@ -170,7 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += count
 
     def expire(self) -> None:
-        """Time that has passed ends sequences that wait, and those alone."""
+        """Ends sequences whose deadlines have passed, which must all be waiting."""
         before = self.scheduler.load()
         expired = self.scheduler.expire(self.now)
         after = self.scheduler.load()
@@ -212,13 +212,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         failure=st.sampled_from(["", "a step failed"]),
     )
     def lose_worker(self, times: int, worker: WorkerInfo | None, is_attached_at_once: bool, failure: str) -> None:
-        """Often not at all, so that something happens in between; sometimes again and again, during trials too."""
+        """Loses the worker: often not at all, so that other moves come in between, and sometimes repeatedly, also
+        during trials.
+        """
         for _ in range(times):
             if self.is_lost:
                 self.attach_worker(worker)
                 self.schedule()
                 if self.engine.in_flight:
-                    # Of the probe, if only suspects are there.
+                    # The result is the probe's if only suspects are there.
                     self.deliver()
                     self.schedule()
             self.lose_worker_once(failure)
@@ -236,7 +238,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.is_lost)
     @rule(worker=st.none() | workers())
     def attach_worker(self, worker: WorkerInfo | None) -> None:
-        """The same worker again, or one of another size."""
+        """Attaches the same worker again, or one of another size."""
         if worker is not None:
             self.seen["other workers"] += 1
         self.engine.attach_worker(self.make_runner(worker or self.engine.runner.info))
@@ -266,7 +268,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return length <= worker.max_model_len and length - 1 <= num_slots
 
     def check_finished(self, finished: FinishedSequence) -> None:
-        """An end that a result brought."""
+        """Checks an end that a result brought."""
         sequence_id = finished.sequence_id
         request, output = self.requests.pop(sequence_id), self.engine.outputs[sequence_id]
         assert finished.num_output_tokens == len(output)
@@ -286,7 +288,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(output) == request.max_tokens
 
     def end_those_that_failed(self, word: str) -> None:
-        """Ends that a loss or a new worker brought."""
+        """Notes the ends that a loss or a new worker brought."""
         for sequence_id in sorted(self.requests.keys() & self.engine.finished.keys()):
             finished, request = self.engine.finished[sequence_id], self.requests.pop(sequence_id)
             assert finished.reason is FinishReason.ERROR

@@ -1,4 +1,4 @@
-"""Who is taken, who waits and in which order, who is admitted and who is preempted."""
+"""Which sequences are accepted, wait, are admitted and are preempted, and in which order."""
 
 from collections import Counter
 
@@ -90,7 +90,7 @@ def test_a_preempted_sequence_is_not_started_again_after_its_deadline() -> None:
 
 @pytest.mark.parametrize("deadline", [None, 3.0])
 def test_what_is_preempted_is_not_started_again_by_the_same_plan(deadline: float | None) -> None:
-    """It shares its prompt's blocks with the other, and its own are cached, so it would fit at once."""
+    """NEW shares its prompt's blocks with OLD, and its own blocks are cached, so it would fit again at once."""
     engine = make_engine(worker_info(block_size=4, num_blocks=6), admission_watermark=0.0, max_plans_in_flight=1)
     old, new = create_request(OLD, range(8), 12), create_request(NEW, range(8), 12, deadline=deadline)
     engine.add(old, new)
@@ -98,7 +98,7 @@ def test_what_is_preempted_is_not_started_again_by_the_same_plan(deadline: float
     assert added_ids(plan) == [OLD, NEW]
     while not engine.scheduler.load().num_preemptions:
         engine.deliver()
-        # A deadline has passed here, and the end of the call is still under way.
+        # The deadline, if there is one, has passed here, and the end of the call is still under way.
         assert engine.scheduler.expire(3.0) == []
         plan = launch(engine)
     assert added_ids(plan) == []
@@ -180,7 +180,9 @@ def test_one_sequence_may_wait_however_long_it_is() -> None:
 
 
 def test_a_request_of_many_choices_is_taken_whole_or_not_at_all() -> None:
-    """64 choices of a prompt that together pass the limit on tokens: taken where nothing waits, else told to wait."""
+    """64 choices of a prompt together exceed the limit on tokens. They are accepted if nothing waits, else refused for
+    now.
+    """
     engine = make_engine(max_num_seqs=1, max_num_waiting_tokens=1000)
     choices = [create_request(index, range(70)) for index in range(64)]
     engine.scheduler.add(*choices)

@@ -1,4 +1,4 @@
-"""What the prefix cache gives out, and what is kept out of it because a row had a fault."""
+"""Which blocks the prefix cache shares, and which it must not hold because a row had a fault."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,8 @@ def test_what_a_faulty_row_left_behind_is_not_trusted_though_another_row_shares_
     launch(engine)
     if how == "aborted":
         engine.scheduler.abort(A)
-    # Admitted before the fault is known, it shares the blocks; it is not faulty itself, as far as anybody knows.
+    # This sequence was admitted before the fault was known and shares the blocks. Nothing says that it is faulty
+    # itself.
     engine.add(create_request(B, prompt, 9))
     assert launch(engine).added_rows[0].num_cached_tokens == 8
     engine.deliver()

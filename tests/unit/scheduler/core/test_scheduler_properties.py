@@ -46,7 +46,7 @@ def run_moves(max_examples: int) -> None:
 
 @pytest.fixture
 def seen() -> Iterator[Counter[str]]:
-    """What happened in a test; everything that can go wrong must have been tried."""
+    """The events of a test, which must include everything that can go wrong."""
     seen = SchedulerMachine.seen
     seen.clear()
     yield seen

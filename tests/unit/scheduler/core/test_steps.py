@@ -1,4 +1,4 @@
-"""What the scheduler core puts into a step, and what it makes of the result."""
+"""What the scheduler core puts into a step plan, and how it takes the result."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_decoding_rows_and_prompt_chunks_share_one_budget() -> None:
     engine.add(*requests)
     assert [chunks(launch(engine)), chunks(launch(engine))] == [{0: 6, 1: 4}, {1: 9}]
     engine.deliver()
-    # The last 3 of b; a decodes; c enters.
+    # The plan has the last 3 tokens of B's prompt, decodes A, and admits C.
     assert chunks(launch(engine)) == {1: 3, 2: 3}
     engine.drain()
     assert engine.outputs == expected(requests)
@@ -159,7 +159,7 @@ def test_logprobs_reach_the_sequence_that_asked() -> None:
 
 
 def test_nothing_keeps_a_scheduler_from_being_used_again() -> None:
-    """run() twice on one scheduler: rows, ids and the cache carry over."""
+    """run() twice on one scheduler, which keeps its rows, ids and cache."""
     engine = make_engine(worker_info(num_blocks=12), max_num_seqs=4)
     requests = create_requests(10, prompt_len=40, max_tokens=30, common_prefix=range(16))
     for _ in range(2):

@@ -66,7 +66,7 @@ def test_one_poisonous_sequence_among_64_others_ends_alone() -> None:
 
 
 def test_a_session_without_a_result_accuses_nobody() -> None:
-    """A worker that dies at whatever it is given first: losses count only once the session has shown that it works."""
+    """A worker dies at the first step that it is given. Losses count only once a session has shown that it works."""
     engine = make_engine()
     requests = create_requests(3, max_tokens=6)
     engine.add(*requests)
@@ -141,7 +141,7 @@ def test_losses_with_progress_between_them_end_nobody() -> None:
 
 @pytest.mark.parametrize("ending", ["by length", "aborted"])
 def test_a_suspect_is_not_tried_beside_a_step_of_another_that_is_still_in_flight(ending: str) -> None:
-    """A poisonous sequence that drains, or is cancelled, after its only plan: the suspect is not to blame for that."""
+    """A poisonous sequence drains, or is cancelled, after its only plan. The suspect beside it is not to blame."""
     engine = make_engine()
     suspect = create_request(A, range(20), 30)
     engine.add(suspect)

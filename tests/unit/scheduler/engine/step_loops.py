@@ -1,4 +1,4 @@
-"""Step loops on a worker without a wire, whose failures come at chosen moments."""
+"""Step loops with a worker in the same process, whose failures come at chosen moments."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -41,7 +41,7 @@ class FlakySession:
 
 
 class FlakyClient:
-    """Each session lasts for so many plans; the last one for ever."""
+    """A client whose sessions last for so many plans each, and the last one for ever."""
 
     def __init__(self, sends: Sequence[int] = (), info: WorkerInfo | None = None) -> None:
         self.info = info or worker_info()

@@ -1,10 +1,10 @@
-"""Prompt tokens of a step, as the worker's measured speed allows."""
+"""The limit on a step's prompt tokens follows the worker's measured speed."""
 
 from tandem_scheduler.engine.chunk_pace import FIRST_TOKENS_ON_CPU, MIN_TOKENS, TARGET_STEP_S, ChunkPace
 
 
 def limits(pace: ChunkPace, tokens_per_s: float, num_steps: int) -> list[int]:
-    """Of steps that each compute as much of a prompt without end as they may."""
+    """The limits of steps that each compute as many tokens of an endless prompt as they may."""
     found = []
     for _ in range(num_steps):
         found.append(pace.limit)
@@ -17,7 +17,7 @@ def test_a_gpu_keeps_its_whole_budget() -> None:
 
 
 def test_a_slow_cpu_comes_down_to_steps_of_about_a_second() -> None:
-    """The 0.6B shape on two cores: some 30 tokens of a prompt a second, of 4,500."""
+    """As with the 0.6B model on two cores: a prompt of 4,500 tokens, at some 30 tokens a second."""
     found = limits(ChunkPace(8192, "cpu"), tokens_per_s=30, num_steps=10)
     assert found[0] == FIRST_TOKENS_ON_CPU
     assert all(limit / 30 <= TARGET_STEP_S for limit in found[1:])
@@ -38,7 +38,7 @@ def test_small_steps_and_decoding_alone_say_nothing() -> None:
 
 
 def test_decoding_rows_time_is_not_the_prompts() -> None:
-    """On a CPU on which decoding alone takes longer than the target, prompts still come up to what they may take."""
+    """On a CPU where decoding alone takes longer than the target, the limit for prompts still grows."""
     pace = ChunkPace(8192, "cpu")
     for _ in range(50):
         pace.note(0, 1.5)

@@ -1,4 +1,4 @@
-"""What an observer hears of a run whose truth is known, and that its faults are its own."""
+"""The events that an observer gets of a run whose truth is known, and an observer that fails."""
 
 import asyncio
 from collections import Counter
@@ -157,7 +157,7 @@ async def test_the_life_of_requests() -> None:
     assert len(of_type(events, RequestEnded)) == len(ended)
     both, cancelled = ended["both"], ended["cancelled"]
     assert both == RequestEnded(submitted["both"], (FinishReason.LENGTH,) * 2, 16, both.num_cached_tokens, None)
-    # A block of the second choice's prompt is the first one's.
+    # The second choice shares a block of its prompt with the first.
     assert both.num_cached_tokens == 16
     assert cancelled.reasons == (FinishReason.ABORT,) and 5 <= cancelled.num_output_tokens < 2000
     assert (ended["aborted"].reasons, ended["stopped"].reasons) == ((FinishReason.ABORT,), (FinishReason.STOP,))

@@ -24,7 +24,7 @@ WORKER = worker_info(block_size=4, num_blocks=33, max_model_len=100)
 
 
 def record_random_run(path: Path, seed: int) -> Load:
-    """Everything that a scheduler can be told, in a random order."""
+    """Records a run in which everything that can happen to a scheduler happens in a random order."""
     rng = np.random.default_rng(seed)
     config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=7, max_plans_in_flight=3)
     scheduler = RecordingScheduler(config, WORKER, path)
@@ -43,14 +43,14 @@ def record_random_run(path: Path, seed: int) -> Load:
     for move in range(400):
         if move % 10 == 0:
             engine.add(requests[move // 10])
-        # A request comes each tick of ten moves.
+        # A request comes every ten moves, which are one unit of time.
         scheduler.expire(move / 10)
         if rng.random() < 0.5:
             engine.launch()
         if rng.random() < 0.45 and engine.in_flight:
             engine.deliver()
         if move % 50 == 49:
-            # Of one that has ended, both are False, which is recorded too.
+            # The sequence may have ended; then the answer is None, which is recorded too.
             newest = requests[move // 10].sequence_id
             scheduler.abort(newest) if rng.random() < 0.5 else scheduler.stop(newest, 1)
         if move == 150:

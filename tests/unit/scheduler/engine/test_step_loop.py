@@ -29,7 +29,7 @@ async def test_tokens_survive_a_loss_while_the_next_plan_is_sent(max_plans_in_fl
 async def test_what_waits_past_its_deadline_ends_and_what_comes_past_it_is_refused() -> None:
     sink, requests = Collector(2), create_requests(2, max_tokens=1000)
     async with running_loop(FlakyClient(), sink, SchedulerConfig(max_num_seqs=1)) as step_loop:
-        # Both come at once, so the second waits, and its time passes before the loop has another turn.
+        # Both come at once, so the second waits, and its deadline passes before the step loop has another turn.
         step_loop.submit([requests[0]])
         step_loop.submit([replace(requests[1], deadline=time.monotonic() + 0.01)])
         time.sleep(0.02)
@@ -47,13 +47,13 @@ async def test_a_cpu_gets_long_prompts_in_chunks_that_follow_its_speed() -> None
         await sink.all_ended.wait()
     chunks = client.sessions[0].chunks
     assert chunks[0] == FIRST_TOKENS_ON_CPU and sum(chunks) == 2000
-    # This one is fast, so they grow.
+    # This worker is fast, so the chunks grow.
     assert max(chunks) > FIRST_TOKENS_ON_CPU
     assert sink.tokens == {request.sequence_id: expected_tokens(request)}
 
 
 class RaisingSink(Collector):
-    """Can't take its third step, and notes whose news that were."""
+    """A sink that fails at its third step, and notes the sequences whose outputs were lost."""
 
     def __init__(self, num_sequences: int) -> None:
         super().__init__(num_sequences)

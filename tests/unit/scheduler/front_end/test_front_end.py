@@ -1,4 +1,4 @@
-"""A front end by itself: one batch of news for several requests, of which one fails."""
+"""A front end without an engine: one batch of outputs for several requests, of which one fails."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ class PoisonedDecoder(TextDecoder):
 
 
 class QuietEngine:
-    """Takes all that it is told, and says nothing by itself."""
+    """An engine that accepts all calls and sends nothing."""
 
     state = EngineState(WORKER, is_ready=True)
 
@@ -150,7 +150,7 @@ async def test_much_that_is_unread_leaves_in_bounded_deltas_with_the_end_in_the_
 async def test_text_that_gathers_counts_too(
     front_end: FrontEnd, max_reply_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With stop strings text is made at once, and a token may be many times as long as its id."""
+    """With stop strings text is made as tokens come, and a token's text may be much larger than its id."""
     monkeypatch.setattr(live_request, "MAX_UNREAD_BYTES", 2000)
     vocabulary = embedded().get_vocab()
     longest = max((token for token in vocabulary if not token.startswith("<|")), key=len)
@@ -159,7 +159,7 @@ async def test_text_that_gathers_counts_too(
     front_end.on_outputs(OutputBatch([0] * num_tokens, [vocabulary[longest]] * num_tokens))
     with pytest.raises(OutputTooLarge):
         await read(live)
-    # What is read makes room.
+    # Output that is read makes room.
     live = await open_request(front_end, stop_strings=["never"])
     deltas = live.deltas()
     for _ in range(5):
@@ -236,7 +236,7 @@ async def test_what_is_dropped_while_a_thread_takes_it_is_the_requests_error(
     while not is_taking.is_set():
         await asyncio.sleep(0.001)
     other = await open_request(front_end)
-    # All together hold too much.
+    # All requests together hold too much.
     monkeypatch.setattr(front_end_module, "MAX_UNREAD_BYTES", RELEASED_IDS)
     monkeypatch.setattr(front_end_module, "COUNT_EVERY_BYTES", 1)
     front_end.on_outputs(OutputBatch([other.first_handle], [40]))

@@ -1,4 +1,4 @@
-"""The checks on plain parameters, away from any wire: lengths before elements, and what leaves the edge."""
+"""The checks on plain parameters: lengths come before elements, and a checked request has what the engine needs."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ GOOD = GenerationParams(prompt_token_ids=[1, 2, 3], max_tokens=8)
 
 
 class Unreadable(Sequence[Any]):
-    """Has a length; who looks at an element fails."""
+    """A sequence that has a length and fails when an element is read."""
 
     def __init__(self, length: int) -> None:
         self._length = length

@@ -54,7 +54,7 @@ def test_ids_that_must_be_too_many_are_not_decoded() -> None:
 
 @pytest.mark.parametrize("data", [b"\x7a\0", b"\x0a\0", b"\x12\0"], ids=["unknown", "text or ids", "model"])
 def test_a_request_to_tokenize_or_detokenize_in_many_parts_is_not_decoded(data: bytes) -> None:
-    """Empty fields, two bytes each: nothing of them is kept, and each takes time."""
+    """Empty fields take two bytes and no memory, but each takes time to decode."""
     tokenize = bounded_tokenize(inference_pb2.TokenizeRequest.FromString)
     assert isinstance(tokenize(data * 2_000_000), TooLargeToDecode)
     detokenize = bounded_detokenize(inference_pb2.DetokenizeRequest.FromString, lambda: MAX_NUM_IDS)

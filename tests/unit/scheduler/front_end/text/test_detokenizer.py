@@ -26,7 +26,7 @@ VOCAB_SIZE = TOKENIZER.get_vocab_size()
 END_OF_TEXT = 0
 
 any_ids = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30)
-# Mostly bytes of several-byte characters, whole and broken.
+# Mostly parts of characters of several bytes, complete and broken.
 byte_ids = st.lists(st.sampled_from([TOKENIZER.encode(c).ids[i] for c in "é€😀" for i in range(2)] + [END_OF_TEXT, 40]))
 texts = st.text(max_size=40)
 
@@ -34,7 +34,7 @@ texts = st.text(max_size=40)
 def joined(
     ids: list[int], stops: tuple[str, ...] = (), *, skip: bool = True, decoder: TextDecoder = DECODER
 ) -> tuple[str, str | None, int]:
-    """The deltas' sum, the stop that matched, and the number of ids read."""
+    """The joined deltas, the stop string that matched, and the number of ids that were read."""
     detokenizer = Detokenizer(decoder, StopStrings(stops), skip_special_tokens=skip)
     text = ""
     for count, token_id in enumerate(ids, start=1):
@@ -74,7 +74,7 @@ def test_text_ends_before_the_first_stop_string_that_completes(text: str, stops:
         return
     _, start, stop = ends[0]
     assert (got, matched) == (text[:start], stop)
-    # Told at the very token that completes it.
+    # The match is found at the very token that completes it.
     assert stop in TOKENIZER.decode(ids[:count]) and stop not in TOKENIZER.decode(ids[: count - 1])
 
 
@@ -113,7 +113,7 @@ def test_bytes_that_are_no_text_come_out_as_the_decoded_whole(ids: list[int], sk
 
 
 def test_bytes_that_are_no_text_are_not_decoded_again_and_again() -> None:
-    """A model may give nothing else: what is uncertain stays short, so a token's cost does not grow."""
+    """A model may give nothing else. The uncertain part stays short, so the cost of a token does not grow."""
     num_decoded: list[int] = []
 
     class Counting(TextDecoder):
@@ -138,7 +138,7 @@ fallback_ids = st.lists(
 
 @settings(max_examples=500, deadline=None)
 @given(ids=fallback_ids, num_added=st.integers(0, 30), skip=st.booleans())
-# What DecodeStream raises 'Invalid prefix' for: a byte that was text by itself is none in a longer run.
+# DecodeStream raises 'Invalid prefix' here: a byte that was text by itself is no text in a longer run.
 @example(ids=[A_BYTE, BROKEN, A_BYTE, A_WORD], num_added=4, skip=True)
 @example(ids=[*SMILE, 0, *SMILE[:2], 0, *SMILE[2:], A_WORD], num_added=30, skip=True)
 @example(ids=[SPACE, A_WORD, 0, A_WORD, 0, SPACE, SMILE[0]], num_added=30, skip=True)
@@ -182,7 +182,7 @@ def test_a_texts_least_size_is_known_from_its_ids(ids: list[int], skip: bool) ->
 
 
 def test_the_vocabulary_is_read_at_the_start_and_by_no_call() -> None:
-    """Qwen3's takes over 100 ms, which the calls of a server would wait for."""
+    """Reading Qwen3's vocabulary takes over 100 ms, for which all calls of a server would wait."""
     tokenizer = CountingTokenizer(TOKENIZER)
     decoder = TextDecoder(tokenizer)
     num_reads = tokenizer.num_reads

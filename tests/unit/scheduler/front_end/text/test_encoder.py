@@ -1,4 +1,4 @@
-"""Bounds on tokenizing: what is refused unread, what is read in pieces, who waits for whom, and what is raised."""
+"""Limits on tokenizing: which texts are refused unread or read in pieces, which wait, and which errors come."""
 
 import asyncio
 import sys
@@ -36,7 +36,7 @@ async def test_a_text_that_must_be_too_many_tokens_is_refused_unread() -> None:
 
 
 async def test_no_text_that_fits_is_refused_unread() -> None:
-    """The longest texts of so many tokens: of the longest token, and of what NFC shrinks the most."""
+    """The longest texts of so many tokens: repeats of the longest token, and of the character that NFC shrinks most."""
     longest = max((t for t in embedded().get_vocab() if t.isascii()), key=len)
     shrunk = "\u1fbe\u0308\u0301" * 50
     for tokenizer, text in ((embedded(), longest * 50), (qwen3_like(), longest * 50), (qwen3_like(), shrunk)):
@@ -100,7 +100,7 @@ async def test_too_much_text_at_once_is_refused_and_taken_afterwards(monkeypatch
 
 
 def unknown_tokenizer() -> Tokenizer:
-    """One whose texts can't be split."""
+    """A tokenizer whose texts can't be split."""
     tokenizer = embedded()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return tokenizer
@@ -147,7 +147,7 @@ async def test_a_text_counts_until_it_is_read_though_its_call_was_cancelled(monk
     may_go_on.set()
     expected = tokenizer.encode(LONG).ids
     assert (await waiting).tolist() == expected
-    # Nothing counts any more, so as much as is allowed at once is taken.
+    # The cancelled texts no longer count, so as much as is allowed at once is accepted.
     for ids in await asyncio.gather(*(encoder.encode("text", LONG, max_tokens=NO_LIMIT) for _ in range(2))):
         assert ids.tolist() == expected
 

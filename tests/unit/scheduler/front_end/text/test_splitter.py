@@ -1,6 +1,6 @@
 """Pieces' ids, joined, against the tokenizer's own ids of the whole text; the bounds against Unicode's own data.
 
-QWEN3_TOKENIZER names a tokenizer.json to try besides; the real one of Qwen3 is too large to be kept here.
+QWEN3_TOKENIZER names one more tokenizer.json to try. The real one of Qwen3 is too large to be kept here.
 """
 
 import os
@@ -22,7 +22,7 @@ if "QWEN3_TOKENIZER" in os.environ:
 
 all_tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
-# What the expressions treat apart, what NFC joins, and added tokens, whole and broken.
+# Characters that the expressions treat differently, that NFC joins, and added tokens, whole and broken.
 PARTS = [
     *"aZé09_<>|/'\"!,.;-()\t\n\r  一。\uff0cひ가ᄀ",
     "\u0301",
@@ -71,7 +71,7 @@ def test_words_are_letters_and_digits_and_breaks_are_not() -> None:
             assert unicodedata.category(unicodedata.normalize("NFC", character))[0] in "LN", hex(code)
         if re.match(f"[{BREAK}]", character):
             assert unicodedata.category(character)[0] in "PZC" and unicodedata.combining(character) == 0
-            # Combines with nothing before it: no composition has it as its second part.
+            # It combines with nothing before it, as no composition has it as its second part.
             assert unicodedata.normalize("NFD", character) == character
     compositions = filter(None, (unicodedata.decomposition(chr(code)) for code in range(sys.maxunicode + 1)))
     seconds = [
@@ -104,7 +104,7 @@ def test_what_a_token_is_at_most_is_known() -> None:
 def test_nfc_shrinks_by_less_than_its_factor() -> None:
     """For each character in normal form, the longest text that normalises to it."""
     longest_raw: dict[str, int] = {}
-    # Those that are composed of others; of Hangul, which is regular, the first hundred, and of the rest a thousand.
+    # All composed characters, the first thousand, and of Hangul, which is regular, the jamo and a hundred syllables.
     composed = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.decomposition(chr(c))]
     characters = [*composed, *map(chr, range(1000)), *map(chr, range(0x1100, 0x1200)), *map(chr, range(0xAC00, 0xAC64))]
     characters += {part for character in composed for part in unicodedata.normalize("NFD", character)}
@@ -113,7 +113,7 @@ def test_nfc_shrinks_by_less_than_its_factor() -> None:
         longest_raw[decomposed] = max(longest_raw.get(decomposed, 0), len(character.encode()))
 
     def longest(decomposed: str) -> int:
-        """Of all ways to write it as decomposable characters in a row."""
+        """The longest of all ways to write a text as decomposable characters."""
         best = [0] * (len(decomposed) + 1)
         for start in reversed(range(len(decomposed))):
             ends = [e for e in range(start + 1, len(decomposed) + 1) if decomposed[start:e] in longest_raw]

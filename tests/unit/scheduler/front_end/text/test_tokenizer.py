@@ -39,7 +39,7 @@ def truncation(length: int, stride: int = 0) -> dict[str, Any]:
         {"truncation": truncation(8)},
         {"padding": padding(200)},
         {"truncation": truncation(8), "padding": padding(12)},
-        # Each of these two took the process, or the call, down when the first text came.
+        # Each of these two ended the process, or the call, when the first text came.
         {"padding": padding(10**8)},
         {"truncation": truncation(8, stride=9)},
     ],
@@ -55,7 +55,7 @@ def test_saved_truncation_and_padding_are_switched_off(changes: dict[str, Any], 
     [
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}},
         {"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": "x"}},
-        # The library panics: no Exception.
+        # The library panics, which is not an Exception.
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
     ],
 )
