@@ -1,4 +1,4 @@
-"""The hub between the step loop and several front ends: each gets its own outputs, and one that fails harms no other."""
+"""The hub between the step loop and several front ends: each gets its own outputs, one that fails harms no other."""
 
 import asyncio
 from dataclasses import replace

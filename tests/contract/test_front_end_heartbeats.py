@@ -1,4 +1,4 @@
-"""Front-end processes that fall silent are replaced. Those that are slow, or silent through no fault of theirs, stay."""
+"""Front-end processes that fall silent are replaced. Those that are slow, or not to blame for it, stay."""
 
 import asyncio
 import contextlib

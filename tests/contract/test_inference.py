@@ -166,7 +166,7 @@ async def test_a_stop_string_across_tokens_cuts_the_text_and_the_tokens(tokenize
 
 
 def spanning_stop(tokenizer: Tokenizer, token_ids: list[int]) -> tuple[str, str, int]:
-    """A string that two tokens of an output form together, the text before it, and the number of tokens up to its end."""
+    """A string that two tokens of an output form together, the text before it, and how many tokens it takes."""
     for count in range(10, len(token_ids)):
         before, text = tokenizer.decode(token_ids[: count - 1]), tokenizer.decode(token_ids[:count])
         stop = text[len(before) - 2 : len(before) + 1]

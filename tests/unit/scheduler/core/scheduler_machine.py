@@ -72,7 +72,7 @@ configs = st.builds(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """One scheduler and its worker. `seen` counts events over all examples, so that a test can check what was reached."""
+    """One scheduler and its worker. `seen` counts events over all examples, so that a test can see what was reached."""
 
     seen: ClassVar[Counter[str]] = Counter()
 
