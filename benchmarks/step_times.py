@@ -25,6 +25,7 @@ from benchmarks.checkpoint import COMMON, SIZES
 from benchmarks.common import header, write_json
 from tandem_shared.step_codec import PROTOCOL_VERSION
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
+from tandem_worker.attention.triton_attention import TritonAttention
 from tandem_worker.checkpoint.model_config import ModelConfig
 from tandem_worker.layers.triton_operations import TritonOperations
 from tandem_worker.models.qwen3 import Qwen3
@@ -73,9 +74,10 @@ def join(config: ModelConfig) -> Communicator:
 def build(config: ModelConfig, num_blocks: int, communicator: Communicator) -> CudaRunner:
     device = torch.device("cuda", torch.cuda.current_device())
     local = communicator.shard.cut(config)
-    operations = TritonOperations(
+    attention = TritonAttention(
         MAX_NUM_ROWS, local.num_attention_heads, local.num_key_value_heads, local.head_dim, device
     )
+    operations = TritonOperations(attention)
     with device:
         model = Qwen3(config, operations, 40960, torch.bfloat16, communicator)
     for name, weight in model.named_parameters():

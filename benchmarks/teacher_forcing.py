@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
-from tandem_worker.layers.attention import AttentionMetadata, ChunkMetadata, DecodeGroup
+from tandem_worker.attention.torch_attention import AttentionMetadata, ChunkMetadata, DecodeGroup
 from tandem_worker.runners.torch_runner import TorchRunner, widened
 
 if TYPE_CHECKING:  # It needs triton.

@@ -147,10 +147,12 @@ class WorkerSettings(ServiceSettings):
         minimum=1,
         maximum=64,
     )
-    kernels: str = option(
+    attention_backend: str = option(
         "auto",
-        "what computes on a GPU: Triton kernels with cuBLAS, or plain torch; auto takes the kernels where they can run",
-        choices=("auto", "triton", "torch"),
+        "what computes attention: triton is our kernels; flash-attn is that library, on Hopper GPUs with a block size"
+        " that is a multiple of 256; torch computes the whole model in plain torch; auto is the fastest that can run,"
+        " which on a CPU is torch",
+        choices=("auto", "triton", "flash-attn", "torch"),
     )
     all_reduce: str = option(
         "auto",

@@ -32,7 +32,7 @@ def make_runner(folder: Path, dtype: str, device: str = "cuda", num_blocks: int 
         model=str(folder),
         dtype=dtype,
         device=device,
-        kernels="torch",
+        attention_backend="torch",
         num_blocks=num_blocks,
         max_num_seqs=32,
         max_num_batched_tokens=256,
@@ -78,7 +78,7 @@ def test_the_pool_is_measured_and_leaves_memory(max_model_len: int, tmp_path: Pa
     """With a context below the token budget, several prompts fill the step that is measured."""
     folder = save_random_model(tmp_path, dtype="float32", max_position_embeddings=32768)
     settings = WorkerSettings(
-        model=str(folder), device="cuda", kernels="torch", gpu_memory_utilization=0.2, max_num_seqs=256,
+        model=str(folder), device="cuda", attention_backend="torch", gpu_memory_utilization=0.2, max_num_seqs=256,
         max_model_len=max_model_len,
     )  # fmt: skip
     runner = build_runner(settings)

@@ -105,7 +105,7 @@ def usual_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_runner(folder: Path, **settings: Any) -> Runner:
-    defaults = {"dtype": "bfloat16", "device": "cuda", "kernels": "triton", "num_blocks": NUM_BLOCKS}
+    defaults = {"dtype": "bfloat16", "device": "cuda", "attention_backend": "triton", "num_blocks": NUM_BLOCKS}
     sizes = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 256}
     return build_runner(WorkerSettings(model=str(folder), **{**defaults, **sizes, **settings}))
 
@@ -229,7 +229,7 @@ def test_tokens_are_those_that_the_logits_of_transformers_call_for(
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_logits_match_transformers_and_plain_torch(enforce_eager: bool, usual_folder: Path) -> None:
     runner = make_runner(usual_folder, enforce_eager=enforce_eager)
-    plain = make_runner(usual_folder, kernels="torch")
+    plain = make_runner(usual_folder, attention_backend="torch")
     reference = load_reference(usual_folder)
     prompt_lengths = [(129,), (1, 64, 200), (1, 2, 16, 127, 128, 129, 200, 300)]
     for lengths, max_chunk_tokens in itertools.product(prompt_lengths, (7, 25)):
@@ -248,7 +248,7 @@ def test_logits_match_transformers_and_plain_torch(enforce_eager: bool, usual_fo
     ("dtype", "expected"), [("auto", CudaRunner), ("bfloat16", CudaRunner), ("float32", TorchRunner)]
 )
 def test_the_fast_runner_is_taken_where_it_can_run(dtype: str, expected: type, folder: Path) -> None:
-    runner = make_runner(folder, dtype=dtype, kernels="auto", enforce_eager=True)
+    runner = make_runner(folder, dtype=dtype, attention_backend="auto", enforce_eager=True)
     assert type(runner) is expected
     assert runner.info.dtype == ("float32" if expected is TorchRunner else "bfloat16")
 

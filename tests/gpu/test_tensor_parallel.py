@@ -19,6 +19,7 @@ from tandem_shared.step_plan import RowSampling
 from tests.e2e.services import Engine, generate_request
 from tests.e2e.test_tensor_parallel import ranks_of, wait_all_gone
 from tests.e2e.waiting import WAIT_S
+from tests.gpu.requirements import needs_flash_attn
 from tests.gpu.test_fast_path import TEXT, VOCAB_SIZE, make_runner, save_model
 
 pytestmark = [
@@ -87,11 +88,20 @@ def error(folder: Path, reference: Any) -> float:
     return TOLERANCE * measure_logit_error(runner, reference, [ForcedText(TEXT, 1)])["absolute_max"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--enforce-eager", "true"), ("--all-reduce", "nccl")], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--enforce-eager", "true"),
+        ("--all-reduce", "nccl"),
+        pytest.param(("--attention-backend", "flash-attn", "--block-size", "256"), marks=needs_flash_attn),
+    ],
+    ids=str,
+)
 def test_tokens_are_those_that_the_logits_of_transformers_call_for(
     flags: tuple[str, ...], folder: Path, reference: Any, error: float
 ) -> None:
-    engine = start(folder, "--kernels", "triton", *flags)
+    engine = start(folder, "--attention-backend", "triton", *flags)
     try:
         outputs = run(engine)
         log = engine.worker.log_file.read_text()
@@ -108,7 +118,7 @@ def test_tokens_are_those_that_the_logits_of_transformers_call_for(
 def test_plain_torch_gives_one_ranks_tokens(folder: Path) -> None:
     outputs = []
     for num_ranks in (1, 2):
-        engine = start(folder, "--kernels", "torch", dtype="float64", num_ranks=num_ranks)
+        engine = start(folder, "--attention-backend", "torch", dtype="float64", num_ranks=num_ranks)
         try:
             outputs.append(run(engine))
         finally:
@@ -118,7 +128,7 @@ def test_plain_torch_gives_one_ranks_tokens(folder: Path) -> None:
 
 @pytest.fixture
 def streaming(folder: Path) -> Iterator[Engine]:
-    engine = start(folder, "--kernels", "triton")
+    engine = start(folder, "--attention-backend", "triton")
     for number in range(2):
         engine.stream(generate_request(TEXT[number:40], 900)).wait_tokens(10)
     yield engine

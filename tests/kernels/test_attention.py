@@ -14,56 +14,9 @@ from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.kernels.store_kv import store_kv
 from tandem_worker.layers.rotary import apply_rotary
 from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, normed, random
+from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-ATTENTION_TOLERANCE = 2e-2
-"""Scores of random inputs reach 30, so that rounding q and k to bfloat16 shows."""
-
-
-class Pool:
-    """A KV pool with rows of random contexts in random blocks; every slot that is nobody's is NaN."""
-
-    def __init__(
-        self, context_lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int, block_size: int,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.block_size = block_size
-        num_blocks = [-(-length // block_size) for length in context_lens]
-        ids = torch.randperm(sum(num_blocks)) + 1
-        # Longer than needed, so that the stride is not the length; what is past the context is no block at all.
-        self.tables = torch.full((len(context_lens), max(num_blocks) + 3), 10**9, dtype=torch.int32)
-        self.cache = torch.full((2, sum(num_blocks) + 1, block_size, num_kv_heads, head_dim), float("nan"), dtype=DTYPE)
-        self.keys, self.values = [], []
-        for row, (length, count) in enumerate(zip(context_lens, num_blocks, strict=True)):
-            self.tables[row, :count] = ids[:count].int()
-            ids = ids[count:]
-            k, v = (torch.randn(length, num_kv_heads, head_dim).to(DTYPE) for _ in range(2))
-            self.keys.append(k)
-            self.values.append(v)
-            slots = self.slots(row, 0, length)
-            self.cache[0].flatten(0, 1)[slots] = k
-            self.cache[1].flatten(0, 1)[slots] = v
-        self.cache, self.tables = self.cache.to(device), self.tables.to(device)
-        self.context_lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
-
-    def slots(self, row: int, start: int, count: int) -> torch.Tensor:
-        positions = torch.arange(start, start + count)
-        return (
-            self.tables.cpu()[row].long()[positions // self.block_size] * self.block_size + positions % self.block_size
-        )
-
-    def attend(
-        self, qkv: torch.Tensor, q_norm: torch.Tensor, rotary: torch.Tensor, row: int, position: int
-    ) -> torch.Tensor:
-        """One token, (heads + 2 KV heads, head_dim), over [0, position] -> (heads * head_dim,) float64."""
-        group = self.num_heads // self.num_kv_heads
-        q = apply_rotary(normed(qkv[None, : self.num_heads], q_norm), rotary[position][None].double())[0].cpu()
-        k = self.keys[row][: position + 1].double().repeat_interleave(group, 1)
-        v = self.values[row][: position + 1].double().repeat_interleave(group, 1)
-        weights = (torch.einsum("hd,thd->ht", q, k) * self.head_dim**-0.5).softmax(-1)
-        return torch.einsum("ht,thd->hd", weights, v).flatten()
 
 
 def test_plan_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

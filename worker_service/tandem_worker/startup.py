@@ -1,6 +1,5 @@
 """From settings to a runner: reads the config, loads the model, sizes and allocates its KV pool."""
 
-import importlib.util
 import logging
 import os
 import uuid
@@ -14,6 +13,7 @@ from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.model_folder import ALL_FILES, resolve_model, tokenizer_digest
 from tandem_shared.step_codec import PROTOCOL_VERSION
 from tandem_shared.step_plan import WorkerInfo
+from tandem_worker.attention import choice
 from tandem_worker.checkpoint.generation_config import read_generation_defaults
 from tandem_worker.checkpoint.model_config import ModelConfig
 from tandem_worker.checkpoint.weights import fingerprint_of, load_weights
@@ -106,37 +106,14 @@ def _max_model_len(settings: WorkerSettings, config: ModelConfig) -> int:
 def _make_operations(
     settings: WorkerSettings, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> Operations:
-    """Triton kernels where they can run, else plain torch, which serves any device, type and shape. config is the
-    rank's own.
-    """
-    if device.type == "cpu" or settings.kernels == "torch":
-        return TorchOperations()
-    if problem := _why_no_kernels(config, device, dtype):
-        if settings.kernels == "triton":
-            raise ConfigError(f"--kernels triton: {problem}")
-        logger.warning("plain torch instead of the fast kernels: %s", problem)
+    """What the layers are computed with, as the attention backend decides it. config is the rank's own."""
+    name = choice.choose(settings.attention_backend, choice.conditions_of(settings, config, device, dtype))
+    logger.info("attention backend %s", name)
+    if name == choice.TORCH:
         return TorchOperations()
     from tandem_worker.layers.triton_operations import TritonOperations
 
-    return TritonOperations(
-        settings.max_num_seqs, config.num_attention_heads, config.num_key_value_heads, config.head_dim, device
-    )
-
-
-def _why_no_kernels(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why the fast kernels can't run, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    if dtype != torch.bfloat16:
-        return f"they compute in bfloat16, not {dtype}"
-    if config.head_dim not in (32, 64, 128):
-        return f"head_dim {config.head_dim} is not 32, 64 or 128"
-    inner = config.num_attention_heads * config.head_dim
-    if any(width % 64 for width in (config.hidden_size, config.intermediate_size, inner)):
-        return "hidden_size, intermediate_size or the heads' size is no multiple of 64"
-    return None
+    return TritonOperations(choice.make_attention(name, settings, config, device))
 
 
 def _make_model(

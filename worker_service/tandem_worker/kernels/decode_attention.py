@@ -14,7 +14,7 @@ import triton.language as tl
 
 from tandem_worker.kernels.gdc import wait_for_predecessor
 from tandem_worker.kernels.launcher import Kernel, supports_pdl
-from tandem_worker.kernels.store_kv import normalize_and_rotate
+from tandem_worker.kernels.store_kv import load_norm, normalize_and_rotate
 
 LOG2_E = 1.4426950408889634
 GROUP_PAD = 16
@@ -139,7 +139,8 @@ def _decode_attention(
     qkv, q_norm, k_norm, rotary, key_cache, value_cache, block_tables, rows, context_lens, items, out, partials,
     counters, table_stride, eps, scale,
     H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, STORE: tl.constexpr, PREFETCH: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STORE: tl.constexpr, PREFETCH: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """PREFETCH: a split's first tile is read before the wait for qkv, since what is in the cache was put there by
     earlier steps; only if STORE.
@@ -169,8 +170,7 @@ def _decode_attention(
     position = num_tokens - 1
     cos = tl.load(rotary + position * D + half).to(tl.float32)[None, :]
     sin = tl.load(rotary + position * D + HALF + half).to(tl.float32)[None, :]
-    norm1 = tl.load(q_norm + half).to(tl.float32)[None, :]
-    norm2 = tl.load(q_norm + HALF + half).to(tl.float32)[None, :]
+    norm1, norm2 = load_norm(q_norm, D, NORM)
     if PREFETCH:
         k1, k2, v = _load_tile(key_cache, value_cache, table, kv_head, start, end, KVH, D, BLOCK_SIZE, TILE)
     wait_for_predecessor(PDL)
@@ -179,18 +179,17 @@ def _decode_attention(
         queries = base + (kv_head * GROUP + group) * D + half[None, :]
         q1 = tl.load(queries, mask=in_group, other=0.0).to(tl.float32)
         q2 = tl.load(queries + HALF, mask=in_group, other=0.0).to(tl.float32)
-        q1, q2 = normalize_and_rotate(q1, q2, norm1, norm2, cos, sin, eps, D, dtype)
+        q1, q2 = normalize_and_rotate(q1, q2, norm1, norm2, cos, sin, eps, D, NORM, dtype)
         best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
         acc = tl.zeros([GROUP_PAD, D], tl.float32)
         if STORE:  # noqa: SIM102
             if split == num_splits - 1:
                 keys = base + (H + kv_head) * D + half[None, :]
-                norm1 = tl.load(k_norm + half).to(tl.float32)[None, :]
-                norm2 = tl.load(k_norm + HALF + half).to(tl.float32)[None, :]
+                norm1, norm2 = load_norm(k_norm, D, NORM)
                 new_k1, new_k2 = normalize_and_rotate(
                     tl.load(keys).to(tl.float32), tl.load(keys + HALF).to(tl.float32),
-                    norm1, norm2, cos, sin, eps, D, dtype,
+                    norm1, norm2, cos, sin, eps, D, NORM, dtype,
                 )  # fmt: skip
                 new_v = tl.load(base + (H + KVH + kv_head) * D + columns)
                 block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
@@ -281,13 +280,13 @@ class DecodeAttention:
 
     def __call__(
         self,
-        qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, eps: float, rotary: torch.Tensor,
+        qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, rotary: torch.Tensor,
         cache: torch.Tensor, decode: DecodeRows, out: torch.Tensor, *, stores: bool,
     ) -> None:  # fmt: skip
         """Writes the n rows' tokens, which come first, of out, (tokens, heads * head_dim), but for those of nobody.
 
-        qkv (tokens, heads + 2 KV heads, head_dim). If `stores`, the new tokens' k and v are not in the cache yet, and
-        put there.
+        qkv (tokens, heads + 2 KV heads, head_dim); q_norm and k_norm (head_dim,), or both None for no norms. If
+        `stores`, the new tokens' k and v are not in the cache yet, and put there.
         """
         num_rows, (_, num_all, head_dim) = len(decode.rows), qkv.shape
         num_kv_heads = cache.shape[3]
@@ -297,13 +296,15 @@ class DecodeAttention:
         num_warps = 2 if is_few else 1
         _kernel(
             (num_kv_heads, len(decode.items), 1),
-            qkv, q_norm, k_norm, rotary, cache[0], cache[1], decode.block_tables, decode.rows, decode.context_lens,
+            # A pointer that is not used must still be one.
+            qkv, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, rotary, cache[0], cache[1],
+            decode.block_tables, decode.rows, decode.context_lens,
             decode.items, out, self._partials, self._counters, decode.block_tables.stride(0), eps,
             head_dim**-0.5 * LOG2_E,
             H=num_heads, KVH=num_kv_heads, D=head_dim, GROUP_PAD=max(GROUP_PAD, num_heads // num_kv_heads),
             BLOCK_SIZE=cache.shape[2], TILE=64 if is_few else 32, STORE=stores,
             PREFETCH=stores and num_rows <= PREFETCH_ROWS,
-            SPLITS=COMBINED_A_WARP * num_warps, PDL=supports_pdl(self._device),
+            SPLITS=COMBINED_A_WARP * num_warps, NORM=q_norm is not None, PDL=supports_pdl(self._device),
             num_warps=num_warps, num_stages=2,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from tandem_worker.kernels.gdc import wait_for_predecessor
 from tandem_worker.kernels.launcher import Kernel, supports_pdl
 from tandem_worker.kernels.query_tiles import TILE_QUERIES
-from tandem_worker.kernels.store_kv import normalize_and_rotate
+from tandem_worker.kernels.store_kv import load_norm, normalize_and_rotate
 
 KEYS = 128
 """Keys that a program takes in at a time."""
@@ -88,7 +88,7 @@ def _attend_own(
 def _prefill_attention(
     qkv, q_norm, rotary, key_cache, value_cache, block_tables, tiles, out, table_stride, eps, scale,
     H: tl.constexpr, KVH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PDL: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(1) * 5
     head = tl.program_id(0)
@@ -107,14 +107,13 @@ def _prefill_attention(
     angles = rotary + (position + queries)[:, None] * D + half
     cos = tl.load(angles, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(angles + HALF, mask=mask, other=0.0).to(tl.float32)
-    norm1 = tl.load(q_norm + half).to(tl.float32)
-    norm2 = tl.load(q_norm + HALF + half).to(tl.float32)
+    norm1, norm2 = load_norm(q_norm, D, NORM)
     wait_for_predecessor(PDL)
     tokens = (first_token + queries).to(tl.int64)[:, None]
     heads = qkv + tokens * STRIDE + head * D + half
     q1 = tl.load(heads, mask=mask, other=0.0).to(tl.float32)
     q2 = tl.load(heads + HALF, mask=mask, other=0.0).to(tl.float32)
-    q1, q2 = normalize_and_rotate(q1, q2, norm1, norm2, cos, sin, eps, D, qkv.dtype.element_ty)
+    q1, q2 = normalize_and_rotate(q1, q2, norm1, norm2, cos, sin, eps, D, NORM, qkv.dtype.element_ty)
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, D], tl.float32)
@@ -142,20 +141,22 @@ _kernel = Kernel(_prefill_attention)
 
 
 def prefill_attention(
-    qkv: torch.Tensor, q_norm: torch.Tensor, eps: float, rotary: torch.Tensor, cache: torch.Tensor,
+    qkv: torch.Tensor, q_norm: torch.Tensor | None, eps: float, rotary: torch.Tensor, cache: torch.Tensor,
     block_tables: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Writes the tiles' tokens of out, (tokens, heads * head_dim).
 
-    qkv (tokens, heads + 2 KV heads, head_dim), its k normalised and rotated; rotary (positions, 2, head_dim // 2);
-    tiles (tiles, TILE_FIELDS) int32 as query_tiles.cut_tiles gives them, padding tiles among them.
+    qkv (tokens, heads + 2 KV heads, head_dim), its k normalised and rotated; q_norm (head_dim,) or None;
+    rotary (positions, 2, head_dim // 2); tiles (tiles, TILE_FIELDS) int32 as query_tiles.cut_tiles gives them, padding
+    tiles among them.
     """
     _, num_all, head_dim = qkv.shape
     num_kv_heads = cache.shape[3]
     num_heads = num_all - 2 * num_kv_heads
     _kernel(
-        (num_heads, len(tiles), 1), qkv, q_norm, rotary, cache[0], cache[1], block_tables, tiles, out,
-        block_tables.stride(0), eps, head_dim**-0.5 * LOG2_E,
+        # A pointer that is not used must still be one.
+        (num_heads, len(tiles), 1), qkv, qkv if q_norm is None else q_norm, rotary, cache[0], cache[1], block_tables,
+        tiles, out, block_tables.stride(0), eps, head_dim**-0.5 * LOG2_E,
         H=num_heads, KVH=num_kv_heads, D=head_dim, BLOCK_SIZE=cache.shape[2], QUERIES=TILE_QUERIES, KEYS=KEYS,
-        PDL=supports_pdl(qkv.device), num_warps=8, num_stages=3,
+        NORM=q_norm is not None, PDL=supports_pdl(qkv.device), num_warps=8, num_stages=3,
     )  # fmt: skip

@@ -1,21 +1,25 @@
-"""What a Qwen3 layer is made of, as few operations: one small interface, and the plain torch implementation of it.
+"""What a transformer layer is made of, as few operations: one small interface, and its plain torch implementation.
 
-The plain one is the reference that faster ones are tested against, and what a CPU runs.
+The plain one is the reference that faster ones are tested against, and what a CPU runs. Attention is an interface of
+its own (attention/backend.py), as there are more implementations of it than of the rest.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn.functional import linear, silu
 
-from tandem_worker.layers.attention import AttentionMetadata, torch_attention
+from tandem_worker.attention.backend import Attention
+from tandem_worker.attention.torch_attention import TorchAttention
 from tandem_worker.layers.experts import Experts, mix_experts
 from tandem_worker.layers.norm import RMSNorm
-from tandem_worker.layers.rotary import apply_rotary
 
 
 class Operations(Protocol):
     """x is (tokens, hidden_size) or an inner size; weights are (outputs, inputs)."""
+
+    @property
+    def attention(self) -> Attention: ...
 
     def norm_linear(
         self, x: torch.Tensor, norm: RMSNorm, weight: torch.Tensor, out: torch.Tensor | None = None
@@ -34,25 +38,12 @@ class Operations(Protocol):
     def norm_experts(self, x: torch.Tensor, norm: RMSNorm, experts: Experts) -> torch.Tensor:
         """RMSNorm, then the weighted sum of the experts' MLPs that each token is routed to: (tokens, hidden_size)."""
 
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        q_norm: RMSNorm,
-        k_norm: RMSNorm,
-        rotary_table: torch.Tensor,
-        cache: torch.Tensor,
-        metadata: Any,
-    ) -> torch.Tensor:
-        """QK-norm, rotary embedding, KV store and attention.
-
-        qkv (tokens, heads + 2 KV heads, head_dim), may be overwritten; rotary_table (positions, 2, head_dim // 2);
-        cache (2, blocks, block_size, KV heads, head_dim); metadata is the implementation's own. Gives (tokens, heads *
-        head_dim). Stores all k and v that it is given before it reads any.
-        """
-
 
 class TorchOperations:
     """Plain torch, on any device and in any floating type."""
+
+    def __init__(self) -> None:
+        self.attention = TorchAttention()
 
     def norm_linear(
         self, x: torch.Tensor, norm: RMSNorm, weight: torch.Tensor, out: torch.Tensor | None = None
@@ -72,18 +63,3 @@ class TorchOperations:
 
     def norm_experts(self, x: torch.Tensor, norm: RMSNorm, experts: Experts) -> torch.Tensor:
         return mix_experts(norm(x), experts)
-
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        q_norm: RMSNorm,
-        k_norm: RMSNorm,
-        rotary_table: torch.Tensor,
-        cache: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        num_kv_heads = cache.shape[3]
-        q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-        rotary = rotary_table[metadata.positions]
-        q, k = apply_rotary(q_norm(q), rotary), apply_rotary(k_norm(k), rotary)
-        return torch_attention(q, k, v, cache, metadata).flatten(1)

@@ -1,45 +1,21 @@
-"""The operations of a Qwen3 layer on an NVIDIA GPU in bfloat16: Triton kernels for few tokens, cuBLAS for many."""
-
-from dataclasses import dataclass
+"""The operations of a layer on an NVIDIA GPU in bfloat16: Triton kernels for few tokens, cuBLAS for many."""
 
 import torch
 from torch.nn.functional import linear
 
-from tandem_worker.kernels.decode_attention import DecodeAttention, DecodeRows
+from tandem_worker.attention.backend import CapturableAttention
 from tandem_worker.kernels.experts import mix_experts_grouped
 from tandem_worker.kernels.linear import few_token_linear, is_few, is_skinny, skinny_linear
 from tandem_worker.kernels.norm import rms_norm, silu_mul
-from tandem_worker.kernels.prefill_attention import prefill_attention
-from tandem_worker.kernels.store_kv import store_kv
 from tandem_worker.layers.experts import Experts, route
 from tandem_worker.layers.norm import RMSNorm
 
 
-@dataclass(frozen=True)
-class MixedMetadata:
-    """One token of each decoding row comes first, then the tokens of chunks."""
-
-    positions: torch.Tensor
-    """(tokens,) int32"""
-    slots: torch.Tensor
-    """(tokens,) int32: where each token's KV goes; slots of block 0 are never read"""
-    block_tables: torch.Tensor
-    """(all rows, most blocks of one) int32"""
-    tiles: torch.Tensor
-    """(tiles, TILE_FIELDS) int32: the chunks' queries, see query_tiles.cut_tiles"""
-    decode: DecodeRows | None
-    """None where no row decodes"""
-
-
 class TritonOperations:
-    """Owns the scratch memory of its kernels, so it runs on one stream."""
+    """The attention is given, as there are several for a GPU."""
 
-    def __init__(self, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
-        self._decode_attention = DecodeAttention(max_rows, num_heads, num_kv_heads, head_dim, device)
-
-    def plan_decode(self, rows: torch.Tensor, context_lens: torch.Tensor, block_tables: torch.Tensor) -> DecodeRows:
-        """The metadata of a step whose every token is a decoding row's. See DecodeRows."""
-        return self._decode_attention.plan(rows, context_lens, block_tables)
+    def __init__(self, attention: CapturableAttention) -> None:
+        self.attention = attention
 
     def norm_linear(
         self, x: torch.Tensor, norm: RMSNorm, weight: torch.Tensor, out: torch.Tensor | None = None
@@ -70,26 +46,3 @@ class TritonOperations:
     def norm_experts(self, x: torch.Tensor, norm: RMSNorm, experts: Experts) -> torch.Tensor:
         x = rms_norm(x, norm.weight, norm.eps)
         return mix_experts_grouped(x, experts.gate_up, experts.down, *route(x, experts))
-
-    def attention(
-        self,
-        qkv: torch.Tensor,
-        q_norm: RMSNorm,
-        k_norm: RMSNorm,
-        rotary_table: torch.Tensor,
-        cache: torch.Tensor,
-        metadata: DecodeRows | MixedMetadata,
-    ) -> torch.Tensor:
-        num_heads = qkv.shape[1] - 2 * cache.shape[3]
-        out = torch.empty(len(qkv), num_heads * qkv.shape[2], dtype=qkv.dtype, device=qkv.device)
-        norms = (q_norm.weight, k_norm.weight, q_norm.eps)
-        if isinstance(metadata, DecodeRows):
-            self._decode_attention(qkv, *norms, rotary_table, cache, metadata, out, stores=True)
-            return out
-        store_kv(qkv, *norms[1:], rotary_table, metadata.positions, metadata.slots, cache)
-        prefill_attention(
-            qkv, q_norm.weight, q_norm.eps, rotary_table, cache, metadata.block_tables, metadata.tiles, out
-        )
-        if metadata.decode is not None:
-            self._decode_attention(qkv, *norms, rotary_table, cache, metadata.decode, out, stores=False)
-        return out

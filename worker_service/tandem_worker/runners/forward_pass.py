@@ -5,9 +5,10 @@ Each method launches kernels for one size and reads only what lies at a fixed pl
 
 import torch
 
+from tandem_worker.attention.backend import MixedTokens
 from tandem_worker.kernels.query_tiles import TILE_FIELDS
 from tandem_worker.kernels.step_input import begin_decode, embed
-from tandem_worker.layers.triton_operations import MixedMetadata, TritonOperations
+from tandem_worker.layers.triton_operations import TritonOperations
 from tandem_worker.models.model import Model
 from tandem_worker.runners.device_state import DeviceState
 from tandem_worker.runners.input_layout import InputLayout
@@ -20,7 +21,7 @@ class ForwardPass:
     def __init__(self, model: Model, cache: torch.Tensor, state: DeviceState, layout: InputLayout) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim)"""
         assert isinstance(model.operations, TritonOperations)
-        self._model, self._operations = model, model.operations
+        self._model, self._attention = model, model.operations.attention
         self._cache = cache
         self._state, self._layout = state, layout
 
@@ -34,7 +35,7 @@ class ForwardPass:
             embedding.first_token,
         )  # fmt: skip
         model.communicator.all_reduce(x)
-        metadata = self._operations.plan_decode(rows, state.context_lens, state.block_tables)
+        metadata = self._attention.plan_decode(rows, state.context_lens, state.block_tables)
         (hidden,) = model(self._cache, (x, metadata))
         model.compute_local_logits(hidden, state.local_logits[:batch_size])
 
@@ -52,16 +53,16 @@ class ForwardPass:
         hidden = state.hidden[: shape.num_tokens]
         x = embed(sections.token_ids, state.last_tokens, embedding.weight, hidden, embedding.first_token)
         model.communicator.all_reduce(x)
-        decode = None
-        if shape.num_decode_rows:
-            decode = self._operations.plan_decode(sections.decode_rows, state.context_lens, state.block_tables)
+        # Decoding rows are in the first micro-batch alone.
+        decode_rows = sections.decode_rows if shape.num_decode_rows else None
         inputs = []
         per_token = (array.split(shape.micro_batch_tokens) for array in (x, sections.positions, sections.slots))
         for micro_batch, positions, slots, tiles in zip(*per_token, sections.tiles, strict=True):
-            metadata = MixedMetadata(positions, slots, state.block_tables, tiles.view(-1, TILE_FIELDS), decode)
-            inputs.append((micro_batch, metadata))
-            # Decoding rows are in the first micro-batch alone.
-            decode = None
+            tokens = MixedTokens(
+                positions, slots, state.block_tables, state.context_lens, tiles.view(-1, TILE_FIELDS), decode_rows
+            )
+            inputs.append((micro_batch, self._attention.plan_mixed(tokens)))
+            decode_rows = None
         for (micro_batch, _), out in zip(inputs, model(self._cache, *inputs), strict=True):
             assert out.data_ptr() == micro_batch.data_ptr(), "the layers must add in place"
 

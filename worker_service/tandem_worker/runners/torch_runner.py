@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tandem_shared.step_plan import StepPlan, WorkerInfo
-from tandem_worker.layers.attention import AttentionMetadata, ChunkMetadata, group_decodes
+from tandem_worker.attention.torch_attention import AttentionMetadata, ChunkMetadata, group_decodes
 from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.row_options import RowOptions

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.teacher_forcing import teacher_forced_logits
 from tandem_shared.errors import ModelError
+from tandem_worker.attention.torch_attention import AttentionMetadata, torch_attention
 from tandem_worker.checkpoint.config_file import ConfigFile
 from tandem_worker.checkpoint.model_config import ModelConfig, read_decoder_config
 from tandem_worker.checkpoint.targets import CheckpointTarget, causal_lm_targets
-from tandem_worker.layers.attention import AttentionMetadata, torch_attention
 from tandem_worker.layers.norm import RMSNorm
 from tandem_worker.layers.operations import Operations
 from tandem_worker.layers.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding

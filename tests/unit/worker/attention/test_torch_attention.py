@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tandem_worker.layers import attention
-from tandem_worker.layers.attention import AttentionMetadata, DecodeGroup, group_decodes, torch_attention
+from tandem_worker.attention import torch_attention as module
+from tandem_worker.attention.torch_attention import AttentionMetadata, DecodeGroup, group_decodes, torch_attention
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
@@ -13,7 +13,7 @@ from tandem_worker.layers.attention import AttentionMetadata, DecodeGroup, group
 def test_decode_rows_of_unequal_context_read_their_own_slots_only(
     block_size: int, most_gathered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "MAX_GATHERED_TOKENS", most_gathered)
+    monkeypatch.setattr(module, "MAX_GATHERED_TOKENS", most_gathered)
     generator = torch.Generator().manual_seed(0)
     lens = [700, 40, 39, 5, 1, 1]
     num_blocks = [-(-n // block_size) for n in lens]
@@ -71,5 +71,5 @@ def test_groups_hold_every_row_and_little_padding() -> None:
             mine = blocks[first : first + group.num_rows]
             assert group.num_blocks == max(mine)
             gathered = group.num_rows * group.num_blocks * size
-            assert gathered <= attention.MAX_GATHERED_TOKENS or group.num_rows == 1
+            assert gathered <= module.MAX_GATHERED_TOKENS or group.num_rows == 1
             first += group.num_rows

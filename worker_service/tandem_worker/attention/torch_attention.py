@@ -4,18 +4,23 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem_worker.layers.norm import RMSNorm
+from tandem_worker.layers.rotary import apply_rotary
+
 MAX_GATHERED_TOKENS = 32768
+"""Tokens whose KV is gathered at a time, padding included"""
 CHEAP_PADDING_TOKENS = 256
+"""Padding that costs less than another group of rows"""
 
 
 @dataclass(frozen=True)
 class ChunkMetadata:
-    """One row that computes a chunk: its tokens are [start, start + count) of the step's."""
+    """A row that computes a chunk of its prompt: the tokens [start, start + count) of the step."""
 
     start: int
     count: int
     context_len: int
-    """Tokens of the row up to and including the chunk's last."""
+    """Tokens of the row up to the chunk's last one, and with it"""
     block_table: torch.Tensor
     """(blocks of context_len,) int64"""
 
@@ -38,13 +43,33 @@ class AttentionMetadata:
     """(tokens,) int64: where each token's KV goes; slots of block 0 are never read."""
     chunks: tuple[ChunkMetadata, ...]
     decode_start: int
-    """Where the decoding rows' tokens begin."""
+    """The index of the first decoding row's token"""
     decode_block_tables: torch.Tensor
-    """(decoding rows, most blocks of one) int64, padded with block 0"""
+    """(decoding rows, most blocks of a row) int64, padded with block 0"""
     decode_context_lens: torch.Tensor
     """(decoding rows,) int64"""
     decode_groups: tuple[DecodeGroup, ...]
     """All decoding rows, in their order."""
+
+
+class TorchAttention:
+    """The Attention interface in plain torch, on any device and in any floating type."""
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+        rotary_table: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        num_kv_heads = cache.shape[3]
+        q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        q = q if q_norm is None else q_norm(q)
+        k = k if k_norm is None else k_norm(k)
+        rotary = rotary_table[metadata.positions]
+        return torch_attention(apply_rotary(q, rotary), apply_rotary(k, rotary), v, cache, metadata).flatten(1)
 
 
 def torch_attention(
@@ -77,11 +102,11 @@ def torch_attention(
 
 
 def group_decodes(num_blocks: list[int], block_size: int) -> tuple[DecodeGroup, ...]:
-    """Groups for rows of so many blocks, which must descend.
+    """Groups of decoding rows that have num_blocks blocks each, in descending order.
 
-    Padding all rows to the longest would take rows times context: one long context among many short ones, more
-    memory than the pool itself. So a group gathers MAX_GATHERED_TOKENS at most, one row aside, and a row that would
-    be mostly padding starts the next group, unless that is too little to pay for one.
+    If all rows were padded to the longest, one long context among many short ones would take more memory than the pool
+    itself. So a group gathers MAX_GATHERED_TOKENS at most, unless it is a single row, and a row that would be mostly
+    padding starts the next group, unless the padding is less than CHEAP_PADDING_TOKENS.
     """
     groups: list[DecodeGroup] = []
     first = 0
