@@ -6,7 +6,7 @@ Theory of operation
 There is no prefill phase and no decode phase. A sequence is a list of known tokens, prompt and output, and in each step
 its computed tokens (those whose KV exists) catch up with the known ones. A step has one token budget: first each
 decoding row computes its one missing token, then prompts under way compute a chunk each, then waiting sequences are
-admitted. A sequence that was preempted is a longer prompt, and nothing else.
+admitted. After a preemption, prompt and output are simply a longer prompt.
 
 schedule() makes a plan and update() takes its result. schedule() may run again before update(), so up to
 max_plans_in_flight steps are planned ahead, each as if those before it gave every decoding row its token. The token
@@ -14,9 +14,9 @@ itself stays on the worker, as the row's next input. A row therefore has two len
 confirmed (Sequence.token_ids).
 
 How many tokens come is known at planning, so a sequence that ends by length leaves its row with the plan of its last
-token, and is DRAINING until the results are in. Which tokens come is not known: what ends by a token or from outside
-may already be in later plans, and what they computed past the end is dropped as overshoot. A result finds its sequences
-by the list that was made with its plan, as a row may have another owner by then.
+token, and is DRAINING until the results are in. Which tokens come is not known: a sequence that ends by a stop token or
+from outside may already be in later plans, and what they compute past the end is dropped as overshoot. A result finds
+its sequences by the list that was made with its plan, as a row may have another owner by then.
 
 Blocks are freed in one place, Residency.vacate(), and at once, even if steps in flight still write them: plans run in
 order, so whoever gets a block writes it later. Where a decoding row finds no block, the last sequence in order, which
@@ -60,7 +60,7 @@ class Scheduler:
         self.config = config
         self.counters = Counters()
         self.num_decoding_rows = 0
-        """Rows that the newest plan decodes; no plan holds that number."""
+        """How many rows the newest plan decodes. A plan does not say so, as decoding rows are not listed in it."""
         self._live: dict[int, Sequence] = {}
         self._num_arrivals = 0
         self._is_attached = True
