@@ -24,7 +24,7 @@ from benchmarks.common import header, write_json
 from tandem_worker.attention.backend import CapturableAttention, MixedTokens
 from tandem_worker.attention.torch_attention import AttentionMetadata, TorchAttention, group_decodes
 from tandem_worker.attention.triton_attention import TritonAttention
-from tandem_worker.kernels.linear import few_token_linear, is_few, skinny_linear
+from tandem_worker.kernels.linear import few_token_linear, skinny_linear, suits_few_token_linear
 from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.kernels.sampling import SamplingKernels
 from tandem_worker.layers.norm import RMSNorm
@@ -195,7 +195,7 @@ def sampling_case(num_rows: int, is_truncated: bool) -> dict[str, Any]:
 def linear_case(num_outputs: int, width: int, num_tokens: int) -> dict[str, Any]:
     weights = [random(num_outputs, width, scale=width**-0.5) for _ in range(MAX_SETS)]
     x = random(num_tokens, width)
-    ours = few_token_linear if is_few(num_tokens, width) else skinny_linear
+    ours = few_token_linear if suits_few_token_linear(num_tokens, width) else skinny_linear
     return {
         "us": time_us([lambda w=w: ours(x, w) for w in weights]),
         "cublas_us": time_us([lambda w=w: torch.mm(x, w.t()) for w in weights]),

@@ -41,7 +41,7 @@ NUM_BLOCKS = 1024
 FEW_BLOCKS = 40
 TEXT: list[int] = np.random.default_rng(1).integers(0, VOCAB_SIZE, 330).tolist()
 
-# By the sampler that serves a batch of them.
+# By the sampler that a batch of them is served with.
 SAMPLINGS = {
     "greedy": (RowSampling(temperature=0.0),),
     "temperature": (RowSampling(temperature=0.0), RowSampling(temperature=0.8)),
@@ -201,7 +201,7 @@ def test_graphs_give_the_tokens_of_the_same_kernels_launched_one_by_one(
     for plan, its_plan, step, its_step in zip(one.plans, other.plans, one.steps, other.steps, strict=True):
         assert plan == its_plan
         assert step == its_step
-    # What should have been tried has been.
+    # The runs had what this test is about.
     load = one.scheduler.load()
     assert (load.num_preemptions > 0) == case.is_short_of_blocks
     assert (load.num_overshoot_tokens > 0) == (case.depth > 1)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from tandem_worker.kernels.experts import mix_experts_grouped
-from tandem_worker.kernels.linear import SKINNY_OUTPUTS, few_token_linear, is_skinny, skinny_linear
+from tandem_worker.kernels.linear import SKINNY_OUTPUTS, few_token_linear, skinny_linear, suits_skinny_linear
 from tandem_worker.kernels.norm import rms_norm, silu_mul
 from tests.kernels.comparison import DTYPE, EPS, assert_near, normed, random
 
@@ -49,7 +49,7 @@ def test_few_token_linear(device: torch.device, num_tokens: int, num_outputs: in
 def test_skinny_linear(device: torch.device, num_tokens: int, num_outputs: int, width: int) -> None:
     x = random(num_tokens, width, device=device)
     weight = random(num_outputs, width, device=device, scale=width**-0.5)
-    assert is_skinny(num_tokens, weight)
+    assert suits_skinny_linear(num_tokens, weight)
     expected = linear(x.double(), weight.double())
     assert_near(skinny_linear(x, weight), expected)
     gate, up = expected.chunk(2, dim=-1)
@@ -58,11 +58,11 @@ def test_skinny_linear(device: torch.device, num_tokens: int, num_outputs: int, 
 
 def test_what_is_not_skinny() -> None:
     weight = torch.empty(SKINNY_OUTPUTS + 64, 256, device="meta")
-    assert is_skinny(64, weight[64:])
-    assert not is_skinny(65, weight[64:])
-    assert not is_skinny(1, weight)
-    assert not is_skinny(1, weight[:96])
-    assert not is_skinny(1, weight[:64, :192])
+    assert suits_skinny_linear(64, weight[64:])
+    assert not suits_skinny_linear(65, weight[64:])
+    assert not suits_skinny_linear(1, weight)
+    assert not suits_skinny_linear(1, weight[:96])
+    assert not suits_skinny_linear(1, weight[:64, :192])
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 8, 8), (5, 3, 2), (150, 5, 2), (70, 1, 1)])

@@ -100,9 +100,9 @@ def test_ranks_draw_from_their_parts_of_the_vocabulary(device: torch.device, voc
 
     for rank in range(num_ranks):
         run(rank, give)
-    everyones = torch.stack(shares)
+    gathered = torch.stack(shares)
     for rank in range(num_ranks):
-        assert_almost_all_equal(run(rank, lambda _: everyones), case.reference())
+        assert_almost_all_equal(run(rank, lambda _: gathered), case.reference())
 
 
 def test_ties_go_to_the_lowest_id(device: torch.device) -> None:
@@ -161,7 +161,7 @@ def test_a_vocabulary_smaller_than_top_k(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("is_truncated", [False, True])
-def test_bad_rows_and_nobodys(device: torch.device, is_truncated: bool) -> None:
+def test_bad_rows_and_padding_rows(device: torch.device, is_truncated: bool) -> None:
     logits = random_logits(6)
     logits[0, 4999] = torch.nan
     logits[1] = -torch.inf

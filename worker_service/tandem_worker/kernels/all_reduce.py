@@ -1,9 +1,10 @@
 """Kernels over peer memory, such as NVLink reaches: all-reduces of small messages, and a barrier.
 
-In one shot each rank writes its share into an inbox of every other's and adds up what it finds in its own, in the order
-of the ranks, so that all get the same bits. In two, each adds up a part and sends the sums: two trips, but less to send
-where there are more than two ranks. A word of 8 bytes holds three bfloat16 and the number of the call, so that values
-and the news of their arrival are one store (the idea of NCCL's LL protocol).
+In a one-shot all-reduce each rank writes its values into an inbox of every other rank, and adds up what it finds in its
+own inbox, in the order of the ranks, so that all get the same bits. In a two-shot all-reduce each rank adds up one part
+of the message and sends the sums to the others: two trips, but less to send where there are more than two ranks. A word
+of 8 bytes holds three bfloat16 values and the number of the call, so that one store brings the values and tells that
+they have arrived (the idea of NCCL's LL protocol).
 """
 
 from collections.abc import Sequence
@@ -17,25 +18,25 @@ from tandem_worker.kernels.launcher import Kernel, supports_pdl
 from tandem_worker.ranks.shard import Shard
 
 BLOCK = 512
-"""Words that are sent, and waited for, together."""
+"""Words in a block: they are sent together, and waited for together."""
 VALUES_PER_WORD = 3
 VALUES_PER_BLOCK = VALUES_PER_WORD * BLOCK
 MAX_PROGRAMS = 511
-"""Of a call: few enough to run at once, as they wait for the other ranks'. Odd, so that in two shots each program has
-blocks of its own rank to add up.
+"""Programs of one call, at most. They wait for those of the other ranks, so they must be few enough to all run at once.
+An odd number, so that in a two-shot all-reduce each program has blocks of its own rank to add up.
 """
 
 
 @triton.jit
 def _begin(num_octets, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The number of values, and of blocks; x may be read from then on."""
+    """Gives the number of values and of blocks. x may be read once it returns."""
     wait_for_predecessor(PDL)
     return 8 * num_octets, tl.cdiv(8 * num_octets, 3 * BLOCK)
 
 
 @triton.jit
 def _load_block(x, block, num_values, BLOCK: tl.constexpr):
-    """The three values of each word: at its place, and one and two BLOCKs on."""
+    """The three values of each of a block's words. They lie BLOCK values apart in x."""
     places = block * 3 * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(x + places, mask=places < num_values, other=0.0)
     second = tl.load(x + places + BLOCK, mask=places + BLOCK < num_values, other=0.0)
@@ -63,19 +64,19 @@ def _words(first, second, third, call):
 
 @triton.jit
 def _value(words, place: tl.constexpr):
-    """One of the three of words."""
+    """The first, second or third value of each word."""
     return (words >> (16 * place)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def _address(place):
-    """A pointer to int64 that is stored at place."""
+    """The pointer to int64 values that is stored at place."""
     return tl.multiple_of(tl.load(place).to(tl.pointer_type(tl.int64)), 16)
 
 
 @triton.jit
 def _slot(inboxes, rank, number, BLOCK: tl.constexpr):
-    """Where the words of one block are in a rank's inbox."""
+    """The places of one block's words in a rank's inbox."""
     return _address(inboxes + rank) + number * BLOCK + tl.arange(0, BLOCK)
 
 
@@ -87,7 +88,7 @@ def _send_to_all(inboxes, number, words, RANK: tl.constexpr, SIZE: tl.constexpr,
 
 @triton.jit
 def _receive(slot, call):
-    """The words there, once they are this call's."""
+    """Waits until the words in the slot are those of this call, and gives them."""
     words = tl.load(slot, volatile=True)
     while tl.max((((words >> 48) ^ call) & 0xFFFF).to(tl.int32), axis=0) != 0:
         words = tl.load(slot, volatile=True)
@@ -98,8 +99,8 @@ def _receive(slot, call):
 def _add_up(
     x, block, num_values, slot, stride, call, RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The sums of a block over the ranks, in their order: this one's from x, the others' from slots, a stride of words
-    apart. Added in float32, rounded once.
+    """The sums of a block over the ranks, in the ranks' order. This rank's values come from x, those of the others from
+    slots that lie `stride` words apart. Added in float32, rounded once.
     """
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
@@ -123,8 +124,8 @@ def _one_shot(
     x, inboxes, calls, num_octets,
     RANK: tl.constexpr, SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An inbox is (2, SIZE, NUM_BLOCKS, BLOCK) int64: a block's calls take turns, so that a rank writes over nothing
-    that another has yet to read, as it has had that one's next message since.
+    """An inbox is (2, SIZE, NUM_BLOCKS, BLOCK) int64. Odd and even calls use different halves: when a rank writes over
+    the words of the call before last, it has received the last call's message from every rank, so all have read them.
     """
     num_values, num_blocks = _begin(num_octets, BLOCK, PDL)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -147,9 +148,10 @@ def _two_shot(
 ):  # fmt: skip
     """Each block has a rank that adds it up: the others send it their values, and it sends them the sums.
 
-    An inbox is (2, NUM_BLOCKS, BLOCK) int64, where NUM_BLOCKS is a multiple of SIZE: values, by block of its own and
-    rank, and sums, by block. Calls need not take turns: values come from one that has had the sums of the call before,
-    for which all values were read, and sums answer values, which come after the call before has ended.
+    An inbox is (2, NUM_BLOCKS, BLOCK) int64, where NUM_BLOCKS is a multiple of SIZE. The first half holds the values
+    that the other ranks send, for the blocks that this rank adds up; the second half holds the sums of all blocks. One
+    half for each is enough: a rank sends values only after it has received the sums of the call before, for which all
+    earlier values were read, and sums are sent only in answer to values.
     """
     num_values, num_blocks = _begin(num_octets, BLOCK, PDL)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -174,14 +176,14 @@ def _two_shot(
 
 @triton.jit
 def _wait_for_all(flags, calls, RANK: tl.constexpr, SIZE: tl.constexpr, SIZE_PAD: tl.constexpr):
-    """Tells the other ranks that this one has come so far, and waits for their word."""
+    """Tells the other ranks that this one has reached the barrier, and waits until all have."""
     call = tl.load(calls) + 1
     for step in tl.static_range(1, SIZE):
         tl.store(_address(flags + (RANK + step) % SIZE) + RANK, call, cache_modifier=".wt")
     ranks = tl.arange(0, SIZE_PAD)
     place = _address(flags + RANK) + ranks
     is_other = (ranks < SIZE) & (ranks != RANK)
-    # Another may be on its next call already.
+    # Another rank may have reached its next barrier already.
     reached = tl.load(place, mask=is_other, other=call, volatile=True)
     while tl.min(reached, axis=0) < call:
         reached = tl.load(place, mask=is_other, other=call, volatile=True)
@@ -194,11 +196,11 @@ _barrier_kernel = Kernel(_wait_for_all)
 
 
 class InboxAllReduce:
-    """A rank's end. All ranks make the same calls in the same order, one after the other."""
+    """One rank's all-reduce. All ranks must make the same calls in the same order, one after the other."""
 
     def __init__(self, shard: Shard, inboxes: Sequence[torch.Tensor], max_bytes: int, *, in_two_shots: bool) -> None:
-        """inboxes: each rank's, as this rank reaches it, (inbox_words,) int64, zero before the first call of any.
-        max_bytes: of a message.
+        """inboxes: every rank's inbox, as this rank can reach it, (inbox_words,) int64, all zeros before the first call
+        of any rank. max_bytes is the size of the largest message.
         """
         self._shard, self.max_bytes, self._inboxes = shard, max_bytes, inboxes
         self._addresses = _addresses(inboxes)
@@ -220,10 +222,10 @@ class InboxAllReduce:
 
 
 class Barrier:
-    """A rank's end of a barrier on the GPUs' streams; the same rules."""
+    """One rank's barrier on the GPUs' streams. All ranks must make the same calls in the same order."""
 
     def __init__(self, shard: Shard, flags: Sequence[torch.Tensor]) -> None:
-        """flags: each rank's, as this rank reaches it, (ranks,) int64, zero before the first call of any."""
+        """flags: every rank's, as this rank can reach them, (ranks,) int64, all zeros before any rank's first call."""
         self._shard, self._flags, self._addresses = shard, flags, _addresses(flags)
         self._calls = torch.zeros(1, dtype=torch.int64, device=flags[0].device)
 
@@ -240,10 +242,10 @@ def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def inbox_words(num_ranks: int, max_bytes: int, *, in_two_shots: bool) -> int:
-    """Of 8 bytes."""
+    """The size of a rank's inbox, in words of 8 bytes."""
     return (2 if in_two_shots else 2 * num_ranks) * _num_blocks(num_ranks, max_bytes) * BLOCK
 
 
 def _num_blocks(num_ranks: int, max_bytes: int) -> int:
-    """That there is room for: as many for each rank."""
+    """The number of blocks that a message can have, rounded up to a multiple of the number of ranks."""
     return triton.cdiv(max_bytes // 2, num_ranks * VALUES_PER_BLOCK) * num_ranks

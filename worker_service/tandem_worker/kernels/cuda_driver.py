@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver that launch a kernel, through ctypes. Names and layouts are cuda.h's."""
+"""The calls of the CUDA driver that launch a kernel, through ctypes. Names and layouts are those of cuda.h."""
 
 import ctypes
 import functools
@@ -55,13 +55,13 @@ def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p
 
 
 class Launch:
-    """A kernel's launch, its parameters in place: set them, then run."""
+    """A kernel with a place for its parameters. Set the parameters' values, then call run."""
 
     def __init__(
         self, function: ctypes.c_void_p, num_threads: int, shared_bytes: int, parameters: list[Any],
         *, programmatic: bool,
     ) -> None:  # fmt: skip
-        """programmatic: it may start before the kernel before it ends (see gdc.py)."""
+        """programmatic: the kernel may start before the one before it has ended (see gdc.py)."""
         self._function = function
         self._launch = _driver().cuLaunchKernelEx
         self._config = LaunchConfig(block_x=num_threads, block_y=1, block_z=1, shared_bytes=shared_bytes)

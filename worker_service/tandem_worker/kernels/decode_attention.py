@@ -1,9 +1,9 @@
 """Paged decode attention: split-KV flash decoding (Dao et al. 2023) with grouped queries, one token a row.
 
-It also normalises and rotates q and, where all tokens are decoding rows', stores the new KV, so that a decode step's
-attention is one kernel. What each program computes is planned on the device, once a step, from the contexts that there
-are: one long context among short ones is split as far as it takes. The last program of a row and KV head to finish
-combines its splits, in their order.
+It also normalises and rotates q and, in a decode step, stores the new KV, so that a decode step's attention is one
+kernel. What each program computes is planned on the device, once a step, from the lengths of the contexts: a long
+context among short ones is cut into more splits. The last program of a row and KV head to finish combines the splits,
+in their order.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from tandem_worker.kernels.store_kv import load_norm, normalize_and_rotate
 
 LOG2_E = 1.4426950408889634
 GROUP_PAD = 16
-"""Rows of the smallest matrix product."""
+"""Rows of the smallest matrix product, to which the heads of a group are padded"""
 MIN_SPLIT_LEN = 64
 SPLIT_UNIT = 16
 PROGRAMS_A_PROCESSOR = 4
 FEW_ROWS = 8
-"""Up to so many rows, latency counts for more than bytes."""
+"""With up to so many rows, a step's time is latency more than bandwidth."""
 PREFETCH_ROWS = 4
-"""Up to so many rows, a split's first tile is read before qkv is there; for more that is no faster."""
+"""With up to so many rows, a split's first tile is read before qkv is there; with more, that is no faster."""
 COMBINED_A_WARP = 16
-"""Partials that are combined at a time: splits times heads of a group."""
+"""Partial results (splits times heads of a group) that each warp combines at a time"""
 
 
 @triton.jit
@@ -36,8 +36,8 @@ def _plan_splits(
     ROWS: tl.constexpr, SPLITS: tl.constexpr, ITEMS: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr,
     UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Cuts all rows into splits of about one length, each row evenly, so that at most `wanted` items more than rows
-    come of it. One row a program.
+    """Cuts all rows into splits of about the same length, and each row evenly, into at most num_rows + wanted items. A
+    program cuts one row.
     """
     wait_for_predecessor(PDL)
     me = tl.program_id(0)
@@ -45,7 +45,7 @@ def _plan_splits(
     row = tl.load(rows + index, mask=index < num_rows, other=-1)
     num_tokens = tl.load(context_lens + row, mask=row >= 0, other=0)
     target = tl.maximum(tl.cdiv(tl.sum(num_tokens, axis=0), wanted), MIN_SPLIT_LEN)
-    # Where the splits are not the shortest, a row a little longer than the target is not worth another.
+    # Unless splits are of the minimum length, a row that is a little longer than the target gets no further split.
     spare = tl.where(target > MIN_SPLIT_LEN, target * 9 // 20, target - 1)
     num_splits = tl.maximum((num_tokens + spare) // target, 1)
     split_len = tl.cdiv(tl.maximum(tl.cdiv(num_tokens, num_splits), 1), UNIT) * UNIT
@@ -71,7 +71,7 @@ def _load_tile(
     key_cache, value_cache, table, kv_head, first, end,
     KVH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The halves of the keys, (D // 2, TILE), and the values, (TILE, D), of positions from first on, 0 past end."""
+    """Keys, as halves of (D // 2, TILE), and values, (TILE, D), of the positions from first on; zeros past end."""
     HALF: tl.constexpr = D // 2
     tokens = first + tl.arange(0, TILE)
     in_context = tokens < end
@@ -86,7 +86,7 @@ def _load_tile(
 
 @triton.jit
 def _attend_tile(q1, q2, k1, k2, v, num_tokens, scale, best, total, acc, TILE: tl.constexpr):
-    """Takes the first num_tokens of a tile into the running softmax."""
+    """Adds the first num_tokens tokens of a tile to the running softmax."""
     scores = (tl.dot(q1, k1) + tl.dot(q2, k2)) * scale
     scores = tl.where(tl.arange(0, TILE)[None, :] < num_tokens, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, axis=1))
@@ -104,7 +104,7 @@ def _combine(
     partials, out, first_item, num_splits, kv_head, index,
     KVH: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The attention of a row's heads from all of its partials, SPLITS at a time, in the order of the splits."""
+    """Combines a row's partial results to its attention, SPLITS at a time, in the order of the splits."""
     WIDTH: tl.constexpr = D + 2
     group = tl.arange(0, GROUP_PAD)
     in_group = group < GROUP
@@ -142,8 +142,8 @@ def _decode_attention(
     TILE: tl.constexpr, STORE: tl.constexpr, PREFETCH: tl.constexpr, SPLITS: tl.constexpr, NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """PREFETCH: a split's first tile is read before the wait for qkv, since what is in the cache was put there by
-    earlier steps; only if STORE.
+    """With PREFETCH, a split's first tile is read before the wait for qkv, as earlier steps have stored it. That is so
+    only with STORE, that is, in a decode step.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -154,7 +154,7 @@ def _decode_attention(
     in_group = group < GROUP
     half = tl.arange(0, HALF)
     columns = tl.arange(0, D)
-    # The item, the row and its table were written two or more kernels ago.
+    # These may be read before the wait, as they were written two or more kernels ago.
     index = tl.load(items + item * 4)
     is_active = index >= 0
     split = tl.load(items + item * 4 + 1, mask=is_active, other=0)
@@ -162,7 +162,7 @@ def _decode_attention(
     split_len = tl.load(items + item * 4 + 3, mask=is_active, other=0)
     row = tl.load(rows + index, mask=is_active, other=0)
     num_tokens = tl.load(context_lens + row, mask=is_active, other=1)
-    # What is in the cache; where this stores, the row's newest token is not.
+    # The tokens that are in the cache. If this kernel stores, the newest one is not.
     num_stored = num_tokens - 1 if STORE else num_tokens
     start = split * split_len
     end = tl.minimum(start + split_len, num_stored)
@@ -234,20 +234,22 @@ _kernel = Kernel(_decode_attention)
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """One token of each of `rows`, and how the kernel's work on them is cut up."""
+    """One token of each of `rows`, and how the work on them is divided among programs."""
 
     rows: torch.Tensor
-    """(n,) int32; a negative one is nobody's"""
+    """(n,) int32; negative ones are padding"""
     context_lens: torch.Tensor
-    """(all rows,) int32, with the new tokens"""
+    """(all rows,) int32, the new tokens included"""
     block_tables: torch.Tensor
-    """(all rows, most blocks of one) int32"""
+    """(all rows, most blocks of a row) int32"""
     items: torch.Tensor
-    """(items, 4) int32: place of the row in rows, or -1; the split's number; how many the row has; tokens in each"""
+    """(items, 4) int32, an item for each split: the row's index in rows, or -1 for padding; the split's number; the
+    number of the row's splits; the tokens in each of them
+    """
 
 
 class DecodeAttention:
-    """Launches the kernels; owns what the splits meet in."""
+    """Launches the kernels, and owns the memory of the splits' partial results."""
 
     def __init__(self, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
         self._device = device
@@ -271,8 +273,11 @@ class DecodeAttention:
         return DecodeRows(rows, context_lens, block_tables, items)
 
     def _num_wanted(self, num_rows: int) -> int:
-        """Splits to aim for: two rounds of the GPU's programs, less for few rows, but two a row at least, until the
-        rows alone make two rounds; then half as many again, which cuts rows that are longer than the mean.
+        """The number of splits to aim for.
+
+        That is as many as make two rounds of the programs that the GPU can run at once; fewer for few rows, but at
+        least two a row. Where the rows alone make two rounds, it is half as many again, so that rows longer than the
+        mean are still cut.
         """
         if num_rows >= 1.9 * self._num_full:
             return num_rows * 3 // 2
@@ -283,7 +288,7 @@ class DecodeAttention:
         qkv: torch.Tensor, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, rotary: torch.Tensor,
         cache: torch.Tensor, decode: DecodeRows, out: torch.Tensor, *, stores: bool,
     ) -> None:  # fmt: skip
-        """Writes the n rows' tokens, which come first, of out, (tokens, heads * head_dim), but for those of nobody.
+        """Writes the rows' tokens, which come first, of out, (tokens, heads * head_dim); nothing for padding rows.
 
         qkv (tokens, heads + 2 KV heads, head_dim); q_norm and k_norm (head_dim,), or both None for no norms. If
         `stores`, the new tokens' k and v are not in the cache yet, and put there.
@@ -291,9 +296,9 @@ class DecodeAttention:
         num_rows, (_, num_all, head_dim) = len(decode.rows), qkv.shape
         num_kv_heads = cache.shape[3]
         num_heads = num_all - 2 * num_kv_heads
-        # Few rows want wide tiles, to have enough under way; many fill the GPU as single warps.
-        is_few = num_rows <= FEW_ROWS
-        num_warps = 2 if is_few else 1
+        # With few rows, wide tiles keep enough loads under way; many rows fill the GPU with programs of one warp.
+        has_few_rows = num_rows <= FEW_ROWS
+        num_warps = 2 if has_few_rows else 1
         _kernel(
             (num_kv_heads, len(decode.items), 1),
             # A pointer that is not used must still be one.
@@ -302,7 +307,7 @@ class DecodeAttention:
             decode.items, out, self._partials, self._counters, decode.block_tables.stride(0), eps,
             head_dim**-0.5 * LOG2_E,
             H=num_heads, KVH=num_kv_heads, D=head_dim, GROUP_PAD=max(GROUP_PAD, num_heads // num_kv_heads),
-            BLOCK_SIZE=cache.shape[2], TILE=64 if is_few else 32, STORE=stores,
+            BLOCK_SIZE=cache.shape[2], TILE=64 if has_few_rows else 32, STORE=stores,
             PREFETCH=stores and num_rows <= PREFETCH_ROWS,
             SPLITS=COMBINED_A_WARP * num_warps, NORM=q_norm is not None, PDL=supports_pdl(self._device),
             num_warps=num_warps, num_stages=2,

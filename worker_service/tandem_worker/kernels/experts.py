@@ -20,10 +20,11 @@ def _grouped_linear(
     CHOSEN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr,
     GATE_UP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A pair is a token and one of its CHOSEN experts; `order` has the pairs sorted by expert, of which the last of
-    expert e comes before ends[e].
+    """A pair is a token and one of its CHOSEN experts. `order` holds the pairs sorted by expert, and ends[e] is the end
+    of expert e's pairs in it.
 
-    GATE_UP: from x by token to out by place in that order, silu(gate) * up; else from x by place to out by pair.
+    With GATE_UP, x has one row a token, and out, one row a place in that order, is silu(gate) * up. Else x has one row
+    a place, and out one row a pair.
     """
     tile = tl.program_id(0)
     experts = tl.arange(0, EXPERTS_PAD)
@@ -67,8 +68,10 @@ _kernel = Kernel(_grouped_linear)
 def mix_experts_grouped(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
 ) -> torch.Tensor:
-    """x (tokens, hidden_size), gate_up (experts, 2 * inner, hidden_size), down (experts, hidden_size, inner); which
-    experts and how much of each, weights and chosen (tokens, experts a token) -> their outputs' weighted sum, like x.
+    """The weighted sum of the outputs of each token's chosen experts, (tokens, hidden_size).
+
+    x (tokens, hidden_size), gate_up (experts, 2 * inner, hidden_size), down (experts, hidden_size, inner). chosen
+    (tokens, experts a token) has the numbers of each token's experts, and weights, of the same shape, their weights.
     """
     num_experts, hidden_size, inner = down.shape
     num_tokens, num_chosen = chosen.shape
@@ -77,7 +80,7 @@ def mix_experts_grouped(
     experts = torch.arange(num_experts, device=x.device)
     ends = torch.searchsorted(sorted_experts, experts, right=True, out_int32=True)
     order = order.int()
-    # As tall as the experts have tokens, about.
+    # A tile has about as many rows as an expert has tokens.
     block_m = min(128, max(16, triton.next_power_of_2(num_pairs // num_experts)))
     num_tiles = triton.cdiv(num_pairs, block_m) + min(num_experts, num_pairs)
 

@@ -12,7 +12,7 @@ from triton.language.extra import cuda
 
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
-    """Waits for the kernel before, then lets the one after start."""
+    """Waits for the kernel before this one to end, then lets the one after it start."""
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

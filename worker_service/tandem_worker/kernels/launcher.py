@@ -34,7 +34,7 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 num_compiled = 0
-"""Variants of kernels that this process has compiled or loaded: a step that waits for one gets on."""
+"""Variants of kernels that this process has compiled or loaded. It rises while a step waits for the compiler."""
 
 
 class Kernel:

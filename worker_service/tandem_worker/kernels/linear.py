@@ -1,7 +1,7 @@
-"""Linear layers over few tokens, where reading the weights is all the time there is: y = f(x) W^T.
+"""Linear layers over few tokens, whose time is that of reading the weights: y = f(x) W^T.
 
-Around the product they can do what stands next to it in a Qwen3 layer: SiLU-and-multiply after, and for very few tokens
-RMSNorm before or the residual's addition after. They are launched while the kernel before still runs.
+They can also do what comes before or after the product in a transformer layer: SiLU-and-multiply after it, and for very
+few tokens RMSNorm before it or the addition of the residual after it. They may start while the one before still runs.
 """
 
 import torch
@@ -14,10 +14,10 @@ from tandem_worker.kernels.launcher import Kernel, supports_pdl
 FEW_TOKENS = 4
 FEW_ELEMENTS = 4096
 FEW_N = 2
-"""Rows of weights a program, one or two warps: many small programs have the most loads under way."""
+"""Rows of weights that a program of one or two warps reads: many small programs have the most loads under way"""
 SKINNY_TOKENS = 64
 SKINNY_OUTPUTS = 32768
-"""The most: each program reads all tokens for its few outputs, so the more outputs, the more often they are read."""
+"""Outputs of the widest layer: each program reads all tokens for its few outputs, so wide layers read them often"""
 SKINNY_N = 32
 SKINNY_K = 128
 
@@ -82,7 +82,7 @@ def _skinny_linear(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SILU_MUL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """All tokens with BLOCK_N outputs a program. With SILU_MUL those are of gates and of as many ups."""
+    """A program computes BLOCK_N outputs of all tokens: with SILU_MUL from BLOCK_N rows of gates and as many of ups."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)
@@ -107,7 +107,7 @@ _kernel = Kernel(_vector_linear)
 _skinny_kernel = Kernel(_skinny_linear)
 
 
-def is_few(num_tokens: int, width: int) -> bool:
+def suits_few_token_linear(num_tokens: int, width: int) -> bool:
     """Whether few_token_linear is the fastest: past that, multiplying on the CUDA cores takes longer than reading."""
     return num_tokens == 1 or (num_tokens <= FEW_TOKENS and num_tokens * width <= FEW_ELEMENTS)
 
@@ -122,8 +122,8 @@ def few_token_linear(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x (tokens, K), weight (N, K) -> (tokens, N), written to `out` where it is given. Any number of tokens, but meant
-    for as few as is_few says.
+    """x (tokens, K), weight (N, K) -> (tokens, N), written to `out` where it is given. It takes any number of tokens,
+    but is fast only where suits_few_token_linear.
 
     norm (K,): x goes through RMSNorm first. silu_mul: weight holds gates above ups, and the output is silu(gate) * up,
     (tokens, N // 2). residual (tokens, N): the product is added to it, in place.
@@ -146,7 +146,7 @@ def few_token_linear(
     return out
 
 
-def is_skinny(num_tokens: int, weight: torch.Tensor) -> bool:
+def suits_skinny_linear(num_tokens: int, weight: torch.Tensor) -> bool:
     """Whether skinny_linear can do it, and is to be preferred to cuBLAS: tried with 3072 outputs and more."""
     num_outputs, width = weight.shape
     fits = num_outputs % (2 * SKINNY_N) == 0 and width % SKINNY_K == 0
@@ -154,7 +154,7 @@ def is_skinny(num_tokens: int, weight: torch.Tensor) -> bool:
 
 
 def skinny_linear(x: torch.Tensor, weight: torch.Tensor, *, silu_mul: bool = False) -> torch.Tensor:
-    """x (tokens, K), weight (N, K) -> (tokens, N), where is_skinny. silu_mul as of few_token_linear."""
+    """x (tokens, K), weight (N, K) -> (tokens, N), where suits_skinny_linear. For silu_mul see few_token_linear."""
     num_tokens, width = x.shape
     num_outputs = weight.shape[0] // 2 if silu_mul else weight.shape[0]
     out = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)

@@ -1,8 +1,8 @@
-"""Causal attention for chunks of prompts: flash attention (Dao 2023) with what came before a chunk read through its
-block table, and the chunk's own keys and values from the step's activations, where they lie side by side.
+"""Causal attention for chunks of prompts: flash attention (Dao 2023) over paged KV.
 
-q is normalised and rotated here, k has been by store_kv. The work is cut into tiles of queries, any chunk's beside any
-other's, so that there is no padding but in a chunk's last tile.
+The context before a chunk is read through the row's block table; the chunk's own keys and values are read from the
+step's activations, where they lie side by side. q is normalised and rotated here; k has been by store_kv. The work is
+cut into tiles of queries (query_tiles.py), so that there is no padding but in a chunk's last tile.
 """
 
 import torch
@@ -21,8 +21,8 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attend_tile(q1, q2, k1, k2, v, visible, acc, best, total, scale, MASKED: tl.constexpr):
-    """A tile of keys, as halves (D // 2, KEYS), and values (KEYS, D) into the running softmax; of them, if MASKED,
-    queries see what `visible` says, (QUERIES, KEYS).
+    """Adds a tile of keys, as halves of (D // 2, KEYS), and values, (KEYS, D), to the running softmax. If MASKED, each
+    query sees the keys that `visible`, (QUERIES, KEYS), says; else all.
     """
     scores = tl.dot(q2, k2, tl.dot(q1, k1))
     if MASKED:
@@ -40,9 +40,9 @@ def _attend_before(
     q1, q2, acc, best, total, end, table, key_cache, value_cache, kv_head, scale,
     KVH: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Positions [0, end), which all queries see, through the block table."""
+    """Adds the positions [0, end), which all queries see, through the block table."""
     HALF: tl.constexpr = D // 2
-    # Address arithmetic holds this loop up, so more stages would only cost registers.
+    # The loop is bound by address arithmetic, so more stages would only cost registers.
     for start in tl.range(0, end, KEYS, num_stages=2):
         tokens = start + tl.arange(0, KEYS)
         in_context = tokens < end
@@ -61,9 +61,7 @@ def _attend_own(
     q1, q2, acc, best, total, first, end, last_key, keys, values, stride, scale,
     D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's own tokens [first, end). last_key (QUERIES,) is the last that each query sees; only if MASKED is it
-    looked at.
-    """
+    """Adds the chunk's own tokens [first, end). If MASKED, each query sees those up to its last_key, (QUERIES,)."""
     HALF: tl.constexpr = D // 2
     for start in range(first, end, KEYS):
         tokens = start + tl.arange(0, KEYS)
@@ -121,7 +119,7 @@ def _prefill_attention(
         q1, q2, acc, best, total, num_before, block_tables + row * table_stride, key_cache, value_cache, kv_head, scale,
         KVH, D, BLOCK_SIZE, KEYS,
     )  # fmt: skip
-    # Of the chunk, all queries see the keys before the tile's first; of the tile's own, each sees those up to itself.
+    # All queries see the chunk's keys before the tile's first token, and each sees the tile's own keys up to itself.
     offset = position - num_before
     num_whole = (offset + 1) // KEYS * KEYS
     last_key = offset + tl.minimum(queries, num_queries - 1)

@@ -15,9 +15,9 @@ from tandem_worker.kernels.launcher import Kernel, supports_pdl
 from tandem_worker.ranks.shard import Shard
 
 CHUNK = 2048
-"""Logits a program reads."""
+"""Logits that a program reads"""
 GROUP = 64
-"""Logits of which top-k keeps the largest only, until it knows which groups matter."""
+"""Logits in a group. To find the k largest logits, top-k first compares the groups' largest ones."""
 MAX_TOP_K = 64
 MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)
 
@@ -77,7 +77,7 @@ def _best_of_chunks(
     row = tl.load(rows + index)
     wait_for_predecessor(PDL)
     if row >= 0:
-        # Even and odd ids side by side, as each pair shares its random bits.
+        # Even and odd ids lie side by side, as each pair shares its random bits.
         pair = tl.arange(0, CHUNK // 2)
         token_ids = chunk * CHUNK + 2 * pair[:, None] + tl.arange(0, 2)[None, :]
         in_vocab = token_ids < VOCAB
@@ -89,19 +89,19 @@ def _best_of_chunks(
             groups = tl.max(tl.reshape(values, [CHUNK // GROUP, GROUP]), axis=1)
             group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
             tl.store(group_max + index.to(tl.int64) * num_groups + group, groups, mask=group < num_groups)
-        heat = tl.load(temperature + row)
+        row_temperature = tl.load(temperature + row)
         scores = values - largest
-        if heat > 0:
+        if row_temperature > 0:
             key = _noise_key(
                 tl.load(seed + row), tl.load(choice_index + row).to(tl.int64), tl.load(context_lens + row).to(tl.int64)
             )
             bits = _pair_bits(key, first_token // 2 + chunk * (CHUNK // 2) + pair)
             bits = tl.join((bits >> 32).to(tl.uint32), bits.to(tl.uint32))
-            # Finite for the smallest temperatures too, as 0 * inf would be NaN.
-            scores = scores * tl.minimum(1.0 / heat, MAX_FLOAT32) + _gumbel(bits, PDL)
+            # The factor is finite for the smallest temperatures too, as 0 * inf would be NaN.
+            scores = scores * tl.minimum(1.0 / row_temperature, MAX_FLOAT32) + _gumbel(bits, PDL)
         scores = tl.where(in_vocab, scores, float("-inf"))
         score = tl.max(tl.max(scores, axis=1), axis=0)
-        # No argmax: Triton 3.6 reorders a reshaped tensor that is only reduced. Of equal scores the lowest id.
+        # Not by argmax: Triton 3.6 reorders a reshaped tensor that is only reduced. Of equal scores the lowest id.
         token = first_token + tl.min(tl.min(tl.where(scores == score, token_ids, VOCAB), axis=1), axis=0)
         place = best + index * chunk_stride + chunk
         tl.store(place, tl.where(is_bad > 0, float("nan"), largest))
@@ -110,7 +110,7 @@ def _best_of_chunks(
 
 
 @triton.jit
-def _best_token(best, index, heat, num_chunks, chunk_stride, section, num_ranks, CHUNKS: tl.constexpr):
+def _best_token(best, index, temperature, num_chunks, chunk_stride, section, num_ranks, CHUNKS: tl.constexpr):
     """The best of the chunks' tokens, the row's largest logit, and whether its logits are bad."""
     lanes = tl.arange(0, CHUNKS)
     rank = lanes // chunk_stride
@@ -123,8 +123,8 @@ def _best_token(best, index, heat, num_chunks, chunk_stride, section, num_ranks,
     is_bad = tl.max((largest != largest).to(tl.int32), axis=0) > 0
     top = tl.max(largest, axis=0)
     is_bad = is_bad | (top == float("inf")) | (top == float("-inf"))
-    # Chunks of -inf alone have a score of NaN, and no part in it.
-    below = (largest - top) / tl.where(heat > 0, heat, 1.0)
+    # Chunks of -inf alone have a score of NaN, and are left out.
+    below = (largest - top) / tl.where(temperature > 0, temperature, 1.0)
     scores = tl.where(largest > float("-inf"), scores + below, float("-inf"))
     token = tl.sum(tl.where(lanes == tl.argmax(scores, axis=0, tie_break_left=True), tokens, 0.0), axis=0)
     return token.to(tl.int32), top, is_bad
@@ -139,8 +139,10 @@ def _take_best(
     row = tl.load(rows + index)
     wait_for_predecessor(PDL)
     if row >= 0:
-        heat = tl.load(temperature + row)
-        token, _, is_bad = _best_token(best, index, heat, num_chunks, chunk_stride, section, num_ranks, CHUNKS)
+        row_temperature = tl.load(temperature + row)
+        token, _, is_bad = _best_token(
+            best, index, row_temperature, num_chunks, chunk_stride, section, num_ranks, CHUNKS
+        )
         tl.store(last_tokens + row, tl.where(is_bad, 0, token))
         tl.store(out + index, tl.where(is_bad, -1, token))
 
@@ -173,16 +175,16 @@ def _take_truncated(
     VOCAB: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MAX_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. bf16 values are told apart by 16 bits, so 16 halvings find the k-th largest exactly."""
+    """A program samples one row. 16 bits tell bfloat16 values apart, so 16 halvings find the k-th largest exactly."""
     index = tl.program_id(0)
     row = tl.load(rows + index)
     wait_for_predecessor(PDL)
     if row >= 0:
-        heat = tl.load(temperature + row)
+        row_temperature = tl.load(temperature + row)
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
-        token, top, is_bad = _best_token(best, index, heat, num_chunks, chunk_stride, section, 1, CHUNKS)
-        if (heat > 0) & (k > 0) & (is_bad == 0):
+        token, top, is_bad = _best_token(best, index, row_temperature, num_chunks, chunk_stride, section, 1, CHUNKS)
+        if (row_temperature > 0) & (k > 0) & (is_bad == 0):
             k = tl.minimum(k, VOCAB)
             # Groups that can hold one of the k largest: fewer than k have a larger maximum than the k-th's, and of
             # those that equal it the first k suffice, as ties go to the lowest ids.
@@ -202,7 +204,7 @@ def _take_truncated(
             listed = tl.arange(0, LISTED)
             is_listed = listed < num_listed
             its_group = tl.load(groups + listed, mask=is_listed, other=0)
-            # Their logits, ids ascending.
+            # The logits of the listed groups, with ascending ids.
             token_ids = its_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             is_candidate = is_listed[:, None] & (token_ids < VOCAB)
             values = tl.load(
@@ -221,12 +223,12 @@ def _take_truncated(
             tl.store(kept_values + index * MAX_K + place, values, mask=is_kept)
             tl.store(kept_tokens + index * MAX_K + place, token_ids, mask=is_kept)
             tl.debug_barrier()
-            # What is left fits a square of comparisons.
+            # The tokens that are kept are few enough to compare each with each.
             kept = tl.arange(0, MAX_K)
             is_kept = kept < k
             value = tl.load(kept_values + index * MAX_K + kept, mask=is_kept, other=float("-inf"))
             token_id = tl.load(kept_tokens + index * MAX_K + kept, mask=is_kept, other=0)
-            scaled = (value - top) / heat
+            scaled = (value - top) / row_temperature
             weight = tl.where(is_kept, tl.exp(scaled), 0.0)
             probability = weight / tl.sum(weight, axis=0)
             across = tl.reshape(value, [1, MAX_K])
@@ -262,12 +264,12 @@ class SamplingKernels:
         shard: Shard | None = None,
         all_gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x[None],
     ) -> None:
-        """With a shard, the logits are of its part of the vocabulary, all_gather gives what all ranks give it,
-        (ranks, ...), and nothing is truncated.
+        """With a shard, the logits are those of its part of the vocabulary, and only plain sampling is possible.
+        all_gather puts what the ranks call it with together, (ranks, ...).
         """
         shard = shard or Shard()
         self._part, self._all_gather = shard.vocab_part(vocab_size), all_gather
-        # As many on all ranks.
+        # Every rank has the same number of chunks.
         self._num_chunks = triton.cdiv(shard.vocab_share(vocab_size), CHUNK)
         self._chunk_stride = triton.cdiv(self._num_chunks, 4) * 4
         self._num_groups = triton.cdiv(vocab_size, GROUP)
@@ -286,7 +288,7 @@ class SamplingKernels:
         logits: torch.Tensor, rows: torch.Tensor, context_lens: torch.Tensor, options: dict[str, torch.Tensor],
         last_tokens: torch.Tensor, out: torch.Tensor, *, is_truncated: bool,
     ) -> None:  # fmt: skip
-        """Samples a token for each of `rows`, (n,) int32, of which negative ones are nobody's.
+        """Samples a token for each of `rows`, (n,) int32, of which negative ones are padding.
 
         logits (n, vocab_size or the shard's share) bf16. context_lens (all rows,) int32 is where the token will stand;
         options has temperature, top_p, min_p float32, top_k int32, seed and choice_index int64, each (all rows,).
@@ -304,11 +306,11 @@ class SamplingKernels:
             VOCAB=self._part.stop - self._part.start, CHUNK=CHUNK, GROUP=GROUP, TRUNCATED=is_truncated, PDL=pdl,
         )  # fmt: skip
         if not is_truncated:
-            everyones = self._all_gather(best)
+            gathered = self._all_gather(best)
             _take_best_kernel(
-                (num_rows, 1, 1), rows, options["temperature"], everyones, last_tokens, out, self._num_chunks,
-                self._chunk_stride, section, len(everyones),
-                CHUNKS=triton.next_power_of_2(len(everyones) * self._chunk_stride), PDL=pdl, num_warps=1,
+                (num_rows, 1, 1), rows, options["temperature"], gathered, last_tokens, out, self._num_chunks,
+                self._chunk_stride, section, len(gathered),
+                CHUNKS=triton.next_power_of_2(len(gathered) * self._chunk_stride), PDL=pdl, num_warps=1,
             )  # fmt: skip
             return
         _take_truncated_kernel(

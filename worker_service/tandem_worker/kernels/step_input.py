@@ -1,6 +1,7 @@
 """The first kernels of a step: block table updates, and each token's embedding.
 
-A rank of a tensor-parallel group has a part of the vocabulary, and zeros for tokens outside: the ranks' sum is right.
+A rank of a tensor-parallel group holds the embeddings of its shard of the vocabulary, and gives zeros for other tokens;
+the sum over the ranks is the embedding.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from tandem_worker.kernels.launcher import Kernel
 
 UPDATES = 256
-"""Updates that one program applies."""
+"""Block table updates that one program applies"""
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _begin_decode(
     table_stride,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, UPDATES: tl.constexpr,
 ):  # fmt: skip
-    """Programs of rows: one token more, and its embedding. Programs after them: block table updates."""
+    """The first num_rows programs add a token to a row's context and copy its embedding; the others update tables."""
     index = tl.program_id(0)
     if index < num_rows:
         row = tl.load(rows + index)
@@ -38,7 +39,7 @@ def _begin_decode(
             out = x + index.to(tl.int64) * SIZE
             _copy_embedding(tl.load(last_tokens + row), embedding, first_token, num_tokens, out, SIZE, BLOCK)
     else:
-        # updates: how many, then (row, index in its table, block) of each.
+        # updates holds their number, then row, index in the row's table and block of each.
         number = (index - num_rows) * UPDATES + tl.arange(0, UPDATES)
         is_update = number < tl.load(updates)
         place = updates + 1 + 3 * number
@@ -51,7 +52,7 @@ def _begin_decode(
 def _embed(
     token_ids, last_tokens, embedding, x, first_token, num_tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Token ids; a negative one, -1 - row, stands for the row's last sampled token."""
+    """A program copies one token's embedding. A token id of -1 - row stands for the row's last sampled token."""
     index = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids + index)
     if token < 0:
@@ -67,11 +68,11 @@ def begin_decode(
     rows: torch.Tensor, updates: torch.Tensor, block_tables: torch.Tensor, context_lens: torch.Tensor,
     last_tokens: torch.Tensor, embedding: torch.Tensor, first_token: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """The embeddings of each of `rows`' last token, (n, hidden_size); their contexts grow by one.
+    """The embedding of the last token of each of `rows`, (n, hidden_size). The rows' context_lens grow by one.
 
-    rows (n,) int32, negative ones are nobody's. updates int32: their number, then (row, index, block) of each, to be
-    written in block_tables. context_lens and last_tokens (all rows,) int32. embedding (tokens, hidden_size), of the
-    vocabulary from first_token on.
+    rows (n,) int32, of which negative ones are padding. updates int32: their number, then (row, index, block) of each,
+    to be written to block_tables. context_lens and last_tokens (all rows,) int32. embedding (tokens, hidden_size) is
+    that of the vocabulary from first_token on.
     """
     size = embedding.shape[1]
     x = torch.empty(len(rows), size, dtype=embedding.dtype, device=embedding.device)
@@ -87,8 +88,8 @@ def begin_decode(
 def embed(
     token_ids: torch.Tensor, last_tokens: torch.Tensor, embedding: torch.Tensor, out: torch.Tensor, first_token: int = 0
 ) -> torch.Tensor:
-    """token_ids (tokens,) int32, where -1 - row stands for that row's last token -> out, (tokens, hidden_size). For
-    embedding and first_token see begin_decode.
+    """Writes the tokens' embeddings to out, (tokens, hidden_size), and returns it. token_ids (tokens,) int32, where
+    -1 - row stands for that row's last token. For embedding and first_token see begin_decode.
     """
     size = embedding.shape[1]
     _embed_kernel(

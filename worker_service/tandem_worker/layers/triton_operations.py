@@ -5,7 +5,7 @@ from torch.nn.functional import linear
 
 from tandem_worker.attention.backend import CapturableAttention
 from tandem_worker.kernels.experts import mix_experts_grouped
-from tandem_worker.kernels.linear import few_token_linear, is_few, is_skinny, skinny_linear
+from tandem_worker.kernels.linear import few_token_linear, skinny_linear, suits_few_token_linear, suits_skinny_linear
 from tandem_worker.kernels.norm import rms_norm, silu_mul
 from tandem_worker.layers.experts import Experts, route
 from tandem_worker.layers.norm import RMSNorm
@@ -20,26 +20,30 @@ class TritonOperations:
     def norm_linear(
         self, x: torch.Tensor, norm: RMSNorm, weight: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if is_few(len(x), x.shape[1]):
+        if suits_few_token_linear(len(x), x.shape[1]):
             return few_token_linear(x, weight, norm=norm.weight, eps=norm.eps, out=out)
         x = rms_norm(x, norm.weight, norm.eps)
         if out is not None:
             return torch.mm(x, weight.t(), out=out)
-        return skinny_linear(x, weight) if is_skinny(len(x), weight) else linear(x, weight)
+        return skinny_linear(x, weight) if suits_skinny_linear(len(x), weight) else linear(x, weight)
 
     def norm_gate_up(self, x: torch.Tensor, norm: RMSNorm, weight: torch.Tensor) -> torch.Tensor:
-        if is_few(len(x), x.shape[1]):
+        if suits_few_token_linear(len(x), x.shape[1]):
             return few_token_linear(x, weight, norm=norm.weight, eps=norm.eps, silu_mul=True)
         x = rms_norm(x, norm.weight, norm.eps)
-        return skinny_linear(x, weight, silu_mul=True) if is_skinny(len(x), weight) else silu_mul(linear(x, weight))
+        return (
+            skinny_linear(x, weight, silu_mul=True)
+            if suits_skinny_linear(len(x), weight)
+            else silu_mul(linear(x, weight))
+        )
 
     def linear_add(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if is_few(len(x), x.shape[1]):
+        if suits_few_token_linear(len(x), x.shape[1]):
             return few_token_linear(x, weight, residual=residual)
         return residual.addmm_(x, weight.t())
 
     def linear_over(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        if is_few(len(x), x.shape[1]):
+        if suits_few_token_linear(len(x), x.shape[1]):
             return few_token_linear(x, weight, out=residual)
         return torch.mm(x, weight.t(), out=residual)
 

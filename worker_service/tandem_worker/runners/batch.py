@@ -13,19 +13,23 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step computes: one token of each decoding row, and chunks of prompts. Rows ascend, but for chunk_rows."""
+    """What a step computes: one token of each decoding row, and chunks of prompts. Row numbers ascend, except in
+    chunk_rows.
+    """
 
     chunk_rows: Int32Array
-    """In the order in which their KV must be stored: a chunk may read what decoding rows and chunks before it store."""
+    """The rows of chunks, in the order in which their KV must be stored: a chunk may read the KV that decoding rows and
+    earlier chunks store.
+    """
     chunk_starts: Int32Array
     chunk_counts: Int32Array
     decode_rows: Int32Array
     sampling_rows: Int32Array
-    """Ascending: chunks that reach their row's last token, and the decoding rows."""
+    """The rows that are sampled from: decoding rows, and those whose chunk reaches their last known token"""
 
 
 class Batch:
-    """Rows by number. All arrays have one entry a row; what a free row holds is stale."""
+    """What each row of the batch holds. All arrays have one entry a row, which means nothing while the row is free."""
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class Batch:
         self.token_ids: list[Int32Array] = [np.empty(0, np.int32)] * num_rows
         self.num_known = np.zeros(num_rows, np.int32)
         self.num_computed = np.zeros(num_rows, np.int32)
-        # Positions below are shared with other rows and never written.
+        # The positions below num_cached are in blocks shared with other rows, and never written.
         self.num_cached = np.zeros(num_rows, np.int32)
         self.is_present = np.zeros(num_rows, np.bool_)
 
@@ -62,14 +66,16 @@ class Batch:
         self.is_present[:] = False
 
     def slots(self, row: int, start: int, count: int) -> Int32Array:
-        """Where the KV of positions start to start + count goes; slot 0 for those that are never written."""
+        """The slots for the KV of positions [start, start + count); slot 0 for those that are never written."""
         positions = np.arange(start, start + count, dtype=np.int32)
         blocks = self.block_tables[row, positions // self.block_size]
         slots = blocks * self.block_size + positions % self.block_size
         return np.where(positions < self.num_cached[row], PADDING_BLOCK * self.block_size, slots)
 
     def apply(self, plan: StepPlan) -> StepWork:
-        """Changes the batch as the plan says; gives the step's work. InvalidPlan, with nothing changed, if it can't."""
+        """Changes the batch as the plan says, and returns the step's work. Raises InvalidPlan, with nothing changed, if
+        the batch can't follow the plan.
+        """
         self._check(plan)
         self.is_present[plan.removed_rows] = False
         for new in plan.added_rows:
@@ -99,7 +105,9 @@ class Batch:
         )
 
     def _check(self, plan: StepPlan) -> None:
-        """What is empty, as in a steady step all is, needs no check: a step's launch waits for this."""
+        """Raises InvalidPlan if the batch can't follow the plan. In a steady step all lists are empty, and are not
+        checked, because the step's launch waits for this.
+        """
         added = {new.row: new for new in plan.added_rows}
         decoding, num_blocks = self.is_decoding, self.num_blocks
         if len(plan.removed_rows) or added:
@@ -179,7 +187,9 @@ class Batch:
 
 
 def _in_order_of_storing(plan: StepPlan) -> tuple[Int32Array, Int32Array]:
-    """Rows and counts of a plan's chunks: those of rows that were there first, then new ones as they were added."""
+    """The rows and counts of a plan's chunks: first those of rows that were there before, then those of new rows in the
+    order in which they are added.
+    """
     if not plan.added_rows:
         return plan.chunk_rows, plan.chunk_num_tokens
     place = {new.row: index for index, new in enumerate(plan.added_rows)}

@@ -26,7 +26,7 @@ class DeviceState:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.block_tables = zeros(*batch.block_tables.shape)  # (rows, most blocks of one)
+        self.block_tables = zeros(*batch.block_tables.shape)  # (rows, most blocks of a row)
         # Tokens of each row with KV, once the step that is queued last has run.
         self.context_lens = zeros(num_rows)
         self.last_tokens = zeros(num_rows)

@@ -13,7 +13,7 @@ MAX_INT32 = 2**31 - 1
 
 
 class RowOptions:
-    """Each array (rows,). Only what belongs to a present row means anything."""
+    """Each array is (rows,). The entries of free rows mean nothing."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         def zeros(dtype: torch.dtype) -> torch.Tensor:
@@ -28,7 +28,7 @@ class RowOptions:
             "choice_index": zeros(torch.int64),
         }
         self.is_random = np.zeros(num_rows, np.bool_)
-        # Of the random ones: those with a top-k, and those with a top-p or min-p.
+        # Rows with temperature 0 have no top-k and no threshold (top-p or min-p) here, as these change nothing.
         self.top_k = np.zeros(num_rows, np.int64)
         self.has_threshold = np.zeros(num_rows, np.bool_)
         self.num_logprobs = np.full(num_rows, -1, np.int32)
@@ -64,6 +64,6 @@ class RowOptions:
         self.num_logprobs[rows] = [-1 if o.num_logprobs is None else o.num_logprobs for o in options]
 
     def of(self, rows: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
-        """rows and positions (n,) int64 on the device."""
+        """The options of these rows, for the reference sampler. rows and positions (n,) int64 on the device."""
         options = {name: values[rows] for name, values in self.on_device.items()}
         return SamplingRows(**(options | {"top_k": options["top_k"].long()}), position=positions)

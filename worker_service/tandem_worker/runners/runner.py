@@ -20,7 +20,7 @@ class Runner(Protocol):
 
     @property
     def progress(self) -> int:
-        """Rises while a step gets on that has not ended yet. May be asked from any thread."""
+        """A number that rises while an unfinished step makes progress. May be read from any thread."""
 
     def execute(self, plan: StepPlan) -> PendingStep:
         """Applies a plan to the batch and queues its forward pass.
@@ -32,4 +32,4 @@ class Runner(Protocol):
         """Empties the batch, for a new session; the next plan's step_id is 1."""
 
     def close(self) -> None:
-        """Waits for the device and lets go of what keeps a process group from ending. Nothing is called after it."""
+        """Waits for the device, and releases what keeps a process group from ending. Nothing is called after it."""

@@ -36,7 +36,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows, *, any_random: bool, any_tr
     if not any_random:
         return greedy
     is_greedy = rows.temperature == 0
-    # Below the row's largest, so that no temperature, however small, overflows.
+    # Relative to the row's largest, so that no temperature, however small, makes them overflow.
     below = logits - logits.amax(-1, keepdim=True)
     scaled = below / torch.where(is_greedy, 1.0, rows.temperature).to(logits.dtype)[:, None]
     if any_truncated:

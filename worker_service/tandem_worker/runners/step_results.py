@@ -1,4 +1,4 @@
-"""A step whose kernels are queued, and its result once they have run."""
+"""The result of a step whose work is queued: it is waited for here."""
 
 import time
 from dataclasses import dataclass
@@ -11,23 +11,24 @@ from tandem_worker.runners.transfers import to_host
 
 @dataclass(frozen=True)
 class HostLogprobs:
-    """On their way to the host."""
+    """Log-probabilities whose copies to the host are queued."""
 
-    logprobs: torch.Tensor  # (sampling rows,), of the sampled tokens
+    logprobs: torch.Tensor  # (sampling rows,): those of the sampled tokens
     top_ids: torch.Tensor  # (sampling rows, most asked for)
     top_logprobs: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Timing:
-    """When the step's work was ready to be queued; its first and last kernels, and the last of the step before, which a
-    session's first step has not. A CPU has none of these.
-    """
+    """When the step's work was ready to be queued, in Unix nanoseconds, and on a GPU the events around it."""
 
     prepared_ns: int
     started: torch.cuda.Event | None = None
+    """Before the step's first kernel"""
     ended: torch.cuda.Event | None = None
+    """After the step's last kernel and the copies to the host"""
     previous_ended: torch.cuda.Event | None = None
+    """The same event of the step before; None in a session's first step"""
 
 
 class PendingStep:
@@ -40,8 +41,9 @@ class PendingStep:
         num_logprobs: list[int],
         logprobs: HostLogprobs | None,
     ) -> None:
-        """token_ids (sampling rows,), -1 where the logits are not finite: on its way to the host, until timing.ended.
-        num_logprobs: how many of the likeliest each of `rows` asked for, -1 for none.
+        """token_ids (sampling rows,) is -1 where the logits are not finite. On a GPU it is on the host after
+        timing.ended. num_logprobs: how many of the likeliest tokens each of `rows` asked for, -1 for no
+        log-probabilities.
         """
         self._step_id = step_id
         self._rows = rows
@@ -87,13 +89,15 @@ class PendingStep:
 
 
 def _nanoseconds(before: torch.cuda.Event, after: torch.cuda.Event) -> int:
-    """By the GPU's clock, between two events that it has come to."""
+    """The time between two events that the GPU has reached, by its clock."""
     milliseconds: float = before.elapsed_time(after)
     return round(milliseconds * 1e6)
 
 
 def report_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: list[int]) -> HostLogprobs | None:
-    """logits (rows, vocab), token_ids (rows,), not negative; None where no row asks."""
+    """The log-probabilities that rows asked for; None where none did. logits (rows, vocab), token_ids (rows,) and not
+    negative, num_logprobs as of PendingStep.
+    """
     most = max(num_logprobs, default=-1)
     if most < 0:
         return None

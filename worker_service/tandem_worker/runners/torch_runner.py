@@ -30,12 +30,12 @@ class TorchRunner:
         self._batch = batch
         self._device = cache.device
         self._options = RowOptions(batch.num_rows, self._device)
-        # Of the step that is queued last.
+        # The end of the step that was queued last.
         self._ended: torch.cuda.Event | None = None
         self._last_token = torch.zeros(batch.num_rows, dtype=torch.int64, device=self._device)
         self.progress = 0
         if self._device.type == "cpu":
-            # On a GPU a layer that is launched is not one that has run.
+            # On a GPU a launched layer has not run yet, so this would tell nothing.
             model.after_layer = self._note_layer
 
     def reset(self) -> None:
@@ -70,7 +70,7 @@ class TorchRunner:
         return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, num_logprobs, logprobs)
 
     def _prepare(self, work: StepWork) -> tuple[torch.Tensor, AttentionMetadata, torch.Tensor]:
-        """Token ids (tokens,), attention metadata, and which tokens are sampled from."""
+        """Token ids (tokens,), the attention metadata, and the indices of the tokens that are sampled from."""
         batch, block_size = self._batch, self._batch.block_size
         ids, positions, slots, chunks = [], [], [], []
         last_index = np.zeros(batch.num_rows, np.int64)
@@ -86,7 +86,8 @@ class TorchRunner:
             chunks.append(ChunkMetadata(start, count, end, table))
             start += count
             last_index[row] = start - 1
-        # Longest context first, so that rows of like length stand together. The batch has counted this step's token.
+        # The longest contexts come first, so that rows of similar length are neighbours. num_computed counts the tokens
+        # of this step too.
         decode_rows = work.decode_rows[np.argsort(-batch.num_computed[work.decode_rows], kind="stable")]
         context_lens = batch.num_computed[decode_rows]
         num_blocks = -(-context_lens // block_size)
@@ -111,9 +112,9 @@ class TorchRunner:
         return token_ids, metadata, sampling_indices
 
     def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
-        """logits (rows, vocab) -> token ids (rows,), -1 where they are not finite."""
+        """logits (rows, vocab) -> token ids (rows,), -1 where the logits are not finite."""
         device_rows = self._to_device(rows)
-        # The token stands after all that is computed.
+        # The sampled token comes after all computed ones.
         positions = self._to_device(self._batch.num_computed[rows])
         sampled = sample(
             logits,
@@ -134,10 +135,10 @@ class TorchRunner:
         return event
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        # From pageable memory: the driver copies arrays this small before it returns, and does not wait for the device.
+        # The memory is pageable: the driver copies arrays this small before it returns, without waiting for the device.
         return torch.from_numpy(values.astype(np.int64)).to(self._device, non_blocking=True)
 
 
 def widened(logits: torch.Tensor) -> torch.Tensor:
-    """float32 or wider, as sampling wants them."""
+    """The logits in float32 or wider, as sampling needs them."""
     return logits if logits.dtype == torch.float64 else logits.float()

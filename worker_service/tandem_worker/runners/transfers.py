@@ -1,5 +1,5 @@
-"""Copies between host and device that neither side waits for, through pinned memory that torch keeps until the stream
-has come past the copy.
+"""Copies between host and device for which neither side waits. They go through pinned memory, which torch keeps until
+the stream has passed the copy.
 """
 
 import numpy as np
@@ -12,12 +12,12 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def copy_to(target: torch.Tensor, values: np.ndarray) -> None:
-    """Writes values to target, of the same length and type, on a GPU."""
+    """Writes values to target, a tensor of the same length and type on a GPU."""
     target.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
 
 
 def to_host(values: torch.Tensor) -> torch.Tensor:
-    """A copy that is complete when the stream has come to it."""
+    """A copy on the host, which is complete once the stream has passed this point."""
     if values.device.type == "cpu":
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
