@@ -144,6 +144,8 @@ def _decode_attention(
 ):  # fmt: skip
     """With PREFETCH, a split's first tile is read before the wait for qkv, as earlier steps have stored it. That is so
     only with STORE, that is, in a decode step.
+
+    The function is long because its sections share nearly all of their values, which live in registers.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)

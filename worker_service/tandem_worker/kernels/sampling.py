@@ -175,7 +175,10 @@ def _take_truncated(
     VOCAB: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, MAX_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program samples one row. 16 bits tell bfloat16 values apart, so 16 halvings find the k-th largest exactly."""
+    """A program samples one row. 16 bits tell bfloat16 values apart, so 16 halvings find the k-th largest exactly.
+
+    The function is long because its sections share nearly all of their values, which live in registers.
+    """
     index = tl.program_id(0)
     row = tl.load(rows + index)
     wait_for_predecessor(PDL)
