@@ -59,8 +59,8 @@ class SchedulerService:
     ) -> None:
         """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address. Interceptors
         run in this process alone, so with them there are no front-end processes. ends_process: the caller ends the
-        process after stop(), and its connections with it, so that they need not be closed. `observer` is
-        told of steps, requests and the worker.
+        process after stop(), and its connections with it, so that they need not be closed. `observer` is told of
+        steps, requests and the worker.
         """
         self._settings = settings
         self._ends_process = ends_process

@@ -95,7 +95,7 @@ def check_regular(path: Path) -> None:
 
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise ModelError(f"{path}: is no regular file")
+        raise ModelError(f"{path}: is not a regular file")
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -85,7 +85,7 @@ def read_settings(settings_class: type[T], arguments: argparse.Namespace, enviro
 
 
 def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:
-    """Raises ConfigError for a variable TANDEM_* that is no setting of these classes, such as a misspelt one."""
+    """Raises ConfigError for a variable TANDEM_* that is not a setting of these classes, such as a misspelt one."""
     known = {variable_of(field.name) for cls in classes for field in dataclasses.fields(cls)}
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known and _is_ours(name, value):

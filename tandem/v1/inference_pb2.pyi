@@ -785,7 +785,7 @@ class DetokenizeResponse(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text, with U+FFFD in place of bytes that are no UTF-8."""
+    """The text, with U+FFFD in place of bytes that are not UTF-8."""
     def __init__(
         self,
         *,

@@ -73,7 +73,7 @@ class BlockManager:
             keys.append(self._hash(token_ids[start : start + size].tobytes(), seed))
 
     def match(self, keys: list[int], token_ids: "array[int]", salt: str) -> list[CachedBlock]:
-        """The longest cached prefix. Compares parents, salt and tokens, so equal keys alone are no hit."""
+        """The longest cached prefix. Compares parents, salt and tokens, so equal keys alone are not a hit."""
         hits: list[CachedBlock] = []
         parent = None
         for index, key in enumerate(keys):

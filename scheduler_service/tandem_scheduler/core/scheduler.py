@@ -170,6 +170,7 @@ class Scheduler:
                 plan.add_chunk(sequence)
         self._admission.admit(plan, self._residency, self._held)
         if not len(decoding) and not plan.chunks:
+            assert not plan.preempted, "the first sequence in order keeps its row, and every plan computes it"
             return None
         step_plan = self._close(plan, decoding)
         self._advance(plan, decoding)

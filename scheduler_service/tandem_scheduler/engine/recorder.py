@@ -148,13 +148,13 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise RecordingError(f"{path}: line {number}: is no JSON: {error}") from error
+            raise RecordingError(f"{path}: line {number}: is not JSON: {error}") from error
     return lines, bool(rest)
 
 
 def _call(scheduler: Scheduler, name: str, arguments: list[Any]) -> dict[str, Any]:
     if name not in _ARGUMENTS:
-        raise RecordingError(f"{name!r} is no call to a scheduler")
+        raise RecordingError(f"{name!r} is not a call to a scheduler")
     decoders = _ARGUMENTS[name] * len(arguments) if name == "add" else _ARGUMENTS[name]
     if len(arguments) > len(decoders):
         raise RecordingError(f"{name} takes {len(decoders)} arguments at most, not {len(arguments)}")

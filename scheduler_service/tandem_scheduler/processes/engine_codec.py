@@ -121,7 +121,7 @@ def encode_error(error: TandemError) -> bytes:
 
 def decode_error(data: bytes) -> TandemError:
     status = status_pb2.Status.FromString(data)
-    return read_status(status) or ProtocolError(f"an error that is none of Tandem's: {status.message}")
+    return read_status(status) or ProtocolError(f"an error that Tandem does not know: {status.message}")
 
 
 def _encode_logprobs(reports: list[tuple[int, RowLogprobs]]) -> engine_pb2.TokenLogprobs:

@@ -178,5 +178,5 @@ def _parsed(parse: Parse, data: bytes, limits: CallLimits) -> Any:
         return parse(data)
     except DecodeError:
         owner = getattr(parse, "__self__", None)
-        name = owner.DESCRIPTOR.name if owner is not None else "message of this method"
-        raise InvalidRequest(FieldViolation("", f"the bytes are no {name}")) from None
+        of_type = f"of type {owner.DESCRIPTOR.name}" if owner is not None else "of this method"
+        raise InvalidRequest(FieldViolation("", f"the bytes are not a message {of_type}")) from None

@@ -23,7 +23,7 @@ def read_secret(path: str) -> bytes:
     try:
         _create(Path(path))
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ConfigError(f"--session-secret-file {path}: is no regular file")
+            raise ConfigError(f"--session-secret-file {path}: is not a regular file")
         with open(path, "rb") as file:
             secret = file.read(MAX_BYTES + 1).strip()
     except OSError as error:

@@ -47,7 +47,7 @@ def weight_cases() -> Iterator[Case]:
         "header of 2**64 - 1 bytes": raw_header(header, 2**64 - 1),
         "header of 1 TB": raw_header(header, 2**40),
         "header of no bytes": raw_header(header, 0),
-        "header that is no JSON": raw_header(b"{" * 50),
+        "header that is not JSON": raw_header(b"{" * 50),
         "header that is a list": raw_header(b"[1, 2]"),
         "header that is not UTF-8": raw_header(b'{"\xff\xfe": 1}'),
         "header of 100 levels": raw_header(nested(100)),

@@ -51,7 +51,7 @@ def link(name: str, target: str) -> Change:
 
 
 def no_real_file(name: str) -> dict[str, Change]:
-    """Changes, by title, that put something in the file's place that is too large or no regular file."""
+    """Changes, by title, that put something in the file's place that is too large or not a regular file."""
     return {
         "1 TB": grow(name, 1 << 40),
         "a device": link(name, "/dev/zero"),

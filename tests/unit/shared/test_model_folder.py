@@ -36,9 +36,9 @@ SPECIAL = ["fifo", "socket", "device", "directory", "link to a fifo"]
 @pytest.mark.timeout(10)
 def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
     path = make_special(tmp_path / "tokenizer.json", kind)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: is no regular file"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json: is not a regular file"):
         open_regular(path)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: is no regular file"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json: is not a regular file"):
         tokenizer_digest(tmp_path)
 
 

@@ -57,7 +57,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, contents: str) -> Non
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    for path, problem in ((tmp_path / "fifo", "no regular file"), (tmp_path / "no" / "folder", "No such file")):
+    for path, problem in ((tmp_path / "fifo", "is not a regular file"), (tmp_path / "no" / "folder", "No such file")):
         with pytest.raises(ConfigError, match=f"--session-secret-file.*{problem}"):
             read_secret(str(path))
 

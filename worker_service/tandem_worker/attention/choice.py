@@ -62,7 +62,7 @@ def why_not_triton(conditions: Conditions) -> str | None:
     if conditions.head_dim not in (32, 64, 128):
         return f"head_dim {conditions.head_dim} is not 32, 64 or 128"
     if any(width % 64 for width in conditions.widths):
-        return "hidden_size, intermediate_size or the heads' size is no multiple of 64"
+        return "hidden_size, intermediate_size or the heads' size is not a multiple of 64"
     return None
 
 

@@ -135,7 +135,7 @@ class Batch:
         present = self.is_present.copy()
         present[removed] = False
         for new in plan.added_rows:
-            _require(0 <= new.row < self.num_rows, f"added row {new.row} is no row")
+            _require(0 <= new.row < self.num_rows, f"added row {new.row} is not a row of the batch")
             _require(not present[new.row], f"added row {new.row} is taken")
             present[new.row] = True
             self._check_new_row(new)
@@ -159,7 +159,7 @@ class Batch:
     def _check_appended(self, plan: StepPlan) -> None:
         rows, block_ids = plan.appended_block_rows, plan.appended_block_ids
         _require(len(rows) == len(block_ids), "appended blocks are not parallel")
-        _require(_all_within(rows, 0, self.num_rows), "appends to what is no row")
+        _require(_all_within(rows, 0, self.num_rows), "appends to a row that does not exist")
         _require(_all_within(block_ids, 1, self.num_pool_blocks), "appends a block outside the pool")
         num_blocks = self.num_blocks.copy()
         is_open = self.is_present.copy()
@@ -174,7 +174,7 @@ class Batch:
     def _check_chunks(self, plan: StepPlan, added: dict[int, NewRow]) -> None:
         rows, counts = plan.chunk_rows, plan.chunk_num_tokens
         _require(len(rows) == len(counts), "chunks are not parallel")
-        _require(_all_within(rows, 0, self.num_rows), "computes what is no row")
+        _require(_all_within(rows, 0, self.num_rows), "computes a row that does not exist")
         _require(bool((np.diff(rows) > 0).all()), "chunk rows do not ascend")
         removed = set(plan.removed_rows.tolist())
         for row, count in zip(rows.tolist(), counts.tolist(), strict=True):

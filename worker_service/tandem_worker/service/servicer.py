@@ -155,7 +155,7 @@ class WorkerServicer:
         if self._secret and not hmac.compare_digest(
             shown if isinstance(shown, bytes) else shown.encode(), self._secret
         ):
-            raise Unauthenticated("the session secret is missing or another; see --session-secret-file")
+            raise Unauthenticated("the session secret is missing or wrong; see --session-secret-file")
 
     async def _open(self, request: worker_pb2.OpenSession) -> Session:
         if request.protocol_version != PROTOCOL_VERSION:

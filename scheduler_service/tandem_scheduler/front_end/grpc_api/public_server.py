@@ -10,12 +10,11 @@ import grpc
 from tandem.v1 import control_pb2_grpc
 from tandem_scheduler.engine_interface import Engine, EngineListener
 from tandem_scheduler.front_end.front_end import FrontEnd
-from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
+from tandem_scheduler.front_end.grpc_api.inference_servicer import SERVICE_NAME, InferenceServicer
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import SchedulerSettings, model_name
 from tandem_shared.rpc.server import Server, server_credentials
 
-INFERENCE_SERVICE = "tandem.v1.InferenceService"
 CONTROL_SERVICE = "tandem.v1.ControlService"
 
 NUM_OTHER_CALLS = 64
@@ -44,10 +43,10 @@ class PublicServer:
         inference = InferenceServicer(self.front_end, model_name(settings))
         self._server = Server(
             {
-                INFERENCE_SERVICE: inference.add_to,
+                SERVICE_NAME: inference.add_to,
                 CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
             },
-            small_calls=[CONTROL_SERVICE, f"{INFERENCE_SERVICE}/GetModelInfo"],
+            small_calls=[CONTROL_SERVICE, f"{SERVICE_NAME}/GetModelInfo"],
             interceptors=interceptors,
             credentials=server_credentials(settings),
             shares_port=shares_port,
@@ -59,7 +58,7 @@ class PublicServer:
         self.front_end.connect(attach(self.front_end))
 
     async def start(self) -> int:
-        """Listens; gives the port."""
+        """Listens. Returns the port."""
         port = await self._server.start(self._settings.host, self._settings.port)
         await self._server.set_ready([CONTROL_SERVICE], True)
         return port
@@ -69,4 +68,4 @@ class PublicServer:
         await (self._server.finish(STOP_GRACE_S) if self._ends_process else self._server.stop(STOP_GRACE_S))
 
     async def _set_ready(self, is_ready: bool) -> None:
-        await self._server.set_ready([INFERENCE_SERVICE], is_ready)
+        await self._server.set_ready([SERVICE_NAME], is_ready)

@@ -1,5 +1,5 @@
-"""Makes messages of the gRPC API of a request's output. A whole reply is built and encoded part by part, and the event
-loop has other turns in between, so that a large reply holds up nobody.
+"""Turns a request's output into messages of the gRPC API. A whole reply is built and encoded part by part, and the
+event loop has other turns in between, so that a large reply does not hold up other requests.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Makes GenerationParams of the gRPC API's generate requests. It checks nothing and copies no repeated field."""
+"""Turns generate requests of the gRPC API into GenerationParams. Checks nothing and copies no repeated field."""
 
 from collections.abc import Iterable
 

@@ -5,7 +5,7 @@ Text is certain, and given out, once no later token can change it. What later to
 - Byte-level: a token is some bytes of UTF-8, so only an incomplete character at the end is uncertain. It decodes to
   U+FFFD. Each certain text is decoded by itself.
 - Byte fallback (Llama 2 and its like): bytes that no token has are tokens of their own. A run of them is decoded
-  together, into U+FFFD for each if the run is no UTF-8, so all of it is uncertain until a token of another kind.
+  together, into U+FFFD for each if the run is not UTF-8, so all of it is uncertain until a token of another kind.
 - Others may treat the first token apart (a space left out), so text is decoded together with the tokens before it,
   whose own text is then cut off. Where that does not begin the text, nothing less than all tokens gives the right text.
 """
@@ -176,9 +176,9 @@ class Detokenizer:
         return self._decode(self._all_ids)[self._num_decoded :]
 
     def _cut_uncertain(self) -> str:
-        """The certain text of many byte-level tokens that end with bytes that are no character, which a model may give
-        for ever. A place where both sides together decode to the same as apart is no place inside a character; what
-        later tokens can change is in the last bytes.
+        """The certain text of many byte-level tokens that end with bytes that are not a character, which a model may
+        give for ever. Where both sides of a cut decode apart to the same text as together, the cut is not inside a
+        character. What later tokens can change is in the last bytes.
         """
         text, ids = self._decode(self._uncertain), self._uncertain
         for cut in range(len(ids) - LONGEST_CHARACTER, 0, -1):

@@ -106,7 +106,7 @@ class TextEncoder:
             try:
                 num_bytes = len(text.encode())
             except UnicodeEncodeError as error:
-                raise InvalidRequest(FieldViolation(field, "has characters that are no Unicode text")) from error
+                raise InvalidRequest(FieldViolation(field, "has characters that are not Unicode text")) from error
         if per_token is not None and num_bytes > max_tokens * per_token:
             raise _too_long(field, f"{num_bytes} bytes or more of text are over {max_tokens} tokens")
         return num_bytes

@@ -1,6 +1,7 @@
 """Which sequences are accepted, wait, are admitted and are preempted, and in which order."""
 
 from collections import Counter
+from itertools import product
 
 import pytest
 
@@ -107,6 +108,37 @@ def test_what_is_preempted_is_not_started_again_by_the_same_plan(deadline: float
     engine.drain()
     assert engine.outputs[OLD] == expected_tokens(old)
     assert is_late or engine.outputs[NEW] == expected_tokens(new)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+@pytest.mark.parametrize("max_plans_in_flight", [1, 2, 4])
+def test_sequences_that_preempt_each_other_all_end(max_plans_in_flight: int, enable_prefix_caching: bool) -> None:
+    """In pools that hold one whole sequence and little more, a plan that preempts still computes something. drain()
+    raises if nothing is planned while nothing is in flight.
+    """
+    num_preemptions = 0
+    for block_size, prompt_len, max_tokens, num_spare_blocks, budget in product(
+        (1, 2, 3), (1, 4), (2, 7), (0, 1, 3), (3, 16)
+    ):
+        num_needed = -(-(prompt_len + max_tokens - 1) // block_size)
+        engine = make_engine(
+            worker_info(block_size=block_size, num_blocks=1 + num_needed + num_spare_blocks),
+            max_num_seqs=3,
+            max_num_batched_tokens=budget,
+            max_plans_in_flight=max_plans_in_flight,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        # The first two have the same tokens.
+        requests = [
+            create_request(name, range(start, start + prompt_len), max_tokens)
+            for name, start in ((A, 0), (B, 0), (C, 1))
+        ]
+        engine.add(*requests)
+        engine.drain(max_steps=1000)
+        assert engine.outputs == expected(requests)
+        engine.scheduler.check_integrity()
+        num_preemptions += engine.scheduler.load().num_preemptions
+    assert num_preemptions > 20
 
 
 def test_sequences_that_ended_do_not_gather_behind_one_that_waits() -> None:

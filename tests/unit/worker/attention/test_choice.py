@@ -37,7 +37,7 @@ def test_what_is_asked_for_is_taken(name: str) -> None:
         ({"capability": (7, 5)}, "older than compute capability 8.0"),
         ({"dtype": torch.float32}, "it computes in bfloat16, not torch.float32"),
         ({"head_dim": 80}, "head_dim 80 is not 32, 64 or 128"),
-        ({"widths": (1000, 3072, 2048)}, "no multiple of 64"),
+        ({"widths": (1000, 3072, 2048)}, "is not a multiple of 64"),
     ],
 )
 def test_what_our_kernels_cant_do_is_left_to_torch(changes: dict[str, Any], problem: str) -> None:

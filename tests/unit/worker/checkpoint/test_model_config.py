@@ -178,5 +178,5 @@ def test_a_huge_file_is_refused_before_it_is_read_to_its_end(tmp_path: Path) -> 
 @pytest.mark.timeout(10)
 def test_only_a_regular_file_is_opened(kind: str, tmp_path: Path) -> None:
     make_special(tmp_path / "config.json", kind)
-    with pytest.raises(ModelError, match=r"config\.json: is no regular file"):
+    with pytest.raises(ModelError, match=r"config\.json: is not a regular file"):
         read_model_config(tmp_path)

@@ -181,7 +181,7 @@ def test_links_to_files_outside_are_read_as_in_the_hubs_cache(tmp_path: Path) ->
 @pytest.mark.timeout(10)
 def test_only_regular_files_are_opened(name: str, kind: str, tmp_path: Path) -> None:
     make_special(tmp_path / name, kind)
-    with pytest.raises(ModelError, match="is no regular file"):
+    with pytest.raises(ModelError, match="is not a regular file"):
         read(tmp_path)
 
 

@@ -171,5 +171,5 @@ async def test_an_interrupt_is_no_error_of_the_call() -> None:
 
 
 async def test_what_is_no_unicode_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="no Unicode"):
+    with pytest.raises(InvalidRequest, match="not Unicode"):
         await TextEncoder(embedded()).encode("text", "a\ud800b", max_tokens=NO_LIMIT)

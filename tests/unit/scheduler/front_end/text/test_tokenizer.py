@@ -81,5 +81,5 @@ def test_no_tokenizer_is_refused_by_its_file(tmp_path: Path) -> None:
 @pytest.mark.timeout(10)
 def test_only_a_regular_file_is_opened(kind: str, tmp_path: Path) -> None:
     make_special(tmp_path / "tokenizer.json", kind)
-    with pytest.raises(ModelError, match=r"tokenizer\.json: is no regular file"):
+    with pytest.raises(ModelError, match=r"tokenizer\.json: is not a regular file"):
         load_tokenizer(tmp_path)
