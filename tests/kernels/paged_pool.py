@@ -6,7 +6,7 @@ from tandem_worker.layers.rotary import apply_rotary
 from tests.kernels.comparison import DTYPE, normed
 
 ATTENTION_TOLERANCE = 2e-2
-"""Scores of random inputs reach 30, so that rounding q and k to bfloat16 shows."""
+"""Scores of random inputs are large, so that rounding q and k to bfloat16 shows."""
 
 
 class Pool:
@@ -55,6 +55,22 @@ class Pool:
         v = self.values[row][: position + 1].double().repeat_interleave(group, 1)
         weights = (torch.einsum("hd,thd->ht", q, k) * self.head_dim**-0.5).softmax(-1)
         return torch.einsum("ht,thd->hd", weights, v).flatten()
+
+
+def random_rotary(num_positions: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """cos and sin of random angles, (positions, 2, head_dim // 2). Rotations keep lengths: if cos and sin were any
+    numbers, scores would be twice as large, and so would the effect of rounding.
+    """
+    angles = torch.rand(num_positions, head_dim // 2) * 2 * torch.pi
+    return torch.stack([angles.cos(), angles.sin()], 1).to(DTYPE).to(device)
+
+
+def finish_plan(device: torch.device) -> None:
+    """Waits for the plan's kernels. In a model other kernels run between them and attention, which relies on that
+    (kernels/gdc.py).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def rotated(heads: torch.Tensor, norm: torch.Tensor | None, rotary: torch.Tensor) -> torch.Tensor:

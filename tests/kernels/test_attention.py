@@ -14,7 +14,7 @@ from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.kernels.store_kv import store_kv
 from tandem_worker.layers.rotary import apply_rotary
 from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, normed, random
-from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool
+from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool, finish_plan, random_rotary
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -74,7 +74,7 @@ def test_decode_attention(
     pool = Pool(contexts, num_heads, num_kv_heads, head_dim, block_size, device)
     attention = DecodeAttention(16, num_heads, num_kv_heads, head_dim, device)
     q_norm, k_norm = random(head_dim, device=device), random(head_dim, device=device)
-    rotary = random(max(contexts), 2, head_dim // 2, device=device)
+    rotary = random_rotary(max(contexts), head_dim, device)
     for _ in range(2):
         qkv = random(len(rows), num_heads + 2 * num_kv_heads, head_dim, device=device)
         if stores:
@@ -87,6 +87,7 @@ def test_decode_attention(
                     pool.keys[row][-1], pool.values[row][-1] = k.to(DTYPE).cpu(), v.cpu()
         out = torch.full((len(rows), num_heads * head_dim), float("nan"), dtype=DTYPE, device=device)
         decode = attention.plan(torch.tensor(rows, dtype=torch.int32, device=device), pool.context_lens, pool.tables)
+        finish_plan(device)
         attention(qkv, q_norm, k_norm, EPS, rotary, pool.cache, decode, out, stores=stores)
         for index, row in enumerate(rows):
             if row < 0:
@@ -144,7 +145,7 @@ def test_prefill_attention(
     out = torch.full((num_tokens + 2, num_heads * head_dim), 3.0, dtype=DTYPE, device=device)
     out[:num_tokens] = float("nan")
     tiles = torch.from_numpy(cut_tiles(rows, starts, counts)).to(device)
-    q_norm, rotary = random(head_dim, device=device), random(max(contexts), 2, head_dim // 2, device=device)
+    q_norm, rotary = random(head_dim, device=device), random_rotary(max(contexts), head_dim, device)
     prefill_attention(qkv, q_norm, EPS, rotary, pool.cache, pool.tables, tiles, out)
     assert (out[num_tokens:] == 3).all()
     token = 0

@@ -21,7 +21,7 @@ from tandem_worker.attention.triton_attention import TritonAttention
 from tandem_worker.kernels.query_tiles import TILE_FIELDS, cut_tiles
 from tandem_worker.layers.norm import RMSNorm
 from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, random
-from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool, rotated
+from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool, finish_plan, random_rotary, rotated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -86,8 +86,7 @@ def make_step(
 
     num_tokens = len(decode_rows) + sum(count for _, _, count in chunks)
     qkv = random(num_tokens + NUM_PADDING, pool.num_heads + 2 * pool.num_kv_heads, pool.head_dim, device=device)
-    angles = torch.rand(max(CONTEXTS), pool.head_dim // 2) * 2 * torch.pi
-    rotary = torch.stack([angles.cos(), angles.sin()], 1).to(DTYPE).to(device)
+    rotary = random_rotary(max(CONTEXTS), pool.head_dim, device)
     step = Step(pool, decode_rows, chunks, qkv, norm(), norm(), rotary)
     pool.cache.flatten(1, 2)[:, step.slots.to(device)] = float("nan")
     for index, (row, position) in enumerate(step.tokens):
@@ -143,6 +142,7 @@ def run_decode(name: str, step: Step, device: torch.device) -> torch.Tensor:
     pool = step.pool
     attention = make_attention(name, pool, device)
     plan = attention.plan_decode(ints(step.decode_rows + [-1] * NUM_PADDING, device), pool.context_lens, pool.tables)
+    finish_plan(device)
     return attention(step.qkv.clone(), step.q_norm, step.k_norm, step.rotary, pool.cache, plan)
 
 
@@ -163,6 +163,7 @@ def run_mixed(name: str, step: Step, device: torch.device) -> torch.Tensor:
     )
     attention = make_attention(name, pool, device)
     plan = attention.plan_mixed(tokens)
+    finish_plan(device)
     return attention(step.qkv.clone(), step.q_norm, step.k_norm, step.rotary, pool.cache, plan)
 
 

@@ -53,7 +53,8 @@ class MixedTokens:
 class CapturableAttention(Attention, Protocol):
     """Attention whose metadata is made on the device, from tensors at fixed places, so that CUDA graphs can hold it.
 
-    It owns its scratch memory, so it runs on one stream.
+    It owns its scratch memory, so it runs on one stream. Other kernels must run between a plan and the first attention
+    that uses it, as those of a layer before its attention do: see kernels/gdc.py.
     """
 
     def plan_decode(self, rows: torch.Tensor, context_lens: torch.Tensor, block_tables: torch.Tensor) -> Any:
