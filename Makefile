@@ -31,16 +31,20 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; make PYTHON=...")'
 	@echo "Installing Tandem[$(1)] into .venv"
 	@$(PYTHON) -m venv .venv
-	$(if $(GPU),,@if problem=$$($(BIN)/python -c '$(OPEN_URL)' "$(TORCH_INDEX_URL)/torch/" 2>&1); then \
+	$(if $(GPU),,@if problem=$$($(FIND_TORCH) 2>&1); then \
 		echo "No GPU found; taking torch for CPUs from $(TORCH_INDEX_URL)"; \
-		$(PIP_INSTALL) --no-deps --index-url "$(TORCH_INDEX_URL)" torch; \
+		$(TORCH_INDEX_ALONE) $(PIP_INSTALL) --no-deps --index-url "$(TORCH_INDEX_URL)" torch; \
 	else \
 		echo "$$problem" | tail -n 1; \
-		echo "Can't reach $(TORCH_INDEX_URL); taking torch from pip's own index (make TORCH_INDEX_URL=... names another)"; \
+		echo "Found no torch at $(TORCH_INDEX_URL); taking it from pip's own index (make TORCH_INDEX_URL=... names another)"; \
 	fi)
 	$(PIP_INSTALL) --editable '.[$(1)]'
 endef
-OPEN_URL := import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
+# pip itself looks, so that its proxies, certificates and passwords count, and the index may be a folder. The variable
+# stands before extra indexes in pip's configuration, which may have other builds.
+TORCH_INDEX_ALONE = PIP_EXTRA_INDEX_URL="$(TORCH_INDEX_URL)"
+FIND_TORCH = $(TORCH_INDEX_ALONE) $(BIN)/pip index versions --disable-pip-version-check --retries 0 --timeout 5 \
+	--index-url "$(TORCH_INDEX_URL)" torch
 
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	$(call install,worker)

@@ -1,4 +1,5 @@
-"""Writes down every call to a scheduler and its answer, and replays such a file against a fresh scheduler.
+"""Writes down the calls to a scheduler that its plans depend on, with their answers, and replays such a file against a
+fresh scheduler.
 
 The core is deterministic, so a replay gives identical plans; the first answer that differs is a change of behaviour.
 `python -m tandem_scheduler.engine.recorder FILE` prints the verdict on a file. Knows the core's verbs and plain data;
@@ -56,7 +57,7 @@ class RecordingScheduler:
         self.lose_worker = self._recorded(scheduler.lose_worker)
         self.attach_worker = self._recorded(scheduler.attach_worker)
         self.reset_prefix_cache = self._recorded(scheduler.reset_prefix_cache)
-        # What follows changes no later answer of the others.
+        # These calls change no answer of the calls above, so they are not written.
         self.discount = scheduler.discount
         self.load = scheduler.load
         self.check_integrity = scheduler.check_integrity

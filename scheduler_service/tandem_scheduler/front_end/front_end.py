@@ -1,9 +1,9 @@
 """One front end: its live requests. Outputs of the engine go into each request's buffers, from which its reader takes
 them.
 
-It knows requests, and of the engine only the interface. A slow reader slows down nobody else: its tokens gather in its
-buffers and leave many at a time, and past a limit its request ends. Whatever goes wrong with one request (its text, its
-stop strings, its reader) ends that request alone.
+It knows requests, and of the engine only the interface. A slow reader does not slow down others: its tokens gather in
+its buffers and leave many at a time, and past a limit its request ends. Whatever goes wrong with one request (its text,
+its stop strings, its reader) ends that request alone.
 """
 
 from collections.abc import Awaitable, Callable

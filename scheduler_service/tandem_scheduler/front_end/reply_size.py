@@ -1,4 +1,4 @@
-"""How many bytes of a Generate reply an output token takes, but for its text, whose size nobody knows beforehand."""
+"""How many bytes of a Generate reply an output token takes, without its text, whose size is not known beforehand."""
 
 REPLY_ADVICE = (
     "use GenerateStream, fewer tokens, choices or log-probabilities, or say in the metadata tandem-max-reply-bytes "

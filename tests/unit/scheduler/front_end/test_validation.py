@@ -155,7 +155,7 @@ async def test_a_salt_leaves_as_a_short_hash_that_tells_salts_apart() -> None:
 
 
 async def test_a_reply_that_cannot_fit_is_refused_where_the_request_says_so() -> None:
-    """32 choices of 900 tokens with 20 log-probabilities are 6.7 MB."""
+    """32 choices of 400 tokens with 20 log-probabilities are 2.7 MB."""
     large = {"num_choices": 32, "max_tokens": 400, "num_logprobs": 20, "max_reply_bytes": 2**21}
     found = await violations_of(**large)
     assert list(found) == ["stopping.max_tokens"] and "GenerateStream" in found["stopping.max_tokens"]
