@@ -27,6 +27,7 @@ class Admission:
         """Admits sequences while the plan has budget left. get_held gives all sequences that the worker holds."""
         while plan.budget > 0 and (sequence := self._queue.first()) is not None:
             if sequence in plan.preempted:
+                # Its deadline may have passed while it ran. Then expire() ends it before the next plan.
                 return
             if self._suspects.needs_probe(sequence):
                 self._probe(plan, residency)

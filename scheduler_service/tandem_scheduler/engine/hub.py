@@ -1,5 +1,5 @@
-"""The live requests of all front ends: the step loop's one sink, and behind Attachment the engine that each front end
-holds.
+"""The live requests of all front ends. The hub is the step loop's one sink, and gives each front end an Attachment,
+which is that front end's Engine.
 
 Here request ids are unique, and drain and abort reach every front end. Knows the step loop and plain data; nothing of
 text, calls or processes.

@@ -40,8 +40,9 @@ class RecordingError(TandemError):
 class RecordingScheduler:
     """A scheduler whose calls are written to a file. The file is buffered: close() writes the tail.
 
-    Each call of expire() is written, also those that end nothing: they hold the time just before each plan, by which
-    tests/chaos/admission sees that no sequence starts after its deadline.
+    Each call of expire() is written, also those that end nothing. They hold the time just before each plan, by which
+    tests/chaos/admission sees that no sequence starts after its deadline. And a replay needs them: the order in which
+    sequences of one deadline end depends on the calls before.
     """
 
     def __init__(self, config: SchedulerConfig, worker: WorkerInfo, path: Path) -> None:

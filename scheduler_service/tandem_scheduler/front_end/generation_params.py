@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class GenerationParams:
     """The fields of a generate request. None stands for a field that was left out, where that differs from a zero.
 
-    Whoever makes one copies no sequence and looks at no element of one: any of them may be as long as a message can be,
-    and validation.py checks their lengths before their elements.
+    Code that makes one must not copy a sequence, or look at its elements: it may be as long as a message can be, and
+    validation.py checks lengths before elements.
     """
 
     prompt_text: str | None = None

@@ -1,4 +1,4 @@
-"""What a process does for the processes that it starts, and they for it. On Linux where it says so."""
+"""How processes start, end with their parents, and leave. Functions that work on Linux alone say so."""
 
 import ctypes
 import logging
