@@ -33,7 +33,7 @@ from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.ranks.peer_memory import connect_peers
 from tandem_worker.ranks.shard import Shard
 from tandem_worker.runners import kv_cache
-from tandem_worker.runners.cuda_runner import CudaRunner
+from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 from tandem_worker.runners.make_runner import make_runner
 
 CONFIGS = {

@@ -12,7 +12,7 @@ from tandem_worker.attention.torch_attention import AttentionMetadata, ChunkMeta
 from tandem_worker.runners.torch_runner import TorchRunner, widened
 
 if TYPE_CHECKING:  # It needs triton.
-    from tandem_worker.runners.cuda_runner import CudaRunner
+    from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.teacher_forcing import ForcedText, logits_through_plans, relative_errors
-from tandem_worker.runners.cuda_runner import CudaRunner
+from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 from tests.gpu.test_fast_path import SAMPLINGS, TEXT, VOCAB_SIZE, Case, execute, make_requests, make_runner
 from tests.support.model_factory import save_random_model
 

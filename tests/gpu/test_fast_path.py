@@ -20,7 +20,7 @@ from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest, StepOu
 from tandem_shared.config import WorkerSettings
 from tandem_shared.step_codec import encode_plan
 from tandem_shared.step_plan import RowSampling, StepPlan
-from tandem_worker.runners.cuda_runner import CudaRunner
+from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 from tandem_worker.runners.runner import Runner
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu_exactness import FAILED, SAME, Request, judge_output, measure_logit_error
 from benchmarks.teacher_forcing import ForcedText, logits_through_plans, relative_errors
-from tandem_worker.runners.cuda_runner import CudaRunner
+from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 from tests.gpu.requirements import needs_flash_attn
 from tests.gpu.test_fast_path import (
     SAMPLINGS,

@@ -25,6 +25,6 @@ def make_runner(model: Model, cache: torch.Tensor, info: WorkerInfo, *, use_grap
     )
     if isinstance(model.operations, TorchOperations):
         return TorchRunner(model, cache, batch, info)
-    from tandem_worker.runners.cuda_runner import CudaRunner
+    from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 
     return CudaRunner(model, cache, batch, info, use_graphs=use_graphs)

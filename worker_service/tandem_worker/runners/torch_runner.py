@@ -1,6 +1,6 @@
 """Executes step plans in plain torch: batch update, forward pass, sampling. Queues nothing and decides nothing.
 
-What a CPU runs, and the reference for runners/cuda_runner.py. A decoding row's input is its own last sampled
+What a CPU runs, and the reference for runners/cuda/cuda_runner.py. A decoding row's input is its own last sampled
 token, which stays on the device; so a step can be queued before the one before it has ended.
 """
 

@@ -10,8 +10,8 @@ import numpy as np
 from tandem_shared.step_plan import Int32Array, StepPlan
 from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.runners.batch import Batch, StepWork
-from tandem_worker.runners.input_layout import PADDING_ROW, InputLayout, MixedSections
-from tandem_worker.runners.step_shapes import MixedShape, StepShapes, deal_chunks
+from tandem_worker.runners.cuda.input_layout import PADDING_ROW, InputLayout, MixedSections
+from tandem_worker.runners.cuda.step_shapes import MixedShape, StepShapes, deal_chunks
 
 
 @dataclass(frozen=True)

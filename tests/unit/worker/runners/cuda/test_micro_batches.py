@@ -11,7 +11,7 @@ from tandem_shared.config import WorkerSettings
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
 from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.runners.batch import StepWork
-from tandem_worker.runners.step_shapes import deal_chunks
+from tandem_worker.runners.cuda.step_shapes import deal_chunks
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
 from tests.support.model_factory import save_random_model

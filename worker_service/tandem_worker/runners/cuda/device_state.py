@@ -11,8 +11,8 @@ import torch
 from tandem_shared.step_plan import Int32Array
 from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch
-from tandem_worker.runners.input_layout import InputLayout
-from tandem_worker.runners.step_shapes import StepShapes
+from tandem_worker.runners.cuda.input_layout import InputLayout
+from tandem_worker.runners.cuda.step_shapes import StepShapes
 from tandem_worker.runners.transfers import copy_to, to_device
 
 

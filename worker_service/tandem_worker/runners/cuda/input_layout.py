@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from tandem_worker.kernels.query_tiles import TILE_FIELDS
-from tandem_worker.runners.step_shapes import MixedShape
+from tandem_worker.runners.cuda.step_shapes import MixedShape
 
 PADDING_ROW = -1
 """What stands in place of a row's number where there is only padding; the kernels pass over it."""

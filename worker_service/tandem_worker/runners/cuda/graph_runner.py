@@ -13,11 +13,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from tandem_worker.runners.device_state import DeviceState
-from tandem_worker.runners.forward_pass import ForwardPass
-from tandem_worker.runners.packer import PackedStep, Packer
-from tandem_worker.runners.step_shapes import StepShapes
-from tandem_worker.runners.token_sampler import SamplerKind, SamplingChoice, TokenSampler
+from tandem_worker.runners.cuda.device_state import DeviceState
+from tandem_worker.runners.cuda.forward_pass import ForwardPass
+from tandem_worker.runners.cuda.packer import PackedStep, Packer
+from tandem_worker.runners.cuda.step_shapes import StepShapes
+from tandem_worker.runners.cuda.token_sampler import SamplerKind, SamplingChoice, TokenSampler
 
 Size = TypeVar("Size", bound=Hashable)
 

@@ -15,7 +15,7 @@ import torch
 from tandem_shared.step_plan import Int32Array
 from tandem_worker.kernels.sampling import MAX_TOP_K, SamplingKernels
 from tandem_worker.models.model import Model
-from tandem_worker.runners.device_state import DeviceState
+from tandem_worker.runners.cuda.device_state import DeviceState
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.sampler import sample
 from tandem_worker.runners.step_results import HostLogprobs, report_logprobs

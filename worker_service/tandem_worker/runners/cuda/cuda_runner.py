@@ -31,15 +31,15 @@ from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tandem_worker.kernels import launcher
 from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch
-from tandem_worker.runners.device_state import DeviceState
-from tandem_worker.runners.forward_pass import ForwardPass
-from tandem_worker.runners.graph_runner import GraphRunner
-from tandem_worker.runners.input_layout import InputLayout
-from tandem_worker.runners.packer import Packer
+from tandem_worker.runners.cuda.device_state import DeviceState
+from tandem_worker.runners.cuda.forward_pass import ForwardPass
+from tandem_worker.runners.cuda.graph_runner import GraphRunner
+from tandem_worker.runners.cuda.input_layout import InputLayout
+from tandem_worker.runners.cuda.packer import Packer
+from tandem_worker.runners.cuda.step_shapes import StepShapes
+from tandem_worker.runners.cuda.token_sampler import TokenSampler
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.step_results import PendingStep, Timing
-from tandem_worker.runners.step_shapes import StepShapes
-from tandem_worker.runners.token_sampler import TokenSampler
 from tandem_worker.runners.transfers import to_host
 
 

@@ -10,9 +10,9 @@ from tandem_worker.kernels.query_tiles import TILE_FIELDS
 from tandem_worker.kernels.step_input import begin_decode, embed
 from tandem_worker.layers.triton_operations import TritonOperations
 from tandem_worker.models.model import Model
-from tandem_worker.runners.device_state import DeviceState
-from tandem_worker.runners.input_layout import InputLayout
-from tandem_worker.runners.step_shapes import MixedShape
+from tandem_worker.runners.cuda.device_state import DeviceState
+from tandem_worker.runners.cuda.input_layout import InputLayout
+from tandem_worker.runners.cuda.step_shapes import MixedShape
 
 
 class ForwardPass:

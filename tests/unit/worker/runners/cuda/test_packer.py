@@ -8,9 +8,9 @@ import pytest
 
 from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
 from tandem_worker.runners.batch import Batch, StepWork
-from tandem_worker.runners.input_layout import InputLayout, MixedSections
-from tandem_worker.runners.packer import PackedStep, Packer
-from tandem_worker.runners.step_shapes import (
+from tandem_worker.runners.cuda.input_layout import InputLayout, MixedSections
+from tandem_worker.runners.cuda.packer import PackedStep, Packer
+from tandem_worker.runners.cuda.step_shapes import (
     MAX_PADDING_TOKENS,
     MIN_SPLIT_TOKENS,
     StepShapes,
