@@ -18,8 +18,8 @@ from tandem_worker.runners.cuda.step_shapes import (
     deal_chunks,
     token_counts,
 )
+from tests.unit.worker.runners.cuda.test_micro_batches import make_work, tokens_of
 from tests.unit.worker.runners.test_batch import ints
-from tests.unit.worker.runners.test_micro_batches import make_work, tokens_of
 
 NUM_ROWS, BLOCK_SIZE, MAX_TOKENS, MAX_LEN = 6, 4, 2500, 3000
 NUM_BLOCKS = NUM_ROWS * (MAX_LEN // BLOCK_SIZE) + 1
