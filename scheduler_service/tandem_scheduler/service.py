@@ -57,10 +57,12 @@ class SchedulerService:
         observer: Observer | None = None,
         ends_process: bool = False,
     ) -> None:
-        """Raises ConfigError and ModelError. `client` stands for the worker at settings.worker_address. Interceptors
-        run in this process alone, so with them there are no front-end processes. ends_process: the caller ends the
-        process after stop(), and its connections with it, so that they need not be closed. `observer` is told of
-        steps, requests and the worker.
+        """Raises ConfigError and ModelError.
+
+        client: takes the place of a client of the worker at settings.worker_address. interceptors: run in this process
+        alone, so with them there are no front-end processes. observer: is called with the events of engine/observer.py,
+        in the event loop. ends_process: the caller ends the process after stop(), and its connections with it, so that
+        they need not be closed.
         """
         self._settings = settings
         self._ends_process = ends_process

@@ -19,7 +19,9 @@ from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAG
 
 MAX_PORT = 65535
 STEP_TIMEOUT_S = 60.0
+"""The default of --step-timeout-s of both services"""
 MAX_ROWS = 65536
+"""The largest --max-num-seqs"""
 _HUB_SNAPSHOT = re.compile(r"/models--(?:[^/]+--)?([^/]+)/snapshots/[0-9a-f]{40}$")
 """The path of a commit of the repository OWNER/NAME, or NAME alone, in the hub's cache. The group is NAME."""
 

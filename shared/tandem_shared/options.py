@@ -20,8 +20,9 @@ ENVIRONMENT_PREFIX = "TANDEM_"
 MAX_NUMBER = 2**31 - 1
 """The largest value of a number without a maximum of its own, as tokens, blocks and rows are counted in int32."""
 _SERVICE_VARIABLE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+"""The names of variables that Kubernetes, like Docker's old links, sets for a Service; all but NAME_PORT."""
 _LINK_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
-"""The names of the variables that Kubernetes, like Docker's old links, sets for a Service; the value of NAME_PORT."""
+"""How the value of NAME_PORT begins if Kubernetes has set it. As a setting of ours it would be a number."""
 
 T = TypeVar("T")
 U = TypeVar("U")

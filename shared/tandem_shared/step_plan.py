@@ -89,7 +89,7 @@ class RowLogprobs:
 @dataclass(frozen=True, slots=True)
 class StepTimes:
     """When a step was run, in nanoseconds of Unix time by the worker's clock, and in nanoseconds how long it took on
-    the GPU and how long the GPU had idled before it.
+    the GPU and how long the GPU had idled before it. Time without any request counts as idle too.
     """
 
     received_ns: int = 0

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 24
-# The first alone makes a step of two parts; some decode, and come in, beside it and others.
+# The first prompt alone makes a step of two micro-batches. Others are prefilled and decode beside it.
 PROMPT_LENGTHS = (1900, 650, 600, 1, 5, 30, 129, 400, 64, 17)
 TOLERANCE = 2.0
 """Sums over ranks are rounded more often than one rank's: errors of so many times its largest."""

@@ -3,7 +3,6 @@
 A step has decoding rows, chunks of prompts and padding; its own KV is not in the pool yet, whose unused slots are NaN.
 """
 
-import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +19,12 @@ from tandem_worker.attention.torch_attention import (
 from tandem_worker.attention.triton_attention import TritonAttention
 from tandem_worker.kernels.query_tiles import TILE_FIELDS, cut_tiles
 from tandem_worker.layers.norm import RMSNorm
+from tests.gpu.requirements import needs_flash_attn
 from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, random
 from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool, finish_plan, random_rotary, rotated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-needs_flash_attn = pytest.mark.skipif(
-    not ON_GPU or importlib.util.find_spec("flash_attn") is None, reason="needs a GPU and flash-attn"
-)
 FLASH_BLOCK_SIZE = 256
 MAX_ROWS = 8
 SINGLE_TOKEN_TOLERANCE = 1e-1

@@ -23,8 +23,8 @@ class Residency:
         self.removed_rows: list[int] = []
         # Sequences in rows whose known tokens are not all scheduled yet, in order of entry.
         self.prefilling: list[Sequence] = []
-        # Decoding sequences with a full block whose last slot no plan writes yet.
-        self._half_registered: list[Sequence] = []
+        # Decoding sequences with a full block of known ids whose last slot no plan writes yet: it can't be shared yet.
+        self._awaiting_registration: list[Sequence] = []
 
     def why_never_fits(self, sequence: Sequence) -> str | None:
         limit, size = self.worker.max_model_len, self.blocks.block_size
@@ -94,10 +94,10 @@ class Residency:
     def advance(self, decoding: Int32Array) -> None:
         """Notes that the plan under construction computes one token of each decoding row."""
         self.rows.next_position[decoding] += 1
-        for sequence in self._half_registered:
+        for sequence in self._awaiting_registration:
             if sequence.row >= 0 and self.rows.is_decoding[sequence.row]:
                 self._register_blocks(sequence, int(self.rows.next_position[sequence.row]))
-        self._half_registered.clear()
+        self._awaiting_registration.clear()
 
     def start_decoding(self, sequence: Sequence) -> None:
         self.prefilling.remove(sequence)
@@ -110,7 +110,7 @@ class Residency:
             if self.rows.next_position[sequence.row] >= num_tokens:
                 self._register_blocks(sequence, num_tokens)
             else:
-                self._half_registered.append(sequence)
+                self._awaiting_registration.append(sequence)
 
     def vacate(self, sequence: Sequence) -> None:
         """Frees a sequence's row and blocks. This is the only place that does. Plans run in order, so a block that is

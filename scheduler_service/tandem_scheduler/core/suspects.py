@@ -7,8 +7,8 @@ nothing is admitted beside it until it is proven itself. Only a loss during its 
 after one it goes to the back of the queue, so that losses at regular moments hit a different sequence each time.
 docs/decisions/0002-suspects.md says how sure the verdict is.
 
-A sequence is proven once it has more tokens than were known when it was admitted and may be in flight at once: then a
-step that had it in it from its start has come back.
+A sequence is proven once it has more tokens than it had when it was admitted plus those that may be in flight at once.
+Then a step that was sent after its admission, and had it in it, has come back.
 """
 
 from collections.abc import Callable, Iterable

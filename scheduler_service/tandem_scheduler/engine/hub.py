@@ -139,7 +139,7 @@ class EngineHub:
             self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
         self._flush()
 
-    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+    def on_outputs_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
         for end in finished:
             if (sequence := self._sequences.get(end.sequence_id)) is not None:
                 sequence.num_output_tokens = end.num_output_tokens

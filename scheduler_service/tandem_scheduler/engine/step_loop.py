@@ -40,7 +40,7 @@ class Sink(Protocol):
     def on_finished(self, finished: list[FinishedSequence]) -> None:
         """Sequences that ended outside a step."""
 
-    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+    def on_outputs_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
         """One of the two above raised, so the streams of these sequences may lack tokens or ends: those that are still
         live here end with an error.
         """
@@ -249,14 +249,14 @@ class StepLoop:
             self._sink.on_outputs(outputs)
         except Exception:
             logger.exception("outputs that could not be handed on")
-            self._sink.on_news_lost(outputs.sequence_ids, outputs.finished)
+            self._sink.on_outputs_lost(outputs.sequence_ids, outputs.finished)
 
     def _tell_finished(self, finished: list[FinishedSequence]) -> None:
         try:
             self._sink.on_finished(finished)
         except Exception:
             logger.exception("ends that could not be handed on")
-            self._sink.on_news_lost([], finished)
+            self._sink.on_outputs_lost([], finished)
 
     async def _send_on_news(self, session: WorkerSession) -> None:
         while True:

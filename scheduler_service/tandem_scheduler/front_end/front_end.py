@@ -123,7 +123,7 @@ class FrontEnd:
     def _find_stops(self, watched: dict[int, Choice], batch: OutputBatch) -> None:
         ended_by_token = {end.handle for end in batch.ends if end.stop_token_id is not None}
         for handle, choice in watched.items():
-            if handle in self._choices and self._guard(choice.request, choice.find_stop, int(handle in ended_by_token)):
+            if handle in self._choices and self._guard(choice.request, choice.find_stop, handle in ended_by_token):
                 self._stopped[handle] = self._choices.pop(handle)
                 self.engine.stop(handle, choice.num_output_tokens)
             elif choice.request.num_unread_characters > choice.request.max_unread_characters:

@@ -13,7 +13,7 @@ from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.engine_interface import SequenceEnd
 from tandem_scheduler.front_end.logprob_buffer import LogprobBuffer
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, min_reply_size
-from tandem_scheduler.front_end.text.detokenizer import RELEASED_IDS, Detokenizer, TextDecoder
+from tandem_scheduler.front_end.text.detokenizer import MIN_IDS_WITHOUT_GIL, Detokenizer, TextDecoder
 from tandem_scheduler.front_end.text.stop_strings import StopStrings
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
 from tandem_scheduler.front_end.validation import GenerationRequest
@@ -94,11 +94,12 @@ class Choice:
     def add_logprobs(self, report: RowLogprobs) -> None:
         self._logprobs.append(report)
 
-    def find_stop(self, num_left_out: int) -> bool:
-        """Looks for a stop string in the new tokens, without the last num_left_out of them. If there is one, drops the
-        tokens past it and returns True.
+    def find_stop(self, has_stop_token: bool) -> bool:
+        """Looks for a stop string in the new tokens. If there is one, drops the tokens past it and returns True.
+
+        has_stop_token: the last token ended the sequence, so its text is not part of the output.
         """
-        for position in range(self._num_decoded, len(self.token_ids) - num_left_out):
+        for position in range(self._num_decoded, len(self.token_ids) - has_stop_token):
             text = self._detokenizer.add(self.token_ids[position])
             self._texts.append(text)
             self.request.num_unread_characters += len(text)
@@ -247,7 +248,7 @@ class LiveRequest:
         max_tokens = MAX_TOKENS_PER_DELTA if self.is_streaming else len(choice.token_ids)
         num_tokens, num_characters = len(choice.token_ids), choice.num_unread_characters
         try:
-            if choice.num_undecoded(max_tokens) < RELEASED_IDS:
+            if choice.num_undecoded(max_tokens) < MIN_IDS_WITHOUT_GIL:
                 delta = choice.take(max_tokens)
             else:
                 delta = await self._decoder.away(choice.take, max_tokens)

@@ -38,11 +38,10 @@ from collections.abc import Sequence
 from tandem_shared.host.process import adopt_orphans, child_environment, die_with_parent
 
 PIPE_VARIABLE = "SUPERVISOR_PIPE_FD"
-MIN_BACKOFF_S = 0.05
-MAX_BACKOFF_S = 5.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 5.0
+MAX_FIRST_STARTS = 3
 LONG_LIFE_S = 10.0
 """A process that has lived this long is started again after the shortest pause."""
-MAX_FIRST_STARTS = 3
 STOP_LIMIT_S = 35.0
 """A process that was told to stop is killed after this time. A worker of several ranks gives itself 32 s."""
 HEARTBEAT_S = 1.0
@@ -50,9 +49,10 @@ SILENCE_LIMIT_S = 20.0
 """A process that serves and sends no heartbeat for this time is killed. The heartbeat has a thread of its own, which
 only the interpreter's lock can delay. The next process serves before requests give up waiting (--worker-wait-s).
 """
-WRONG_SETTINGS, CANNOT_START = 2, 71
-"""Exit statuses: of a service with wrong settings, as argparse has it, and of the supervisor if the system could not
-start the process, as sysexits.h has it."""
+WRONG_SETTINGS = 2
+"""The exit status of a service whose settings are wrong: argparse's."""
+CANNOT_START = 71
+"""The supervisor's exit status if the system could not start the process: EX_OSERR of sysexits.h."""
 
 logger = logging.getLogger(__name__)
 

@@ -666,8 +666,8 @@ class StepTimes(_message.Message):
     gpu_duration_ns: _builtins.int
     """The time from the step's first kernel to its last, in nanoseconds. 0 on a CPU."""
     gpu_idle_ns: _builtins.int
-    """The time from the last kernel of the step before to the first of this one, in nanoseconds. 0 on a CPU and in a
-    session's first step.
+    """The time from the last kernel of the step before to the first of this one, in nanoseconds. Time without any request
+    counts too. 0 on a CPU and in a session's first step.
     """
     def __init__(
         self,

@@ -80,8 +80,8 @@ class WatchedSink:
         self._hub.on_finished(finished)
         check_books(self._world)
 
-    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
-        self._hub.on_news_lost(sequence_ids, finished)
+    def on_outputs_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+        self._hub.on_outputs_lost(sequence_ids, finished)
         check_books(self._world)
 
     def on_worker_gone(self, error: WorkerUnavailable) -> None:

@@ -95,7 +95,7 @@ class ParallelExperts(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """An embedding table, or an LM head, whose token ids the ranks divide.
 
-    weight (num_rows, hidden_size): num_rows is the same on every rank, with padding rows at the vocabulary's end.
+    weight (num_rows, hidden_size): num_rows is the same on every rank. Rows past the vocabulary's end are zeros.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, communicator: Communicator) -> None:
@@ -106,6 +106,7 @@ class VocabParallelEmbedding(nn.Module):
         self.num_rows = shard.vocab_share(vocab_size)
         self.first_token = shard.rank * self.num_rows
         self.weight = new_weight(self.num_rows, hidden_size, dtype=dtype)
+        self.weight[self.vocab.num_local :].zero_()
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of token_ids, (tokens,) int64 -> (tokens, hidden_size)."""
@@ -130,6 +131,4 @@ class VocabParallelEmbedding(nn.Module):
         return out
 
     def targets(self, path: str) -> dict[str, CheckpointTarget]:
-        num_held = self.vocab.num_local
-        self.weight[num_held:].zero_()
-        return {f"{path}.weight": some_rows(self.weight[:num_held], self.vocab)}
+        return {f"{path}.weight": some_rows(self.weight[: self.vocab.num_local], self.vocab)}

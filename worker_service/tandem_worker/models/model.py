@@ -27,7 +27,9 @@ class Model(Protocol):
 
     @property
     def tied_weights(self) -> Mapping[str, str]:
-        """Tensors that a checkpoint may have and the model does not use -> the targets that they should equal."""
+        """Tensors that a checkpoint may have and the model does not use -> the targets that they should equal. Both by
+        the checkpoint's names.
+        """
 
     def __call__(self, caches: torch.Tensor, *inputs: tuple[torch.Tensor, Any]) -> list[torch.Tensor]:
         """The hidden states of each micro-batch after the layers and before the last norm, (tokens, hidden_size).
@@ -43,6 +45,4 @@ class Model(Protocol):
         """
 
     def checkpoint_targets(self) -> dict[str, CheckpointTarget]:
-        """What this rank holds of each tensor of the checkpoint, by the checkpoint's names: views of the weights. Also
-        zeroes what pads them.
-        """
+        """What this rank holds of each tensor of the checkpoint, by the checkpoint's names: views of the weights."""

@@ -96,7 +96,7 @@ def _nanoseconds(before: torch.cuda.Event, after: torch.cuda.Event) -> int:
 
 def report_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: list[int]) -> HostLogprobs | None:
     """The log-probabilities that rows asked for; None where none did. logits (rows, vocab), token_ids (rows,) and not
-    negative, num_logprobs as of PendingStep.
+    negative, num_logprobs as PendingStep takes it.
     """
     most = max(num_logprobs, default=-1)
     if most < 0:

@@ -30,8 +30,8 @@ LONGEST_CHARACTER = 4
 MAX_UNCERTAIN = 16
 """So many byte-level tokens may be uncertain together before a place to cut is looked for."""
 
-RELEASED_IDS = 512
-"""From this many ids on they are decoded without holding the GIL, by a call that costs more for few ids."""
+MIN_IDS_WITHOUT_GIL = 512
+"""So many ids or more are decoded by a call that releases the GIL. For fewer ids it costs more than the plain call."""
 
 DECODING_THREADS = 4
 
@@ -69,7 +69,7 @@ class TextDecoder:
         return int(sizes[sizes > 0].sum() if skip_special_tokens else abs(sizes).sum())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        if len(token_ids) < RELEASED_IDS:
+        if len(token_ids) < MIN_IDS_WITHOUT_GIL:
             text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         else:
             [text] = self.tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
@@ -77,7 +77,7 @@ class TextDecoder:
 
     async def decode_away(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """decode(), in a thread if there are many ids."""
-        if len(token_ids) < RELEASED_IDS:
+        if len(token_ids) < MIN_IDS_WITHOUT_GIL:
             return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return await self.away(lambda: self.decode(token_ids, skip_special_tokens=skip_special_tokens))
 

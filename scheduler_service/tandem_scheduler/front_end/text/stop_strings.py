@@ -1,8 +1,9 @@
 """Finds the first of several strings to be complete in a text that comes in parts.
 
-An Aho-Corasick automaton: a node for each start of a string, and for each node the longest start that the text could be
-in instead. A character costs about one look-up however many strings there are and however long, so that no request's
-stop strings hold up the step loop. Built once a request; a choice has its own node.
+An Aho-Corasick automaton (1975). It has a node for each prefix of a string: the text read so far ends with that prefix,
+and with no longer one. A node's fallback is the longest shorter prefix with which the text ends too. A character costs
+about one look-up however many strings there are and however long, so that no request's stop strings hold up the step
+loop. The automaton is built once for a request; each choice has its own node.
 """
 
 import re
@@ -13,7 +14,7 @@ START = 0
 
 
 class StopStrings:
-    """The automaton. Its nodes are numbers; START is before any text."""
+    """The automaton. Its nodes are numbers; START is the empty prefix."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         """No string may be empty."""
@@ -32,7 +33,7 @@ class StopStrings:
         return bool(self._next[START])
 
     def held(self, node: int) -> int:
-        """How many characters at the text's end may be the start of a string."""
+        """The length of the longest prefix of a string with which the text ends, in characters."""
         return self._depth[node]
 
     def find(self, text: str, node: int) -> tuple[int, str | None, int]:

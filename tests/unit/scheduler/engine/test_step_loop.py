@@ -66,7 +66,7 @@ class RaisingSink(Collector):
             raise RuntimeError("the sink is broken")
         super().on_outputs(outputs)
 
-    def on_news_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
+    def on_outputs_lost(self, sequence_ids: list[int], finished: list[FinishedSequence]) -> None:
         self.lost += sequence_ids
         self.all_ended.set()
 

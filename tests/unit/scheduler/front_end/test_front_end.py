@@ -14,7 +14,7 @@ from tandem_scheduler.front_end import live_request
 from tandem_scheduler.front_end.front_end import FrontEnd
 from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_scheduler.front_end.live_request import MAX_TOKENS_PER_DELTA, LiveRequest
-from tandem_scheduler.front_end.text.detokenizer import RELEASED_IDS, TextDecoder
+from tandem_scheduler.front_end.text.detokenizer import MIN_IDS_WITHOUT_GIL, TextDecoder
 from tandem_scheduler.front_end.validation import check_request
 from tandem_shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
 from tandem_shared.step_plan import RowLogprobs
@@ -231,13 +231,13 @@ async def test_what_is_dropped_while_a_thread_takes_it_is_the_requests_error(
     front_end.decoder = Waiting(embedded())
     live = await open_request(front_end, max_reply_bytes=100_000)
     end = SequenceEnd(0, FinishReason.LENGTH, 0)
-    front_end.on_outputs(OutputBatch([0] * RELEASED_IDS, [40] * RELEASED_IDS, [], [end]))
+    front_end.on_outputs(OutputBatch([0] * MIN_IDS_WITHOUT_GIL, [40] * MIN_IDS_WITHOUT_GIL, [], [end]))
     reader = asyncio.create_task(read(live))
     while not is_taking.is_set():
         await asyncio.sleep(0.001)
     other = await open_request(front_end)
     # All requests together hold too much.
-    monkeypatch.setattr(front_end_module, "MAX_UNREAD_BYTES", RELEASED_IDS)
+    monkeypatch.setattr(front_end_module, "MAX_UNREAD_BYTES", MIN_IDS_WITHOUT_GIL)
     monkeypatch.setattr(front_end_module, "COUNT_EVERY_BYTES", 1)
     front_end.on_outputs(OutputBatch([other.first_handle], [40]))
     may_go_on.set()

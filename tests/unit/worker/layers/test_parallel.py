@@ -94,6 +94,15 @@ def test_embeddings_and_logits_of_a_divided_vocabulary_are_those_of_the_whole(vo
             torch.testing.assert_close(out, hidden @ weight.T)
 
 
+def test_padding_rows_of_a_divided_vocabulary_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype))
+    for rank, num_held in enumerate((16, 16, 5, 0)):
+        layer = VocabParallelEmbedding(37, HIDDEN_SIZE, DTYPE, Communicator(Shard(rank, 4)))
+        assert layer.weight[:num_held].isnan().all()
+        assert (layer.weight[num_held:] == 0).all()
+        assert len(layer.weight) == 16
+
+
 def test_tensors_are_named_as_in_the_checkpoint() -> None:
     model: Any = nn.Module()
     model.embed_tokens = model.lm_head = VocabParallelEmbedding(8, HIDDEN_SIZE, DTYPE, Communicator())

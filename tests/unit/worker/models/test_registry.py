@@ -1,5 +1,7 @@
-"""A second model family is a file and an entry: Llama, which has no norms of queries and keys, made here of our layers
-and served like any other, against transformers.
+"""A second model family is a file and an entry: Llama, which has no norms of queries and keys, made of our layers.
+
+The classes here are the shortest Model (models/model.py), and a pattern for another family. They are compared with
+transformers.
 """
 
 from collections.abc import Callable
@@ -14,14 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.teacher_forcing import teacher_forced_logits
 from tandem_shared.errors import ModelError
-from tandem_worker.attention.torch_attention import AttentionMetadata, torch_attention
 from tandem_worker.checkpoint.config_file import ConfigFile
 from tandem_worker.checkpoint.model_config import ModelConfig, read_decoder_config
 from tandem_worker.checkpoint.targets import CheckpointTarget, causal_lm_targets
 from tandem_worker.layers.norm import RMSNorm
 from tandem_worker.layers.operations import Operations
 from tandem_worker.layers.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from tandem_worker.layers.rotary import apply_rotary, build_rotary_table
+from tandem_worker.layers.rotary import build_rotary_table
 from tandem_worker.models.micro_batch import MicroBatch
 from tandem_worker.models.registry import ARCHITECTURES, Architecture
 from tandem_worker.ranks.communicator import Communicator
@@ -53,17 +54,12 @@ class LlamaLayer(nn.Module):
         self.mlp.gate_up_proj = ColumnParallelLinear(hidden_size, {"gate_proj": inner, "up_proj": inner}, dtype)
         self.mlp.down_proj = RowParallelLinear(inner, hidden_size, dtype, operations, shard)
 
-    def attend(
-        self, x: torch.Tensor, rotary_table: torch.Tensor, cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, rotary_table: torch.Tensor, cache: torch.Tensor, metadata: Any) -> torch.Tensor:
         qkv = self.operations.norm_linear(x, self.input_layernorm, self.self_attn.qkv_proj.weight)
-        qkv, num_kv_heads = qkv.view(len(x), -1, self.head_dim), cache.shape[3]
-        q, k, v = qkv.split([qkv.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-        rotary = rotary_table[metadata.positions]
-        out = torch_attention(apply_rotary(q, rotary), apply_rotary(k, rotary), v, cache, metadata)
-        return self.self_attn.o_proj(out.flatten(1), x)
+        qkv = qkv.view(len(x), -1, self.head_dim)  # (tokens, heads + 2 KV heads, head_dim)
+        return self.self_attn.o_proj(self.operations.attention(qkv, None, None, rotary_table, cache, metadata), x)
 
-    def think(self, x: torch.Tensor) -> torch.Tensor:
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.operations.norm_gate_up(x, self.post_attention_layernorm, self.mlp.gate_up_proj.weight)
         return self.mlp.down_proj(inner, x)
 
@@ -72,26 +68,35 @@ class Llama(nn.Module):
     tied_weights: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(
-        self, config: ModelConfig, operations: Operations, num_positions: int, dtype: torch.dtype, group: Communicator
+        self,
+        config: ModelConfig,
+        operations: Operations,
+        num_positions: int,
+        dtype: torch.dtype,
+        communicator: Communicator,
     ) -> None:
         super().__init__()
-        self.config, self.operations, self.communicator = config, operations, group
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, group)
-        layers = (LlamaLayer(config, operations, dtype, group) for _ in range(config.num_hidden_layers))
+        self.config, self.operations, self.communicator = config, operations, communicator
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, communicator)
+        layers = (LlamaLayer(config, operations, dtype, communicator) for _ in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, group)
-        self.rotary_table = build_rotary_table(config, num_positions, dtype)
+        self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, communicator)
+        self.register_buffer("rotary_table", build_rotary_table(config, num_positions, dtype), persistent=False)
         self.after_layer: Callable[[], None] | None = None
 
     def forward(self, caches: torch.Tensor, *inputs: tuple[torch.Tensor, Any]) -> list[torch.Tensor]:
-        batches = [MicroBatch(x, metadata, self.communicator, is_alone=len(inputs) == 1) for x, metadata in inputs]
+        is_alone = len(inputs) == 1
+        micro_batches = [MicroBatch(x, metadata, self.communicator, is_alone=is_alone) for x, metadata in inputs]
         for layer, cache in zip(self.layers, caches, strict=True):
-            for batch in batches:
-                batch.sum(layer.attend(batch.hidden(), self.rotary_table, cache, batch.metadata))
-            for batch in batches:
-                batch.sum(layer.think(batch.hidden()))
-        return [batch.hidden() for batch in batches]
+            for micro_batch in micro_batches:
+                x = micro_batch.hidden()
+                micro_batch.sum(layer.attend(x, self.rotary_table, cache, micro_batch.metadata))
+            for micro_batch in micro_batches:
+                micro_batch.sum(layer.feed_forward(micro_batch.hidden()))
+            if self.after_layer is not None:
+                self.after_layer()
+        return [micro_batch.hidden() for micro_batch in micro_batches]
 
     def compute_local_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self.operations.norm_linear(hidden, self.norm, self.lm_head.weight, out)
@@ -115,9 +120,10 @@ def test_a_second_family_is_served(folder: Path, monkeypatch: pytest.MonkeyPatch
     with torch.inference_mode():
         expected = reference(torch.tensor([ids])).logits[0]
     assert expected.std() > 0.3
-    torch.testing.assert_close(
-        teacher_forced_logits(make_runner(folder), ids, num_prefill=60), expected, atol=1e-4, rtol=0
-    )
+    runner = make_runner(folder)
+    torch.testing.assert_close(teacher_forced_logits(runner, ids, num_prefill=60), expected, atol=1e-4, rtol=0)
+    num_steps = 1 + len(ids) - 60
+    assert runner.progress == num_steps * runner.model.config.num_hidden_layers, "a layer is not reported"
 
 
 def test_an_architecture_that_is_not_registered_is_refused_by_name(folder: Path) -> None:

@@ -40,7 +40,7 @@ class Stage(Generic[Size]):
     def capture(self, size: Size, pool: Any) -> Any:
         """Returns the memory pool for the next graph. The stage must have been launched for the size before."""
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls are watched: NCCL has threads of its own, which ask how its work is getting on.
+        # Only this thread's calls are watched: NCCL has threads of its own, which ask for the progress of its work.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.launch(size)
         self._graphs[size] = graph

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tandem_scheduler.front_end.text.detokenizer import (
     DECODING_THREADS,
-    RELEASED_IDS,
+    MIN_IDS_WITHOUT_GIL,
     UNFINISHED,
     Detokenizer,
     TextDecoder,
@@ -199,7 +199,7 @@ async def test_nothing_holds_ids_whose_call_was_cancelled_while_it_waited() -> N
             may_go_on.wait(30)
             return super().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-    decoder, ids = Waiting(TOKENIZER), [40] * RELEASED_IDS
+    decoder, ids = Waiting(TOKENIZER), [40] * MIN_IDS_WITHOUT_GIL
     running = [
         asyncio.create_task(decoder.decode_away(list(ids), skip_special_tokens=True)) for _ in range(DECODING_THREADS)
     ]
