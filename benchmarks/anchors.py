@@ -11,7 +11,7 @@ from typing import Any
 
 VLLM, NANO_VLLM, FLOOR = "vLLM 0.24", "nano-vllm", "floor"
 
-# By shape, sampling and number of GPUs; units are those of benchmarks.throughput.ROWS.
+# The anchors by shape, sampling and number of GPUs; units are those of benchmarks.throughput.ROWS.
 ANCHORS: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {
     ("0.6b", "temperature", 1): {
         "nano256": {VLLM: 7.52, NANO_VLLM: 8.65, FLOOR: 5.21},

@@ -42,7 +42,14 @@ OUTPUT_LEN = 128
 FORCED_LEN = 704
 FORCED_PROMPT_LENS = (16, 127, 128, 129, 300, 450, 575, 640)
 MAX_CHUNK_TOKENS = 256
-FAST = {"dtype": "bfloat16", "device": "cuda", "kernels": "triton", "num_blocks": 4096, "max_num_seqs": NUM_PROMPTS}
+FAST = {
+    "dtype": "bfloat16",
+    "device": "cuda",
+    "attention_backend": "triton",
+    "num_blocks": 4096,
+    "max_num_seqs": NUM_PROMPTS,
+}
+FAST_SETTINGS = WorkerSettings(**FAST)  # type: ignore[arg-type]
 SAMPLINGS = {
     "greedy": RowSampling(temperature=0.0),
     "temperature": RowSampling(temperature=0.6),
@@ -156,8 +163,9 @@ def generate(folder: Path, requests: Sequence[Request]) -> list[list[int]]:
         )  # fmt: skip
         return list(client.generate(request.prompt, params).choices[0].token_ids)
 
-    worker = WorkerSettings(model=str(folder), port=0, **FAST)  # type: ignore[arg-type]
-    with Services(worker, SchedulerSettings(model=str(folder), port=0)) as services:
+    with Services(
+        replace(FAST_SETTINGS, model=str(folder), port=0), SchedulerSettings(model=str(folder), port=0)
+    ) as services:
         services.wait_until_ready(300)
         with TandemClient(services.address) as client, ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(output, requests))
@@ -201,7 +209,7 @@ def main() -> None:
         write_checkpoint("0.6b", folder, tokenizer_json)
         outputs = generate(folder, requests)
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
-        runner = build_runner(WorkerSettings(model=str(folder), **FAST))  # type: ignore[arg-type]
+        runner = build_runner(replace(FAST_SETTINGS, model=str(folder)))
     error = measure_logit_error(runner, reference, list(map(ForcedText, forced, FORCED_PROMPT_LENS)))
     verdicts: dict[str, list[Verdicts]] = {name: [] for name in SAMPLINGS}
     for name, request, output in zip(names, requests, outputs, strict=True):

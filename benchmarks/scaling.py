@@ -100,7 +100,7 @@ def _measured(runs: Mapping[int, Report]) -> dict[str, Any]:
 
 
 def _sum_shares(results: Path, name: str, sizes: Iterable[int]) -> dict[str, dict[str, float]]:
-    """By number of ranks, for each profiled step: the share of the GPU's busy time that sums over the ranks take."""
+    """The share of the GPU's busy time that sums over the ranks take, by number of ranks and profiled step."""
     shares = {}
     for size in sizes:
         if size > 1 and (steps := _read(results / f"step_times_{name}_tp{size}.json")):

@@ -41,7 +41,7 @@ NUM_BLOCKS = 1024
 FEW_BLOCKS = 40
 TEXT: list[int] = np.random.default_rng(1).integers(0, VOCAB_SIZE, 330).tolist()
 
-# By the sampler that a batch of them is served with.
+# Samplings, by the sampler that serves a batch of them.
 SAMPLINGS = {
     "greedy": (RowSampling(temperature=0.0),),
     "temperature": (RowSampling(temperature=0.0), RowSampling(temperature=0.8)),

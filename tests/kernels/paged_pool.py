@@ -49,12 +49,11 @@ class Pool:
         """A token's attention over positions [0, position] in float64, (heads * head_dim,), from its qkv (heads + 2 KV
         heads, head_dim). The row's keys are normalised and rotated already.
         """
-        group = self.num_heads // self.num_kv_heads
         q = rotated(qkv[: self.num_heads], q_norm, rotary[position]).cpu()
-        k = self.keys[row][: position + 1].double().repeat_interleave(group, 1)
-        v = self.values[row][: position + 1].double().repeat_interleave(group, 1)
-        weights = (torch.einsum("hd,thd->ht", q, k) * self.head_dim**-0.5).softmax(-1)
-        return torch.einsum("ht,thd->hd", weights, v).flatten()
+        q = q.view(self.num_kv_heads, -1, self.head_dim)  # The heads of a group follow one another.
+        k, v = self.keys[row][: position + 1].double(), self.values[row][: position + 1].double()
+        weights = (torch.einsum("kgd,tkd->kgt", q, k) * self.head_dim**-0.5).softmax(-1)
+        return torch.einsum("kgt,tkd->kgd", weights, v).flatten()
 
 
 def random_rotary(num_positions: int, head_dim: int, device: torch.device) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """All-reduces between processes that share memory: the kernels' protocols, through Triton's interpreter."""
 
+import itertools
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -8,6 +10,7 @@ from tandem_worker.kernels import all_reduce as all_reduce_module
 from tandem_worker.kernels.all_reduce import VALUES_PER_BLOCK, Barrier, InboxAllReduce, inbox_words
 from tandem_worker.ranks.peer_memory import CopyAllReduce
 from tandem_worker.ranks.shard import Shard
+from tests.kernels.comparison import slow_in_interpreter
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter's; tests/gpu has the compiled kernels"
@@ -24,31 +27,37 @@ def share(call: int, rank: int) -> torch.Tensor:
 
 
 def call_all(
-    rank: int, size: int, in_two_shots: bool, inboxes: list[torch.Tensor], results: list[list[torch.Tensor]]
+    rank: int, size: int, inboxes: dict[bool, list[torch.Tensor]], results: dict[bool, list[list[torch.Tensor]]]
 ) -> None:
     # Fewer than there are blocks.
     all_reduce_module.MAX_PROGRAMS = 4
-    all_reduce = InboxAllReduce(Shard(rank, size), inboxes, MAX_BYTES, in_two_shots=in_two_shots)
-    # Its last 16 bits, which are in the messages, start again soon.
-    all_reduce._calls.fill_((1 << 16) - 6)
-    for call, result in enumerate(results[rank]):
-        x = share(call, rank)
-        assert all_reduce.takes(x)
-        all_reduce(x)
-        result.copy_(x)
+    for in_two_shots in (False, True):
+        all_reduce = InboxAllReduce(Shard(rank, size), inboxes[in_two_shots], MAX_BYTES, in_two_shots=in_two_shots)
+        # Its last 16 bits, which are in the messages, start again soon.
+        all_reduce._calls.fill_((1 << 16) - 6)
+        for call, result in enumerate(results[in_two_shots][rank]):
+            x = share(call, rank)
+            assert all_reduce.takes(x)
+            all_reduce(x)
+            result.copy_(x)
 
 
-@pytest.mark.parametrize(("size", "in_two_shots"), [(2, False), (3, False), (2, True), (3, True), (4, True)])
-def test_sums_over_ranks_call_after_call(size: int, in_two_shots: bool) -> None:
+@pytest.mark.parametrize("size", [slow_in_interpreter(2), 3, slow_in_interpreter(4)])
+def test_sums_over_ranks_call_after_call(size: int) -> None:
+    """In one shot, then in two. Both in the same processes, which take long to start."""
     num_calls = 2 * len(LENGTHS)
-    num_words = inbox_words(size, MAX_BYTES, in_two_shots=in_two_shots)
-    inboxes = [torch.zeros(num_words, dtype=torch.int64).share_memory_() for _ in range(size)]
-    results = [[torch.zeros_like(share(call, 0)).share_memory_() for call in range(num_calls)] for _ in range(size)]
-    multiprocessing.spawn(call_all, (size, in_two_shots, inboxes, results), nprocs=size)
+    inboxes, results = {}, {}
+    for in_two_shots in (False, True):
+        num_words = inbox_words(size, MAX_BYTES, in_two_shots=in_two_shots)
+        inboxes[in_two_shots] = [torch.zeros(num_words, dtype=torch.int64).share_memory_() for _ in range(size)]
+        results[in_two_shots] = [
+            [torch.zeros_like(share(call, 0)).share_memory_() for call in range(num_calls)] for _ in range(size)
+        ]
+    multiprocessing.spawn(call_all, (size, inboxes, results), nprocs=size)
     for call in range(num_calls):
         expected = torch.stack([share(call, rank) for rank in range(size)]).sum(0)
-        for rank in range(size):
-            assert torch.equal(results[rank][call], expected), (call, rank)
+        for in_two_shots, rank in itertools.product((False, True), range(size)):
+            assert torch.equal(results[in_two_shots][rank][call], expected), (in_two_shots, call, rank)
 
 
 def test_takes_what_it_was_made_for() -> None:
@@ -79,7 +88,7 @@ def rows_of(number: int, rank: int, num_rows: int) -> torch.Tensor:
     return torch.randint(-40, 40, (num_rows, 8), generator=generator).bfloat16()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [slow_in_interpreter(2), 3])
 def test_copies_sum_rows_of_a_shared_buffer(size: int) -> None:
     buffers = [torch.zeros(20, 8, dtype=torch.bfloat16).share_memory_() for _ in range(size)]
     flags = [torch.zeros(size, dtype=torch.int64).share_memory_() for _ in range(size)]

@@ -3,6 +3,9 @@
 They run through Triton's interpreter, or on a GPU. Outputs are poisoned first, and so is what a kernel must not read.
 """
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from tandem_worker.kernels.prefill_attention import prefill_attention
 from tandem_worker.kernels.query_tiles import cut_tiles
 from tandem_worker.kernels.store_kv import store_kv
 from tandem_worker.layers.rotary import apply_rotary
-from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, normed, random
+from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, normed, random, slow_in_interpreter
 from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool, finish_plan, random_rotary
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -41,35 +44,57 @@ def test_plan_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(covered[4]) == 32 and len(covered[2]) == 11
 
 
-def test_rows_of_one_length_are_cut_alike(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two, until the rows alone make two rounds of an H100's programs; and there is room for the partials."""
+@pytest.mark.parametrize("num_rows", [1, 7, 48, slow_in_interpreter(64), 125, 126, slow_in_interpreter(130)])
+def test_rows_of_one_length_are_cut_alike(device: torch.device, monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Each row is cut in two, until the rows alone make two rounds of an H100's programs. There is room for the
+    partial results.
+    """
     monkeypatch.setattr(decode_attention_module, "_num_processors", lambda device: 132)
     attention = DecodeAttention(130, 16, 8, 32, device)
-    for num_rows in (1, 7, 48, 64, 125, 126, 130):
-        rows = torch.arange(num_rows, dtype=torch.int32, device=device)
-        items = attention.plan(rows, torch.full_like(rows, 640), rows).items
-        num_splits = items[items[:, 0] >= 0, 2].unique().tolist()
-        assert len(num_splits) == 1
-        if num_rows >= 48:
-            assert num_splits == [2 if num_rows < 126 else 1]
-        assert len(items) * 16 <= len(attention._partials)
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    items = attention.plan(rows, torch.full_like(rows, 640), rows).items
+    num_splits = items[items[:, 0] >= 0, 2].unique().tolist()
+    assert len(num_splits) == 1
+    if num_rows >= 48:
+        assert num_splits == [2 if num_rows < 126 else 1]
+    assert len(items) * 16 <= len(attention._partials)
 
 
-SHAPES = [(4, 2, 32, 16), (3, 1, 64, 5), (2, 2, 32, 1), (8, 1, 128, 64), *([(16, 8, 128, 16)] if ON_GPU else [])]
+# Heads, KV heads, head_dim, block size
+ON_GPU_ALONE = [(16, 8, 128, 16)] if ON_GPU else []
+DECODE_SHAPES = [(4, 2, 32, 16), (3, 1, 64, 5), (2, 2, 32, 1), (8, 1, 128, 64), *ON_GPU_ALONE]
+# A program computes one head, so two show as much as eight.
+PREFILL_SHAPES = [(4, 2, 32, 16), (3, 1, 64, 5), (2, 2, 32, 1), (2, 1, 128, 64), *ON_GPU_ALONE]
+DECODE_ROWS = {4: (4, -1, 0, 2), 6: (4, 2, 0, -1, 1, 3), 9: (4, 2, 0, -1, 1, 3, -1, -1, -1)}
+"""Decoding rows and padding rows, by their number"""
+KERNEL_FORMS = list(itertools.product((1, 20), (False, True)))
+"""The number of processors, which decides the number of splits, and whether the kernel stores the new KV"""
 
 
-@pytest.mark.parametrize("stores", [False, True])
-@pytest.mark.parametrize("num_processors", [1, 20])
-@pytest.mark.parametrize("rows", [(4, -1, 0, 2), (4, 2, 0, -1, 1, 3), (4, 2, 0, -1, 1, 3, -1, -1, -1)], ids=len)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), SHAPES)
+def decode_cases() -> list[Any]:
+    """Every shape with every number of rows and every form. In the interpreter a quarter of them runs by default: each
+    shape meets each number of rows, and each number of rows each form.
+    """
+    cases = []
+    for (i, shape), (j, num_rows) in itertools.product(enumerate(DECODE_SHAPES), enumerate(DECODE_ROWS)):
+        for k, form in enumerate(KERNEL_FORMS):
+            case = (*shape, num_rows, *form)
+            cases.append(case if k == (i + j) % len(KERNEL_FORMS) else slow_in_interpreter(*case))
+    return cases
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_rows", "num_processors", "stores"), decode_cases()
+)
 def test_decode_attention(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, num_heads: int, num_kv_heads: int, head_dim: int,
-    block_size: int, rows: tuple[int, ...], num_processors: int, stores: bool,
+    block_size: int, num_rows: int, num_processors: int, stores: bool,
 ) -> None:  # fmt: skip
     """In each of the kernel's forms, for few rows and for more; with few splits and many; twice, as the counters of the
     splits must end as they began.
     """
     monkeypatch.setattr(decode_attention_module, "_num_processors", lambda device: num_processors)
+    rows = DECODE_ROWS[num_rows]
     contexts = [1, 64, 65, 66, 2000 if ON_GPU else 260]
     pool = Pool(contexts, num_heads, num_kv_heads, head_dim, block_size, device)
     attention = DecodeAttention(16, num_heads, num_kv_heads, head_dim, device)
@@ -123,7 +148,7 @@ def test_store_kv(device: torch.device, num_heads: int, num_kv_heads: int, head_
     assert (cache.flatten(1, 2)[:, untouched] == 7).all()
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), SHAPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size"), PREFILL_SHAPES)
 def test_prefill_attention(
     device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int
 ) -> None:

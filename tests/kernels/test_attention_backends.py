@@ -35,16 +35,23 @@ CHUNKS = [(4, 0, 130), (0, 40, 90), (1, 0, 1)]
 """Row, first position and number of tokens; the row's context ends with them. Two begin where the prompt does."""
 MORE_CHUNKS = [(4, 0, 130), (1, 0, 1)]
 
-CASES = [
+BACKENDS = [
     # Backend, heads, KV heads, head_dim, block size
     ("triton", 4, 2, 64, 16),
-    pytest.param("triton", 4, 1, 32, 5, marks=pytest.mark.skipif(not ON_GPU, reason="slow in the interpreter")),
     ("torch", 4, 2, 64, 16),
-    pytest.param("triton", 16, 8, 128, FLASH_BLOCK_SIZE, marks=needs_flash_attn),
+    *([("triton", 4, 1, 32, 5), ("triton", 16, 8, 128, FLASH_BLOCK_SIZE)] if ON_GPU else []),
     pytest.param("flash-attn", 16, 8, 128, FLASH_BLOCK_SIZE, marks=needs_flash_attn),
     pytest.param("flash-attn", 4, 2, 64, FLASH_BLOCK_SIZE, marks=needs_flash_attn),
     pytest.param("flash-attn", 2, 2, 64, 2 * FLASH_BLOCK_SIZE, marks=needs_flash_attn),
 ]
+STEPS = {
+    "decode": (DECODE_ROWS, []),
+    "mixed": ([2, 3], CHUNKS),
+    "chunks": ([], CHUNKS),
+    "more-rows": ([2, 0, 3], MORE_CHUNKS),
+    "few-tokens": ([2], [(1, 0, 1)]),
+}
+"""By name: the rows that decode, and the chunks"""
 
 
 @dataclass
@@ -165,16 +172,13 @@ def run_mixed(name: str, step: Step, device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("has_norms", [True, False])
-@pytest.mark.parametrize(
-    ("decode_rows", "chunks"),
-    [(DECODE_ROWS, []), ([2, 3], CHUNKS), ([], CHUNKS), ([2, 0, 3], MORE_CHUNKS), ([2], [(1, 0, 1)])],
-    ids=["decode", "mixed", "chunks", "more-rows", "few-tokens"],
-)
-@pytest.mark.parametrize(("name", "num_heads", "num_kv_heads", "head_dim", "block_size"), CASES)
+@pytest.mark.parametrize("step_name", STEPS)
+@pytest.mark.parametrize(("name", "num_heads", "num_kv_heads", "head_dim", "block_size"), BACKENDS)
 def test_each_tokens_attention_is_that_of_its_context(
-    name: str, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, decode_rows: list[int],
-    chunks: list[tuple[int, int, int]], has_norms: bool, device: torch.device,
+    name: str, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, step_name: str, has_norms: bool,
+    device: torch.device,
 ) -> None:  # fmt: skip
+    decode_rows, chunks = STEPS[step_name]
     contexts = list(CONTEXTS)
     for row, first, count in chunks:
         contexts[row] = first + count

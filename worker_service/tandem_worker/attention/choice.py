@@ -36,7 +36,7 @@ class Conditions:
     """The widths of the rank's linear layers"""
     block_size: int
     installed: frozenset[str]
-    """Which of MODULES can be imported"""
+    """Those of MODULES that can be imported"""
 
 
 def conditions_of(

@@ -23,7 +23,7 @@ class _Decodes:
     """One token of each of n decoding rows, and of padding rows, whose contexts are empty."""
 
     is_row: torch.Tensor
-    """(n,) bool: whether the row is no padding"""
+    """(n,) bool: whether the row is not a padding row"""
     context_lens: torch.Tensor
     """(n,) int32"""
     block_tables: torch.Tensor

@@ -143,7 +143,7 @@ def _stream(folder: Path) -> Iterator[tuple[Path, str, Any]]:
         check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                for name in file.keys():  # noqa: SIM118 (the file is not a dict)
                     for part_name, part in _split_experts(name, file.get_slice(name)):
                         yield path, part_name, part
         except (OSError, MemoryError, SafetensorError) as error:

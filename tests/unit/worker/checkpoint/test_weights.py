@@ -79,7 +79,7 @@ def test_shards_without_an_index_are_read_in_order(tmp_path: Path) -> None:
     _, expected = load(folder, Shard())
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     (folder / "model.safetensors.index.json").unlink()
-    # Some systems leave such a file beside every file; it is no shard.
+    # Some systems leave such a file beside every file; it is not a shard.
     (folder / "._model-00001.safetensors").write_bytes(b"Mac OS X")
     _, num_bytes = load(folder, Shard())
     assert num_bytes == expected

@@ -77,7 +77,7 @@ class InputLayout:
         )  # fmt: skip
 
     def sampling_tokens(self, array: Array) -> Array:
-        """That section of a mixed step's input alone: it lies at the same place whatever the step's shape."""
+        """The section sampling_tokens of a mixed step's input. Where it lies does not depend on the step's shape."""
         section: Array = _split(array, [*self._decode_lengths, self._num_rows])[-1]
         return section
 

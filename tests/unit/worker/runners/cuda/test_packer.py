@@ -182,7 +182,7 @@ def check_mixed(sections: MixedSections[np.ndarray], micro_batch_tokens: tuple[i
 
 
 def apply_updates(tables: np.ndarray, updates: np.ndarray) -> None:
-    """As the kernel begin_decode does it."""
+    """Updates the tables as the kernel begin_decode does."""
     for row, index, block in updates[1 : 1 + 3 * updates[0]].reshape(-1, 3):
         tables[row, index] = block
 
