@@ -20,7 +20,7 @@ from tandem_worker.attention.triton_attention import TritonAttention
 from tandem_worker.kernels.query_tiles import TILE_FIELDS, cut_tiles
 from tandem_worker.layers.norm import RMSNorm
 from tests.gpu.requirements import needs_flash_attn
-from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, random
+from tests.kernels.comparison import DTYPE, EPS, ON_GPU, assert_near, random, slow_in_interpreter
 from tests.kernels.paged_pool import ATTENTION_TOLERANCE, Pool, finish_plan, random_rotary, rotated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -38,8 +38,9 @@ MORE_CHUNKS = [(4, 0, 130), (1, 0, 1)]
 BACKENDS = [
     # Backend, heads, KV heads, head_dim, block size
     ("triton", 4, 2, 64, 16),
+    slow_in_interpreter("triton", 4, 1, 32, 5),
+    *([("triton", 16, 8, 128, FLASH_BLOCK_SIZE)] if ON_GPU else []),
     ("torch", 4, 2, 64, 16),
-    *([("triton", 4, 1, 32, 5), ("triton", 16, 8, 128, FLASH_BLOCK_SIZE)] if ON_GPU else []),
     pytest.param("flash-attn", 16, 8, 128, FLASH_BLOCK_SIZE, marks=needs_flash_attn),
     pytest.param("flash-attn", 4, 2, 64, FLASH_BLOCK_SIZE, marks=needs_flash_attn),
     pytest.param("flash-attn", 2, 2, 64, 2 * FLASH_BLOCK_SIZE, marks=needs_flash_attn),
