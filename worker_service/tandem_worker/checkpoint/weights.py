@@ -34,8 +34,9 @@ QUANTISED = re.compile(
 """The names of tensors that quantised checkpoints have beside, or in place of, weights."""
 NOT_YET = "quantised models are not supported yet"
 FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+"""The name of a tensor that holds the weights of all experts, as transformers 5 may save them."""
 FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""A tensor of all experts, as transformers 5 may save it -> the weights that it holds of each, one above the other."""
+"""The last part of such a name -> the weights that the tensor holds of each expert, one above the other."""
 
 
 @dataclass(frozen=True)
