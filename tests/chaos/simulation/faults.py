@@ -165,7 +165,7 @@ FAULTS: dict[str, tuple[float, Callable[["World"], Awaitable[bool]]]] = {
     "worker is lost again and again": (0.5, lose_again_and_again),
     "worker hangs": (0.3, hang),
     "result that does not fit": (0.5, answer_what_does_not_fit),
-    "long step that makes progress": (0.3, compute_for_long),
+    "long step that gets on": (0.3, compute_for_long),
     "worker stays away for long": (0.4, stay_away),
     "worker comes back with another size": (1.5, come_with_another_size),
     "worker comes back with another model": (0.6, come_with_another_model),

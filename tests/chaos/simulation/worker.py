@@ -237,7 +237,7 @@ class SimulatedSession:
                 # A step that makes progress reports it.
                 self.heard_at = now()
         if step_s > self._world.step_timeout_s and not self._must_end:
-            self._world.count("long step that makes progress")
+            self._world.count("long step that gets on")
         if flaw and self.loss:
             # The session was lost already, and ends now.
             self._may_finish_steps = False
