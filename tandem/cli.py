@@ -19,6 +19,7 @@ from tandem.terminal import stream_text
 from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
 from tandem_shared.errors import ConfigError, TandemError
 from tandem_shared.options import add_options, option_names, read_settings, refuse_unknown_variables
+from tandem_shared.sampling_fields import REQUEST_FIELDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +62,11 @@ def _build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--max-tokens", type=int, default=128, help="the largest number of output tokens; default %(default)s"
     )
-    for name, kind in (("temperature", float), ("top-k", int), ("top-p", float), ("min-p", float)):
-        generate.add_argument(f"--{name}", type=kind, help="default: what the model recommends")
-    generate.add_argument("--seed", type=int, help="makes the output repeatable; default: one per request")
+    help_texts = {"seed": "makes the output repeatable; default: one per request"}
+    for field in REQUEST_FIELDS:
+        default = "what the model recommends" if field.has_model_default else field.default
+        help_text = help_texts.get(field.name, f"default: {default}")
+        generate.add_argument(f"--{field.name.replace('_', '-')}", type=field.kind, help=help_text)
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -99,11 +102,7 @@ def _interrupt(*_: object) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     params = SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
+        **{field.name: getattr(options, field.name) for field in REQUEST_FIELDS},
         max_tokens=options.max_tokens,
         stop=tuple(options.stop),
         ignore_eos=options.ignore_eos or None,

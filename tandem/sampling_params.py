@@ -7,10 +7,7 @@ from typing import Any
 
 from tandem.v1 import inference_pb2
 from tandem_shared.errors import FieldViolation, InvalidRequest
-
-_MAX_UINT32, _MAX_UINT64 = 2**32 - 1, 2**64 - 1
-_MAX_FLOAT, _MIN_FLOAT = 3.4e38, 1.2e-38
-"""The largest and the smallest positive number of the wire's float, a little rounded: smaller ones may become 0."""
+from tandem_shared.sampling_fields import FLOAT32_MAX, REQUEST_FIELDS, UINT32_MAX, SamplingField
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +20,7 @@ class SamplingParams:
 
     n: int | None = None
     """The number of independent outputs of the prompt."""
+    # The table's fields are written out from here to seed, for type checkers and editors.
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -42,9 +40,7 @@ class SamplingParams:
             raise InvalidRequest(*violations)
 
     def sampling(self) -> inference_pb2.SamplingParams:
-        return inference_pb2.SamplingParams(
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
-        )
+        return inference_pb2.SamplingParams(**{field.name: getattr(self, field.name) for field in REQUEST_FIELDS})
 
     def stopping(self) -> inference_pb2.StoppingCriteria:
         return inference_pb2.StoppingCriteria(
@@ -58,7 +54,7 @@ class SamplingParams:
         return inference_pb2.OutputOptions(num_logprobs=self.logprobs, skip_special_tokens=self.skip_special_tokens)
 
 
-def _whole(minimum: int, maximum: int = _MAX_UINT32, hint: str = "") -> Callable[[Any], str]:
+def _whole(minimum: int, maximum: float = UINT32_MAX, hint: str = "") -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if _is_whole(value) and minimum <= value <= maximum:
             return ""
@@ -67,11 +63,17 @@ def _whole(minimum: int, maximum: int = _MAX_UINT32, hint: str = "") -> Callable
     return _unless_none(check)
 
 
-def _number(minimum: float, maximum: float, text: str) -> Callable[[Any], str]:
+def _number(field: SamplingField) -> Callable[[Any], str]:
+    is_bounded = field.most < FLOAT32_MAX
+    text = (
+        f"a number {field.range_text}"
+        if is_bounded
+        else f"a finite number, {field.range_text.removesuffix(' and finite')}"
+    )
+
     def check(value: Any) -> str:
         is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        # NaN fails too, as no comparison with it is true.
-        return "" if is_number and minimum <= value <= maximum else f"must be {text}, is {value!r}"
+        return "" if is_number and field.allows(value) else f"must be {text}, is {value!r}"
 
     return _unless_none(check)
 
@@ -90,7 +92,7 @@ def _strings(value: Any) -> str:
 
 
 def _token_ids(value: Any) -> str:
-    if isinstance(value, list | tuple) and all(_is_whole(each) and 0 <= each <= _MAX_UINT32 for each in value):
+    if isinstance(value, list | tuple) and all(_is_whole(each) and 0 <= each <= UINT32_MAX for each in value):
         return ""
     return f"must be a tuple of token ids, is {value!r}"
 
@@ -109,11 +111,8 @@ def _unless_none(check: Callable[[Any], str]) -> Callable[[Any], str]:
 
 _CHECKS: dict[str, Callable[[Any], str]] = {
     "n": _whole(1),
-    "temperature": _number(0, _MAX_FLOAT, "a finite number, 0 or more"),
+    **{each.name: _number(each) if each.kind is float else _whole(0, each.most) for each in REQUEST_FIELDS},
     "top_k": _whole(0, hint=", where 0 is all tokens"),
-    "top_p": _number(_MIN_FLOAT, 1, "a number in (0, 1]"),
-    "min_p": _number(0, 1, "a number in [0, 1]"),
-    "seed": _whole(0, _MAX_UINT64),
     "max_tokens": _whole(1),
     "stop": _strings,
     "stop_token_ids": _token_ids,

@@ -3,17 +3,18 @@ file does not check.
 """
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import numpy as np
 
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan, ProtocolError
+from tandem_shared.sampling_fields import FIELDS, MODEL_DEFAULT_FIELDS, RowSampling
 from tandem_shared.step_plan import (
     Int32Array,
     NewRow,
     RowFault,
     RowLogprobs,
-    RowSampling,
     StepPlan,
     StepResult,
     StepTimes,
@@ -24,6 +25,10 @@ PROTOCOL_VERSION = 2
 
 IDS = np.dtype("<i4")
 """The type of token and block ids on the wire. Varints would cost both ends a loop over the many ids of a prompt."""
+
+_SAMPLING_NAMES = tuple(each.name for each in FIELDS)
+_sampling_values = attrgetter(*_SAMPLING_NAMES)
+_OPTIONAL_SAMPLING = tuple((index, each.name) for index, each in enumerate(FIELDS) if each.default is None)
 
 
 def pack_ids(ids: Int32Array | Sequence[int]) -> bytes:
@@ -123,11 +128,8 @@ def encode_info(info: WorkerInfo) -> worker_pb2.GetWorkerInfoResponse:
         max_num_rows=info.max_num_rows,
         max_num_batched_tokens=info.max_num_batched_tokens,
         eos_token_ids=info.eos_token_ids,
-        default_temperature=info.default_temperature,
-        default_top_k=info.default_top_k,
-        default_top_p=info.default_top_p,
-        default_min_p=info.default_min_p,
         tokenizer_digest=info.tokenizer_digest,
+        **{f"default_{name}": value for name, value in info.sampling_defaults.items()},  # type: ignore[arg-type]
     )
 
 
@@ -146,40 +148,33 @@ def decode_info(message: worker_pb2.GetWorkerInfoResponse) -> WorkerInfo:
         max_num_rows=message.max_num_rows,
         max_num_batched_tokens=message.max_num_batched_tokens,
         eos_token_ids=tuple(message.eos_token_ids),
-        default_temperature=message.default_temperature if message.HasField("default_temperature") else None,
-        default_top_k=message.default_top_k if message.HasField("default_top_k") else None,
-        default_top_p=message.default_top_p if message.HasField("default_top_p") else None,
-        default_min_p=message.default_min_p if message.HasField("default_min_p") else None,
+        sampling_defaults={
+            each.name: getattr(message, f"default_{each.name}")
+            for each in MODEL_DEFAULT_FIELDS
+            if message.HasField(f"default_{each.name}")  # type: ignore[arg-type]
+        },
         tokenizer_digest=message.tokenizer_digest,
     )
 
 
-def encode_sampling(sampling: RowSampling) -> worker_pb2.RowSampling:
-    return worker_pb2.RowSampling(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        choice_index=sampling.choice_index,
-        num_logprobs=sampling.num_logprobs,
-    )
+def encode_sampling(sampling: RowSampling, message: worker_pb2.RowSampling) -> None:
+    """Fills a new message. It is part of another message, as one that is built apart would have to be copied."""
+    for name in _SAMPLING_NAMES:
+        value = getattr(sampling, name)
+        if value is not None:
+            setattr(message, name, value)
 
 
 def decode_sampling(message: worker_pb2.RowSampling) -> RowSampling:
-    return RowSampling(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        seed=message.seed,
-        choice_index=message.choice_index,
-        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
-    )
+    values = list(_sampling_values(message))
+    for index, name in _OPTIONAL_SAMPLING:
+        if not message.HasField(name):  # type: ignore[arg-type]
+            values[index] = None
+    return RowSampling(*values)
 
 
 def _encode_row(row: NewRow) -> worker_pb2.NewRow:
-    return worker_pb2.NewRow(
+    message = worker_pb2.NewRow(
         row=row.row,
         sequence_id=row.sequence_id,
         token_ids=pack_ids(row.token_ids),
@@ -187,8 +182,9 @@ def _encode_row(row: NewRow) -> worker_pb2.NewRow:
         num_computed_tokens=row.num_computed_tokens,
         num_cached_tokens=row.num_cached_tokens,
         block_ids=pack_ids(row.block_ids),
-        sampling=encode_sampling(row.sampling),
     )
+    encode_sampling(row.sampling, message.sampling)
+    return message
 
 
 def _decode_row(message: worker_pb2.NewRow) -> NewRow:

@@ -4,10 +4,13 @@ protos/tandem/internal/v1/worker.proto states what the fields mean and the rules
 converts to protobuf and back.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from tandem_shared.sampling_fields import RowSampling as RowSampling
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -20,21 +23,6 @@ FAULT_NAN_LOGITS = 1
 
 def _no_ints() -> Int32Array:
     return np.empty(0, np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class RowSampling:
-    """How a row samples. temperature 0 is greedy, top_k 0 does not limit, num_logprobs None reports no
-    log-probabilities.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    choice_index: int = 0
-    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +104,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker is and what it can hold. num_blocks counts the padding block. default_* is None if the model has no
-    such default.
-    """
+    """What a worker is and what it can hold. num_blocks counts the padding block."""
 
     protocol_version: int
     worker_instance_id: str
@@ -133,9 +119,7 @@ class WorkerInfo:
     max_num_rows: int
     max_num_batched_tokens: int
     eos_token_ids: tuple[int, ...] = ()
-    default_temperature: float | None = None
-    default_top_k: int | None = None
-    default_top_p: float | None = None
-    default_min_p: float | None = None
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    """The model's own defaults of sampling fields, by name; without those that it does not have."""
     tokenizer_digest: str = ""
     """The digest of tokenizer.json in the model's folder, empty if there is none."""

@@ -42,7 +42,7 @@ def varied_requests() -> list[inference_pb2.GenerateStreamRequest]:
 
 async def test_outputs_are_those_of_one_process_and_the_recording_replays(tmp_path: Path) -> None:
     eos = true_tokens(stream_request(max_tokens=30))[6]
-    info = model_info(eos_token_ids=(eos,), default_temperature=0.0)
+    info = model_info(eos_token_ids=(eos,), sampling_defaults={"temperature": 0.0})
     requests = varied_requests()
     async with Services(FakeRunner(info), enable_prefix_caching=False) as services:
         expected = [await services.generate(request) for request in requests]

@@ -95,7 +95,7 @@ async def test_left_out_parameters_take_the_models_defaults_then_the_apis() -> N
     as_greedy, as_random = stream_request(), stream_request(temperature=1.0, request_id="r")
     async with Services() as services:
         assert (await services.stream(bare)).token_ids == true_tokens(as_random)
-    async with Services(FakeRunner(model_info(default_temperature=0.0))) as services:
+    async with Services(FakeRunner(model_info(sampling_defaults={"temperature": 0.0}))) as services:
         assert (await services.stream(bare)).token_ids == true_tokens(as_greedy)
         assert (await services.stream(as_random)).token_ids == true_tokens(as_random)
 

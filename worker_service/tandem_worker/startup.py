@@ -73,10 +73,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         max_num_rows=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         eos_token_ids=defaults.eos_token_ids,
-        default_temperature=defaults.temperature,
-        default_top_k=defaults.top_k,
-        default_top_p=defaults.top_p,
-        default_min_p=defaults.min_p,
+        sampling_defaults=defaults.sampling,
         tokenizer_digest=tokenizer_digest(folder),
     )
     info, cache = _allocate_cache(settings, model, local_config, info, device, dtype)

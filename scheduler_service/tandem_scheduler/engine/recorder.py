@@ -26,7 +26,7 @@ from tandem_shared.errors import TandemError
 from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
 
 FORMAT = "tandem-schedule"
-VERSION = 4
+VERSION = 5
 _BUFFER_BYTES = 1 << 20
 
 P = ParamSpec("P")

@@ -17,8 +17,9 @@ from tandem_scheduler.front_end.text.detokenizer import TextDecoder
 from tandem_scheduler.front_end.text.encoder import TextEncoder
 from tandem_scheduler.front_end.text.splitter import token_lengths
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
-from tandem_scheduler.front_end.validation import MAX_LOGPROBS, GenerationRequest
+from tandem_scheduler.front_end.validation import GenerationRequest
 from tandem_shared.errors import Draining, TandemError
+from tandem_shared.sampling_fields import MAX_LOGPROBS
 
 MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """The limit of all buffers together. Past it the request that holds most ends."""

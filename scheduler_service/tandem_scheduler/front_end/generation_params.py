@@ -1,7 +1,7 @@
 """A generate request as plain data, before anything in it is checked. Each API makes one of its own messages."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,11 +16,8 @@ class GenerationParams:
     prompt_token_ids: Sequence[int] | None = None
     request_id: str = ""
     model: str = ""
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Those of tandem_shared/sampling_fields.py's REQUEST_FIELDS that the request sets, by name."""
     max_tokens: int | None = None
     stop_strings: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()

@@ -22,10 +22,10 @@ from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size
 from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncoder
 from tandem_shared.errors import FieldViolation, InvalidRequest
-from tandem_shared.step_plan import Int32Array, RowSampling, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling, fields_out_of_range
+from tandem_shared.step_plan import Int32Array, WorkerInfo
 
 MAX_CHOICES = 64
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_STRINGS_LENGTH = 8192
@@ -103,7 +103,9 @@ async def check_request(
     is_served = params.model in ("", served_model)
     violations.check(is_served, "model", "" if is_served else _not_served(params.model, served_model))
     _check_request_id(params.request_id, violations)
-    sampling = _read_sampling(params, worker, violations)
+    # The request's fields, else the model's defaults, else RowSampling's own, which are the API's.
+    sampling: dict[str, Any] = {**worker.sampling_defaults, **params.sampling}
+    _check_sampling(RowSampling(**sampling, num_logprobs=params.num_logprobs), violations)
     _check_output(params, violations)
     _check_stopping(params, worker, violations)
     _check_reply_size(params, worker, violations)
@@ -115,7 +117,7 @@ async def check_request(
     max_tokens = _read_max_tokens(params, len(prompt), worker, violations)
     violations.raise_any()
     request_id = params.request_id or uuid.uuid4().hex
-    if params.seed is None:
+    if "seed" not in sampling:
         sampling["seed"] = xxhash.xxh64_intdigest(request_id.encode())
     eos_token_ids = () if params.ignore_eos else worker.eos_token_ids
     first = SequenceRequest(
@@ -203,35 +205,9 @@ def _check_request_id(request_id: str, violations: _Violations) -> None:
         violations.check(request_id.isprintable(), "request_id", "must have printable characters only")
 
 
-def _read_sampling(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> dict[str, Any]:
-    """The fields of RowSampling: the request's, else the model's default, else the API's default."""
-    defaults = {
-        "temperature": (worker.default_temperature, 1.0),
-        "top_k": (worker.default_top_k, 0),
-        "top_p": (worker.default_top_p, 1.0),
-        "min_p": (worker.default_min_p, 0.0),
-        "seed": (None, 0),
-    }
-    sampling: dict[str, Any] = {}
-    for name, (model_default, api_default) in defaults.items():
-        value = getattr(params, name)
-        default = api_default if model_default is None else model_default
-        sampling[name] = default if value is None else value
-    _check_sampling(RowSampling(**sampling, num_logprobs=params.num_logprobs), violations)
-    return sampling
-
-
 def _check_sampling(sampling: RowSampling, violations: _Violations) -> None:
-    temperature, top_p, min_p = sampling.temperature, sampling.top_p, sampling.min_p
-    # Written so that NaN fails too.
-    is_temperature = 0 <= temperature < math.inf
-    violations.check(is_temperature, "sampling.temperature", f"must be 0 or more and finite, is {temperature}")
-    violations.check(0 <= sampling.top_k < 2**32, "sampling.top_k", "must be 0 to 2^32 - 1")
-    violations.check(0 < top_p <= 1, "sampling.top_p", f"must be in (0, 1], is {top_p}")
-    violations.check(0 <= min_p <= 1, "sampling.min_p", f"must be in [0, 1], is {min_p}")
-    violations.check(0 <= sampling.seed < 2**64, "sampling.seed", "must be 0 to 2^64 - 1")
-    is_count = 0 <= (sampling.num_logprobs or 0) <= MAX_LOGPROBS
-    violations.check(is_count, "output.num_logprobs", f"must be at most {MAX_LOGPROBS}")
+    for field in fields_out_of_range(sampling):
+        violations.add(FieldViolation(field.path, field.problem(getattr(sampling, field.name))))
 
 
 def _check_num_choices(num_choices: int, violations: _Violations) -> None:

@@ -23,19 +23,20 @@ _REASONS_BACK = {wire: reason for reason, wire in _REASONS.items()}
 
 def encode_submit(submission: Submission) -> engine_pb2.SubmitRequest:
     first = submission.first
-    return engine_pb2.SubmitRequest(
+    message = engine_pb2.SubmitRequest(
         request_id=submission.request_id,
         first_handle=submission.first_handle,
         num_choices=submission.num_choices,
         fingerprint=submission.fingerprint,
         prompt_token_ids=pack_ids(first.prompt_token_ids),
         max_tokens=first.max_tokens,
-        sampling=encode_sampling(first.sampling),
         stop_token_ids=first.stop_token_ids,
         priority=first.priority,
         cache_salt=first.cache_salt,
         deadline=first.deadline,
     )
+    encode_sampling(first.sampling, message.sampling)
+    return message
 
 
 def decode_submit(message: engine_pb2.SubmitRequest) -> Submission:

@@ -174,7 +174,6 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("(self.second if self.first.is_set() else self.first).set()", "self.second.set()"),
     ),
     ("messages", "tandem_scheduler/front_end/validation.py"): (
-        ("violations.check(0 < top_p <= 1,", "violations.check(0 <= top_p <= 1,"),
         ("0 <= token_id < worker.vocab_size", "0 <= token_id <= worker.vocab_size"),
         ("    _check_sampling(first.sampling, violations)\n", ""),
     ),
@@ -184,8 +183,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("(old.has_plans or not request.num_live_sequences)", "not request.num_live_sequences"),
         ('UnexpectedMessage("a session is opened', 'RuntimeError("a session is opened'),
     ),
-    ("messages", "tandem_worker/runners/batch.py"): (
-        ("0 <= sampling.temperature < np.inf", "0 <= sampling.temperature"),
+    ("messages", "tandem_worker/runners/batch.py"): (("_require(not wrong,", "_require(len(wrong) < 2,"),),
+    ("messages", "tandem_shared/sampling_fields.py"): (
+        ("top_p: float = _declare(1.0, ABOVE_ZERO, 1,", "top_p: float = _declare(1.0, 0, 1,"),
+        ("temperature: float = _declare(1.0, 0, FLOAT32_MAX,", "temperature: float = _declare(1.0, 0, math.inf,"),
     ),
     ("overload", "tandem_scheduler/core/waiting_queue.py"): (
         ("if self.num_new + len(lengths) > most:", "if self.num_new + len(lengths) > most + 8:"),

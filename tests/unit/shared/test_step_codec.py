@@ -96,10 +96,9 @@ infos = st.builds(
     max_num_rows=numbers,
     max_num_batched_tokens=numbers,
     eos_token_ids=st.lists(numbers, max_size=3).map(tuple),
-    default_temperature=st.none() | floats,
-    default_top_k=st.none() | numbers,
-    default_top_p=st.none() | floats,
-    default_min_p=st.none() | floats,
+    sampling_defaults=st.fixed_dictionaries(
+        {}, optional={"temperature": floats, "top_k": numbers, "top_p": floats, "min_p": floats}
+    ),
     tokenizer_digest=st.text(max_size=4),
 )
 

@@ -4,12 +4,13 @@ As in vLLM, a sequence ends at any eos_token_id of generation_config.json (of co
 at the tokenizer's own eos_token, which is the only one that some folders have.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tandem_shared.model_folder import TOKENIZER_FILE, exists
+from tandem_shared.sampling_fields import MODEL_DEFAULT_FIELDS
 from tandem_worker.checkpoint.config_file import ConfigFile, brief
 
 GENERATION_FILE = "generation_config.json"
@@ -59,13 +60,11 @@ null and empty values change nothing either.
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """The model's defaults for requests that leave sampling out; None where the model has none."""
+    """The model's defaults for requests that leave sampling out."""
 
     eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """Sampling fields by name, without those that have no default"""
     warnings: tuple[str, ...] = ()
     """For the log: what the folder asks and Tandem does not do"""
 
@@ -80,21 +79,16 @@ def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefault
     eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *tokenizer_eos]))
     warnings += _ignored_keys(file)
     if not file.flag("do_sample", True):
-        return GenerationDefaults(eos_token_ids, temperature=0.0, warnings=warnings)
-    # The ranges of the wire's float and uint32, and of what a row's sampling accepts.
-    limits: dict[str, tuple[type, float, float]] = {
-        "temperature": (float, 0, 3e38),
-        "top_k": (int, 0, 2**32 - 1),
-        "top_p": (float, 1e-30, 1),
-        "min_p": (float, 0, 1),
-    }
-    for key, (kind, least, most) in limits.items():
-        value = file.values.get(key)
-        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        if value is not None and not (is_number and least <= value <= most):
-            raise file.fail(key, f"{brief(value)} is out of range")
-    sampling = {key: file.values.get(key) for key in limits}
-    return GenerationDefaults(eos_token_ids, **sampling, warnings=warnings)
+        return GenerationDefaults(eos_token_ids, {"temperature": 0.0}, warnings)
+    sampling = {}
+    for each in MODEL_DEFAULT_FIELDS:
+        value = file.values.get(each.name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | each.kind) or not each.allows(value):
+            raise file.fail(each.name, f"{brief(value)} is out of range")
+        sampling[each.name] = value
+    return GenerationDefaults(eos_token_ids, sampling, warnings)
 
 
 def _read_eos(file: ConfigFile, vocab_size: int) -> tuple[int, ...]:

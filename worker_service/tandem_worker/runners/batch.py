@@ -6,9 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tandem_shared.errors import InvalidPlan
+from tandem_shared.sampling_fields import fields_out_of_range
 from tandem_shared.step_plan import PADDING_BLOCK, Int32Array, NewRow, StepPlan
-
-MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -151,10 +150,8 @@ class Batch:
         _require(_all_within(new.block_ids, 1, self.num_pool_blocks), f"{where} has a block outside the pool")
         num_needed = -(-num_tokens // self.block_size)
         _require(num_needed <= len(new.block_ids) <= self.block_tables.shape[1], f"{where}: block table's length")
-        sampling = new.sampling
-        _require(0 <= sampling.temperature < np.inf, f"{where}: temperature {sampling.temperature}")
-        _require(0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1, f"{where}: top_p or min_p out of range")
-        _require((sampling.num_logprobs or 0) <= MAX_LOGPROBS, f"{where}: {sampling.num_logprobs} log-probabilities")
+        wrong = [f"{field.name} {getattr(new.sampling, field.name)}" for field in fields_out_of_range(new.sampling)]
+        _require(not wrong, f"{where}: {', '.join(wrong)}")
 
     def _check_appended(self, plan: StepPlan) -> None:
         rows, block_ids = plan.appended_block_rows, plan.appended_block_ids

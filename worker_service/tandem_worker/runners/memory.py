@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from tandem_shared.config import WorkerSettings
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
+from tandem_shared.sampling_fields import MAX_LOGPROBS, RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan, WorkerInfo
 from tandem_worker.models.model import Model
 from tandem_worker.runners import kv_cache
-from tandem_worker.runners.batch import MAX_LOGPROBS
 from tandem_worker.runners.make_runner import make_runner
 
 

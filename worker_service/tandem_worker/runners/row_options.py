@@ -1,31 +1,35 @@
 """The rows' sampling options, on the device for the sampler and on the host to choose a sampler by."""
 
+import dataclasses
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
 
+from tandem_shared.sampling_fields import FIELDS
 from tandem_shared.step_plan import NewRow
 from tandem_worker.runners.sampler import SamplingRows
 from tandem_worker.runners.transfers import to_device
 
 MAX_INT32 = 2**31 - 1
 
+_INTEGERS = tuple(field for field in FIELDS if field.device_type in ("int32", "int64"))
+_FLOATS = tuple(field for field in FIELDS if field.device_type == "float32")
+_INT32_COLUMNS = tuple(column for column, field in enumerate(_INTEGERS, 1) if field.device_type == "int32")
+"""Columns of the array that set() makes, whose first column has the rows."""
+_get_integers = tuple(attrgetter(field.name) for field in _INTEGERS)
+_get_floats = tuple(attrgetter(field.name) for field in _FLOATS)
+_OF_SAMPLER = tuple(field.name for field in dataclasses.fields(SamplingRows) if field.name != "position")
+
 
 class RowOptions:
     """Each array is (rows,). The entries of free rows mean nothing."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
-        def zeros(dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(num_rows, dtype=dtype, device=device)
-
         self.on_device = {
-            "temperature": zeros(torch.float32),
-            "top_k": zeros(torch.int32),
-            "top_p": zeros(torch.float32),
-            "min_p": zeros(torch.float32),
-            "seed": zeros(torch.int64),  # with the bits of the uint64
-            "choice_index": zeros(torch.int64),
+            field.name: torch.zeros(num_rows, dtype=getattr(torch, str(field.device_type)), device=device)
+            for field in (*_INTEGERS, *_FLOATS)
         }
         self.is_random = np.zeros(num_rows, np.bool_)
         # Rows with temperature 0 have no top-k and no threshold (top-p or min-p) here, as these change nothing.
@@ -42,22 +46,17 @@ class RowOptions:
             return
         rows = [new.row for new in new_rows]
         options = [new.sampling for new in new_rows]
-        integers = [rows, [o.choice_index for o in options], [min(o.top_k, MAX_INT32) for o in options]]
-        floats = [[o.temperature for o in options], [o.top_p for o in options], [o.min_p for o in options]]
+        # All integers go to the device in one copy, and all floats in another.
+        integers = np.array([rows, *([*map(get, options)] for get in _get_integers)], np.uint64)
+        floats = np.array([[*map(get, options)] for get in _get_floats], np.float32)
+        for column in _INT32_COLUMNS:
+            np.minimum(integers[column], MAX_INT32, out=integers[column])
         device = self.on_device["seed"].device
-        index, choice_index, top_k = to_device(np.array(integers, np.int64), device)
-        temperature, top_p, min_p = to_device(np.array(floats, np.float32), device)
-        seed = to_device(np.array([o.seed for o in options], np.uint64).view(np.int64), device)
-        values = {
-            "temperature": temperature,
-            "top_k": top_k.int(),
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": seed,
-            "choice_index": choice_index,
-        }
-        for name, array in values.items():
-            self.on_device[name][index] = array
+        columns = [*to_device(integers.view(np.int64), device).unbind(), *to_device(floats, device).unbind()]
+        for column in _INT32_COLUMNS:
+            columns[column] = columns[column].int()
+        for target, values in zip(self.on_device.values(), columns[1:], strict=True):
+            target.index_copy_(0, columns[0], values)
         self.is_random[rows] = [o.temperature > 0 for o in options]
         self.top_k[rows] = [o.top_k if o.temperature > 0 else 0 for o in options]
         self.has_threshold[rows] = [o.temperature > 0 and (o.top_p < 1 or o.min_p > 0) for o in options]
@@ -65,5 +64,5 @@ class RowOptions:
 
     def of(self, rows: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
         """The options of these rows, for the reference sampler. rows and positions (n,) int64 on the device."""
-        options = {name: values[rows] for name, values in self.on_device.items()}
+        options = {name: self.on_device[name][rows] for name in _OF_SAMPLER}
         return SamplingRows(**(options | {"top_k": options["top_k"].long()}), position=positions)

@@ -6,6 +6,7 @@ from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
+from tandem_shared.sampling_fields import REQUEST_FIELDS
 
 DEFAULT_REPLY_BYTES = 4 * 1024 * 1024
 """gRPC's own default limit on the messages that a client accepts."""
@@ -15,6 +16,8 @@ MAX_REPLY_BYTES = 8 * 1024 * 1024
 outputs have to be streamed."""
 
 MAX_LIMIT_DIGITS = 12
+
+SAMPLING_NAMES = tuple(field.name for field in REQUEST_FIELDS)
 
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 
@@ -29,11 +32,7 @@ def params_of(
         prompt_token_ids=prompt.token_ids.ids if prompt.HasField("token_ids") else None,
         request_id=request.request_id,
         model=request.model,
-        temperature=sampling.temperature if sampling.HasField("temperature") else None,
-        top_k=sampling.top_k if sampling.HasField("top_k") else None,
-        top_p=sampling.top_p if sampling.HasField("top_p") else None,
-        min_p=sampling.min_p if sampling.HasField("min_p") else None,
-        seed=sampling.seed if sampling.HasField("seed") else None,
+        sampling={name: getattr(sampling, name) for name in SAMPLING_NAMES if sampling.HasField(name)},  # type: ignore[arg-type]
         max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
         stop_strings=stopping.stop_strings,
         stop_token_ids=stopping.stop_token_ids,

@@ -109,7 +109,7 @@ def test_what_is_ignored_is_a_warning(generation_config: dict[str, Any], ignored
 
 def test_greedy_models_are_warned_of_too(tmp_path: Path) -> None:
     defaults = read(tmp_path, generation_config={"do_sample": False, "repetition_penalty": 1.05})
-    assert defaults.temperature == 0.0
+    assert defaults.sampling == {"temperature": 0.0}
     assert "repetition_penalty 1.05" in defaults.warnings[0]
 
 
@@ -124,6 +124,9 @@ def test_greedy_models_are_warned_of_too(tmp_path: Path) -> None:
         ({"generation_config": {"temperature": [1]}}, r"generation_config\.json: temperature: "),
         ({"generation_config": {"top_k": 10**400}}, r"generation_config\.json: top_k: "),
         ({"generation_config": {"top_p": 0}}, r"generation_config\.json: top_p: 0 is out of range"),
+        ({"generation_config": {"top_p": 1e-60}}, r"generation_config\.json: top_p: 1e-60 is out of range"),
+        ({"generation_config": {"temperature": 1e39}}, r"generation_config\.json: temperature: 1e\+39 is out of range"),
+        ({"generation_config": {"top_k": True}}, r"generation_config\.json: top_k: "),
         ({"tokenizer_config": {"eos_token": 5}}, r"tokenizer_config\.json: eos_token: must be a string"),
         ({"tokenizer_config": {"eos_token": {}}}, r"tokenizer_config\.json: eos_token: must be a string"),
         (

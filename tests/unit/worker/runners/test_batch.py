@@ -98,7 +98,7 @@ def test_shared_positions_are_not_written() -> None:
         (first_plan(sampling=RowSampling(temperature=float("nan"))), "temperature"),
         (first_plan(sampling=RowSampling(top_p=0.0)), "top_p"),
         (first_plan(sampling=RowSampling(min_p=1.5)), "min_p"),
-        (first_plan(sampling=RowSampling(num_logprobs=21)), "log-probabilities"),
+        (first_plan(sampling=RowSampling(num_logprobs=21)), "num_logprobs 21"),
         (replace(first_plan(), chunk_num_tokens=ints(7)), "has 6 left"),
         (replace(first_plan(), chunk_num_tokens=ints(0)), "chunk of 0 tokens"),
         (replace(first_plan(), chunk_num_tokens=ints(1, 2)), "not parallel"),

@@ -247,8 +247,7 @@ def test_generation_defaults_are_the_models(tmp_path: Path) -> None:
         json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [3, 0]})
     )
     info = make_runner(folder).info
-    assert (info.default_temperature, info.default_top_k, info.default_top_p) == (0.6, 20, 0.95)
-    assert info.default_min_p is None
+    assert info.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     assert info.eos_token_ids == (3, 0)
     for key, value in (
         ("eos_token_id", 999),
