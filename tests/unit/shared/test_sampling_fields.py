@@ -3,7 +3,11 @@
 import dataclasses
 import inspect
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ from tandem_shared.sampling_fields import (
 from tandem_worker.checkpoint.generation_config import IGNORED
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+SOURCE_FOLDERS = ("tandem", "shared", "scheduler_service", "worker_service", "protos", "tools")
 
 WIRE_TYPES = {
     (float, 3.4028234663852886e38): FieldDescriptor.TYPE_FLOAT,
@@ -30,6 +35,20 @@ WIRE_TYPES = {
     (int, 2**64 - 1): FieldDescriptor.TYPE_UINT64,
 }
 """(kind, the largest number of the wire's type) -> the wire's type, smaller ones first."""
+
+ADDED_LINES = {
+    "shared/tandem_shared/sampling_fields.py": (
+        '    seed: int = ', '    presence_penalty: float = _declare(0.0, -2, 2, device_type="float32")'
+    ),
+    "protos/tandem/v1/inference.proto": (
+        "  // Seeds the random numbers: ", "  optional float presence_penalty = 60;"
+    ),
+    "protos/tandem/internal/v1/worker.proto": (
+        "  // Seeds the random numbers.", "  float presence_penalty = 60;"
+    ),
+    "tandem/sampling_params.py": ("    seed: int | None", "    presence_penalty: float | None = None"),
+}  # fmt: skip
+"""All that a new number needs but for its meaning: file -> the start of a line, and the line that goes before it."""
 
 
 def wire_type(field: SamplingField) -> int:
@@ -120,3 +139,22 @@ def test_the_clients_params_have_the_fields_of_a_request() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
     for field in REQUEST_FIELDS:
         assert (types[field.name], defaults[field.name]) == (field.kind | None, None)
+
+
+def test_a_new_field_is_a_line_in_each_of_four_files(tmp_path: Path) -> None:
+    for folder in SOURCE_FOLDERS:
+        ignore = shutil.ignore_patterns("__pycache__", "*_pb2*", "embedded_model")
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)
+    for name, (start, line) in ADDED_LINES.items():
+        file = tmp_path / name
+        text, count = re.subn(rf"(?=^{re.escape(start)})", f"{line}\n", file.read_text(), flags=re.MULTILINE)
+        assert count == 1
+        file.write_text(text)
+    folders = [tmp_path, *(tmp_path / folder for folder in SOURCE_FOLDERS)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    for command in (["-m", "tools.generate_stubs"], ["-P", str(Path(__file__).with_name("added_field.py"))]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout == "told, checked and on the device\n"
