@@ -208,12 +208,13 @@ async def test_a_prompt_of_40000_tokens_passes_as_ids_and_as_text(tokenizer: Tok
 
 
 async def test_tokenize_and_detokenize(tokenizer: Tokenizer) -> None:
+    end_of_text = tokenizer.token_to_id("<|endoftext|>")
     async with Services() as services:
         tokens = await services.inference.Tokenize(inference_pb2.TokenizeRequest(text=TEXT, model=MODEL))
         text = await services.inference.Detokenize(inference_pb2.DetokenizeRequest(token_ids=tokens.token_ids))
         special = [
             await services.inference.Detokenize(
-                inference_pb2.DetokenizeRequest(token_ids=[0], skip_special_tokens=skip)
+                inference_pb2.DetokenizeRequest(token_ids=[end_of_text], skip_special_tokens=skip)
             )
             for skip in (True, False)
         ]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from tandem_scheduler.front_end.text.splitter import QWEN_PATTERN
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
@@ -17,16 +17,13 @@ def embedded() -> Tokenizer:
 
 
 def qwen3_like() -> Tokenizer:
-    """The embedded model's vocabulary behind Qwen3's own normaliser, words and some of its added tokens."""
+    """The embedded model's vocabulary and added tokens behind Qwen3's own normaliser and words."""
     parts = json.loads(EMBEDDED.read_text())
     split = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     parts["normalizer"] = {"type": "NFC"}
     parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    tokenizer = Tokenizer.from_str(json.dumps(parts))
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>", "<tool_call>")])
-    return tokenizer
+    return Tokenizer.from_str(json.dumps(parts))
 
 
 def byte_fallback() -> Tokenizer:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from benchmarks.teacher_forcing import teacher_forced_logits
 from tandem_shared.errors import ConfigError, ModelError
@@ -70,12 +71,13 @@ def test_a_tied_head_that_differs_is_a_warning_and_an_equal_one_is_none(
 def test_the_eos_of_the_tokenizer_and_what_is_ignored_reach_the_worker(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = save_random_model(tmp_path)
+    folder = save_random_model(tmp_path, vocab_size=1024)
     shutil.copy(Path("tandem/embedded_model/tokenizer.json"), folder)
+    end_of_text = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|endoftext|>")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     change(folder, "generation_config.json", eos_token_id=5, repetition_penalty=1.05)
     with caplog.at_level(logging.WARNING):
-        assert make_runner(folder).info.eos_token_ids == (5, 0)
+        assert make_runner(folder).info.eos_token_ids == (5, end_of_text)
     assert "repetition_penalty 1.05" in caplog.text
 
 
