@@ -65,6 +65,7 @@ def serving(*flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
             process.wait(20)
 
 
+@pytest.mark.slow
 def test_serve_starts_a_killed_worker_again_and_the_stream_goes_on() -> None:
     params = SamplingParams(seed=1, max_tokens=400, ignore_eos=True)
     with serving() as (process, address), TandemClient(address) as client:

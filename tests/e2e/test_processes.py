@@ -39,6 +39,7 @@ def blocks_of(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+@pytest.mark.slow
 def test_two_engines_share_a_host(engine: Engine, start_engine: StartEngine) -> None:
     other = start_engine()
     ports = {service.port for each in (engine, other) for service in (each.worker, each.scheduler)}

@@ -50,10 +50,8 @@ def run(engine: Engine) -> list[list[int]]:
     return [stream.result() for stream in [engine.stream(request) for request in make_requests()]]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [pytest.param(CONFIGS["dense"], id="dense"), pytest.param(CONFIGS["moe"], id="moe", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [pytest.param(CONFIGS["dense"], id="dense"), pytest.param(CONFIGS["moe"], id="moe")])
 def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any], tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, dtype="float64", vocab_size=VOCAB_SIZE, **config)
     outputs, num_preemptions = {}, 0

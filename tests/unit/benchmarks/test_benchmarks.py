@@ -299,6 +299,7 @@ def test_the_table_runs_on_a_made_checkpoint(tmp_path: Path) -> None:
     assert report["rows"]["decode_b1"]["load"]["num_steps"] == 2 * (1 + 256 // 32 + 1)
 
 
+@pytest.mark.slow
 def test_the_load_generator_runs(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     serve.main(["embedded", *common_flags(32), "--clients", "2", "--rates", "20", "inf", "--out", str(out)])

@@ -117,6 +117,7 @@ def test_the_timeline_is_of_the_newest_results_on_a_gpu_and_is_deterministic(tmp
     assert not (tmp_path / "one" / "throughput.svg").exists()
 
 
+@pytest.mark.slow
 def test_gaps_are_measured_at_each_depth_and_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     gaps.main(["embedded", *common_flags(16), "--depths", "1", "2", "--batches", "1", "64", "--out", str(out)])

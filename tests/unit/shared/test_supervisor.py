@@ -195,6 +195,7 @@ def test_a_child_that_falls_silent_is_killed_and_started_again(start: Start) -> 
     assert "the child has been silent for 2 s; killing it" in log
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_was_stopped_does_not_blame_its_child(start: Start) -> None:
     family = start("stay", silence_limit_s=2.0)
     family.wait_lives(1)

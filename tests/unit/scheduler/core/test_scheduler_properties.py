@@ -53,6 +53,7 @@ def seen() -> Iterator[Counter[str]]:
     assert all(seen[event] for event in EVENTS), seen
 
 
+@pytest.mark.slow
 def test_ten_thousand_moves(seen: Counter[str]) -> None:
     run_moves(300)
     assert seen["moves"] >= 10_000
