@@ -45,6 +45,10 @@ ANCHORS: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {
 }
 
 
+VLLM_026_SATURATED_TOK_S = 15_341
+"""`vllm serve` 0.26.0, 0.6B shape, one H100, 512 sequences at most: nano256's 256 requests at once, as HTTP streams"""
+
+
 def anchors_of(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The anchors of each row of a results file of benchmarks.throughput; empty if its settings or device have none."""
     if report["scale"] != 1 or "H100" not in report["device"]:
