@@ -31,7 +31,7 @@ from tandem.client import TandemClient
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
 from tandem_shared.config import SchedulerSettings, WorkerSettings
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tandem_worker.runners.sampler import gumbel_noise, truncate
 from tandem_worker.startup import build_runner
 

@@ -17,8 +17,9 @@ from benchmarks.common import RESULTS, header, modelless_worker, percentiles, wr
 from tandem.internal.v1 import worker_pb2
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import decode_result, encode_plan, encode_result
-from tandem_shared.step_plan import RowSampling, StepPlan, StepResult
+from tandem_shared.step_plan import StepPlan, StepResult
 
 PARTS = ("schedule", "encode", "decode", "update")
 NUM_STEPS = 2000

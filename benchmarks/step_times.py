@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from benchmarks.checkpoint import COMMON, SIZES
 from benchmarks.common import header, write_json
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import PROTOCOL_VERSION
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
+from tandem_shared.step_plan import NewRow, StepPlan, WorkerInfo
 from tandem_worker.attention.triton_attention import TritonAttention
 from tandem_worker.checkpoint.model_config import ModelConfig
 from tandem_worker.layers.triton_operations import TritonOperations

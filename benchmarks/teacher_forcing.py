@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.attention.torch_attention import AttentionMetadata, ChunkMetadata, DecodeGroup
 from tandem_worker.runners.torch_runner import TorchRunner, widened
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tandem_shared.sampling_fields import RowSampling as RowSampling
+from tandem_shared.sampling_fields import RowSampling
 
 Int32Array = npt.NDArray[np.int32]
 

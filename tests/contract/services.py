@@ -25,7 +25,8 @@ from tandem_shared.config import STEP_TIMEOUT_S, SchedulerSettings
 from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.server import Server
-from tandem_shared.step_plan import RowSampling, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import WorkerInfo
 from tandem_worker.runners.runner import Runner
 from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 from tests.support.builders import worker_info

@@ -10,8 +10,9 @@ import pytest
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.server import Server
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import PROTOCOL_VERSION, encode_plan
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
 from tests.support.builders import worker_info
 from tests.support.fake_worker import FakeRunner

@@ -12,7 +12,7 @@ from benchmarks.teacher_forcing import relative_errors, teacher_forced_logits
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
 from tandem_shared.config import WorkerSettings
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tandem_worker.runners.sampler import gumbel_noise
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner

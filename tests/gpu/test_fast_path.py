@@ -18,8 +18,9 @@ from tandem.internal.v1 import worker_pb2
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_shared.config import WorkerSettings
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import encode_plan
-from tandem_shared.step_plan import RowSampling, StepPlan
+from tandem_shared.step_plan import StepPlan
 from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 from tandem_worker.runners.runner import Runner
 from tandem_worker.runners.torch_runner import TorchRunner

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu_exactness import FAILED, SAME, Request, judge_output, measure_logit_error
 from benchmarks.teacher_forcing import ForcedText
 from tandem.v1 import inference_pb2
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tests.e2e.services import Engine, generate_request
 from tests.e2e.test_tensor_parallel import ranks_of, wait_all_gone
 from tests.e2e.waiting import WAIT_S

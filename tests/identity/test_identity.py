@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import Load, SchedulerConfig, SequenceRequest
 from tandem_shared.config import WorkerSettings
-from tandem_shared.step_plan import RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import StepPlan
 from tandem_worker.runners.runner import PendingStep
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner

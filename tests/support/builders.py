@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from tandem_scheduler.core.types import SequenceRequest
-from tandem_shared.step_plan import RowSampling, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import WorkerInfo
 
 VOCAB_SIZE = 1000
 

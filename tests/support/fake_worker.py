@@ -16,13 +16,13 @@ import xxhash
 
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_shared.errors import InvalidPlan
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_plan import (
     FAULT_NAN_LOGITS,
     PADDING_BLOCK,
     NewRow,
     RowFault,
     RowLogprobs,
-    RowSampling,
     StepPlan,
     StepResult,
     WorkerInfo,

@@ -17,7 +17,7 @@ import numpy as np
 
 from tandem_scheduler.core.sequence import Sequence, SequenceState
 from tandem_scheduler.core.types import SequenceRequest
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 
 MAX_FAILED_TRIALS = 2
 """So many lost trials end a sequence if the worker said after the last one that a step had failed."""

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from tandem_shared.errors import ConfigError
-from tandem_shared.step_plan import Int32Array, RowLogprobs, RowSampling
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import Int32Array, RowLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ import xxhash
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import Counters, FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_shared.errors import TandemError
-from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, StepPlan, StepResult, WorkerInfo
 
 FORMAT = "tandem-schedule"
 VERSION = 5

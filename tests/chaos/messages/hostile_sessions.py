@@ -24,8 +24,9 @@ from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig
 from tandem_shared.errors import InvalidPlan
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_plan, unpack_ids
-from tandem_shared.step_plan import PADDING_BLOCK, NewRow, RowSampling, StepPlan, WorkerInfo
+from tandem_shared.step_plan import PADDING_BLOCK, NewRow, StepPlan, WorkerInfo
 from tests.chaos.messages.hostile_bytes import draw, hostile, mutated, swept
 from tests.chaos.messages.statuses import TABLE
 from tests.support.builders import create_request

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.text.detokenizer import UNFINISHED
-from tandem_shared.step_plan import RowSampling, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import WorkerInfo
 from tests.chaos.simulation.front_end import SimulatedFrontEnd
 from tests.chaos.simulation.worker import FLAWS, Flaw, now
 from tests.support.builders import create_request

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from tandem_scheduler.core.suspects import PROBE_ID
 from tandem_shared.errors import SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
-from tandem_shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult, WorkerInfo
 from tests.support.fake_worker import BrokenPlan, FakeRunner
 
 MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (

@@ -16,7 +16,8 @@ from tandem_scheduler.engine_interface import HEARTBEAT_S
 from tandem_scheduler.front_end import live_request
 from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
 from tandem_shared.errors import TandemError, WorkerUnavailable
-from tandem_shared.step_plan import RowSampling, StepPlan, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tests.chaos.simulation.calls import VOCAB_SIZE, Call, WrongAnswer, make_request
 from tests.chaos.simulation.checks import WatchedSink, check_books, check_end, check_error, watched_log
 from tests.chaos.simulation.faults import FAULTS

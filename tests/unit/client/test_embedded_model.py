@@ -17,7 +17,7 @@ from transformers.models.qwen3 import Qwen3ForCausalLM
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
 from tandem_shared.config import WorkerSettings
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tandem_worker.attention.choice import Conditions, why_not_triton
 from tandem_worker.startup import build_runner
 from tests.support.engine import run

@@ -19,8 +19,9 @@ from tandem_scheduler.front_end.grpc_api.request_codec import params_of
 from tandem_scheduler.front_end.validation import check_request
 from tandem_scheduler.processes.engine_codec import decode_submit, encode_submit
 from tandem_shared.errors import InvalidPlan, InvalidRequest
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import decode_plan, encode_plan
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan, WorkerInfo
+from tandem_shared.step_plan import NewRow, StepPlan, WorkerInfo
 from tandem_worker.runners.batch import Batch
 from tandem_worker.runners.row_options import RowOptions
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import (
     decode_info,
     decode_plan,
@@ -19,16 +20,7 @@ from tandem_shared.step_codec import (
     pack_ids,
     unpack_ids,
 )
-from tandem_shared.step_plan import (
-    NewRow,
-    RowFault,
-    RowLogprobs,
-    RowSampling,
-    StepPlan,
-    StepResult,
-    StepTimes,
-    WorkerInfo,
-)
+from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, StepPlan, StepResult, StepTimes, WorkerInfo
 
 numbers = st.integers(0, 2**31 - 1)
 arrays = st.lists(numbers, max_size=6).map(lambda values: np.array(values, np.int32))

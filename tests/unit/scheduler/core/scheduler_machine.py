@@ -20,7 +20,8 @@ from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS
 from tandem_scheduler.core.types import FinishedSequence, FinishReason, SchedulerConfig, SequenceRequest
 from tandem_shared.errors import InvalidRequest, QueueFull, RequestIdInUse
-from tandem_shared.step_plan import RowSampling, WorkerInfo
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import WorkerInfo
 from tests.support.builders import GREEDY, create_request, worker_info
 from tests.support.engine import Engine
 from tests.support.fake_worker import FakeRunner, expected_tokens

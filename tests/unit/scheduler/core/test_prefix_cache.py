@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tandem_scheduler.core.types import FinishReason
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.fake_worker import expected_tokens
 from tests.unit.scheduler.core.engines import launch, make_engine

@@ -4,7 +4,8 @@ import pytest
 
 from tandem_scheduler.core.types import FinishReason
 from tandem_shared.errors import ProtocolError
-from tandem_shared.step_plan import RowLogprobs, RowSampling, StepPlan, StepResult
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.engine import run
 from tests.support.fake_worker import expected_tokens

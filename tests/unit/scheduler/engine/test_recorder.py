@@ -13,7 +13,7 @@ import pytest
 from tandem_scheduler.core.types import Load, SchedulerConfig
 from tandem_scheduler.engine.recorder import VERSION, RecordingError, RecordingScheduler, replay
 from tandem_shared.errors import InvalidRequest, RequestIdInUse
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.engine import Engine
 from tests.support.fake_worker import FakeRunner, expected_tokens

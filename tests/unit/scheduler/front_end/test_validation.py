@@ -18,7 +18,7 @@ from tandem_scheduler.front_end.validation import (
     check_submission,
 )
 from tandem_shared.errors import InvalidRequest
-from tandem_shared.step_plan import RowSampling
+from tandem_shared.sampling_fields import RowSampling
 from tests.support.builders import create_request, worker_info
 from tests.support.tokenizers import WatchedTokenizer, embedded
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tandem_shared.errors import InvalidPlan
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.runners.batch import Batch
 
 

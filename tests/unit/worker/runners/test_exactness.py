@@ -13,7 +13,8 @@ from benchmarks.teacher_forcing import teacher_forced_logits
 from tandem_shared.config import WorkerSettings
 from tandem_shared.errors import ModelError
 from tandem_shared.model_folder import resolve_model
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.runners.torch_runner import TorchRunner
 from tandem_worker.startup import build_runner
 from tests.support.model_factory import save_random_model

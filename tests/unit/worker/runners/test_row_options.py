@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from tandem_shared.step_plan import NewRow, RowSampling
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow
 from tandem_worker.runners.row_options import RowOptions
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.runners.torch_runner import TorchRunner
 from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_exactness import make_runner, reference_logits

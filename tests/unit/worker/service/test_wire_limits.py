@@ -6,8 +6,9 @@ from google.protobuf.message import DecodeError
 
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import encode_plan
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.service.wire_limits import SMALL_BYTES, bounded_plan
 from tests.support.builders import worker_info
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from tandem_shared.config import WorkerSettings
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.runners.batch import StepWork
 from tandem_worker.runners.cuda.step_shapes import deal_chunks

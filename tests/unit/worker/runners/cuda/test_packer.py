@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tandem_shared.step_plan import NewRow, RowSampling, StepPlan
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.cuda.input_layout import InputLayout, MixedSections
 from tandem_worker.runners.cuda.packer import PackedStep, Packer
