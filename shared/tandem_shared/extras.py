@@ -13,6 +13,7 @@ _SCHEDULER_MODULES = (
     "grpc_health",
     "grpc_reflection",
     "huggingface_hub",
+    "llguidance",
     "numpy",
     "tokenizers",
     "xxhash",

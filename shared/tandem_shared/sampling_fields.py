@@ -76,16 +76,22 @@ def _declare(default: float | None, least: float, most: float, **places: Any) ->
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowSampling:
     """How a row samples. temperature 0 is greedy, top_k 0 does not limit, num_logprobs None reports no
-    log-probabilities. choice_index says which of a request's outputs the row is, so that those with one seed differ.
+    log-probabilities of the output, and num_prompt_logprobs None none of the prompt. choice_index says which of a
+    request's outputs the row is, so that those with one seed differ.
     """
 
     temperature: float = _declare(1.0, 0, FLOAT32_MAX, device_type="float32", has_model_default=True)
     top_k: int = _declare(0, 0, UINT32_MAX, device_type="int32", has_model_default=True)
     top_p: float = _declare(1.0, ABOVE_ZERO, 1, device_type="float32", has_model_default=True)
     min_p: float = _declare(0.0, 0, 1, device_type="float32", has_model_default=True)
+    presence_penalty: float = _declare(0.0, -2, 2, device_type="float32")
+    frequency_penalty: float = _declare(0.0, -2, 2, device_type="float32")
+    repetition_penalty: float = _declare(1.0, ABOVE_ZERO, FLOAT32_MAX, device_type="float32", has_model_default=True)
     seed: int = _declare(0, 0, UINT64_MAX, device_type="int64")
     choice_index: int = _declare(0, 0, UINT32_MAX, part="", device_type="int64")
+    min_tokens: int = _declare(0, 0, UINT32_MAX, part="stopping", device_type="int32")
     num_logprobs: int | None = _declare(None, 0, MAX_LOGPROBS, part="output")
+    num_prompt_logprobs: int | None = _declare(None, 0, MAX_LOGPROBS, part="output")
 
 
 FIELDS = tuple(

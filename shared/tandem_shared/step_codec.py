@@ -2,6 +2,7 @@
 file does not check.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
@@ -10,9 +11,11 @@ import numpy as np
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan, ProtocolError
 from tandem_shared.sampling_fields import FIELDS, MODEL_DEFAULT_FIELDS, RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, Grammar, SamplingLists
 from tandem_shared.step_plan import (
     Int32Array,
     NewRow,
+    PromptLogprobs,
     RowFault,
     RowLogprobs,
     StepPlan,
@@ -21,7 +24,7 @@ from tandem_shared.step_plan import (
     WorkerInfo,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 IDS = np.dtype("<i4")
 """The type of token and block ids on the wire. Varints would cost both ends a loop over the many ids of a prompt."""
@@ -76,10 +79,16 @@ def encode_result(result: StepResult) -> worker_pb2.StepResult:
         faults=[worker_pb2.RowFault(row=f.row, code=worker_pb2.RowFaultCode.ValueType(f.code)) for f in result.faults],
         logprobs=[
             worker_pb2.RowLogprobs(
-                row=r.row, logprob=r.logprob, top_token_ids=r.top_token_ids, top_logprobs=r.top_logprobs
+                row=r.row,
+                logprob=r.logprob,
+                top_token_ids=r.top_token_ids,
+                top_logprobs=r.top_logprobs,
+                rank=r.rank,
+                requested_logprobs=r.requested_logprobs,
             )
             for r in result.logprobs
         ],
+        prompt_logprobs=map(encode_prompt_logprobs, result.prompt_logprobs),
         times=worker_pb2.StepTimes(
             received_ns=times.received_ns,
             prepared_ns=times.prepared_ns,
@@ -99,9 +108,17 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
         token_ids=unpack_ids(message.token_ids).tolist(),
         faults=tuple(RowFault(fault.row, fault.code) for fault in message.faults),
         logprobs=tuple(
-            RowLogprobs(report.row, report.logprob, tuple(report.top_token_ids), tuple(report.top_logprobs))
+            RowLogprobs(
+                report.row,
+                report.logprob,
+                tuple(report.top_token_ids),
+                tuple(report.top_logprobs),
+                report.rank,
+                tuple(report.requested_logprobs),
+            )
             for report in message.logprobs
         ),
+        prompt_logprobs=tuple(map(decode_prompt_logprobs, message.prompt_logprobs)),
         times=StepTimes(
             received_ns=times.received_ns,
             prepared_ns=times.prepared_ns,
@@ -110,6 +127,30 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
             gpu_duration_ns=times.gpu_duration_ns,
             gpu_idle_ns=times.gpu_idle_ns,
         ),
+    )
+
+
+def encode_prompt_logprobs(report: PromptLogprobs) -> worker_pb2.PromptLogprobs:
+    return worker_pb2.PromptLogprobs(
+        row=report.row,
+        first_position=report.first_position,
+        logprobs=report.logprobs,
+        ranks=report.ranks,
+        num_top=report.num_top,
+        top_token_ids=pack_ids(report.top_token_ids),
+        top_logprobs=report.top_logprobs,
+    )
+
+
+def decode_prompt_logprobs(message: worker_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(
+        message.row,
+        message.first_position,
+        tuple(message.logprobs),
+        tuple(message.ranks),
+        message.num_top,
+        tuple(unpack_ids(message.top_token_ids).tolist()),
+        tuple(message.top_logprobs),
     )
 
 
@@ -173,6 +214,47 @@ def decode_sampling(message: worker_pb2.RowSampling) -> RowSampling:
     return RowSampling(*values)
 
 
+def encode_lists(lists: SamplingLists, message: worker_pb2.SamplingLists) -> None:
+    """Fills a new message, which is part of another one."""
+    message.stop_token_ids = pack_ids(lists.stop_token_ids)
+    message.bias_token_ids = pack_ids([token_id for token_id, _ in lists.logit_bias])
+    message.biases.extend(bias for _, bias in lists.logit_bias)
+    message.allowed_token_ids = pack_ids(lists.allowed_token_ids)
+    message.bad_word_token_ids = pack_ids([token_id for word in lists.bad_words for token_id in word])
+    message.bad_word_lengths.extend(map(len, lists.bad_words))
+    message.logprob_token_ids = pack_ids(lists.logprob_token_ids)
+    if (grammar := lists.grammar) is not None:
+        message.grammar.text = grammar.text
+        message.grammar.ignore_eos = grammar.ignore_eos
+        if grammar.start_after_token_id is not None:
+            message.grammar.start_after_token_id = grammar.start_after_token_id
+
+
+def decode_lists(message: worker_pb2.SamplingLists) -> SamplingLists:
+    """Raises ProtocolError if parallel fields do not fit each other."""
+    bias_ids, words = unpack_ids(message.bias_token_ids).tolist(), unpack_ids(message.bad_word_token_ids).tolist()
+    if len(bias_ids) != len(message.biases):
+        raise ProtocolError(f"{len(message.biases)} biases for {len(bias_ids)} tokens")
+    ends = list(itertools.accumulate(message.bad_word_lengths))
+    if (ends[-1] if ends else 0) != len(words):
+        raise ProtocolError("the lengths of the bad words do not add up to their tokens")
+    grammar = message.grammar
+    return SamplingLists(
+        stop_token_ids=tuple(unpack_ids(message.stop_token_ids).tolist()),
+        logit_bias=tuple(zip(bias_ids, message.biases, strict=True)),
+        allowed_token_ids=tuple(unpack_ids(message.allowed_token_ids).tolist()),
+        bad_words=tuple(tuple(words[start:end]) for start, end in itertools.pairwise([0, *ends])),
+        logprob_token_ids=tuple(unpack_ids(message.logprob_token_ids).tolist()),
+        grammar=Grammar(
+            grammar.text,
+            grammar.start_after_token_id if grammar.HasField("start_after_token_id") else None,
+            grammar.ignore_eos,
+        )
+        if message.HasField("grammar")
+        else None,
+    )
+
+
 def _encode_row(row: NewRow) -> worker_pb2.NewRow:
     message = worker_pb2.NewRow(
         row=row.row,
@@ -184,6 +266,8 @@ def _encode_row(row: NewRow) -> worker_pb2.NewRow:
         block_ids=pack_ids(row.block_ids),
     )
     encode_sampling(row.sampling, message.sampling)
+    if row.lists is not NO_LISTS and row.lists:
+        encode_lists(row.lists, message.lists)
     return message
 
 
@@ -198,6 +282,7 @@ def _decode_row(message: worker_pb2.NewRow) -> NewRow:
             num_cached_tokens=message.num_cached_tokens,
             block_ids=unpack_ids(message.block_ids),
             sampling=decode_sampling(message.sampling),
+            lists=decode_lists(message.lists) if message.HasField("lists") else NO_LISTS,
         )
     except ProtocolError as error:
         raise InvalidPlan(f"added row {message.row}: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -19,6 +20,10 @@ PADDING_BLOCK = 0
 
 FAULT_NAN_LOGITS = 1
 """The RowFault code of a row whose logits hold NaN or nothing finite."""
+FAULT_GRAMMAR = 2
+"""The RowFault code of a row whose grammar failed, or needed more than its limits."""
+FAULT_NO_TOKEN = 3
+"""The RowFault code of a row whose lists leave no token to sample."""
 
 
 def _no_ints() -> Int32Array:
@@ -39,6 +44,7 @@ class NewRow:
     num_cached_tokens: int
     block_ids: Int32Array
     sampling: RowSampling
+    lists: SamplingLists = NO_LISTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +72,29 @@ class RowFault:
 
 @dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """The natural log-probabilities of a row's sampled token and of the likeliest tokens, likeliest first."""
+    """The natural log-probabilities of a row's sampled token, of the likeliest tokens, likeliest first, and of the
+    row's logprob_token_ids, in their order. rank is 1 plus the number of tokens likelier than the sampled one.
+    """
 
     row: int
     logprob: float
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+    rank: int = 1
+    requested_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """The log-probabilities of prompt tokens at consecutive positions, each given the tokens before it. logprobs and
+    ranks have an entry for each position; top_token_ids and top_logprobs have num_top, likeliest first.
+    """
+
+    row: int
+    first_position: int
+    logprobs: tuple[float, ...]
+    ranks: tuple[int, ...]
+    num_top: int = 0
     top_token_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
 
@@ -99,6 +124,7 @@ class StepResult:
     token_ids: list[int]
     faults: tuple[RowFault, ...] = ()
     logprobs: tuple[RowLogprobs, ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
     times: StepTimes = field(default_factory=StepTimes)
 
 

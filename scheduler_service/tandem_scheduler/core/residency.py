@@ -75,6 +75,7 @@ class Residency:
             num_cached_tokens=num_cached,
             block_ids=np.array(block_table, np.int32),
             sampling=sequence.request.sampling,
+            lists=sequence.request.lists,
         )
 
     def grow(self, sequence: Sequence) -> int:

@@ -5,6 +5,7 @@ from enum import Enum
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 from tandem_shared.step_plan import Int32Array, RowLogprobs
 
 
@@ -63,6 +64,7 @@ class SequenceRequest:
     cache_salt: str = ""
     deadline: float | None = None
     """When the sequence ends if it still waits, by the clock whose time Scheduler.expire() is told, in seconds."""
+    lists: SamplingLists = NO_LISTS
 
     def has_expired(self, now: float) -> bool:
         return self.deadline is not None and self.deadline <= now

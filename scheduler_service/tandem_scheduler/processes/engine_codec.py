@@ -8,7 +8,17 @@ from tandem_scheduler.core.types import FinishReason, SequenceRequest
 from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
 from tandem_shared.errors import ProtocolError, TandemError
 from tandem_shared.rpc.rich_status import read_status, status_of
-from tandem_shared.step_codec import decode_info, decode_sampling, encode_info, encode_sampling, pack_ids, unpack_ids
+from tandem_shared.sampling_lists import NO_LISTS
+from tandem_shared.step_codec import (
+    decode_info,
+    decode_lists,
+    decode_sampling,
+    encode_info,
+    encode_lists,
+    encode_sampling,
+    pack_ids,
+    unpack_ids,
+)
 from tandem_shared.step_plan import RowLogprobs
 
 _REASONS = {
@@ -36,6 +46,8 @@ def encode_submit(submission: Submission) -> engine_pb2.SubmitRequest:
         deadline=first.deadline,
     )
     encode_sampling(first.sampling, message.sampling)
+    if first.lists:
+        encode_lists(first.lists, message.lists)
     return message
 
 
@@ -45,6 +57,7 @@ def decode_submit(message: engine_pb2.SubmitRequest) -> Submission:
         prompt_token_ids=unpack_ids(message.prompt_token_ids),
         max_tokens=message.max_tokens,
         sampling=decode_sampling(message.sampling),
+        lists=decode_lists(message.lists) if message.HasField("lists") else NO_LISTS,
         stop_token_ids=frozenset(message.stop_token_ids),
         priority=message.priority,
         cache_salt=message.cache_salt,

@@ -137,6 +137,7 @@ class SubmitRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    LISTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, which no live request of any front end may have."""
     first_handle: _builtins.int
@@ -169,6 +170,10 @@ class SubmitRequest(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end a sequence, with the model's end-of-sequence tokens unless they are ignored."""
 
+    @_builtins.property
+    def lists(self) -> _worker_pb2.SamplingLists:
+        """What the sequences ask of sampling beside numbers. Absent if that is nothing."""
+
     def __init__(
         self,
         *,
@@ -183,10 +188,11 @@ class SubmitRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
         deadline: _builtins.float | None = ...,
+        lists: _worker_pb2.SamplingLists | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "deadline", b"deadline", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "deadline", b"deadline", "lists", b"lists", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "cache_salt", b"cache_salt", "deadline", b"deadline", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "cache_salt", b"cache_salt", "deadline", b"deadline", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "lists", b"lists", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline: _TypeAlias = _typing.Literal["deadline"]  # noqa: Y015
     _WhichOneofArgType__deadline: _TypeAlias = _typing.Literal["_deadline", b"_deadline"]  # noqa: Y015
@@ -259,6 +265,7 @@ class AttachResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     token_handles: _builtins.bytes
     """The sequences that have new tokens, as uint64, little-endian. A sequence is there once for each of its tokens."""
     token_ids: _builtins.bytes
@@ -279,6 +286,12 @@ class AttachResponse(_message.Message):
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceEnd]:
         """Sequences that have ended. No token of theirs comes after this message."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequencePromptLogprobs]:
+        """The log-probabilities of prompt tokens, for sequences that asked for them. They come before the first token of their
+        sequence, or with it.
+        """
+
     def __init__(
         self,
         *,
@@ -288,14 +301,43 @@ class AttachResponse(_message.Message):
         token_ids: _builtins.bytes = ...,
         logprobs: Global___TokenLogprobs | None = ...,
         ends: _abc.Iterable[Global___SequenceEnd] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___SequencePromptLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "logprobs", b"logprobs", "state", b"state", "submit_replies", b"submit_replies", "token_handles", b"token_handles", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "state", b"state", "submit_replies", b"submit_replies", "token_handles", b"token_handles", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class SequencePromptLogprobs(_message.Message):
+    """The log-probabilities of a sequence's prompt tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    handle: _builtins.int
+    """The sequence."""
+    @_builtins.property
+    def report(self) -> _worker_pb2.PromptLogprobs:
+        """The report. Its positions follow those of the sequence's report before."""
+
+    def __init__(
+        self,
+        *,
+        handle: _builtins.int = ...,
+        report: _worker_pb2.PromptLogprobs | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequencePromptLogprobs: _TypeAlias = SequencePromptLogprobs  # noqa: Y015
 
 @_typing.final
 class EngineState(_message.Message):
@@ -370,6 +412,9 @@ class TokenLogprobs(_message.Message):
     NUM_TOP_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTED_FIELD_NUMBER: _builtins.int
+    REQUESTED_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The sequence."""
@@ -390,6 +435,18 @@ class TokenLogprobs(_message.Message):
     def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Parallel to top_token_ids: their natural log-probabilities."""
 
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """1 plus the number of tokens that are likelier than the token."""
+
+    @_builtins.property
+    def num_requested(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The number of log-probabilities of logprob_token_ids."""
+
+    @_builtins.property
+    def requested_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The natural log-probabilities of logprob_token_ids, in their order."""
+
     def __init__(
         self,
         *,
@@ -398,10 +455,13 @@ class TokenLogprobs(_message.Message):
         num_top: _abc.Iterable[_builtins.int] | None = ...,
         top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        num_requested: _abc.Iterable[_builtins.int] | None = ...,
+        requested_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "logprobs", b"logprobs", "num_top", b"num_top", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "logprobs", b"logprobs", "num_requested", b"num_requested", "num_top", b"num_top", "ranks", b"ranks", "requested_logprobs", b"requested_logprobs", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

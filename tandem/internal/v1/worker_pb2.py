@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftandem/internal/v1/worker.proto\x12\x12tandem.internal.v1\"\x16\n\x14GetWorkerInfoRequest\"\x95\x04\n\x15GetWorkerInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1a\n\x12worker_instance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\n \x01(\r\x12\x14\n\x0cmax_num_rows\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12 \n\x13\x64\x65\x66\x61ult_temperature\x18\x0e \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\rdefault_top_k\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rdefault_top_p\x18\x10 \x01(\x02H\x02\x88\x01\x01\x12\x1a\n\rdefault_min_p\x18\x11 \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10tokenizer_digest\x18\x12 \x01(\tB\x16\n\x14_default_temperatureB\x10\n\x0e_default_top_kB\x10\n\x0e_default_top_pB\x10\n\x0e_default_min_p\"|\n\x13\x45xecuteStepsRequest\x12/\n\x04open\x18\x01 \x01(\x0b\x32\x1f.tandem.internal.v1.OpenSessionH\x00\x12,\n\x04plan\x18\x02 \x01(\x0b\x32\x1c.tandem.internal.v1.StepPlanH\x00\x42\x06\n\x04kind\"\xcc\x01\n\x14\x45xecuteStepsResponse\x12\x33\n\x06opened\x18\x01 \x01(\x0b\x32!.tandem.internal.v1.SessionOpenedH\x00\x12\x30\n\x06result\x18\x02 \x01(\x0b\x32\x1e.tandem.internal.v1.StepResultH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.tandem.internal.v1.ProgressH\x00\x12\x13\n\tlast_word\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x0bOpenSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\x12\x15\n\rsession_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12worker_instance_id\x18\x04 \x01(\t\x12\x1a\n\x12num_live_sequences\x18\x05 \x01(\r\"\x0f\n\rSessionOpened\"\n\n\x08Progress\"\xc8\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0cremoved_rows\x18\x02 \x03(\r\x12.\n\nadded_rows\x18\x03 \x03(\x0b\x32\x1a.tandem.internal.v1.NewRow\x12\x1b\n\x13\x61ppended_block_rows\x18\x04 \x03(\r\x12\x1a\n\x12\x61ppended_block_ids\x18\x05 \x03(\r\x12\x12\n\nchunk_rows\x18\x06 \x03(\r\x12\x18\n\x10\x63hunk_num_tokens\x18\x07 \x03(\r\"\xd6\x01\n\x06NewRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x11\n\tblock_ids\x18\x07 \x01(\x0c\x12\x31\n\x08sampling\x18\x08 \x01(\x0b\x32\x1f.tandem.internal.v1.RowSampling\"\x9f\x01\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_num_logprobs\"\xd6\x01\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x15\n\rnum_token_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12,\n\x06\x66\x61ults\x18\x04 \x03(\x0b\x32\x1c.tandem.internal.v1.RowFault\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.tandem.internal.v1.RowLogprobs\x12,\n\x05times\x18\x06 \x01(\x0b\x32\x1d.tandem.internal.v1.StepTimes\"G\n\x08RowFault\x12\x0b\n\x03row\x18\x01 \x01(\r\x12.\n\x04\x63ode\x18\x02 \x01(\x0e\x32 .tandem.internal.v1.RowFaultCode\"X\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\x88\x01\n\tStepTimes\x12\x13\n\x0breceived_ns\x18\x01 \x01(\x04\x12\x13\n\x0bprepared_ns\x18\x02 \x01(\x04\x12\x12\n\nsampled_ns\x18\x03 \x01(\x04\x12\x0f\n\x07sent_ns\x18\x04 \x01(\x04\x12\x17\n\x0fgpu_duration_ns\x18\x05 \x01(\x04\x12\x13\n\x0bgpu_idle_ns\x18\x06 \x01(\x04*\xf3\x01\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x01\x12 \n\x1c\x45RROR_REASON_SESSION_REFUSED\x10\x02\x12\x1e\n\x1a\x45RROR_REASON_SESSION_TAKEN\x10\x03\x12\x1d\n\x19\x45RROR_REASON_INVALID_PLAN\x10\x04\x12#\n\x1f\x45RROR_REASON_UNEXPECTED_MESSAGE\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_WORKER_FAILED\x10\x06*M\n\x0cRowFaultCode\x12\x1e\n\x1aROW_FAULT_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ROW_FAULT_CODE_NAN_LOGITS\x10\x01\x32\xdc\x01\n\rWorkerService\x12\x64\n\rGetWorkerInfo\x12(.tandem.internal.v1.GetWorkerInfoRequest\x1a).tandem.internal.v1.GetWorkerInfoResponse\x12\x65\n\x0c\x45xecuteSteps\x12\'.tandem.internal.v1.ExecuteStepsRequest\x1a(.tandem.internal.v1.ExecuteStepsResponse(\x01\x30\x01\x42P\n\x12tandem.internal.v1P\x01Z#tandem/internal/v1;tandeminternalv1\xaa\x02\x12Tandem.Internal.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftandem/internal/v1/worker.proto\x12\x12tandem.internal.v1\"\x16\n\x14GetWorkerInfoRequest\"\xdd\x04\n\x15GetWorkerInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x1a\n\x12worker_instance_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x12\n\nvocab_size\x18\x07 \x01(\r\x12\x15\n\rmax_model_len\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\n \x01(\r\x12\x14\n\x0cmax_num_rows\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12 \n\x13\x64\x65\x66\x61ult_temperature\x18\x0e \x01(\x02H\x00\x88\x01\x01\x12\x1a\n\rdefault_top_k\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x1a\n\rdefault_top_p\x18\x10 \x01(\x02H\x02\x88\x01\x01\x12\x1a\n\rdefault_min_p\x18\x11 \x01(\x02H\x03\x88\x01\x01\x12\'\n\x1a\x64\x65\x66\x61ult_repetition_penalty\x18\x13 \x01(\x02H\x04\x88\x01\x01\x12\x18\n\x10tokenizer_digest\x18\x12 \x01(\tB\x16\n\x14_default_temperatureB\x10\n\x0e_default_top_kB\x10\n\x0e_default_top_pB\x10\n\x0e_default_min_pB\x1d\n\x1b_default_repetition_penalty\"|\n\x13\x45xecuteStepsRequest\x12/\n\x04open\x18\x01 \x01(\x0b\x32\x1f.tandem.internal.v1.OpenSessionH\x00\x12,\n\x04plan\x18\x02 \x01(\x0b\x32\x1c.tandem.internal.v1.StepPlanH\x00\x42\x06\n\x04kind\"\xcc\x01\n\x14\x45xecuteStepsResponse\x12\x33\n\x06opened\x18\x01 \x01(\x0b\x32!.tandem.internal.v1.SessionOpenedH\x00\x12\x30\n\x06result\x18\x02 \x01(\x0b\x32\x1e.tandem.internal.v1.StepResultH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.tandem.internal.v1.ProgressH\x00\x12\x13\n\tlast_word\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04kind\"\x8c\x01\n\x0bOpenSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cscheduler_id\x18\x02 \x01(\t\x12\x15\n\rsession_epoch\x18\x03 \x01(\x04\x12\x1a\n\x12worker_instance_id\x18\x04 \x01(\t\x12\x1a\n\x12num_live_sequences\x18\x05 \x01(\r\"\x0f\n\rSessionOpened\"\n\n\x08Progress\"\xc8\x01\n\x08StepPlan\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0cremoved_rows\x18\x02 \x03(\r\x12.\n\nadded_rows\x18\x03 \x03(\x0b\x32\x1a.tandem.internal.v1.NewRow\x12\x1b\n\x13\x61ppended_block_rows\x18\x04 \x03(\r\x12\x1a\n\x12\x61ppended_block_ids\x18\x05 \x03(\r\x12\x12\n\nchunk_rows\x18\x06 \x03(\r\x12\x18\n\x10\x63hunk_num_tokens\x18\x07 \x03(\r\"\x88\x02\n\x06NewRow\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x13\n\x0bsequence_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x11\n\tblock_ids\x18\x07 \x01(\x0c\x12\x31\n\x08sampling\x18\x08 \x01(\x0b\x32\x1f.tandem.internal.v1.RowSampling\x12\x30\n\x05lists\x18\t \x01(\x0b\x32!.tandem.internal.v1.SamplingLists\"\xbe\x02\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x07 \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0c \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"\xe9\x01\n\rSamplingLists\x12\x16\n\x0estop_token_ids\x18\x01 \x01(\x0c\x12\x16\n\x0e\x62ias_token_ids\x18\x02 \x01(\x0c\x12\x0e\n\x06\x62iases\x18\x03 \x03(\x02\x12\x19\n\x11\x61llowed_token_ids\x18\x04 \x01(\x0c\x12\x1a\n\x12\x62\x61\x64_word_token_ids\x18\x05 \x01(\x0c\x12\x18\n\x10\x62\x61\x64_word_lengths\x18\x06 \x03(\r\x12\x19\n\x11logprob_token_ids\x18\x07 \x01(\x0c\x12,\n\x07grammar\x18\x08 \x01(\x0b\x32\x1b.tandem.internal.v1.Grammar\"g\n\x07Grammar\x12\x0c\n\x04text\x18\x01 \x01(\t\x12!\n\x14start_after_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x42\x17\n\x15_start_after_token_id\"\x93\x02\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x15\n\rnum_token_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12,\n\x06\x66\x61ults\x18\x04 \x03(\x0b\x32\x1c.tandem.internal.v1.RowFault\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.tandem.internal.v1.RowLogprobs\x12,\n\x05times\x18\x06 \x01(\x0b\x32\x1d.tandem.internal.v1.StepTimes\x12;\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\".tandem.internal.v1.PromptLogprobs\"G\n\x08RowFault\x12\x0b\n\x03row\x18\x01 \x01(\r\x12.\n\x04\x63ode\x18\x02 \x01(\x0e\x32 .tandem.internal.v1.RowFaultCode\"\x82\x01\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x1a\n\x12requested_logprobs\x18\x06 \x03(\x02\"\x94\x01\n\x0ePromptLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\x0f\n\x07num_top\x18\x05 \x01(\r\x12\x15\n\rtop_token_ids\x18\x06 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x07 \x03(\x02\"\x88\x01\n\tStepTimes\x12\x13\n\x0breceived_ns\x18\x01 \x01(\x04\x12\x13\n\x0bprepared_ns\x18\x02 \x01(\x04\x12\x12\n\nsampled_ns\x18\x03 \x01(\x04\x12\x0f\n\x07sent_ns\x18\x04 \x01(\x04\x12\x17\n\x0fgpu_duration_ns\x18\x05 \x01(\x04\x12\x13\n\x0bgpu_idle_ns\x18\x06 \x01(\x04*\xf3\x01\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\x01\x12 \n\x1c\x45RROR_REASON_SESSION_REFUSED\x10\x02\x12\x1e\n\x1a\x45RROR_REASON_SESSION_TAKEN\x10\x03\x12\x1d\n\x19\x45RROR_REASON_INVALID_PLAN\x10\x04\x12#\n\x1f\x45RROR_REASON_UNEXPECTED_MESSAGE\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_WORKER_FAILED\x10\x06*\x86\x01\n\x0cRowFaultCode\x12\x1e\n\x1aROW_FAULT_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ROW_FAULT_CODE_NAN_LOGITS\x10\x01\x12\x1a\n\x16ROW_FAULT_CODE_GRAMMAR\x10\x02\x12\x1b\n\x17ROW_FAULT_CODE_NO_TOKEN\x10\x03\x32\xdc\x01\n\rWorkerService\x12\x64\n\rGetWorkerInfo\x12(.tandem.internal.v1.GetWorkerInfoRequest\x1a).tandem.internal.v1.GetWorkerInfoResponse\x12\x65\n\x0c\x45xecuteSteps\x12\'.tandem.internal.v1.ExecuteStepsRequest\x1a(.tandem.internal.v1.ExecuteStepsResponse(\x01\x30\x01\x42P\n\x12tandem.internal.v1P\x01Z#tandem/internal/v1;tandeminternalv1\xaa\x02\x12Tandem.Internal.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,38 +32,44 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.internal.v1.worker_p
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\022tandem.internal.v1P\001Z#tandem/internal/v1;tandeminternalv1\252\002\022Tandem.Internal.V1'
-  _globals['_ERRORREASON']._serialized_start=2222
-  _globals['_ERRORREASON']._serialized_end=2465
-  _globals['_ROWFAULTCODE']._serialized_start=2467
-  _globals['_ROWFAULTCODE']._serialized_end=2544
+  _globals['_ERRORREASON']._serialized_start=3099
+  _globals['_ERRORREASON']._serialized_end=3342
+  _globals['_ROWFAULTCODE']._serialized_start=3345
+  _globals['_ROWFAULTCODE']._serialized_end=3479
   _globals['_GETWORKERINFOREQUEST']._serialized_start=55
   _globals['_GETWORKERINFOREQUEST']._serialized_end=77
   _globals['_GETWORKERINFORESPONSE']._serialized_start=80
-  _globals['_GETWORKERINFORESPONSE']._serialized_end=613
-  _globals['_EXECUTESTEPSREQUEST']._serialized_start=615
-  _globals['_EXECUTESTEPSREQUEST']._serialized_end=739
-  _globals['_EXECUTESTEPSRESPONSE']._serialized_start=742
-  _globals['_EXECUTESTEPSRESPONSE']._serialized_end=946
-  _globals['_OPENSESSION']._serialized_start=949
-  _globals['_OPENSESSION']._serialized_end=1089
-  _globals['_SESSIONOPENED']._serialized_start=1091
-  _globals['_SESSIONOPENED']._serialized_end=1106
-  _globals['_PROGRESS']._serialized_start=1108
-  _globals['_PROGRESS']._serialized_end=1118
-  _globals['_STEPPLAN']._serialized_start=1121
-  _globals['_STEPPLAN']._serialized_end=1321
-  _globals['_NEWROW']._serialized_start=1324
-  _globals['_NEWROW']._serialized_end=1538
-  _globals['_ROWSAMPLING']._serialized_start=1541
-  _globals['_ROWSAMPLING']._serialized_end=1700
-  _globals['_STEPRESULT']._serialized_start=1703
-  _globals['_STEPRESULT']._serialized_end=1917
-  _globals['_ROWFAULT']._serialized_start=1919
-  _globals['_ROWFAULT']._serialized_end=1990
-  _globals['_ROWLOGPROBS']._serialized_start=1992
-  _globals['_ROWLOGPROBS']._serialized_end=2080
-  _globals['_STEPTIMES']._serialized_start=2083
-  _globals['_STEPTIMES']._serialized_end=2219
-  _globals['_WORKERSERVICE']._serialized_start=2547
-  _globals['_WORKERSERVICE']._serialized_end=2767
+  _globals['_GETWORKERINFORESPONSE']._serialized_end=685
+  _globals['_EXECUTESTEPSREQUEST']._serialized_start=687
+  _globals['_EXECUTESTEPSREQUEST']._serialized_end=811
+  _globals['_EXECUTESTEPSRESPONSE']._serialized_start=814
+  _globals['_EXECUTESTEPSRESPONSE']._serialized_end=1018
+  _globals['_OPENSESSION']._serialized_start=1021
+  _globals['_OPENSESSION']._serialized_end=1161
+  _globals['_SESSIONOPENED']._serialized_start=1163
+  _globals['_SESSIONOPENED']._serialized_end=1178
+  _globals['_PROGRESS']._serialized_start=1180
+  _globals['_PROGRESS']._serialized_end=1190
+  _globals['_STEPPLAN']._serialized_start=1193
+  _globals['_STEPPLAN']._serialized_end=1393
+  _globals['_NEWROW']._serialized_start=1396
+  _globals['_NEWROW']._serialized_end=1660
+  _globals['_ROWSAMPLING']._serialized_start=1663
+  _globals['_ROWSAMPLING']._serialized_end=1981
+  _globals['_SAMPLINGLISTS']._serialized_start=1984
+  _globals['_SAMPLINGLISTS']._serialized_end=2217
+  _globals['_GRAMMAR']._serialized_start=2219
+  _globals['_GRAMMAR']._serialized_end=2322
+  _globals['_STEPRESULT']._serialized_start=2325
+  _globals['_STEPRESULT']._serialized_end=2600
+  _globals['_ROWFAULT']._serialized_start=2602
+  _globals['_ROWFAULT']._serialized_end=2673
+  _globals['_ROWLOGPROBS']._serialized_start=2676
+  _globals['_ROWLOGPROBS']._serialized_end=2806
+  _globals['_PROMPTLOGPROBS']._serialized_start=2809
+  _globals['_PROMPTLOGPROBS']._serialized_end=2957
+  _globals['_STEPTIMES']._serialized_start=2960
+  _globals['_STEPTIMES']._serialized_end=3096
+  _globals['_WORKERSERVICE']._serialized_start=3482
+  _globals['_WORKERSERVICE']._serialized_end=3702
 # @@protoc_insertion_point(module_scope)

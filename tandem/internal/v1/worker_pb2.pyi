@@ -71,6 +71,10 @@ class _RowFaultCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowFault
     """Never sent."""
     ROW_FAULT_CODE_NAN_LOGITS: _RowFaultCode.ValueType  # 1
     """The row's logits hold NaN, or nothing finite."""
+    ROW_FAULT_CODE_GRAMMAR: _RowFaultCode.ValueType  # 2
+    """The row's grammar failed, or needed more than its limits."""
+    ROW_FAULT_CODE_NO_TOKEN: _RowFaultCode.ValueType  # 3
+    """What the row asks leaves no token to sample."""
 
 class RowFaultCode(_RowFaultCode, metaclass=_RowFaultCodeEnumTypeWrapper):
     """What is wrong with a row."""
@@ -79,6 +83,10 @@ ROW_FAULT_CODE_UNSPECIFIED: RowFaultCode.ValueType  # 0
 """Never sent."""
 ROW_FAULT_CODE_NAN_LOGITS: RowFaultCode.ValueType  # 1
 """The row's logits hold NaN, or nothing finite."""
+ROW_FAULT_CODE_GRAMMAR: RowFaultCode.ValueType  # 2
+"""The row's grammar failed, or needed more than its limits."""
+ROW_FAULT_CODE_NO_TOKEN: RowFaultCode.ValueType  # 3
+"""What the row asks leaves no token to sample."""
 Global___RowFaultCode: _TypeAlias = RowFaultCode  # noqa: Y015
 
 @_typing.final
@@ -121,6 +129,7 @@ class GetWorkerInfoResponse(_message.Message):
     DEFAULT_TOP_K_FIELD_NUMBER: _builtins.int
     DEFAULT_TOP_P_FIELD_NUMBER: _builtins.int
     DEFAULT_MIN_P_FIELD_NUMBER: _builtins.int
+    DEFAULT_REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """The version of this protocol. Scheduler and worker must have the same."""
@@ -154,6 +163,8 @@ class GetWorkerInfoResponse(_message.Message):
     """The model's default top_p, if its generation_config.json has one."""
     default_min_p: _builtins.float
     """The model's default min_p, if its generation_config.json has one."""
+    default_repetition_penalty: _builtins.float
+    """The model's default repetition_penalty, if its generation_config.json has one."""
     tokenizer_digest: _builtins.str
     """A digest of the tokenizer.json in the model's folder. Empty if there is none."""
     @_builtins.property
@@ -180,14 +191,17 @@ class GetWorkerInfoResponse(_message.Message):
         default_top_k: _builtins.int | None = ...,
         default_top_p: _builtins.float | None = ...,
         default_min_p: _builtins.float | None = ...,
+        default_repetition_penalty: _builtins.float | None = ...,
         tokenizer_digest: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_repetition_penalty", b"_default_repetition_penalty", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "default_min_p", b"default_min_p", "default_repetition_penalty", b"default_repetition_penalty", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "block_size_tokens", b"block_size_tokens", "default_min_p", b"default_min_p", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_rows", b"max_num_rows", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p", "_default_repetition_penalty", b"_default_repetition_penalty", "_default_temperature", b"_default_temperature", "_default_top_k", b"_default_top_k", "_default_top_p", b"_default_top_p", "block_size_tokens", b"block_size_tokens", "default_min_p", b"default_min_p", "default_repetition_penalty", b"default_repetition_penalty", "default_temperature", b"default_temperature", "default_top_k", b"default_top_k", "default_top_p", b"default_top_p", "device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_rows", b"max_num_rows", "model", b"model", "num_blocks", b"num_blocks", "protocol_version", b"protocol_version", "tokenizer_digest", b"tokenizer_digest", "vocab_size", b"vocab_size", "worker_instance_id", b"worker_instance_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__default_min_p: _TypeAlias = _typing.Literal["default_min_p"]  # noqa: Y015
     _WhichOneofArgType__default_min_p: _TypeAlias = _typing.Literal["_default_min_p", b"_default_min_p"]  # noqa: Y015
+    _WhichOneofReturnType__default_repetition_penalty: _TypeAlias = _typing.Literal["default_repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__default_repetition_penalty: _TypeAlias = _typing.Literal["_default_repetition_penalty", b"_default_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__default_temperature: _TypeAlias = _typing.Literal["default_temperature"]  # noqa: Y015
     _WhichOneofArgType__default_temperature: _TypeAlias = _typing.Literal["_default_temperature", b"_default_temperature"]  # noqa: Y015
     _WhichOneofReturnType__default_top_k: _TypeAlias = _typing.Literal["default_top_k"]  # noqa: Y015
@@ -196,6 +210,8 @@ class GetWorkerInfoResponse(_message.Message):
     _WhichOneofArgType__default_top_p: _TypeAlias = _typing.Literal["_default_top_p", b"_default_top_p"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_min_p) -> _WhichOneofReturnType__default_min_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__default_repetition_penalty) -> _WhichOneofReturnType__default_repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_temperature) -> _WhichOneofReturnType__default_temperature | None: ...
     @_typing.overload
@@ -441,6 +457,7 @@ class NewRow(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    LISTS_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Its row, below max_num_rows."""
     sequence_id: _builtins.int
@@ -461,6 +478,10 @@ class NewRow(_message.Message):
     def sampling(self) -> Global___RowSampling:
         """How its tokens are sampled."""
 
+    @_builtins.property
+    def lists(self) -> Global___SamplingLists:
+        """What it asks of sampling beside numbers. Absent if that is nothing."""
+
     def __init__(
         self,
         *,
@@ -472,10 +493,11 @@ class NewRow(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         block_ids: _builtins.bytes = ...,
         sampling: Global___RowSampling | None = ...,
+        lists: Global___SamplingLists | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lists", b"lists", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "num_cached_tokens", b"num_cached_tokens", "num_computed_tokens", b"num_computed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "row", b"row", "sampling", b"sampling", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "lists", b"lists", "num_cached_tokens", b"num_cached_tokens", "num_computed_tokens", b"num_computed_tokens", "num_prompt_tokens", b"num_prompt_tokens", "row", b"row", "sampling", b"sampling", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -491,9 +513,14 @@ class RowSampling(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits: 0 or more, finite. 0 takes the likeliest token."""
     top_k: _builtins.int
@@ -502,12 +529,26 @@ class RowSampling(_message.Message):
     """Sample among the smallest set of likeliest tokens whose probabilities add up to top_p, in (0, 1]."""
     min_p: _builtins.float
     """Sample among tokens that are at least min_p times as likely as the likeliest one, in [0, 1]."""
+    presence_penalty: _builtins.float
+    """Subtracted from the logit of each token that is in the output, in [-2, 2]."""
+    frequency_penalty: _builtins.float
+    """Subtracted from the logit of each token, times how often it is in the output, in [-2, 2]."""
+    repetition_penalty: _builtins.float
+    """The logit of each token that is in the prompt or the output is divided by it where it is positive, and multiplied
+    with it where it is negative: above 0 and finite. It comes before the other two penalties.
+    """
     seed: _builtins.int
     """Seeds the random numbers."""
     choice_index: _builtins.int
     """Which of a request's choices this is, from 0, so that choices with one seed differ."""
+    min_tokens: _builtins.int
+    """Before the output has so many tokens, the stop_token_ids of SamplingLists are impossible."""
     num_logprobs: _builtins.int
     """If set, the row's log-probabilities are reported, with those of this many likeliest tokens, 0 to 20."""
+    num_prompt_logprobs: _builtins.int
+    """If set, the log-probabilities of the prompt's tokens but the first are reported by the steps that compute the tokens
+    before them, each with those of this many likeliest tokens, 0 to 20.
+    """
     def __init__(
         self,
         *,
@@ -515,19 +556,122 @@ class RowSampling(_message.Message):
         top_k: _builtins.int = ...,
         top_p: _builtins.float = ...,
         min_p: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        repetition_penalty: _builtins.float = ...,
         seed: _builtins.int = ...,
         choice_index: _builtins.int = ...,
+        min_tokens: _builtins.int = ...,
         num_logprobs: _builtins.int | None = ...,
+        num_prompt_logprobs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "_num_prompt_logprobs", b"_num_prompt_logprobs", "num_logprobs", b"num_logprobs", "num_prompt_logprobs", b"num_prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "choice_index", b"choice_index", "min_p", b"min_p", "num_logprobs", b"num_logprobs", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "_num_prompt_logprobs", b"_num_prompt_logprobs", "choice_index", b"choice_index", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_logprobs: _TypeAlias = _typing.Literal["num_logprobs"]  # noqa: Y015
     _WhichOneofArgType__num_logprobs: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__num_prompt_logprobs: _TypeAlias = _typing.Literal["num_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__num_prompt_logprobs: _TypeAlias = _typing.Literal["_num_prompt_logprobs", b"_num_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_logprobs) -> _WhichOneofReturnType__num_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_prompt_logprobs) -> _WhichOneofReturnType__num_prompt_logprobs | None: ...
 
 Global___RowSampling: _TypeAlias = RowSampling  # noqa: Y015
+
+@_typing.final
+class SamplingLists(_message.Message):
+    """What a row asks of sampling beside numbers. Where token ids are bytes, they are int32, little-endian. Logits are
+    changed in this order: tokens that are not allowed, by allowed_token_ids or the grammar, become impossible; so do those
+    that would complete a bad word, and stop tokens before min_tokens; the bias is added; then come the penalties.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BIAS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BIASES_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORD_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORD_LENGTHS_FIELD_NUMBER: _builtins.int
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    stop_token_ids: _builtins.bytes
+    """The tokens that are impossible before min_tokens, 256 at most."""
+    bias_token_ids: _builtins.bytes
+    """Tokens whose logits get a bias, each at most once, 1024 at most."""
+    allowed_token_ids: _builtins.bytes
+    """The only possible tokens, 16384 at most. Empty allows all."""
+    bad_word_token_ids: _builtins.bytes
+    """Token sequences that must not be in the output, one after the other."""
+    logprob_token_ids: _builtins.bytes
+    """Tokens whose log-probabilities are reported with those of the sampled ones, 20 at most."""
+    @_builtins.property
+    def biases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Parallel to bias_token_ids: what is added to the token's logit, in [-100, 100]."""
+
+    @_builtins.property
+    def bad_word_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The lengths of these sequences, 1 to 32 each, 256 at most."""
+
+    @_builtins.property
+    def grammar(self) -> Global___Grammar:
+        """What the output must match. Absent for anything."""
+
+    def __init__(
+        self,
+        *,
+        stop_token_ids: _builtins.bytes = ...,
+        bias_token_ids: _builtins.bytes = ...,
+        biases: _abc.Iterable[_builtins.float] | None = ...,
+        allowed_token_ids: _builtins.bytes = ...,
+        bad_word_token_ids: _builtins.bytes = ...,
+        bad_word_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        logprob_token_ids: _builtins.bytes = ...,
+        grammar: Global___Grammar | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_token_ids", b"allowed_token_ids", "bad_word_lengths", b"bad_word_lengths", "bad_word_token_ids", b"bad_word_token_ids", "bias_token_ids", b"bias_token_ids", "biases", b"biases", "grammar", b"grammar", "logprob_token_ids", b"logprob_token_ids", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplingLists: _TypeAlias = SamplingLists  # noqa: Y015
+
+@_typing.final
+class Grammar(_message.Message):
+    """What a row's output must match. Where it is complete, only end-of-sequence tokens are possible. The state of a grammar
+    follows from the row's tokens alone.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    START_AFTER_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The grammar, as llguidance reads it. 131072 characters at most."""
+    start_after_token_id: _builtins.int
+    """If set, the output is free up to and with the first such token."""
+    ignore_eos: _builtins.bool
+    """Whether end-of-sequence tokens are possible only where nothing else is."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        start_after_token_id: _builtins.int | None = ...,
+        ignore_eos: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_start_after_token_id", b"_start_after_token_id", "start_after_token_id", b"start_after_token_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_start_after_token_id", b"_start_after_token_id", "ignore_eos", b"ignore_eos", "start_after_token_id", b"start_after_token_id", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__start_after_token_id: _TypeAlias = _typing.Literal["start_after_token_id"]  # noqa: Y015
+    _WhichOneofArgType__start_after_token_id: _TypeAlias = _typing.Literal["_start_after_token_id", b"_start_after_token_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_after_token_id) -> _WhichOneofReturnType__start_after_token_id | None: ...
+
+Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
@@ -541,6 +685,7 @@ class StepResult(_message.Message):
     FAULTS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     step_id: _builtins.int
     """The plan's step_id."""
     num_token_ids: _builtins.bytes
@@ -561,6 +706,10 @@ class StepResult(_message.Message):
     def times(self) -> Global___StepTimes:
         """When the step was run, and how long it took."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLogprobs]:
+        """The log-probabilities of prompt tokens, in ascending order of rows."""
+
     def __init__(
         self,
         *,
@@ -570,10 +719,11 @@ class StepResult(_message.Message):
         faults: _abc.Iterable[Global___RowFault] | None = ...,
         logprobs: _abc.Iterable[Global___RowLogprobs] | None = ...,
         times: Global___StepTimes | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___PromptLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["times", b"times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "logprobs", b"logprobs", "num_token_ids", b"num_token_ids", "step_id", b"step_id", "times", b"times", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["faults", b"faults", "logprobs", b"logprobs", "num_token_ids", b"num_token_ids", "prompt_logprobs", b"prompt_logprobs", "step_id", b"step_id", "times", b"times", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -607,7 +757,9 @@ Global___RowFault: _TypeAlias = RowFault  # noqa: Y015
 
 @_typing.final
 class RowLogprobs(_message.Message):
-    """Log-probabilities of one row's sampled token and of the likeliest tokens in its place."""
+    """Log-probabilities of one row's sampled token and of the likeliest tokens in its place. They are of the model's own
+    distribution, before anything that the row asks of sampling.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -615,13 +767,72 @@ class RowLogprobs(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    REQUESTED_LOGPROBS_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """The row."""
     logprob: _builtins.float
-    """The natural log-probability of the sampled token, before temperature, top_k, top_p and min_p."""
+    """The natural log-probability of the sampled token."""
+    rank: _builtins.int
+    """1 plus the number of tokens that are likelier than the sampled one."""
     @_builtins.property
     def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The likeliest tokens, likeliest first."""
+
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Parallel to top_token_ids: their natural log-probabilities."""
+
+    @_builtins.property
+    def requested_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The natural log-probabilities of the row's logprob_token_ids, in their order."""
+
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        rank: _builtins.int = ...,
+        requested_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "rank", b"rank", "requested_logprobs", b"requested_logprobs", "row", b"row", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowLogprobs: _TypeAlias = RowLogprobs  # noqa: Y015
+
+@_typing.final
+class PromptLogprobs(_message.Message):
+    """Log-probabilities of prompt tokens of one row at consecutive positions, each given the tokens before it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    FIRST_POSITION_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    NUM_TOP_FIELD_NUMBER: _builtins.int
+    TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """The row. It is 0 and means nothing where the message is not part of a step's result."""
+    first_position: _builtins.int
+    """The position of the first of these tokens, 1 or more."""
+    num_top: _builtins.int
+    """How many likeliest tokens are reported for each position."""
+    top_token_ids: _builtins.bytes
+    """The likeliest tokens of each position, likeliest first, as int32, little-endian."""
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The natural log-probability of each token."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each token, 1 plus the number of tokens that were likelier in its place."""
 
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -631,17 +842,20 @@ class RowLogprobs(_message.Message):
         self,
         *,
         row: _builtins.int = ...,
-        logprob: _builtins.float = ...,
-        top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        first_position: _builtins.int = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        num_top: _builtins.int = ...,
+        top_token_ids: _builtins.bytes = ...,
         top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "row", b"row", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_position", b"first_position", "logprobs", b"logprobs", "num_top", b"num_top", "ranks", b"ranks", "row", b"row", "top_logprobs", b"top_logprobs", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RowLogprobs: _TypeAlias = RowLogprobs  # noqa: Y015
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
 
 @_typing.final
 class StepTimes(_message.Message):

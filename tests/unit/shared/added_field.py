@@ -1,4 +1,4 @@
-"""Follows presence_penalty, from -2 to 2, from the client to the device. test_sampling_fields.py runs this file in a
+"""Follows typical_p, from -2 to 2, from the client to the device. test_sampling_fields.py runs this file in a
 copy of the code that has such a field.
 """
 
@@ -47,21 +47,21 @@ def plan(sampling: RowSampling) -> StepPlan:
 
 
 def main() -> None:
-    with pytest.raises(InvalidRequest, match=r"^presence_penalty: must be a number in \[-2, 2\], is 3$"):
-        SamplingParams(presence_penalty=3)
-    with pytest.raises(InvalidRequest, match=r"^sampling\.presence_penalty: must be in \[-2, 2\], is 2\.5$"):
-        check(inference_pb2.SamplingParams(presence_penalty=2.5))
+    with pytest.raises(InvalidRequest, match=r"^typical_p: must be a number in \[-2, 2\], is 3$"):
+        SamplingParams(typical_p=3)
+    with pytest.raises(InvalidRequest, match=r"^sampling\.typical_p: must be in \[-2, 2\], is 2\.5$"):
+        check(inference_pb2.SamplingParams(typical_p=2.5))
     batch = Batch(num_rows=4, num_blocks=9, block_size=16, max_model_len=64, max_num_batched_tokens=64, vocab_size=100)
-    with pytest.raises(InvalidPlan, match=r"presence_penalty -2\.5"):
-        batch.apply(plan(RowSampling(presence_penalty=-2.5)))
+    with pytest.raises(InvalidPlan, match=r"typical_p -2\.5"):
+        batch.apply(plan(RowSampling(typical_p=-2.5)))
 
-    options = _build_parser().parse_args(["generate", "text", "--presence-penalty", "-1.5"])
-    asked = check(SamplingParams(presence_penalty=options.presence_penalty).sampling()).sampling
-    assert asked.presence_penalty == -1.5
-    assert check(inference_pb2.SamplingParams()).sampling.presence_penalty == 0
+    options = _build_parser().parse_args(["generate", "text", "--typical-p", "-1.5"])
+    asked = check(SamplingParams(typical_p=options.typical_p).sampling()).sampling
+    assert asked.typical_p == -1.5
+    assert check(inference_pb2.SamplingParams()).sampling.typical_p == 0
     rows = RowOptions(4, torch.device("cpu"))
     rows.set(plan(asked).added_rows)
-    assert rows.on_device["presence_penalty"].tolist() == [0, 0, 0, -1.5]
+    assert rows.on_device["typical_p"].tolist() == [0, 0, 0, -1.5]
     # A sampler that does not read the field goes on as before.
     assert rows.of(torch.tensor([3]), torch.tensor([2])).top_p.tolist() == [1]
     print("told, checked and on the device")

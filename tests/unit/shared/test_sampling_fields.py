@@ -38,15 +38,15 @@ WIRE_TYPES = {
 
 ADDED_LINES = {
     "shared/tandem_shared/sampling_fields.py": (
-        '    seed: int = ', '    presence_penalty: float = _declare(0.0, -2, 2, device_type="float32")'
+        '    seed: int = ', '    typical_p: float = _declare(0.0, -2, 2, device_type="float32")'
     ),
     "protos/tandem/v1/inference.proto": (
-        "  // Seeds the random numbers: ", "  optional float presence_penalty = 60;"
+        "  // Seeds the random numbers: ", "  optional float typical_p = 60;"
     ),
     "protos/tandem/internal/v1/worker.proto": (
-        "  // Seeds the random numbers.", "  float presence_penalty = 60;"
+        "  // Seeds the random numbers.", "  float typical_p = 60;"
     ),
-    "tandem/sampling_params.py": ("    seed: int | None", "    presence_penalty: float | None = None"),
+    "tandem/sampling_params.py": ("    seed: int | None", "    typical_p: float | None = None"),
 }  # fmt: skip
 """All that a new number needs but for its meaning: file -> the start of a line, and the line that goes before it."""
 
@@ -88,8 +88,9 @@ def test_ranges_that_no_field_has_yet_are_told_too(least: float, most: float, te
 
 
 def test_the_limits_themselves_are_right() -> None:
-    lowest = RowSampling(0.0, 0, 5e-324, 0.0, 0, 0, 0)
-    highest = RowSampling(3.4028234663852886e38, 2**32 - 1, 1.0, 1.0, 2**64 - 1, 2**32 - 1, 20)
+    lowest = RowSampling(0.0, 0, 5e-324, 0.0, -2.0, -2.0, 5e-324, 0, 0, 0, 0, 0)
+    largest = 3.4028234663852886e38
+    highest = RowSampling(largest, 2**32 - 1, 1.0, 1.0, 2.0, 2.0, largest, 2**64 - 1, 2**32 - 1, 2**32 - 1, 20, 20)
     assert fields_out_of_range(lowest) == fields_out_of_range(highest) == fields_out_of_range(RowSampling()) == []
 
 
@@ -107,8 +108,9 @@ def test_the_workers_proto_has_the_same_fields() -> None:
 
 def test_the_public_proto_has_the_same_fields() -> None:
     wire = inference_pb2.SamplingParams.DESCRIPTOR.fields
-    assert [(each.name, each.type) for each in wire] == [(field.name, wire_type(field)) for field in REQUEST_FIELDS]
-    assert all(each.has_presence for each in wire)
+    scalars = [each for each in wire if not each.is_repeated]
+    assert [(each.name, each.type) for each in scalars] == [(field.name, wire_type(field)) for field in REQUEST_FIELDS]
+    assert all(each.has_presence for each in scalars)
     for field in FIELDS:
         if field.part:
             part = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[field.part].message_type

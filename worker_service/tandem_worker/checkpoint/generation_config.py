@@ -43,7 +43,6 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "penalty_alpha": (0,),
     "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "sequence_bias": (),
     "stop_strings": (),
     "suppress_tokens": (),
@@ -56,6 +55,9 @@ IGNORED: dict[str, tuple[Any, ...]] = {
 
 null and empty values change nothing either.
 """
+
+GREEDY_FIELDS = ("repetition_penalty",)
+"""The fields that a folder's defaults keep where do_sample is false, as they change greedy output too."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,11 @@ def read_generation_defaults(folder: Path, vocab_size: int) -> GenerationDefault
     tokenizer_eos, warnings = _read_tokenizer_eos(folder, vocab_size)
     eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *tokenizer_eos]))
     warnings += _ignored_keys(file)
-    if not file.flag("do_sample", True):
-        return GenerationDefaults(eos_token_ids, {"temperature": 0.0}, warnings)
-    sampling = {}
+    is_greedy = not file.flag("do_sample", True)
+    sampling: dict[str, float] = {"temperature": 0.0} if is_greedy else {}
     for each in MODEL_DEFAULT_FIELDS:
         value = file.values.get(each.name)
-        if value is None:
+        if value is None or (is_greedy and each.name not in GREEDY_FIELDS):
             continue
         if isinstance(value, bool) or not isinstance(value, int | each.kind) or not each.allows(value):
             raise file.fail(each.name, f"{brief(value)} is out of range")

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.sampling_fields import fields_out_of_range
+from tandem_shared.sampling_lists import problems
 from tandem_shared.step_plan import PADDING_BLOCK, Int32Array, NewRow, StepPlan
 
 
@@ -151,6 +152,7 @@ class Batch:
         num_needed = -(-num_tokens // self.block_size)
         _require(num_needed <= len(new.block_ids) <= self.block_tables.shape[1], f"{where}: block table's length")
         wrong = [f"{field.name} {getattr(new.sampling, field.name)}" for field in fields_out_of_range(new.sampling)]
+        wrong += problems(new.lists, self.vocab_size)
         _require(not wrong, f"{where}: {', '.join(wrong)}")
 
     def _check_appended(self, plan: StepPlan) -> None:

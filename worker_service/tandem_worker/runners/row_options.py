@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tandem_shared.sampling_fields import FIELDS
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists, adjusts_logits
 from tandem_shared.step_plan import NewRow
 from tandem_worker.runners.sampler import SamplingRows
 from tandem_worker.runners.transfers import to_device
@@ -35,7 +36,12 @@ class RowOptions:
         # Rows with temperature 0 have no top-k and no threshold (top-p or min-p) here, as these change nothing.
         self.top_k = np.zeros(num_rows, np.int64)
         self.has_threshold = np.zeros(num_rows, np.bool_)
+        # -1 for none.
         self.num_logprobs = np.full(num_rows, -1, np.int32)
+        self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
+        # Whether the row's tokens are sampled from other logits than the model's.
+        self.adjusts = np.zeros(num_rows, np.bool_)
+        self.lists: list[SamplingLists] = [NO_LISTS] * num_rows
 
     @property
     def is_truncated(self) -> np.ndarray:
@@ -61,6 +67,12 @@ class RowOptions:
         self.top_k[rows] = [o.top_k if o.temperature > 0 else 0 for o in options]
         self.has_threshold[rows] = [o.temperature > 0 and (o.top_p < 1 or o.min_p > 0) for o in options]
         self.num_logprobs[rows] = [-1 if o.num_logprobs is None else o.num_logprobs for o in options]
+        self.num_prompt_logprobs[rows] = [
+            -1 if o.num_prompt_logprobs is None else o.num_prompt_logprobs for o in options
+        ]
+        self.adjusts[rows] = [adjusts_logits(new.sampling, new.lists) for new in new_rows]
+        for new in new_rows:
+            self.lists[new.row] = new.lists
 
     def of(self, rows: torch.Tensor, positions: torch.Tensor) -> SamplingRows:
         """The options of these rows, for the reference sampler. rows and positions (n,) int64 on the device."""

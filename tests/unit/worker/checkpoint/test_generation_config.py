@@ -88,7 +88,7 @@ def test_without_a_tokenizer_its_eos_is_only_missed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("generation_config", "ignored"),
     [
-        ({"repetition_penalty": 1.05}, ["repetition_penalty 1.05"]),
+        ({"frequency_penalty": 0.5}, ["frequency_penalty 0.5"]),
         ({"no_repeat_ngram_size": 3, "typical_p": 0.9}, ["no_repeat_ngram_size 3", "typical_p 0.9"]),
         ({"max_new_tokens": 2048, "suppress_tokens": [5]}, ["max_new_tokens 2048", "suppress_tokens [5]"]),
         # Values that change nothing, as transformers 4 wrote them into every file.
@@ -108,9 +108,14 @@ def test_what_is_ignored_is_a_warning(generation_config: dict[str, Any], ignored
 
 
 def test_greedy_models_are_warned_of_too(tmp_path: Path) -> None:
-    defaults = read(tmp_path, generation_config={"do_sample": False, "repetition_penalty": 1.05})
+    defaults = read(tmp_path, generation_config={"do_sample": False, "no_repeat_ngram_size": 3})
     assert defaults.sampling == {"temperature": 0.0}
-    assert "repetition_penalty 1.05" in defaults.warnings[0]
+    assert "no_repeat_ngram_size 3" in defaults.warnings[0]
+
+
+def test_greedy_models_keep_what_changes_greedy_output(tmp_path: Path) -> None:
+    asked = {"do_sample": False, "repetition_penalty": 1.05, "temperature": 0.6, "top_k": 20}
+    assert read(tmp_path, generation_config=asked).sampling == {"temperature": 0.0, "repetition_penalty": 1.05}
 
 
 @pytest.mark.parametrize(

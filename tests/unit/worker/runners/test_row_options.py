@@ -15,8 +15,8 @@ def new_row(row: int, sampling: RowSampling) -> NewRow:
 
 def test_values_reach_the_device() -> None:
     options = RowOptions(4, torch.device("cpu"))
-    large = RowSampling(0.5, 2**32 - 1, 0.25, 0.125, 2**64 - 1, 2**32 - 1, 20)
-    small = RowSampling(0.0, 7, 0.75, 0.5, 2**63 - 1, 1)
+    large = RowSampling(0.5, 2**32 - 1, 0.25, 0.125, 1.5, -0.5, 2.0, 2**64 - 1, 2**32 - 1, 2**32 - 1, 20)
+    small = RowSampling(0.0, 7, 0.75, 0.5, seed=2**63 - 1, choice_index=1, min_tokens=3)
     options.set([new_row(3, large), new_row(1, small)])
     expected = {
         "temperature": np.array([0, 0, 0, 0.5], np.float32),
@@ -24,6 +24,10 @@ def test_values_reach_the_device() -> None:
         "top_k": np.array([0, 7, 0, 2**31 - 1], np.int32),
         "top_p": np.array([0, 0.75, 0, 0.25], np.float32),
         "min_p": np.array([0, 0.5, 0, 0.125], np.float32),
+        "presence_penalty": np.array([0, 0, 0, 1.5], np.float32),
+        "frequency_penalty": np.array([0, 0, 0, -0.5], np.float32),
+        "repetition_penalty": np.array([0, 1, 0, 2], np.float32),
+        "min_tokens": np.array([0, 3, 0, 2**31 - 1], np.int32),
         "seed": np.array([0, 2**63 - 1, 0, 2**64 - 1], np.uint64).view(np.int64),
         "choice_index": np.array([0, 1, 0, 2**32 - 1], np.int64),
     }
