@@ -50,9 +50,11 @@ class Batch:
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = np.full((num_rows, max_blocks), PADDING_BLOCK, np.int32)
         self.num_blocks = np.zeros(num_rows, np.int32)
-        # The tokens that were known when the row was added, and how many positions are computed.
+        # The tokens that were known when the row was added, how many they are, and how many are the prompt's; then how
+        # many positions are computed.
         self.token_ids: list[Int32Array] = [np.empty(0, np.int32)] * num_rows
         self.num_known = np.zeros(num_rows, np.int32)
+        self.num_prompt = np.zeros(num_rows, np.int32)
         self.num_computed = np.zeros(num_rows, np.int32)
         # The positions below num_cached are in blocks shared with other rows, and never written.
         self.num_cached = np.zeros(num_rows, np.int32)
@@ -83,6 +85,7 @@ class Batch:
             self.is_present[row] = True
             self.token_ids[row] = new.token_ids
             self.num_known[row] = len(new.token_ids)
+            self.num_prompt[row] = new.num_prompt_tokens
             self.num_computed[row] = new.num_computed_tokens
             self.num_cached[row] = new.num_cached_tokens
             self.num_blocks[row] = len(new.block_ids)

@@ -41,6 +41,8 @@ class RowOptions:
         self.num_prompt_logprobs = np.full(num_rows, -1, np.int32)
         # Whether the row's tokens are sampled from other logits than the model's.
         self.adjusts = np.zeros(num_rows, np.bool_)
+        # Whether log-probabilities of the row's output are reported.
+        self.reports = np.zeros(num_rows, np.bool_)
         self.lists: list[SamplingLists] = [NO_LISTS] * num_rows
 
     @property
@@ -69,6 +71,9 @@ class RowOptions:
         self.num_logprobs[rows] = [-1 if o.num_logprobs is None else o.num_logprobs for o in options]
         self.num_prompt_logprobs[rows] = [
             -1 if o.num_prompt_logprobs is None else o.num_prompt_logprobs for o in options
+        ]
+        self.reports[rows] = [
+            new.sampling.num_logprobs is not None or bool(new.lists.logprob_token_ids) for new in new_rows
         ]
         self.adjusts[rows] = [adjusts_logits(new.sampling, new.lists) for new in new_rows]
         for new in new_rows:

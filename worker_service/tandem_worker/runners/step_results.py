@@ -1,21 +1,18 @@
 """The result of a step whose work is queued: it is waited for here."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from tandem_shared.step_plan import FAULT_NAN_LOGITS, RowFault, RowLogprobs, StepResult, StepTimes
-from tandem_worker.runners.transfers import to_host
+from tandem_shared.step_plan import FAULT_NAN_LOGITS, FAULT_NO_TOKEN, RowFault, StepResult, StepTimes
+from tandem_worker.runners.logprobs import QueuedLogprobs, QueuedPromptLogprobs
 
-
-@dataclass(frozen=True)
-class HostLogprobs:
-    """Log-probabilities whose copies to the host are queued."""
-
-    logprobs: torch.Tensor  # (sampling rows,): those of the sampled tokens
-    top_ids: torch.Tensor  # (sampling rows, most asked for)
-    top_logprobs: torch.Tensor
+NAN_LOGITS = -FAULT_NAN_LOGITS
+"""What is sampled, in a token's place, for a row whose logits hold NaN or nothing finite"""
+NO_TOKEN = -FAULT_NO_TOKEN
+"""What is sampled for a row to which nothing is allowed"""
 
 
 @dataclass(frozen=True)
@@ -38,19 +35,21 @@ class PendingStep:
         rows: list[int],
         token_ids: torch.Tensor,
         timing: Timing,
-        num_logprobs: list[int],
-        logprobs: HostLogprobs | None,
+        logprobs: QueuedLogprobs | None = None,
+        prompt_logprobs: QueuedPromptLogprobs | None = None,
+        fault_codes: Mapping[int, int] | None = None,
     ) -> None:
-        """token_ids (sampling rows,) is -1 where the logits are not finite. On a GPU it is on the host after
-        timing.ended. num_logprobs: how many of the likeliest tokens each of `rows` asked for, -1 for no
-        log-probabilities.
+        """token_ids (sampling rows,) has NAN_LOGITS or NO_TOKEN for a row that could not sample. On a GPU it is on the
+        host after timing.ended, and so are the log-probabilities. fault_codes: by row, why nothing was allowed to it,
+        where the runner knows more than NO_TOKEN says.
         """
         self._step_id = step_id
         self._rows = rows
         self._token_ids = token_ids
         self._timing = timing
-        self._num_logprobs = num_logprobs
         self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+        self._fault_codes = fault_codes or {}
 
     def wait(self) -> StepResult:
         gpu_duration_ns = gpu_idle_ns = 0
@@ -61,13 +60,18 @@ class PendingStep:
             if timing.previous_ended is not None:
                 gpu_idle_ns = _nanoseconds(timing.previous_ended, timing.started)
         token_ids = self._token_ids.tolist()
-        faults = [row for row, token_id in zip(self._rows, token_ids, strict=True) if token_id < 0]
+        faults = [
+            RowFault(row, self._fault_codes.get(row, FAULT_NO_TOKEN) if token_id == NO_TOKEN else -token_id)
+            for row, token_id in zip(self._rows, token_ids, strict=True)
+            if token_id < 0
+        ]
         return StepResult(
             step_id=self._step_id,
             num_token_ids=[int(token_id >= 0) for token_id in token_ids] if faults else [1] * len(token_ids),
             token_ids=[token_id for token_id in token_ids if token_id >= 0] if faults else token_ids,
-            faults=tuple(RowFault(row, FAULT_NAN_LOGITS) for row in faults),
-            logprobs=self._reports(token_ids),
+            faults=tuple(faults),
+            logprobs=self._logprobs.read(token_ids) if self._logprobs else (),
+            prompt_logprobs=self._prompt_logprobs.read() if self._prompt_logprobs else (),
             times=StepTimes(
                 prepared_ns=timing.prepared_ns,
                 sampled_ns=time.time_ns(),
@@ -76,33 +80,8 @@ class PendingStep:
             ),
         )
 
-    def _reports(self, token_ids: list[int]) -> tuple[RowLogprobs, ...]:
-        if self._logprobs is None:
-            return ()
-        logprobs = self._logprobs.logprobs.tolist()
-        top_ids, top_logprobs = self._logprobs.top_ids.tolist(), self._logprobs.top_logprobs.tolist()
-        return tuple(
-            RowLogprobs(row, logprobs[i], tuple(top_ids[i][:count]), tuple(top_logprobs[i][:count]))
-            for i, (row, count) in enumerate(zip(self._rows, self._num_logprobs, strict=True))
-            if count >= 0 and token_ids[i] >= 0
-        )
-
 
 def _nanoseconds(before: torch.cuda.Event, after: torch.cuda.Event) -> int:
     """The time between two events that the GPU has reached, by its clock."""
     milliseconds: float = before.elapsed_time(after)
     return round(milliseconds * 1e6)
-
-
-def report_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: list[int]) -> HostLogprobs | None:
-    """The log-probabilities that rows asked for; None where none did. logits (rows, vocab), token_ids (rows,) and not
-    negative, num_logprobs as PendingStep takes it.
-    """
-    most = max(num_logprobs, default=-1)
-    if most < 0:
-        return None
-    distribution = logits.log_softmax(-1)
-    tops = distribution.topk(min(most, logits.shape[1]), dim=-1)
-    return HostLogprobs(
-        to_host(distribution.gather(1, token_ids.long()[:, None])[:, 0]), to_host(tops.indices), to_host(tops.values)
-    )

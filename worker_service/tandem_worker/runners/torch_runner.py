@@ -13,16 +13,26 @@ from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tandem_worker.attention.torch_attention import AttentionMetadata, ChunkMetadata, group_decodes
 from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch, StepWork
+from tandem_worker.runners.logits_stage import Grammars, LogitsStage
+from tandem_worker.runners.logprobs import (
+    QueuedLogprobs,
+    QueuedPromptLogprobs,
+    logprob_rows,
+    pack_logprobs,
+    prompt_positions,
+)
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.sampler import sample
-from tandem_worker.runners.step_results import PendingStep, Timing, report_logprobs
+from tandem_worker.runners.step_results import NAN_LOGITS, NO_TOKEN, PendingStep, Timing
 from tandem_worker.runners.transfers import to_host
 
 
 class TorchRunner:
     """A model, its KV pool and the persistent batch, on one device."""
 
-    def __init__(self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo) -> None:
+    def __init__(
+        self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo, grammars: Grammars | None = None
+    ) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim)"""
         self.info = info
         self.model = model
@@ -30,6 +40,7 @@ class TorchRunner:
         self._batch = batch
         self._device = cache.device
         self._options = RowOptions(batch.num_rows, self._device)
+        self._logits_stage = LogitsStage(info.vocab_size, grammars)
         # The end of the step that was queued last.
         self._ended: torch.cuda.Event | None = None
         self._last_token = torch.zeros(batch.num_rows, dtype=torch.int64, device=self._device)
@@ -54,20 +65,22 @@ class TorchRunner:
         """Applies the plan and queues its work; InvalidPlan, with nothing applied, if the batch can't follow it."""
         work = self._batch.apply(plan)
         self._options.set(plan.added_rows)
+        self._logits_stage.add(plan.added_rows)
         token_ids, metadata, sampling_indices = self._prepare(work)
         prepared_ns = time.time_ns()
         started = self._record_event()
         (hidden,) = self.model(self.cache, (self.model.embed_tokens(token_ids), metadata))
         rows = work.sampling_rows
-        local_logits = self.model.compute_local_logits(hidden[sampling_indices])
-        logits = widened(self.model.lm_head.gather_logits(local_logits))
-        sampled = self._sample(rows, logits)
-        num_logprobs = self._options.num_logprobs[rows].tolist()
-        logprobs = report_logprobs(logits, sampled.clamp(min=0), num_logprobs)
+        logits = self._logits(hidden[sampling_indices])
+        adjusted, fault_codes = self._logits_stage.adjust(rows, logits)
+        sampled = self._sample(rows, logits, adjusted)
+        self._logits_stage.accept(rows, sampled)
+        logprobs = self._logprobs(rows, logits, sampled)
+        prompt_logprobs = self._prompt_logprobs(work, hidden)
         token_ids = to_host(sampled)
         previous_ended, self._ended = self._ended, self._record_event()
         timing = Timing(prepared_ns, started, self._ended, previous_ended)
-        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, num_logprobs, logprobs)
+        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, logprobs, prompt_logprobs, fault_codes)
 
     def _prepare(self, work: StepWork) -> tuple[torch.Tensor, AttentionMetadata, torch.Tensor]:
         """Token ids (tokens,), the attention metadata, and the indices of the tokens that are sampled from."""
@@ -111,21 +124,51 @@ class TorchRunner:
         sampling_indices = self._to_device(last_index[work.sampling_rows])
         return token_ids, metadata, sampling_indices
 
-    def _sample(self, rows: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
-        """logits (rows, vocab) -> token ids (rows,), -1 where the logits are not finite."""
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(tokens, hidden_size) -> (tokens, vocab_size), in float32 or wider, as sampling needs them."""
+        return widened(self.model.lm_head.gather_logits(self.model.compute_local_logits(hidden)))
+
+    def _sample(self, rows: np.ndarray, logits: torch.Tensor, adjusted: torch.Tensor) -> torch.Tensor:
+        """The tokens (rows,) from the adjusted logits (rows, vocab_size); NAN_LOGITS where the model's own logits are
+        not finite, NO_TOKEN where the adjusted ones leave nothing.
+        """
         device_rows = self._to_device(rows)
         # The sampled token comes after all computed ones.
         positions = self._to_device(self._batch.num_computed[rows])
         sampled = sample(
-            logits,
+            adjusted,
             self._options.of(device_rows, positions),
             any_random=bool(self._options.is_random[rows].any()),
             any_truncated=bool(self._options.is_truncated[rows].any()),
         )
+        if adjusted is not logits:
+            sampled = sampled.masked_fill(adjusted.amax(-1) == -torch.inf, NO_TOKEN)
         is_bad = logits.isnan().any(-1) | ~logits.amax(-1).isfinite()
-        sampled = self.model.communicator.agree(sampled.masked_fill(is_bad, -1))
+        sampled = self.model.communicator.agree(sampled.masked_fill(is_bad, NAN_LOGITS))
         self._last_token[device_rows] = sampled.clamp(min=0)
         return sampled
+
+    def _logprobs(self, rows: np.ndarray, logits: torch.Tensor, sampled: torch.Tensor) -> QueuedLogprobs | None:
+        asked = logprob_rows(rows, self._options)
+        if asked is None:
+            return None
+        places = self._to_device(np.array(asked.places))
+        requested_ids = self._to_device(asked.requested_ids)
+        packed = pack_logprobs(logits[places], sampled[places].clamp(min=0), max(asked.num_top), requested_ids)
+        return QueuedLogprobs(asked, to_host(packed))
+
+    def _prompt_logprobs(self, work: StepWork, hidden: torch.Tensor) -> QueuedPromptLogprobs | None:
+        asked = prompt_positions(work, self._batch, self._options)
+        if asked is None:
+            return None
+        places, token_ids = self._to_device(asked.places), self._to_device(asked.token_ids)
+        packed = []
+        for part in asked.slices():
+            logits = self._logits(hidden[places[part]])
+            packed.append(to_host(pack_logprobs(logits, token_ids[part], asked.num_top)))
+            if self._device.type == "cpu":
+                self.progress += 1
+        return QueuedPromptLogprobs(asked.parts, packed)
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":

@@ -25,7 +25,7 @@ class FakeEvent:
 
 def times_of(*events: Any) -> StepTimes:
     """events: started, ended, previous_ended."""
-    return PendingStep(1, [0], torch.tensor([5]), Timing(7, *events), [-1], None).wait().times
+    return PendingStep(1, [0], torch.tensor([5]), Timing(7, *events)).wait().times
 
 
 def test_gpu_times_are_between_events() -> None:

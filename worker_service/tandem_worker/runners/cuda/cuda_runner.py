@@ -112,7 +112,7 @@ class CudaRunner:
         token_ids = to_host(self._state.sampled[: len(rows)])
         previous_ended, self._ended = self._ended, _record_event()
         timing = Timing(prepared_ns, started, self._ended, previous_ended)
-        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, choice.num_logprobs, logprobs)
+        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, logprobs)
 
 
 def _record_event() -> torch.cuda.Event:

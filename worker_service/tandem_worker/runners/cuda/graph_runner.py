@@ -77,7 +77,7 @@ class GraphRunner:
 
     def run_sampler(self, packed: PackedStep, choice: SamplingChoice) -> None:
         """From the local logits to the sampled tokens."""
-        num_rows = len(choice.num_logprobs)
+        num_rows = choice.num_rows
         if not num_rows:
             return
         if choice.needs_all_logits:

@@ -10,15 +10,17 @@ only one that is not captured. The cheapest one that does what all of a step's r
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import numpy as np
 import torch
 
 from tandem_shared.step_plan import Int32Array
 from tandem_worker.kernels.sampling import MAX_TOP_K, SamplingKernels
 from tandem_worker.models.model import Model
 from tandem_worker.runners.cuda.device_state import DeviceState
+from tandem_worker.runners.logprobs import LogprobRows, QueuedLogprobs, logprob_rows, pack_logprobs
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.sampler import sample
-from tandem_worker.runners.step_results import HostLogprobs, report_logprobs
+from tandem_worker.runners.transfers import to_device, to_host
 
 
 class SamplerKind(Enum):
@@ -37,8 +39,10 @@ class SamplingChoice:
     kind: SamplerKind
     needs_all_logits: bool
     """Whether the logits of all ranks' shards must be put together"""
-    num_logprobs: list[int]
-    """How many of the likeliest tokens each row wants reported, -1 for no log-probabilities"""
+    num_rows: int
+    """How many rows are sampled from"""
+    logprobs: LogprobRows | None
+    """The rows whose log-probabilities are reported, if any"""
 
 
 class TokenSampler:
@@ -58,9 +62,9 @@ class TokenSampler:
     def choose(self, rows: Int32Array) -> SamplingChoice:
         """Looks at what the step's sampling rows ask for, on the host."""
         kind = self._cheapest_kind(rows)
-        num_logprobs = self._options.num_logprobs[rows].tolist()
-        needs_all = self._state.is_sharded and (kind is not SamplerKind.PLAIN or max(num_logprobs, default=-1) >= 0)
-        return SamplingChoice(kind, needs_all, num_logprobs)
+        logprobs = logprob_rows(rows, self._options)
+        needs_all = self._state.is_sharded and (kind is not SamplerKind.PLAIN or logprobs is not None)
+        return SamplingChoice(kind, needs_all, len(rows), logprobs)
 
     def _cheapest_kind(self, rows: Int32Array) -> SamplerKind:
         top_k, has_threshold = self._options.top_k[rows], self._options.has_threshold[rows]
@@ -98,12 +102,17 @@ class TokenSampler:
         state.last_tokens[rows] = sampled.clamp(min=0)
         state.sampled[:num_rows] = sampled
 
-    def report(self, choice: SamplingChoice) -> HostLogprobs | None:
-        """The log-probabilities of the sampled tokens and of the likeliest ones, on their way to the host; None where
-        no row asks for any.
-        """
-        if max(choice.num_logprobs, default=-1) < 0:
+    def report(self, choice: SamplingChoice) -> QueuedLogprobs | None:
+        """The log-probabilities that rows ask for, on their way to the host; None where no row asks for any."""
+        asked = choice.logprobs
+        if asked is None:
             return None
-        count = len(choice.num_logprobs)
-        sampled = self._state.sampled[:count].clamp(min=0)
-        return report_logprobs(self._state.logits[:count].float(), sampled, choice.num_logprobs)
+        device = self._state.logits.device
+        places = to_device(np.array(asked.places), device)
+        packed = pack_logprobs(
+            self._state.logits[places].float(),
+            self._state.sampled[places].clamp(min=0).long(),
+            max(asked.num_top),
+            to_device(asked.requested_ids, device).long(),
+        )
+        return QueuedLogprobs(asked, to_host(packed))
