@@ -5,6 +5,18 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """The form that a request's output must have. Of the fields but the last exactly one has to be set."""
+
+    json_schema: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    lark: str | None = None
+    start_after_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
     """The fields of a generate request. None stands for a field that was left out, where that differs from a zero.
 
@@ -18,12 +30,20 @@ class GenerationParams:
     model: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)
     """Those of tandem_shared/sampling_fields.py's REQUEST_FIELDS that the request sets, by name."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
+    allowed_token_ids: Sequence[int] = ()
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop_strings: Sequence[str] = ()
+    include_stop_string: bool = False
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] = ()
+    structured_output: StructuredOutput | None = None
     num_choices: int = 1
     priority: int = 0
     cache_salt: str = ""

@@ -4,41 +4,30 @@ Lengths are checked first: nothing that a client sends is read element by elemen
 error before its length is known to be allowed.
 """
 
-import asyncio
 import hashlib
 import math
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_scheduler.engine_interface import Submission
 from tandem_scheduler.front_end.generation_params import GenerationParams
+from tandem_scheduler.front_end.list_checks import IDS_AT_ONCE, check_lists, check_token_ids, read_lists
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size
 from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncoder
+from tandem_scheduler.front_end.violations import Violations
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import RowSampling, fields_out_of_range
 from tandem_shared.step_plan import Int32Array, WorkerInfo
 
 MAX_CHOICES = 64
-MAX_STOP_STRINGS = 64
-MAX_STOP_STRING_LENGTH = 1024
-MAX_STOP_STRINGS_LENGTH = 8192
-"""The limit of all stop strings together, in characters."""
-MAX_STOP_TOKEN_IDS = 128
 MAX_REQUEST_ID_BYTES = 256
 MAX_CACHE_SALT_BYTES = 1024
-MAX_VIOLATIONS = 10
-"""The most violations that are reported. The others are only counted."""
-
 MAX_QUOTED_CHARACTERS = 64
-IDS_AT_ONCE = 16_384
-"""Ids that are read between two turns of the event loop; a few milliseconds."""
 
 NO_IDS: Int32Array = np.empty(0, np.int32)
 
@@ -54,33 +43,10 @@ class GenerationRequest:
     """The fingerprint of the worker that the request was checked against."""
     num_prompt_tokens: int
     stop_strings: tuple[str, ...]
+    include_stop_string: bool
     skip_special_tokens: bool
     max_reply_bytes: int | None
     """The largest reply that the reader accepts; None if the output is streamed."""
-
-
-class _Violations:
-    def __init__(self) -> None:
-        self._found: list[FieldViolation] = []
-        self._num_untold = 0
-
-    def check(self, is_right: bool, field: str, description: str) -> bool:
-        if not is_right:
-            self.add(FieldViolation(field, description))
-        return is_right
-
-    def add(self, *violations: FieldViolation) -> None:
-        for violation in violations:
-            if len(self._found) < MAX_VIOLATIONS:
-                self._found.append(violation)
-            else:
-                self._num_untold += 1
-
-    def raise_any(self) -> None:
-        if self._num_untold:
-            self._found.append(FieldViolation("", f"and {self._num_untold} more"))
-        if self._found:
-            raise InvalidRequest(*self._found)
 
 
 def check_model(wanted: str, served: str) -> None:
@@ -90,7 +56,7 @@ def check_model(wanted: str, served: str) -> None:
 
 def check_request_id(request_id: str) -> None:
     """Checks the id by which a live request is looked for. Raises InvalidRequest."""
-    violations = _Violations()
+    violations = Violations()
     _check_request_id(request_id, violations)
     violations.raise_any()
 
@@ -99,16 +65,16 @@ async def check_request(
     params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, served_model: str
 ) -> GenerationRequest:
     """Raises InvalidRequest with what is wrong; QueueFull and TextFailed where the prompt can't be tokenized."""
-    violations = _Violations()
+    violations = Violations()
     is_served = params.model in ("", served_model)
     violations.check(is_served, "model", "" if is_served else _not_served(params.model, served_model))
     _check_request_id(params.request_id, violations)
-    # The request's fields, else the model's defaults, else RowSampling's own, which are the API's.
-    sampling: dict[str, Any] = {**worker.sampling_defaults, **params.sampling}
-    _check_sampling(RowSampling(**sampling, num_logprobs=params.num_logprobs), violations)
+    sampling = _sampling_of(params, worker)
+    _check_sampling(RowSampling(**sampling), violations)
     _check_output(params, violations)
-    _check_stopping(params, worker, violations)
+    check_lists(params, worker.vocab_size, violations)
     _check_reply_size(params, worker, violations)
+    lists = await read_lists(params, encoder, worker, violations)
     if _has_long_prompt(params):
         # Reading a long prompt costs too much for a request that is already known to be wrong.
         _read_max_tokens(params, 0, worker, violations)
@@ -124,11 +90,12 @@ async def check_request(
         sequence_id=0,
         prompt_token_ids=prompt,
         max_tokens=max_tokens,
-        sampling=RowSampling(**sampling, num_logprobs=params.num_logprobs),
+        sampling=RowSampling(**sampling),
         stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
         priority=params.priority,
         cache_salt=_hashed(params.cache_salt),
         deadline=params.deadline,
+        lists=lists,
     )
     return GenerationRequest(
         request_id=request_id,
@@ -137,6 +104,7 @@ async def check_request(
         fingerprint=worker.fingerprint,
         num_prompt_tokens=len(prompt),
         stop_strings=tuple(params.stop_strings),
+        include_stop_string=params.include_stop_string,
         skip_special_tokens=params.skip_special_tokens,
         max_reply_bytes=params.max_reply_bytes,
     )
@@ -146,7 +114,7 @@ def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
     """Checks once more, for the engine, what would harm other requests if the front end had not checked it. Raises
     InvalidRequest.
     """
-    violations, first, num_choices = _Violations(), submission.first, submission.num_choices
+    violations, first, num_choices = Violations(), submission.first, submission.num_choices
     _check_num_choices(num_choices, violations)
     is_handle = submission.first_handle + num_choices <= 2**64
     violations.check(is_handle, "first_handle", "leaves too few handles for the choices")
@@ -157,27 +125,6 @@ def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
     is_known = worker is None or not len(ids) or (ids.min() >= 0 and ids.max() < worker.vocab_size)
     violations.check(is_known, "prompt.token_ids", "has an id that is not in the vocabulary")
     violations.raise_any()
-
-
-async def check_token_ids(field: str, token_ids: Sequence[int], max_count: int, vocab_size: int) -> Int32Array:
-    """The ids as an array. Raises InvalidRequest where there are too many, or one is not in the vocabulary."""
-    if len(token_ids) > max_count:
-        raise InvalidRequest(FieldViolation(field, f"{len(token_ids)} ids are more than {max_count}"))
-    array = await _read_ids(token_ids)
-    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if len(outside):
-        raise InvalidRequest(FieldViolation(field, f"{array[outside[0]]} is not in the vocabulary of {vocab_size}"))
-    return array.astype(np.int32)
-
-
-async def _read_ids(token_ids: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Copies the ids in parts, between which the event loop has other turns."""
-    array = np.empty(len(token_ids), np.int64)
-    for start in range(0, len(token_ids), IDS_AT_ONCE):
-        array[start : start + IDS_AT_ONCE] = token_ids[start : start + IDS_AT_ONCE]
-        if start:
-            await asyncio.sleep(0)
-    return array
 
 
 def _not_served(wanted: str, served: str) -> str:
@@ -198,23 +145,37 @@ def _is_short(text: str, max_bytes: int) -> bool:
     return len(text) <= max_bytes and len(text.encode(errors="surrogatepass")) <= max_bytes
 
 
-def _check_request_id(request_id: str, violations: _Violations) -> None:
+def _check_request_id(request_id: str, violations: Violations) -> None:
     if violations.check(
         _is_short(request_id, MAX_REQUEST_ID_BYTES), "request_id", f"must have {MAX_REQUEST_ID_BYTES} bytes at most"
     ):
         violations.check(request_id.isprintable(), "request_id", "must have printable characters only")
 
 
-def _check_sampling(sampling: RowSampling, violations: _Violations) -> None:
+def _sampling_of(params: GenerationParams, worker: WorkerInfo) -> dict[str, Any]:
+    """Fields of RowSampling: the request's, else the model's defaults. The others have RowSampling's own, which are the
+    API's.
+    """
+    asks_for_logprobs = params.num_logprobs is not None or len(params.logprob_token_ids) > 0
+    return {
+        **worker.sampling_defaults,
+        **params.sampling,
+        "min_tokens": params.min_tokens,
+        "num_logprobs": (params.num_logprobs or 0) if asks_for_logprobs else None,
+        "num_prompt_logprobs": params.num_prompt_logprobs,
+    }
+
+
+def _check_sampling(sampling: RowSampling, violations: Violations) -> None:
     for field in fields_out_of_range(sampling):
         violations.add(FieldViolation(field.path, field.problem(getattr(sampling, field.name))))
 
 
-def _check_num_choices(num_choices: int, violations: _Violations) -> None:
+def _check_num_choices(num_choices: int, violations: Violations) -> None:
     violations.check(1 <= num_choices <= MAX_CHOICES, "num_choices", f"must be 1 to {MAX_CHOICES}, is {num_choices}")
 
 
-def _check_output(params: GenerationParams, violations: _Violations) -> None:
+def _check_output(params: GenerationParams, violations: Violations) -> None:
     _check_num_choices(params.num_choices, violations)
     violations.check(-(2**31) <= params.priority < 2**31, "priority", "must be a number of 32 bits")
     violations.check(
@@ -224,31 +185,12 @@ def _check_output(params: GenerationParams, violations: _Violations) -> None:
     )
 
 
-def _check_stopping(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
-    stops, stop_ids = params.stop_strings, params.stop_token_ids
-    if violations.check(len(stops) <= MAX_STOP_STRINGS, "stopping.stop_strings", f"must be {MAX_STOP_STRINGS} at most"):
-        for index, stop in enumerate(stops):
-            field = f"stopping.stop_strings[{index}]"
-            is_length = 1 <= len(stop) <= MAX_STOP_STRING_LENGTH
-            violations.check(is_length, field, f"must have 1 to {MAX_STOP_STRING_LENGTH} characters")
-        is_length = sum(map(len, stops)) <= MAX_STOP_STRINGS_LENGTH
-        violations.check(
-            is_length, "stopping.stop_strings", f"must have {MAX_STOP_STRINGS_LENGTH} characters at most, all together"
-        )
-    if violations.check(
-        len(stop_ids) <= MAX_STOP_TOKEN_IDS, "stopping.stop_token_ids", f"must be {MAX_STOP_TOKEN_IDS} at most"
-    ):
-        for index, token_id in enumerate(stop_ids):
-            is_token = 0 <= token_id < worker.vocab_size
-            violations.check(is_token, f"stopping.stop_token_ids[{index}]", f"{token_id} is not in the vocabulary")
-
-
 def _has_long_prompt(params: GenerationParams) -> bool:
     return len(params.prompt_text or "") > INLINE_CHARACTERS or len(params.prompt_token_ids or ()) > IDS_AT_ONCE
 
 
 async def _read_prompt(
-    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, violations: _Violations
+    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, violations: Violations
 ) -> Int32Array:
     """The prompt's ids; NO_IDS if it is wrong."""
     text, token_ids, limit = params.prompt_text, params.prompt_token_ids, worker.max_model_len
@@ -275,22 +217,27 @@ async def _read_prompt(
 
 
 def _read_max_tokens(
-    params: GenerationParams, num_prompt_tokens: int, worker: WorkerInfo, violations: _Violations
+    params: GenerationParams, num_prompt_tokens: int, worker: WorkerInfo, violations: Violations
 ) -> int:
     room = worker.max_model_len - num_prompt_tokens
-    if params.max_tokens is None:
-        return room
-    field, limit = "stopping.max_tokens", worker.max_model_len
-    violations.check(params.max_tokens >= 1, field, "must be 1 or more")
+    field, limit, max_tokens = "stopping.max_tokens", worker.max_model_len, params.max_tokens
+    if max_tokens is None:
+        max_tokens = max(room, 0)
+    else:
+        violations.check(max_tokens >= 1, field, "must be 1 or more")
+        violations.check(
+            max_tokens <= room or room <= 0,
+            field,
+            f"{max_tokens} after {num_prompt_tokens} prompt tokens is beyond the context of {limit}",
+        )
+    is_least = params.min_tokens <= max_tokens or room <= 0
     violations.check(
-        params.max_tokens <= room or room <= 0,
-        field,
-        f"{params.max_tokens} after {num_prompt_tokens} prompt tokens is beyond the context of {limit}",
+        is_least, "stopping.min_tokens", f"{params.min_tokens} is more than the {max_tokens} that are possible"
     )
-    return params.max_tokens
+    return max_tokens
 
 
-def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: _Violations) -> None:
+def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: Violations) -> None:
     """Refuses a request whose own max_tokens lets the reply grow too large. If the context alone bounds the output, it
     will most likely end earlier, so nothing is refused beforehand.
     """

@@ -174,8 +174,11 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("(self.second if self.first.is_set() else self.first).set()", "self.second.set()"),
     ),
     ("messages", "tandem_scheduler/front_end/validation.py"): (
-        ("0 <= token_id < worker.vocab_size", "0 <= token_id <= worker.vocab_size"),
         ("    _check_sampling(first.sampling, violations)\n", ""),
+    ),
+    ("messages", "tandem_scheduler/front_end/list_checks.py"): (
+        ("is_token = 0 <= token_id < vocab_size", "is_token = 0 <= token_id <= vocab_size"),
+        ("violations.check(0 <= token_id < vocab_size, field,", "violations.check(0 <= token_id, field,"),
     ),
     ("messages", "tandem_shared/rpc/wire_fields.py"): (("    raise TooManyFields", "    raise IndexError"),),
     ("messages", "tandem_shared/rpc/error_interceptor.py"): (("except DecodeError:", "except KeyError:"),),

@@ -16,9 +16,10 @@ from tandem_scheduler.front_end.grpc_api.wire_limits import (
     bounded_generate,
     bounded_tokenize,
 )
+from tandem_scheduler.front_end.list_checks import check_token_ids
 from tandem_scheduler.front_end.live_request import LiveRequest, reply_too_large
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
-from tandem_scheduler.front_end.validation import check_model, check_request, check_token_ids
+from tandem_scheduler.front_end.validation import check_model, check_request
 from tandem_shared.errors import WorkerUnavailable
 from tandem_shared.step_plan import WorkerInfo
 
@@ -122,6 +123,7 @@ class InferenceServicer:
             vocab_size=worker.vocab_size,
             max_model_len=worker.max_model_len,
             eos_token_ids=worker.eos_token_ids,
+            default_sampling=inference_pb2.SamplingParams(**worker.sampling_defaults),  # type: ignore[arg-type]
         )
 
     async def _open(

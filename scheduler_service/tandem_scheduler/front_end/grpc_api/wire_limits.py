@@ -1,8 +1,8 @@
 """Requests that would take long to decode are refused undecoded.
 
 Decoding a request holds the event loop. A text may be as large as a message, as it is only copied. But four million ids
-or two million empty stop strings are no larger, and take much longer. So what is not text is measured first: by the
-lengths that stand before a message's fields, without a look into them.
+or two million empty stop strings are no larger, and take much longer. So what is not the text of a prompt or a grammar
+is measured first: by the lengths that stand before a message's fields, without a look into them.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,33 @@ from tandem.v1 import inference_pb2
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
 
-MAX_OTHER_BYTES = 256 * 1024
-"""The limit of all fields but the prompt together: the longest stop strings take 32 kB, all else a few bytes."""
+MAX_OTHER_BYTES = 800 * 1024
+"""The limit of all fields together but the prompt and the text of a grammar. The longest choices of a structured output
+take 530 kB, bad words 130 kB, allowed tokens 80 kB, stop strings 30 kB, biases 15 kB, all else a few bytes. Decoding so
+many bytes takes 10 ms, if each pair of them is a field.
+"""
+
+MAX_PLAIN_OTHER_BYTES = 256 * 1024
+"""The limit of all fields of Tokenize and Detokenize but the text or the ids."""
 
 MAX_ID_BYTES = 5
 """The most bytes of one id in a packed field."""
 
 MAX_FIELDS = 256
-"""The most fields on the wire of a request or of a prompt. They have nine and two, but a field may come in parts."""
+"""The most fields on the wire of a request, a prompt or a structured output. They have up to ten, but a field may come
+in parts.
+"""
 
 PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+FORM_TAG = inference_pb2.GenerateRequest.STRUCTURED_OUTPUT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+GRAMMAR_TAGS = tuple(
+    number << 3 | LENGTH_DELIMITED
+    for number in (
+        inference_pb2.StructuredOutput.JSON_SCHEMA_FIELD_NUMBER,
+        inference_pb2.StructuredOutput.REGEX_FIELD_NUMBER,
+        inference_pb2.StructuredOutput.LARK_FIELD_NUMBER,
+    )
+)
 TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 TOKENIZE_TEXT_TAG = inference_pb2.TokenizeRequest.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 DETOKENIZE_IDS_TAG = inference_pb2.DetokenizeRequest.TOKEN_IDS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
@@ -61,7 +78,7 @@ def bounded_detokenize(
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
         limit = max_num_ids()
-        if _has_too_many(len(data), limit):
+        if len(data) > MAX_PLAIN_OTHER_BYTES + limit * MAX_ID_BYTES:
             return TooLargeToDecode(_too_many("token_ids", limit))
         violation = _violation_beside(data, DETOKENIZE_IDS_TAG, "ids")
         return decode(data) if violation is None else TooLargeToDecode(violation)
@@ -84,35 +101,37 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
     try:
         for tag, start, end in fields(data, 0, len(data), MAX_FIELDS):
             if tag == PROMPT_TAG:
-                num_id_bytes += sum(
-                    stop - at for part, at, stop in fields(data, start, end, MAX_FIELDS) if part != TEXT_TAG
-                )
+                num_id_bytes += _num_bytes_beside((TEXT_TAG,), data, start, end)
+            elif tag == FORM_TAG:
+                num_other += _num_bytes_beside(GRAMMAR_TAGS, data, start, end)
             else:
                 num_other += end - start
     except TooManyFields:
         num_other = len(data)
     if num_other > MAX_OTHER_BYTES:
-        return _beside("prompt")
-    return _too_many("prompt.token_ids", max_num_ids) if _has_too_many(num_id_bytes, max_num_ids) else None
+        return _beside(MAX_OTHER_BYTES, "prompt and the grammar")
+    has_too_many = num_id_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
+    return _too_many("prompt.token_ids", max_num_ids) if has_too_many else None
 
 
 def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None:
     """What is wrong with a request that may be long only because of the one field that has this tag."""
-    if len(data) <= MAX_OTHER_BYTES:
+    if len(data) <= MAX_PLAIN_OTHER_BYTES:
         return None
     try:
-        num_other = sum(end - start for each, start, end in fields(data, 0, len(data), MAX_FIELDS) if each != tag)
+        num_other = _num_bytes_beside((tag,), data, 0, len(data))
     except TooManyFields:
         num_other = len(data)
-    return _beside(name) if num_other > MAX_OTHER_BYTES else None
+    return _beside(MAX_PLAIN_OTHER_BYTES, name) if num_other > MAX_PLAIN_OTHER_BYTES else None
 
 
-def _beside(name: str) -> FieldViolation:
-    return FieldViolation("", f"has more than {MAX_OTHER_BYTES} bytes beside the {name}")
+def _num_bytes_beside(tags: tuple[int, ...], data: bytes, start: int, end: int) -> int:
+    """The size of the fields in data[start:end] that have other tags. Raises TooManyFields and DecodeError."""
+    return sum(stop - at for tag, at, stop in fields(data, start, end, MAX_FIELDS) if tag not in tags)
 
 
-def _has_too_many(num_bytes: int, max_num_ids: int) -> bool:
-    return num_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
+def _beside(limit: int, name: str) -> FieldViolation:
+    return FieldViolation("", f"has more than {limit} bytes beside the {name}")
 
 
 def _too_many(field: str, max_num_ids: int) -> FieldViolation:

@@ -6,7 +6,7 @@ that can't be split safely is tokenized whole.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,16 +97,25 @@ class TextEncoder:
             raise _too_long(field, f"{len(ids)} tokens or more are over the {max_tokens} that are left for it")
         return ids
 
+    async def encode_each(self, field: str, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each of several texts, without special tokens. Their lengths have been checked. Raises
+        InvalidRequest with `field` and the text's index, QueueFull, and TextFailed.
+        """
+        num_bytes = sum(_num_bytes(f"{field}[{index}]", text) for index, text in enumerate(texts))
+        if num_bytes <= INLINE_CHARACTERS:
+            return self._encode_batch("", texts)
+        ids: list[list[int]] = await self._short_texts.run(
+            num_bytes, lambda lane: lane.call(self._encode_batch, "".join(texts), texts)
+        )
+        return ids
+
     def _check_size(self, field: str, text: str, max_tokens: int) -> int:
         """The text's size in bytes. Raises InvalidRequest where that alone says that the text is too long."""
         per_token = self._traits.max_bytes_per_token
         # Counted in characters first: a count of bytes makes a copy.
         num_bytes = len(text)
         if per_token is None or num_bytes <= max_tokens * per_token:
-            try:
-                num_bytes = len(text.encode())
-            except UnicodeEncodeError as error:
-                raise InvalidRequest(FieldViolation(field, "has characters that are not Unicode text")) from error
+            num_bytes = _num_bytes(field, text)
         if per_token is not None and num_bytes > max_tokens * per_token:
             raise _too_long(field, f"{num_bytes} bytes or more of text are over {max_tokens} tokens")
         return num_bytes
@@ -143,6 +152,22 @@ class TextEncoder:
             return np.array(encoding.ids, np.int32)
         except BaseException as error:
             raise text_failure("the tokenizer failed on the text", error) from error
+
+    def _encode_batch(self, joined: str, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenizes several texts without holding the GIL. joined is all of them together; it is for the lane."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+        except BaseException as error:
+            raise text_failure("the tokenizer failed on the texts", error) from error
+
+
+def _num_bytes(field: str, text: str) -> int:
+    """The text's size in UTF-8. Raises InvalidRequest for a text that has none."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(FieldViolation(field, "has characters that are not Unicode text")) from error
 
 
 def _too_long(field: str, description: str) -> InvalidRequest:

@@ -1,6 +1,8 @@
 """The checks on plain parameters: lengths come before elements, and a checked request has what the engine needs."""
 
+import math
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,13 +12,8 @@ import pytest
 from tandem_scheduler.engine_interface import Submission
 from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_scheduler.front_end.text.encoder import TextEncoder
-from tandem_scheduler.front_end.validation import (
-    MAX_VIOLATIONS,
-    GenerationRequest,
-    check_model,
-    check_request,
-    check_submission,
-)
+from tandem_scheduler.front_end.validation import GenerationRequest, check_model, check_request, check_submission
+from tandem_scheduler.front_end.violations import MAX_VIOLATIONS
 from tandem_shared.errors import InvalidRequest
 from tandem_shared.sampling_fields import RowSampling
 from tests.support.builders import create_request, worker_info
@@ -43,6 +40,10 @@ class Unreadable(Sequence[Any]):
         raise AssertionError("the elements were read")
 
 
+class UnreadableMapping(Unreadable):
+    items = keys = values = Unreadable.__iter__
+
+
 async def check(params: GenerationParams) -> GenerationRequest:
     return await check_request(params, ENCODER, WORKER, "served")
 
@@ -59,6 +60,10 @@ async def violations_of(**changes: Any) -> dict[str, str]:
         ("prompt.token_ids", {"prompt_token_ids": Unreadable(513)}),
         ("stopping.stop_strings", {"stop_strings": Unreadable(65)}),
         ("stopping.stop_token_ids", {"stop_token_ids": Unreadable(129)}),
+        ("sampling.bad_words", {"bad_words": Unreadable(129)}),
+        ("sampling.allowed_token_ids", {"allowed_token_ids": Unreadable(16385)}),
+        ("output.logprob_token_ids", {"logprob_token_ids": Unreadable(21)}),
+        ("sampling.logit_bias", {"logit_bias": UnreadableMapping(1025)}),
     ],
 )
 async def test_of_too_many_elements_none_is_read(field: str, changes: dict[str, Any]) -> None:
@@ -82,6 +87,22 @@ async def test_of_too_many_elements_none_is_read(field: str, changes: dict[str, 
         ("output.num_logprobs", {"num_logprobs": -1}),
         ("prompt.token_ids", {"prompt_token_ids": [1, -1]}),
         ("stopping.stop_token_ids[1]", {"stop_token_ids": [1, -1]}),
+        ("sampling.presence_penalty", {"sampling": {"presence_penalty": 2.5}}),
+        ("sampling.frequency_penalty", {"sampling": {"frequency_penalty": -2.5}}),
+        ("sampling.repetition_penalty", {"sampling": {"repetition_penalty": 0}}),
+        ("sampling.logit_bias[7]", {"logit_bias": {6: 1.0, 7: 100.5}}),
+        ("sampling.logit_bias[7]", {"logit_bias": {7: math.nan}}),
+        ("sampling.logit_bias[1024]", {"logit_bias": {1024: 1.0}}),
+        ("sampling.bad_words[1]", {"bad_words": ["fine", ""]}),
+        ("sampling.bad_words[1]", {"bad_words": ["fine", "x" * 257]}),
+        ("sampling.bad_words[1]", {"bad_words": ["fine", "\U0001f600" * 9]}),
+        ("sampling.bad_words[0]", {"bad_words": ["\ud800"]}),
+        ("sampling.allowed_token_ids", {"allowed_token_ids": [5, 1024]}),
+        ("stopping.min_tokens", {"min_tokens": 9}),
+        ("stopping.min_tokens", {"min_tokens": 510, "max_tokens": None}),
+        ("output.num_prompt_logprobs", {"num_prompt_logprobs": 21}),
+        ("output.logprob_token_ids[1]", {"logprob_token_ids": [5, 1024]}),
+        ("output.logprob_token_ids", {"logprob_token_ids": [5, 6, 5]}),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -100,6 +121,10 @@ async def test_a_bad_field_is_named(field: str, changes: dict[str, Any]) -> None
         {"priority": -(2**31), "num_logprobs": 20, "num_choices": 64},
         {"sampling": {"seed": 2**64 - 1, "top_k": 2**32 - 1, "top_p": 1, "min_p": 1}},
         {"prompt_token_ids": [1] * 511, "max_tokens": 1},
+        {"min_tokens": 8, "num_prompt_logprobs": 20, "logprob_token_ids": range(20)},
+        {"sampling": {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1e30}},
+        {"logit_bias": {token_id: (-100.0, 100.0)[token_id % 2] for token_id in range(1024)}},
+        {"bad_words": ["x" * 16] * 128, "allowed_token_ids": [7] * 16384},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -153,6 +178,46 @@ async def test_a_salt_leaves_as_a_short_hash_that_tells_salts_apart() -> None:
     assert hashed[0] == "" and all(len(salt) == 32 for salt in hashed[1:])
     assert len(set(hashed)) == 4
     assert (await check(replace(GOOD, cache_salt="a"))).first.cache_salt == hashed[1]
+
+
+async def test_what_is_asked_of_sampling_beside_numbers_reaches_the_engine() -> None:
+    tokenizer = embedded()
+    worker = replace(WORKER, eos_token_ids=(1017, 1015))
+    asked = replace(
+        GOOD,
+        logit_bias={7: -1.5, 9: 2.0},
+        bad_words=["the", " foo", "  "],
+        allowed_token_ids=[9, 5, 9],
+        min_tokens=3,
+        stop_token_ids=[40, 30],
+        ignore_eos=True,
+        logprob_token_ids=[8, 2],
+        include_stop_string=True,
+    )
+    checked = await check_request(asked, ENCODER, worker, "served")
+    first, lists = checked.first, checked.first.lists
+    assert (first.sampling.min_tokens, first.sampling.num_logprobs) == (3, 0)
+    assert checked.include_stop_string and first.stop_token_ids == {30, 40}
+    assert lists.stop_token_ids == (30, 40, 1015, 1017)
+    assert lists.logit_bias == ((7, -1.5), (9, 2.0))
+    assert lists.allowed_token_ids == (5, 9)
+    assert lists.logprob_token_ids == (8, 2)
+    spellings = ["the", " the", "foo", " foo", "  ", "   "]
+    assert set(lists.bad_words) == {tuple(tokenizer.encode(text).ids) for text in spellings}
+
+
+async def test_a_request_that_asks_for_nothing_has_no_lists() -> None:
+    first = (await check(replace(GOOD, stop_token_ids=[5]))).first
+    assert not first.lists and first.sampling.num_logprobs is None
+
+
+async def test_many_bad_words_are_tokenized_off_the_loop() -> None:
+    """So many words of 30 characters take some milliseconds; the longest that are allowed take ten times as long."""
+    threads = set()
+    watched = WatchedTokenizer(embedded(), lambda text: threads.add(threading.current_thread()))
+    words = ["word " * 6] * 128
+    await check_request(replace(GOOD, bad_words=words), TextEncoder(watched), WORKER, "served")
+    assert threads and threading.main_thread() not in threads
 
 
 async def test_a_reply_that_cannot_fit_is_refused_where_the_request_says_so() -> None:

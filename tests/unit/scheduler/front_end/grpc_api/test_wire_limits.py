@@ -31,11 +31,11 @@ def test_a_long_prompt_is_decoded() -> None:
 @pytest.mark.parametrize("field", ["stop_strings", "model", "unknown", "parts"])
 def test_what_is_long_beside_the_prompt_is_not_decoded(field: str) -> None:
     if field == "unknown":
-        data = b"\xfa\x01" + b"\xe0\xa7\x12" + b"\0" * 300_000
+        data = b"\xfa\x01" + b"\xa0\xf7\x36" + b"\0" * 900_000
     elif field == "parts":
-        data = inference_pb2.GenerateStreamRequest(num_choices=1).SerializeToString() * 200_000
+        data = inference_pb2.GenerateStreamRequest(num_choices=1).SerializeToString() * 500_000
     else:
-        value = [""] * 200_000 if field == "stop_strings" else "x" * 300_000
+        value = [""] * 500_000 if field == "stop_strings" else "x" * 900_000
         data = stream_request(**{field: value}).SerializeToString()
     refused = decode(data)
     assert isinstance(refused, TooLargeToDecode) and "beside the prompt" in str(refused.error)
@@ -78,12 +78,38 @@ def test_any_bytes_have_a_measure_or_are_no_message(data: bytes) -> None:
             inference_pb2.GenerateStreamRequest.FromString(data)
 
 
-def test_the_longest_fields_that_are_allowed_are_decoded() -> None:
+def longest_request() -> inference_pb2.GenerateStreamRequest:
+    """Each list as long as it may be, of elements that are as long as they may be."""
     request = stream_request([1], model="x" * 255, request_id="é" * 128, cache_salt="x" * 1024)
     request.stopping.stop_strings.extend(["\U0001f600" * 128] * 64)
     request.stopping.stop_token_ids.extend([2**32 - 1] * 128)
+    request.sampling.bad_words.extend(["\U0001f600" * 256] * 128)
+    request.sampling.allowed_token_ids.extend([2**32 - 1] * 16384)
+    for token_id in range(2**32 - 1024, 2**32):
+        request.sampling.logit_bias[token_id] = -99.5
+    request.output.logprob_token_ids.extend([2**32 - 1] * 20)
+    request.structured_output.choice.texts.extend(["\U0001f600" * 128] * 1024)
+    return request
+
+
+def test_the_longest_fields_that_are_allowed_are_decoded() -> None:
+    request = longest_request()
     data = request.SerializeToString()
     assert len(data) < MAX_OTHER_BYTES and decode(data) == request
+
+
+@pytest.mark.parametrize("name", ["json_schema", "regex", "lark"])
+def test_the_text_of_a_grammar_is_only_copied_and_may_be_long(name: str) -> None:
+    request = longest_request()
+    setattr(request.structured_output, name, "x" * 3_000_000)
+    assert decode(request.SerializeToString()) == request
+
+
+def test_choices_by_the_million_are_not_decoded() -> None:
+    request = stream_request()
+    request.structured_output.choice.texts.extend([""] * 1_000_000)
+    refused = decode(request.SerializeToString())
+    assert isinstance(refused, TooLargeToDecode) and "beside the prompt and the grammar" in str(refused.error)
 
 
 @pytest.mark.parametrize(("count", "is_refused"), [(3, False), (4, False), (5, True)])
