@@ -21,7 +21,7 @@ BENCH_FLAGS ?=
 SCALING_MODELS ?= build/models/8b build/models/32b
 TP_SIZES ?= 1 2 4 8
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-sampling bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -107,6 +107,15 @@ ifneq ($(GPU),)
 else
 	$(BIN)/python -m benchmarks.gaps embedded --scale 10 --sampling $(SAMPLING) $(BENCH_FLAGS) \
 		--out benchmarks/results/gaps_cpu.json
+endif
+
+bench-sampling: $(STAMP) $(BENCH_MODELS)  ## What rows cost that ask more of sampling; writes benchmarks/results
+ifneq ($(GPU),)
+	for model in $(MODELS); do $(BIN)/python -m benchmarks.sampling_costs $$model $(BENCH_FLAGS) \
+		--out benchmarks/results/sampling_costs_$$(basename $$model).json || exit 1; done
+else
+	$(BIN)/python -m benchmarks.sampling_costs embedded --batches 16 --context 64 --steps 16 --pairs 3 $(BENCH_FLAGS) \
+		--out benchmarks/results/sampling_costs_cpu.json
 endif
 
 bench-scaling: $(STAMP) $(if $(GPU),$(SCALING_MODELS:%=%/config.json))  ## Speed with TP_SIZES ranks; writes benchmarks/results

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from benchmarks.checkpoint import COMMON, SIZES
 from benchmarks.common import header, write_json
+from benchmarks.step_driver import RowAsks, StepDriver
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import PROTOCOL_VERSION
-from tandem_shared.step_plan import NewRow, StepPlan, WorkerInfo
+from tandem_shared.step_plan import WorkerInfo
 from tandem_worker.attention.triton_attention import TritonAttention
 from tandem_worker.checkpoint.model_config import ModelConfig
 from tandem_worker.layers.triton_operations import TritonOperations
@@ -98,56 +98,6 @@ def build(config: ModelConfig, num_blocks: int, communicator: Communicator) -> C
     return runner
 
 
-class Driver:
-    """Makes plans for a runner and executes them."""
-
-    def __init__(self, runner: CudaRunner) -> None:
-        self.runner = runner
-        self._step_id = 0
-
-    def step(self, **plan: Any) -> Any:
-        self._step_id += 1
-        return self.runner.execute(StepPlan(self._step_id, **plan))
-
-    def reset(self) -> None:
-        self.runner.reset()
-        self._step_id = 0
-
-    def start_decoding(self, num_rows: int, context: int, num_steps: int, sampling: RowSampling) -> None:
-        """Starts rows whose context is in the pool already, as after a prefix hit, with blocks for num_steps steps."""
-        self.reset()
-        num_blocks = -(-(context + num_steps) // BLOCK_SIZE)
-        rng = np.random.default_rng(0)
-        ids = (rng.permutation(num_rows * num_blocks) + 1).astype(np.int32).reshape(num_rows, num_blocks)
-        tokens = rng.integers(0, 10000, context).astype(np.int32)
-        rows = tuple(
-            NewRow(
-                row=row, sequence_id=0, token_ids=tokens, num_prompt_tokens=context,
-                num_computed_tokens=context - 1, num_cached_tokens=context, block_ids=ids[row], sampling=sampling,
-            )
-            for row in range(num_rows)
-        )  # fmt: skip
-        every = np.arange(num_rows, dtype=np.int32)
-        self.step(added_rows=rows, chunk_rows=every, chunk_num_tokens=np.ones(num_rows, np.int32)).wait()
-
-    def prefill(self, num_rows: int, length: int) -> Any:
-        """Queues a step of whole prompts. Tokens are random, as equal ones would take less power."""
-        self.reset()
-        num_blocks = -(-length // BLOCK_SIZE)
-        tokens = np.random.default_rng(0).integers(0, 10000, (num_rows, length)).astype(np.int32)
-        rows = tuple(
-            NewRow(
-                row=row, sequence_id=0, token_ids=tokens[row], num_prompt_tokens=length,
-                num_computed_tokens=0, num_cached_tokens=0,
-                block_ids=np.arange(row * num_blocks + 1, (row + 1) * num_blocks + 1, dtype=np.int32),
-                sampling=SAMPLINGS["temperature"],
-            )
-            for row in range(num_rows)
-        )  # fmt: skip
-        every = np.arange(num_rows, dtype=np.int32)
-        return self.step(added_rows=rows, chunk_rows=every, chunk_num_tokens=np.full(num_rows, length, np.int32))
-
-
 def timed(run: Any, count: int) -> tuple[float, float]:
     """GPU milliseconds and host milliseconds of one of `count` runs."""
     for _ in range(3):
@@ -178,20 +128,20 @@ def kernels_of(run: Any, count: int) -> list[tuple[str, float, float]]:
     return sorted(((name, *numbers) for name, numbers in total.items()), key=lambda entry: -entry[2])
 
 
-def measure(driver: Driver, num_rows: Sequence[int], profile: bool, result: dict[str, Any]) -> None:
+def measure(driver: StepDriver, num_rows: Sequence[int], profile: bool, result: dict[str, Any]) -> None:
     count = 60
     for kind, sampling in SAMPLINGS.items():
         for rows in num_rows:
             if kind == "qwen3" and rows not in (1, 64, 256):
                 continue
-            driver.start_decoding(rows, CONTEXT, 2 * count, sampling)
+            driver.start_decoding([RowAsks(sampling)] * rows, CONTEXT, 2 * count)
             gpu_ms, host_ms = timed(driver.step, count)
             entry = result[f"decode_{kind}_{rows}"] = {"gpu_ms": gpu_ms, "host_ms": host_ms}
             print(f"{kind} {rows:4d} rows: {gpu_ms:.3f} ms, host {host_ms:.3f} ms")
             if profile and kind == "temperature":
                 entry["kernels"] = report_kernels(kernels_of(driver.step, 5))
     for rows, length in PREFILLS:
-        run = partial(driver.prefill, rows, length)
+        run = partial(driver.prefill, rows, length, SAMPLINGS["temperature"])
         gpu_ms, host_ms = timed(run, 10)
         entry = result[f"prefill_{rows}x{length}"] = {"gpu_ms": gpu_ms, "host_ms": host_ms}
         print(
@@ -220,7 +170,7 @@ def main() -> None:
     is_reporting = communicator.shard.rank == 0
     if not is_reporting:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
-    driver = Driver(build(config, 256 * 64 + 1, communicator))
+    driver = StepDriver(build(config, 256 * 64 + 1, communicator))
     result = header(f"single steps, {arguments.size} shape", arguments.commit)
     result |= {"device": torch.cuda.get_device_name(), "tp_size": communicator.shard.size}
     measure(driver, arguments.rows, arguments.profile, result)

@@ -43,3 +43,23 @@ def reduced(number: int, scale: int) -> int:
 
 def _prompt(rng: Random, length: int, vocab_size: int) -> list[int]:
     return [rng.randint(0, MAX_TOKEN_ID) % vocab_size for _ in range(length)]
+
+
+# With 100,000 items to come an output never ends by itself. Strings are short, so that outputs reach all parts of an
+# item.
+ENDLESS_ARRAY = {
+    "type": "array",
+    "minItems": 100_000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 16},
+            "count": {"type": "integer", "minimum": 0},
+            "kind": {"enum": ["tragedy", "comedy", "history"]},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 4},
+        },
+        "required": ["name", "count", "kind", "tags"],
+        "additionalProperties": False,
+    },
+}
+"""A JSON schema of an array of objects."""
