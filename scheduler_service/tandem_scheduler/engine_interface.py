@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tandem_scheduler.core.types import FinishReason, SequenceRequest
 from tandem_shared.errors import SequenceFailed, TandemError
-from tandem_shared.step_plan import RowLogprobs, WorkerInfo
+from tandem_shared.step_plan import PromptLogprobs, RowLogprobs, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +44,31 @@ class SequenceEnd:
 class OutputBatch:
     """The outputs of one step or several for one front end: parallel lists of handles and tokens; log-probability
     reports for the sequences that asked for them, in the same order; then the ends. A stop token is the last token
-    before its end.
+    before its end. prompt_logprobs has the reports on prompt tokens, by handle: those of a sequence follow each other
+    without gaps, and come before its first token or with it.
     """
 
     token_handles: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, RowLogprobs]] = field(default_factory=list)
     ends: list[SequenceEnd] = field(default_factory=list)
+    prompt_logprobs: list[tuple[int, PromptLogprobs]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.token_handles or self.ends)
+        return bool(self.token_handles or self.ends or self.prompt_logprobs)
 
     @property
     def handles(self) -> list[int]:
         """The handles of all sequences in the batch. Some occur more than once."""
-        return [*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]
+        reported = [handle for handle, _ in (*self.prompt_logprobs, *self.logprobs)]
+        return [*self.token_handles, *reported, *(end.handle for end in self.ends)]
 
     def extend(self, later: "OutputBatch") -> None:
         self.token_handles += later.token_handles
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.ends += later.ends
+        self.prompt_logprobs += later.prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)

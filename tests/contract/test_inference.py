@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from tandem.v1 import inference_pb2
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
+from tandem_shared.step_plan import FAULT_GRAMMAR, FAULT_NAN_LOGITS, FAULT_NO_TOKEN
 from tests.contract.services import (
     MODEL,
     Services,
@@ -260,11 +261,22 @@ async def test_a_live_request_id_is_refused_and_runs_anew_afterwards() -> None:
     assert [output.token_ids for output in outputs] == [true_tokens(request)] * 2
 
 
-async def test_a_row_fault_ends_one_request_and_no_other() -> None:
+@pytest.mark.parametrize(
+    ("fault", "status", "field"),
+    [
+        (FAULT_NAN_LOGITS, grpc.StatusCode.INTERNAL, None),
+        (FAULT_GRAMMAR, grpc.StatusCode.INVALID_ARGUMENT, "structured_output"),
+        (FAULT_NO_TOKEN, grpc.StatusCode.INVALID_ARGUMENT, "sampling"),
+    ],
+)
+async def test_a_row_fault_ends_one_request_and_no_other(
+    fault: int, status: grpc.StatusCode, field: str | None
+) -> None:
     gate = threading.Semaphore(0)
     runner = FakeRunner(model_info(), gate=gate)
     # The second sequence that the engine was ever given.
     runner.faulty.add(1)
+    runner.fault_codes[1] = fault
     good, bad = stream_request(range(1, 30), 20), stream_request(num_logprobs=2)
     async with Services(runner) as services:
         running = asyncio.create_task(services.stream(good))
@@ -278,4 +290,5 @@ async def test_a_row_fault_ends_one_request_and_no_other() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await failing
         assert (await services.load()).num_worker_losses == 0
-    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert caught.value.code() == status
+    assert field is None or f"{field}: " in (caught.value.details() or "")

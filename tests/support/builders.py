@@ -7,6 +7,7 @@ import numpy as np
 
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 from tandem_shared.step_plan import WorkerInfo
 
 VOCAB_SIZE = 1000
@@ -39,6 +40,7 @@ def create_request(
     max_tokens: int = 8,
     *,
     sampling: RowSampling = GREEDY,
+    lists: SamplingLists = NO_LISTS,
     stop_token_ids: Iterable[int] = (),
     priority: int = 0,
     cache_salt: str = "",
@@ -50,6 +52,7 @@ def create_request(
         prompt_token_ids=np.array(list(prompt), np.int32),
         max_tokens=max_tokens,
         sampling=sampling,
+        lists=lists,
         stop_token_ids=frozenset(stop_token_ids),
         priority=priority,
         cache_salt=cache_salt,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.types import FinishedSequence, SequenceRequest, StepOutputs
-from tandem_shared.step_plan import StepPlan
+from tandem_shared.step_plan import PromptLogprobs, StepPlan
 from tandem_worker.runners.runner import PendingStep, Runner
 
 
@@ -18,11 +18,13 @@ class Engine:
         self.in_flight: deque[PendingStep] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.finished: dict[int, FinishedSequence] = {}
+        self.prompt_reports: dict[int, list[PromptLogprobs]] = {}
 
     def add(self, *requests: SequenceRequest) -> None:
         for request in requests:
             self.scheduler.add(request)
             self.outputs[request.sequence_id] = []
+            self.prompt_reports[request.sequence_id] = []
             self.finished.pop(request.sequence_id, None)
 
     def launch(self) -> StepPlan | None:
@@ -37,6 +39,8 @@ class Engine:
         outputs = self.scheduler.update(self.in_flight.popleft().wait())
         for sequence_id, token_id in zip(outputs.sequence_ids, outputs.token_ids, strict=True):
             self.outputs[sequence_id].append(token_id)
+        for sequence_id, report in outputs.prompt_logprobs:
+            self.prompt_reports[sequence_id].append(report)
         for finished in outputs.finished:
             self.finished[finished.sequence_id] = finished
         return outputs

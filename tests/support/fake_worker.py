@@ -17,10 +17,12 @@ import xxhash
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import SamplingLists, adjusts_logits
 from tandem_shared.step_plan import (
     FAULT_NAN_LOGITS,
     PADDING_BLOCK,
     NewRow,
+    PromptLogprobs,
     RowFault,
     RowLogprobs,
     StepPlan,
@@ -47,10 +49,68 @@ def extend_chain(chain: list[int], token_ids: list[int]) -> None:
         chain.append(xxhash.xxh64_intdigest(token_id.to_bytes(4, "little"), chain[-1] if chain else 0) | 1)
 
 
-def sample(contents: Chain, sampling: RowSampling, vocab_size: int) -> int:
-    """The next token: a function of the contents that were read and, unless greedy, of seed, choice and position."""
+def sample(
+    contents: Chain, sampling: RowSampling, lists: SamplingLists, num_prompt_tokens: int, vocab_size: int
+) -> int:
+    """The next token: a function of the contents that were read; unless greedy, of seed, choice and position; and of
+    all that adjusts logits, if anything does. Stop tokens do not come before min_tokens.
+    """
     noise = (sampling.seed, sampling.choice_index, len(contents)) if sampling.temperature > 0 else (0, 0, 0)
-    return xxhash.xxh64_intdigest(contents.tobytes() + repr(noise).encode()) % vocab_size
+    data = contents.tobytes() + repr(noise).encode() + _adjustments(sampling, lists, num_prompt_tokens)
+    token_id = xxhash.xxh64_intdigest(data) % vocab_size
+    while len(contents) - num_prompt_tokens < sampling.min_tokens and token_id in lists.stop_token_ids:
+        token_id = (token_id + 1) % vocab_size
+    return token_id
+
+
+def _adjustments(sampling: RowSampling, lists: SamplingLists, num_prompt_tokens: int) -> bytes:
+    """Everything that adjusts logits; empty if nothing does. The order of lists means nothing."""
+    if not adjusts_logits(sampling, lists):
+        return b""
+    bias = sorted(lists.logit_bias)
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    others = (
+        num_prompt_tokens,
+        sampling.min_tokens,
+        sorted(lists.stop_token_ids) if sampling.min_tokens else [],
+        [token_id for token_id, _ in bias],
+        sorted(lists.allowed_token_ids),
+        sorted(lists.bad_words),
+        lists.grammar,
+    )
+    # Between processes these are 32-bit floats.
+    return np.array([*penalties, *(value for _, value in bias)], np.float32).tobytes() + repr(others).encode()
+
+
+def requested_logprobs(lists: SamplingLists) -> tuple[float, ...]:
+    """The log-probabilities of the tokens that a row asks for by their ids."""
+    return tuple(-0.5 * token_id for token_id in lists.logprob_token_ids)
+
+
+def rank_of(token_id: int) -> int:
+    return token_id % 7 + 1
+
+
+def prompt_report(row: int, chain: list[int], first: int, end: int, num_top: int, vocab_size: int) -> PromptLogprobs:
+    """What is reported of the prompt positions first to end - 1: functions of the tokens up to each."""
+    entries = chain[first:end]
+    return PromptLogprobs(
+        row,
+        first,
+        logprobs=tuple(-(entry % 256) / 8 for entry in entries),
+        ranks=tuple(entry % 50 + 1 for entry in entries),
+        num_top=num_top,
+        top_token_ids=tuple((entry // 64 + i) % vocab_size for entry in entries for i in range(num_top)),
+        top_logprobs=tuple(-(entry % 4) - 0.5 * i for entry in entries for i in range(num_top)),
+    )
+
+
+def expected_prompt_logprobs(request: SequenceRequest, *, vocab_size: int = VOCAB_SIZE) -> PromptLogprobs:
+    """The true report on a whole prompt, in one part."""
+    chain: list[int] = []
+    extend_chain(chain, request.prompt_token_ids.tolist())
+    assert request.sampling.num_prompt_logprobs is not None
+    return prompt_report(0, chain, 1, len(chain), request.sampling.num_prompt_logprobs, vocab_size)
 
 
 def expected_tokens(request: SequenceRequest, n: int | None = None, *, vocab_size: int = VOCAB_SIZE) -> list[int]:
@@ -59,7 +119,8 @@ def expected_tokens(request: SequenceRequest, n: int | None = None, *, vocab_siz
     extend_chain(chain, request.prompt_token_ids.tolist())
     output: list[int] = []
     while len(output) < min(request.max_tokens, request.max_tokens if n is None else n):
-        output.append(sample(np.array(chain, np.uint64), request.sampling, vocab_size))
+        contents, num_prompt_tokens = np.array(chain, np.uint64), len(request.prompt_token_ids)
+        output.append(sample(contents, request.sampling, request.lists, num_prompt_tokens, vocab_size))
         if output[-1] in request.stop_token_ids:
             break
         extend_chain(chain, output[-1:])
@@ -76,7 +137,9 @@ class FakeRow:
     num_computed_tokens: int
     num_cached_tokens: int
     block_ids: list[int]
+    num_prompt_tokens: int
     sampling: RowSampling
+    lists: SamplingLists
     added_at: int
     is_decoding: bool = False
 
@@ -100,7 +163,7 @@ class FakePendingStep:
 class FakeRunner:
     """A Runner. `gate`: each wait() takes one permit, so that a test says when results come. `delay_s`: each wait()
     takes that long. `salt_of`: the cache salt of a sequence id, which no plan carries; blocks must not cross salts.
-    Sequence ids in `faulty` answer with a row fault.
+    Sequence ids in `faulty` answer with a row fault, whose code `fault_codes` may change.
     """
 
     def __init__(
@@ -116,6 +179,7 @@ class FakeRunner:
         self.delay_s = delay_s
         self._salt_of = salt_of
         self.faulty: set[int] = set()
+        self.fault_codes: dict[int, int] = {}
         self.num_steps = 0
         self.num_full_hits = 0
         # Tests raise it to make a step look as if it made progress.
@@ -146,6 +210,7 @@ class FakeRunner:
         num_tokens = self._num_tokens_by_row(plan)
         written: set[int] = set()
         contents: dict[int, Chain] = {}
+        prompt_logprobs: list[PromptLogprobs] = []
         # The order is decoding rows, other old rows, new rows as they were added: each reads what those before it
         # stored.
         new_rows = [new.row for new in plan.added_rows]
@@ -154,9 +219,11 @@ class FakeRunner:
             if count := num_tokens.get(row):
                 state = self.rows[row]
                 self._store(state, count, written)
+                prompt_logprobs += self._report_prompt(row, state, count)
                 state.num_computed_tokens += count
                 contents[row] = self._read(state)
-        result = self._sample(plan.step_id, {row: contents[row] for row in num_tokens})
+        prompt_logprobs.sort(key=lambda report: (report.row, report.first_position))
+        result = self._sample(plan.step_id, {row: contents[row] for row in num_tokens}, prompt_logprobs)
         return FakePendingStep(result, self.gate, self.delay_s)
 
     def _change_batch(self, plan: StepPlan) -> None:
@@ -183,12 +250,23 @@ class FakeRunner:
         check(0 <= computed < num_tokens and cached % self._info.block_size == 0, f"{computed=} {cached=}")
         check(computed == cached or (computed == cached - 1 and cached == num_tokens), f"{computed=} {cached=}")
         self.num_full_hits += computed < cached
+        reports_prompt = new.sampling.num_prompt_logprobs is not None
+        check(not (reports_prompt and cached), f"row {new.row} reports a prompt of which {cached} tokens are cached")
         chain: list[int] = []
         extend_chain(chain, new.token_ids.tolist())
         salt = self._salt_of(new.sequence_id)
         block_ids = new.block_ids.tolist()
         self.rows[new.row] = FakeRow(
-            new.sequence_id, salt, chain, computed, cached, block_ids, new.sampling, self._last_step_id
+            new.sequence_id,
+            salt,
+            chain,
+            computed,
+            cached,
+            block_ids,
+            new.num_prompt_tokens,
+            new.sampling,
+            new.lists,
+            self._last_step_id,
         )
 
     def _num_tokens_by_row(self, plan: StepPlan) -> dict[int, int]:
@@ -223,7 +301,18 @@ class FakeRunner:
             self._slots[slot] = row.chain[position]
             self._salts[block_id] = row.salt
 
-    def _sample(self, step_id: int, contents: dict[int, Chain]) -> StepResult:
+    def _report_prompt(self, index: int, row: FakeRow, count: int) -> list[PromptLogprobs]:
+        """Reports the positions that the row's next count tokens predict. Some reports come in two parts."""
+        num_top = row.sampling.num_prompt_logprobs
+        first = row.num_computed_tokens + 1
+        end = min(first + count, row.num_prompt_tokens)
+        if num_top is None or first >= end:
+            return []
+        middle = first + (end - first) // 2 if self._last_step_id % 3 == 0 else first
+        spans = [(first, middle), (middle, end)] if middle > first else [(first, end)]
+        return [prompt_report(index, row.chain, *span, num_top, self._info.vocab_size) for span in spans]
+
+    def _sample(self, step_id: int, contents: dict[int, Chain], prompt_logprobs: list[PromptLogprobs]) -> StepResult:
         counts: list[int] = []
         token_ids: list[int] = []
         faults: list[RowFault] = []
@@ -233,21 +322,23 @@ class FakeRunner:
             if row.num_computed_tokens < len(row.chain):
                 continue
             row.is_decoding = True
-            token_id = sample(read, row.sampling, self._info.vocab_size)
+            token_id = sample(read, row.sampling, row.lists, row.num_prompt_tokens, self._info.vocab_size)
             check(len(row.chain) < self._info.max_model_len, f"{row.sequence_id} outgrows the context")
             extend_chain(row.chain, [token_id])
             if row.sequence_id in self.faulty:
                 counts.append(0)
-                faults.append(RowFault(index, FAULT_NAN_LOGITS))
+                faults.append(RowFault(index, self.fault_codes.get(row.sequence_id, FAULT_NAN_LOGITS)))
             else:
                 counts.append(1)
                 token_ids.append(token_id)
             # A row that asked for log-probabilities gets a report even if it has a fault: the scheduler must cope with
             # that.
-            if row.sampling.num_logprobs is not None:
-                top = tuple((token_id + i) % self._info.vocab_size for i in range(row.sampling.num_logprobs))
-                logprobs.append(RowLogprobs(index, -0.5, top, tuple(-0.5 - i for i in range(len(top)))))
-        return StepResult(step_id, counts, token_ids, tuple(faults), tuple(logprobs))
+            if row.sampling.num_logprobs is not None or row.lists.logprob_token_ids:
+                top = tuple((token_id + i) % self._info.vocab_size for i in range(row.sampling.num_logprobs or 0))
+                top_logprobs = tuple(-0.5 - i for i in range(len(top)))
+                requested = requested_logprobs(row.lists)
+                logprobs.append(RowLogprobs(index, -0.5, top, top_logprobs, rank_of(token_id), requested))
+        return StepResult(step_id, counts, token_ids, tuple(faults), tuple(logprobs), tuple(prompt_logprobs))
 
     def _read(self, row: FakeRow) -> Chain:
         """The contents that the row's newest position attends to. Every slot must hold this row's own past."""

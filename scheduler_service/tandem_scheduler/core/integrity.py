@@ -27,6 +27,7 @@ def check_integrity(
     assert set(residency.prefilling) == {s for s in running if not rows.is_decoding[s.row]}, "rows and prefills differ"
     for sequence in live:
         num_outstanding = in_flight.count(sequence)
+        assert not (sequence.num_output_tokens and sequence.lacks_prompt_logprobs), "a prompt is not reported in time"
         if sequence.state is SequenceState.RUNNING:
             _check_running(sequence, rows, blocks.block_size, num_outstanding)
         else:

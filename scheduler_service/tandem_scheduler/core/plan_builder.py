@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tandem_scheduler.core.logprob_reports import PromptSpan, span_of_chunk
 from tandem_scheduler.core.residency import Residency
 from tandem_scheduler.core.sequence import Sequence
 from tandem_shared.step_plan import Int32Array, NewRow, StepPlan
@@ -17,6 +18,8 @@ class PlanBuilder:
         self.appended_rows: list[int] = []
         self.appended_ids: list[int] = []
         self.chunks: dict[int, int] = {}
+        # The prompt tokens whose log-probabilities the step reports, by row.
+        self.prompt_spans: dict[int, PromptSpan] = {}
         # Sequences whose chunk reaches their last known token, so that they sample.
         self.completed: list[Sequence] = []
         # Sequences that lost their rows for this plan. It does not admit them again.
@@ -30,6 +33,8 @@ class PlanBuilder:
         num_tokens = min(num_left, self.budget, self._max_chunk_tokens or num_left)
         self.budget -= num_tokens
         self.chunks[sequence.row] = num_tokens
+        if (span := span_of_chunk(sequence, num_tokens)) is not None:
+            self.prompt_spans[sequence.row] = span
         self._residency.compute(sequence, num_tokens)
         if num_tokens == num_left:
             self.completed.append(sequence)

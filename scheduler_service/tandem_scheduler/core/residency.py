@@ -3,6 +3,8 @@
 Moves sequences in and out; knows nothing of who should move when.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from tandem_scheduler.core.block_manager import BlockManager, CachedBlock
@@ -47,7 +49,8 @@ class Residency:
         blocks = self.blocks
         num_tokens = len(sequence.token_ids)
         hits: list[CachedBlock] = []
-        if self._enable_prefix_caching:
+        # The log-probabilities of cached tokens are not known, so they are computed again if they were asked for.
+        if self._enable_prefix_caching and not sequence.lacks_prompt_logprobs:
             salt = sequence.request.cache_salt
             blocks.extend_keys(sequence.block_keys, sequence.token_ids, salt)
             hits = blocks.match(sequence.block_keys, sequence.token_ids, salt)
@@ -66,6 +69,9 @@ class Residency:
         sequence.num_registered_blocks = len(hits)
         sequence.parent_block = hits[-1] if hits else None
         self.prefilling.append(sequence)
+        sampling = sequence.request.sampling
+        if sampling.num_prompt_logprobs is not None and not sequence.reports_prompt:
+            sampling = replace(sampling, num_prompt_logprobs=None)
         return NewRow(
             row=row,
             sequence_id=sequence.sequence_id,
@@ -74,7 +80,7 @@ class Residency:
             num_computed_tokens=num_computed,
             num_cached_tokens=num_cached,
             block_ids=np.array(block_table, np.int32),
-            sampling=sequence.request.sampling,
+            sampling=sampling,
             lists=sequence.request.lists,
         )
 

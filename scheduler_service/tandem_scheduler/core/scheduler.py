@@ -34,8 +34,10 @@ import numpy as np
 
 from tandem_scheduler.core.admission import Admission
 from tandem_scheduler.core.integrity import check_integrity
+from tandem_scheduler.core.logprob_reports import reports_by_sequence, take_reports
 from tandem_scheduler.core.plan_builder import PlanBuilder
 from tandem_scheduler.core.residency import Residency
+from tandem_scheduler.core.row_faults import REQUEST_FAULTS, fault_of
 from tandem_scheduler.core.sequence import Sequence, SequenceState
 from tandem_scheduler.core.steps_in_flight import StepsInFlight
 from tandem_scheduler.core.suspects import PROBE_ID, Suspects
@@ -180,21 +182,18 @@ class Scheduler:
         """Takes a step's result. Results come in the order of the plans and fit them; ProtocolError if not."""
         step = self._in_flight.pop(result)
         self._suspects.has_result = True
-        outputs = StepOutputs(step.step_id)
+        outputs = StepOutputs(step.step_id, prompt_logprobs=take_reports(step.prompt_spans, result.prompt_logprobs))
         faults = {fault.row: fault.code for fault in result.faults}
         owners = dict(zip(step.rows, step.sequences, strict=True)) if faults or result.logprobs else {}
         for row, code in faults.items():
             sequence = owners.pop(row)
-            self._residency.distrust(sequence)
-            if sequence.state is not SequenceState.FINISHED:
-                error = f"the worker reports row fault {code}: the logits are not finite"
-                outputs.finished.append(self._finish(sequence, FinishReason.ERROR, error=error))
+            if code not in REQUEST_FAULTS:
+                self._residency.distrust(sequence)
+            if not sequence.is_finished:
+                outputs.finished.append(self._finish(sequence, FinishReason.ERROR, None, *fault_of(code, sequence)))
         self._confirm(list(owners.values()) if faults else step.sequences, result.token_ids, outputs)
         if result.logprobs:
-            confirmed = set(outputs.sequence_ids)
-            # There may be reports on rows with a fault too, whose sequences ended above without a token.
-            reports = {owners[report.row].sequence_id: report for report in result.logprobs if report.row in owners}
-            outputs.logprobs = {key: report for key, report in reports.items() if key in confirmed}
+            outputs.logprobs = reports_by_sequence(owners, result.logprobs, outputs.sequence_ids)
         return outputs
 
     # Questions
@@ -248,8 +247,7 @@ class Scheduler:
         rows = decoding.tolist()
         if plan.completed:
             rows = sorted(rows + [sequence.row for sequence in plan.completed])
-        sequences = list(map(self._residency.rows.owner, rows))
-        step_id = self._in_flight.push(rows, sequences)
+        step_id = self._in_flight.push(rows, list(map(self._residency.rows.owner, rows)), plan.prompt_spans)
         self.counters.num_steps += 1
         self.num_decoding_rows = len(decoding)
         return plan.build(step_id)
@@ -278,7 +276,7 @@ class Scheduler:
         residency = self._residency
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             state = sequence.state
-            if state is SequenceState.FINISHED:
+            if sequence.is_finished:
                 self.counters.num_overshoot_tokens += 1
                 continue
             sequence.token_ids.append(token_id)
@@ -324,6 +322,7 @@ class Scheduler:
         reason: FinishReason,
         stop_token_id: int | None = None,
         error: str | None = None,
+        error_field: str | None = None,
     ) -> FinishedSequence:
         if sequence.state is SequenceState.RUNNING:
             self._residency.vacate(sequence)
@@ -338,6 +337,7 @@ class Scheduler:
             num_cached_tokens=sequence.num_cached_tokens or 0,
             stop_token_id=stop_token_id,
             error=error,
+            error_field=error_field,
         )
 
     def _start_session(self, worker: WorkerInfo) -> None:

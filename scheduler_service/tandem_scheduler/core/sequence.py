@@ -39,6 +39,7 @@ class Sequence:
         "block_table",
         "former_block_table",
         "loss_streak",
+        "next_reported_position",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_outstanding",
@@ -47,6 +48,7 @@ class Sequence:
         "num_trial_losses",
         "parent_block",
         "proven_len",
+        "reports_prompt",
         "request",
         "row",
         "sequence_id",
@@ -65,6 +67,11 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         # Prompt tokens that the prefix cache had at the first admission; None before it.
         self.num_cached_tokens: int | None = None
+        # The first prompt position whose log-probabilities are still to come out; num_prompt_tokens if none are.
+        is_asked = request.sampling.num_prompt_logprobs is not None
+        self.next_reported_position = 1 if is_asked else self.num_prompt_tokens
+        # Whether the worker was told, at the entry into the row, to report the prompt's log-probabilities.
+        self.reports_prompt = False
         # How many results are still under way that were planned before a preemption.
         self.num_outstanding = 0
         # For core/suspects.py, which has the rules: how many losses of the worker met the sequence, and how many of
@@ -89,6 +96,7 @@ class Sequence:
         self.block_table = block_table
         self.former_block_table = []
         self.num_computed_tokens = num_computed_tokens
+        self.reports_prompt = self.lacks_prompt_logprobs
 
     def leave_row(self) -> None:
         self.row = -1
@@ -131,6 +139,15 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of prompt tokens were asked for and have not all come."""
+        return self.next_reported_position < self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is SequenceState.FINISHED
 
     @property
     def is_proven(self) -> bool:

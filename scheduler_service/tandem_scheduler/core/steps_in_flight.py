@@ -1,8 +1,9 @@
 """The steps whose results are still to come, and the check that a result fits its plan."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tandem_scheduler.core.logprob_reports import PromptSpan, why_unfit
 from tandem_scheduler.core.sequence import Sequence
 from tandem_shared.errors import ProtocolError
 from tandem_shared.step_plan import StepResult
@@ -10,7 +11,8 @@ from tandem_shared.step_plan import StepResult
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """The rows that a step samples, ascending, and the sequences that held them when it was planned.
+    """The rows that a step samples, ascending, and the sequences that held them when it was planned. prompt_spans: the
+    prompt tokens whose log-probabilities it reports, by row.
 
     A result is never looked up through the rows' present owners: a row may have another one by then.
     """
@@ -18,6 +20,7 @@ class StepInFlight:
     step_id: int
     rows: list[int]
     sequences: list[Sequence]
+    prompt_spans: dict[int, PromptSpan] = field(default_factory=dict)
 
 
 class StepsInFlight:
@@ -35,11 +38,11 @@ class StepsInFlight:
         """IndexError where no step is in flight."""
         return self._steps[0]
 
-    def push(self, rows: list[int], sequences: list[Sequence]) -> int:
+    def push(self, rows: list[int], sequences: list[Sequence], prompt_spans: dict[int, PromptSpan]) -> int:
         """Adds a new step. Returns its id."""
         step_id = self._next_step_id
         self._next_step_id += 1
-        self._steps.append(StepInFlight(step_id, rows, sequences))
+        self._steps.append(StepInFlight(step_id, rows, sequences, prompt_spans))
         return step_id
 
     def pop(self, result: StepResult) -> StepInFlight:
@@ -55,6 +58,10 @@ class StepsInFlight:
             raise ProtocolError(f"result of step {result.step_id} does not fit its plan")
         if not faulty_rows.union(report.row for report in result.logprobs) <= set(step.rows):
             raise ProtocolError(f"result of step {result.step_id} speaks of rows that did not sample")
+        if (step.prompt_spans or result.prompt_logprobs) and (
+            problem := why_unfit(step.prompt_spans, result.prompt_logprobs, faulty_rows)
+        ):
+            raise ProtocolError(f"result of step {result.step_id} {problem}")
         return self._steps.popleft()
 
     def count(self, sequence: Sequence) -> int:

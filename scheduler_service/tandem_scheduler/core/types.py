@@ -6,7 +6,7 @@ from enum import Enum
 from tandem_shared.errors import ConfigError
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
-from tandem_shared.step_plan import Int32Array, RowLogprobs
+from tandem_shared.step_plan import Int32Array, PromptLogprobs, RowLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,9 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FinishedSequence:
-    """The end of a sequence. stop_token_id is set where one matched, error where reason is ERROR."""
+    """The end of a sequence. stop_token_id is set where one matched, error where reason is ERROR, and error_field where
+    that field of the request brought the error on.
+    """
 
     sequence_id: int
     reason: FinishReason
@@ -89,18 +91,21 @@ class FinishedSequence:
     num_cached_tokens: int
     stop_token_id: int | None = None
     error: str | None = None
+    error_field: str | None = None
 
 
 @dataclass(slots=True)
 class StepOutputs:
     """The outputs of one step: parallel lists of sequence ids and their new tokens, log-probability reports by sequence
-    id, and the sequences that ended.
+    id, and the sequences that ended. prompt_logprobs has pairs of a sequence id and a report on prompt tokens: those of
+    a sequence follow each other without gaps, and come before its first token or with it.
     """
 
     step_id: int
     sequence_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: dict[int, RowLogprobs] = field(default_factory=dict)
+    prompt_logprobs: list[tuple[int, PromptLogprobs]] = field(default_factory=list)
     finished: list[FinishedSequence] = field(default_factory=list)
 
 

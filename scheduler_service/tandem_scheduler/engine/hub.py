@@ -26,6 +26,8 @@ from tandem_scheduler.engine_interface import (
 from tandem_shared.errors import (
     DeadlinePassed,
     Draining,
+    FieldViolation,
+    InvalidRequest,
     ProtocolError,
     RequestIdInUse,
     RequestNotFound,
@@ -33,6 +35,7 @@ from tandem_shared.errors import (
     TandemError,
     WorkerUnavailable,
 )
+from tandem_shared.sampling_fields import RowSampling
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +129,9 @@ class EngineHub:
         for sequence_id, report in outputs.logprobs.items():
             sequence = sequences[sequence_id]
             sequence.attachment.pending.logprobs.append((sequence.handle, report))
+        for sequence_id, prompt_report in outputs.prompt_logprobs:
+            sequence = sequences[sequence_id]
+            sequence.attachment.pending.prompt_logprobs.append((sequence.handle, prompt_report))
         if self._events is not None:
             self._events.outputs(outputs.sequence_ids)
         self.on_finished(outputs.finished)
@@ -184,7 +190,7 @@ class EngineHub:
         if worker is not None and worker.fingerprint != submission.fingerprint:
             raise WorkerUnavailable("the worker came to have another model while the request was checked")
         choices = [
-            replace(first, sequence_id=next(self._sequence_ids), sampling=replace(first.sampling, choice_index=index))
+            replace(first, sequence_id=next(self._sequence_ids), sampling=_sampling_of_choice(first.sampling, index))
             for index in range(submission.num_choices)
         ]
         self.step_loop.submit(choices)
@@ -265,8 +271,16 @@ def _counts_of(end: FinishedSequence | None) -> tuple[int, int]:
     return (end.num_output_tokens, end.num_cached_tokens) if end is not None else (0, 0)
 
 
+def _sampling_of_choice(sampling: RowSampling, index: int) -> RowSampling:
+    """The choices differ in their random numbers, and only the first one reports the prompt, which they share."""
+    num_prompt_logprobs = sampling.num_prompt_logprobs if index == 0 else None
+    return replace(sampling, choice_index=index, num_prompt_logprobs=num_prompt_logprobs)
+
+
 def _error_of(end: FinishedSequence) -> TandemError | None:
     match end.reason:
+        case FinishReason.ERROR if end.error_field is not None:
+            return InvalidRequest(FieldViolation(end.error_field, end.error or ""))
         case FinishReason.ERROR:
             return SequenceFailed(end.error or "the sequence failed")
         case FinishReason.EXPIRED:

@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,10 +24,11 @@ from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import Counters, FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_shared.errors import TandemError
 from tandem_shared.sampling_fields import RowSampling
-from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, StepPlan, StepResult, WorkerInfo
+from tandem_shared.sampling_lists import Grammar, SamplingLists
+from tandem_shared.step_plan import NewRow, PromptLogprobs, RowFault, RowLogprobs, StepPlan, StepResult, WorkerInfo
 
 FORMAT = "tandem-schedule"
-VERSION = 5
+VERSION = 6
 _BUFFER_BYTES = 1 << 20
 
 P = ParamSpec("P")
@@ -171,8 +172,8 @@ def _call(scheduler: Scheduler, name: str, arguments: list[Any]) -> dict[str, An
 
 
 def _to_json(value: Any) -> Any:
-    """Arguments in full, and of answers as much as shows a difference: a hash of a new row's token ids, and of a step's
-    outputs their number and the ends.
+    """Arguments in full, and of answers as much as shows a difference: hashes of a new row's token ids and lists, and
+    of a step's outputs their numbers and the ends.
     """
     match value:
         case SequenceRequest():
@@ -181,6 +182,7 @@ def _to_json(value: Any) -> Any:
                 "prompt_token_ids": value.prompt_token_ids.tolist(),
                 "max_tokens": value.max_tokens,
                 "sampling": asdict(value.sampling),
+                "lists": asdict(value.lists) if value.lists else {},
                 "stop_token_ids": sorted(value.stop_token_ids),
                 "priority": value.priority,
                 "cache_salt": value.cache_salt,
@@ -193,6 +195,7 @@ def _to_json(value: Any) -> Any:
                 "token_ids": value.token_ids,
                 "faults": [asdict(fault) for fault in value.faults],
                 "logprobs": [_round_trip(asdict(report)) for report in value.logprobs],
+                "prompt_logprobs": [_round_trip(asdict(report)) for report in value.prompt_logprobs],
             }
         case StepPlan():
             return {
@@ -205,7 +208,11 @@ def _to_json(value: Any) -> Any:
                 "chunk_num_tokens": value.chunk_num_tokens.tolist(),
             }
         case StepOutputs():
-            return {"num_tokens": len(value.token_ids), "finished": _to_json(value.finished)}
+            return {
+                "num_tokens": len(value.token_ids),
+                "num_prompt_logprobs": sum(len(report.logprobs) for _, report in value.prompt_logprobs),
+                "finished": _to_json(value.finished),
+            }
         case list():
             return [_to_json(item) for item in value]
         case FinishedSequence():
@@ -227,6 +234,7 @@ def _new_row_to_json(row: NewRow) -> dict[str, Any]:
         "num_cached_tokens": row.num_cached_tokens,
         "block_ids": row.block_ids.tolist(),
         "sampling": asdict(row.sampling),
+        "lists_xxh64": xxhash.xxh64_hexdigest(repr(row.lists).encode()) if row.lists else "",
     }
 
 
@@ -241,15 +249,34 @@ def _request_from_json(value: dict[str, Any]) -> SequenceRequest:
         | {
             "prompt_token_ids": np.array(value["prompt_token_ids"], np.int32),
             "sampling": RowSampling(**value["sampling"]),
+            "lists": _lists_from_json(value["lists"]),
             "stop_token_ids": frozenset(value["stop_token_ids"]),
         }
     )
 
 
+def _lists_from_json(value: dict[str, Any]) -> SamplingLists:
+    lists = SamplingLists(**{key: _as_tuples(item) for key, item in value.items()})
+    grammar = value.get("grammar")
+    return replace(lists, grammar=Grammar(**grammar)) if grammar is not None else lists
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, which JSON has made of tuples, as tuples again."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
 def _result_from_json(value: dict[str, Any]) -> StepResult:
-    reports = [report | {"top_token_ids": tuple(report["top_token_ids"])} for report in value["logprobs"]]
-    faults = tuple(RowFault(**fault) for fault in value["faults"])
-    return StepResult(**value | {"faults": faults, "logprobs": tuple(RowLogprobs(**report) for report in reports)})
+    classes: dict[str, Callable[..., Any]] = {
+        "faults": RowFault,
+        "logprobs": RowLogprobs,
+        "prompt_logprobs": PromptLogprobs,
+    }
+    reports = {
+        name: tuple(make(**{key: _as_tuples(item) for key, item in each.items()}) for each in value[name])
+        for name, make in classes.items()
+    }
+    return StepResult(**value | reports)
 
 
 def _worker_from_json(value: dict[str, Any]) -> WorkerInfo:

@@ -249,7 +249,8 @@ class StepLoop:
             self._sink.on_outputs(outputs)
         except Exception:
             logger.exception("outputs that could not be handed on")
-            self._sink.on_outputs_lost(outputs.sequence_ids, outputs.finished)
+            reported = [sequence_id for sequence_id, _ in outputs.prompt_logprobs]
+            self._sink.on_outputs_lost([*outputs.sequence_ids, *reported], outputs.finished)
 
     def _tell_finished(self, finished: list[FinishedSequence]) -> None:
         try:

@@ -22,6 +22,7 @@ from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncod
 from tandem_scheduler.front_end.violations import Violations
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import RowSampling, fields_out_of_range
+from tandem_shared.sampling_lists import problems
 from tandem_shared.step_plan import Int32Array, WorkerInfo
 
 MAX_CHOICES = 64
@@ -118,6 +119,8 @@ def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
     _check_num_choices(num_choices, violations)
     is_handle = submission.first_handle + num_choices <= 2**64
     violations.check(is_handle, "first_handle", "leaves too few handles for the choices")
+    for problem in problems(first.lists, worker.vocab_size) if worker is not None else ():
+        violations.add(FieldViolation("sampling", problem))
     _check_sampling(first.sampling, violations)
     ids = first.prompt_token_ids
     is_time = first.deadline is None or math.isfinite(first.deadline)

@@ -12,9 +12,11 @@ from tandem_shared.sampling_lists import NO_LISTS
 from tandem_shared.step_codec import (
     decode_info,
     decode_lists,
+    decode_prompt_logprobs,
     decode_sampling,
     encode_info,
     encode_lists,
+    encode_prompt_logprobs,
     encode_sampling,
     pack_ids,
     unpack_ids,
@@ -100,6 +102,10 @@ def encode_outputs(batch: OutputBatch) -> engine_pb2.AttachResponse:
             )
             for end in batch.ends
         ],
+        prompt_logprobs=[
+            engine_pb2.SequencePromptLogprobs(handle=handle, report=encode_prompt_logprobs(report))
+            for handle, report in batch.prompt_logprobs
+        ],
     )
 
 
@@ -118,6 +124,7 @@ def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
             )
             for end in message.ends
         ],
+        [(each.handle, decode_prompt_logprobs(each.report)) for each in message.prompt_logprobs],
     )
 
 
@@ -125,7 +132,8 @@ def handles_in(message: engine_pb2.AttachResponse) -> list[int]:
     """The handles of all sequences in a message, as far as it can be read."""
     whole = len(message.token_handles) // HANDLES.itemsize * HANDLES.itemsize
     tokens = np.frombuffer(message.token_handles[:whole], HANDLES).tolist()
-    return [*tokens, *message.logprobs.handles, *(end.handle for end in message.ends)]
+    reported = [*message.logprobs.handles, *(each.handle for each in message.prompt_logprobs)]
+    return [*tokens, *reported, *(end.handle for end in message.ends)]
 
 
 def encode_error(error: TandemError) -> bytes:
@@ -145,15 +153,24 @@ def _encode_logprobs(reports: list[tuple[int, RowLogprobs]]) -> engine_pb2.Token
         num_top=[len(report.top_token_ids) for _, report in reports],
         top_token_ids=[token_id for _, report in reports for token_id in report.top_token_ids],
         top_logprobs=[logprob for _, report in reports for logprob in report.top_logprobs],
+        ranks=[report.rank for _, report in reports],
+        num_requested=[len(report.requested_logprobs) for _, report in reports],
+        requested_logprobs=[logprob for _, report in reports for logprob in report.requested_logprobs],
     )
 
 
 def _decode_logprobs(message: engine_pb2.TokenLogprobs) -> list[tuple[int, RowLogprobs]]:
     top_token_ids, top_logprobs = tuple(message.top_token_ids), tuple(message.top_logprobs)
-    reports, start = [], 0
-    for handle, logprob, num_top in zip(message.handles, message.logprobs, message.num_top, strict=True):
-        top = slice(start, start + num_top)
+    all_requested = tuple(message.requested_logprobs)
+    reports, start, requested_start = [], 0, 0
+    for handle, logprob, num_top, rank, num_requested in zip(
+        message.handles, message.logprobs, message.num_top, message.ranks, message.num_requested, strict=True
+    ):
+        end, requested_end = start + num_top, requested_start + num_requested
+        requested = all_requested[requested_start:requested_end]
         # The row is known to the worker's side alone, and not sent.
-        reports.append((handle, RowLogprobs(0, logprob, top_token_ids[top], top_logprobs[top])))
-        start += num_top
+        reports.append(
+            (handle, RowLogprobs(0, logprob, top_token_ids[start:end], top_logprobs[start:end], rank, requested))
+        )
+        start, requested_start = end, requested_end
     return reports

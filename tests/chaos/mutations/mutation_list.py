@@ -98,7 +98,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("        return fail_outputs(listener, batch.handles)", "        return []"),
         ("        self.logprobs += later.logprobs", "        self.logprobs = later.logprobs"),
         (
-            "[*self.token_handles, *(handle for handle, _ in self.logprobs), *(end.handle for end in self.ends)]",
+            "[*self.token_handles, *reported, *(end.handle for end in self.ends)]",
             "self.token_handles",
         ),
     ),

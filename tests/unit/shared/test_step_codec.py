@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import Grammar, SamplingLists
 from tandem_shared.step_codec import (
     decode_info,
     decode_plan,
@@ -20,7 +21,16 @@ from tandem_shared.step_codec import (
     pack_ids,
     unpack_ids,
 )
-from tandem_shared.step_plan import NewRow, RowFault, RowLogprobs, StepPlan, StepResult, StepTimes, WorkerInfo
+from tandem_shared.step_plan import (
+    NewRow,
+    PromptLogprobs,
+    RowFault,
+    RowLogprobs,
+    StepPlan,
+    StepResult,
+    StepTimes,
+    WorkerInfo,
+)
 
 numbers = st.integers(0, 2**31 - 1)
 arrays = st.lists(numbers, max_size=6).map(lambda values: np.array(values, np.int32))
@@ -31,9 +41,25 @@ samplings = st.builds(
     top_k=numbers,
     top_p=floats,
     min_p=floats,
+    presence_penalty=floats,
+    frequency_penalty=floats,
+    repetition_penalty=floats,
+    min_tokens=numbers,
     seed=st.integers(0, 2**64 - 1),
     choice_index=numbers,
     num_logprobs=st.none() | st.integers(0, 20),
+    num_prompt_logprobs=st.none() | st.integers(0, 20),
+)
+ids = st.lists(numbers, max_size=3).map(tuple)
+lists = st.builds(
+    SamplingLists,
+    stop_token_ids=ids,
+    logit_bias=st.lists(st.tuples(numbers, floats), max_size=3).map(tuple),
+    allowed_token_ids=ids,
+    bad_words=st.lists(ids, max_size=3).map(tuple),
+    logprob_token_ids=ids,
+    grammar=st.none()
+    | st.builds(Grammar, st.text(max_size=4), start_after_token_id=st.none() | numbers, ignore_eos=st.booleans()),
 )
 rows = st.builds(
     NewRow,
@@ -45,6 +71,7 @@ rows = st.builds(
     num_cached_tokens=numbers,
     block_ids=arrays,
     sampling=samplings,
+    lists=lists,
 )
 plans = st.builds(
     StepPlan,
@@ -60,7 +87,19 @@ reports = st.builds(
     RowLogprobs,
     row=numbers,
     logprob=floats,
-    top_token_ids=st.lists(numbers, max_size=3).map(tuple),
+    top_token_ids=ids,
+    top_logprobs=st.lists(floats, max_size=3).map(tuple),
+    rank=numbers,
+    requested_logprobs=st.lists(floats, max_size=3).map(tuple),
+)
+prompt_reports = st.builds(
+    PromptLogprobs,
+    row=numbers,
+    first_position=numbers,
+    logprobs=st.lists(floats, max_size=3).map(tuple),
+    ranks=ids,
+    num_top=numbers,
+    top_token_ids=ids,
     top_logprobs=st.lists(floats, max_size=3).map(tuple),
 )
 times = st.builds(StepTimes, *[st.integers(0, 2**63)] * 6)
@@ -69,8 +108,9 @@ results = st.builds(
     step_id=numbers,
     num_token_ids=st.lists(st.integers(0, 255), max_size=4),
     token_ids=st.lists(numbers, max_size=4),
-    faults=st.lists(st.builds(RowFault, row=numbers, code=st.sampled_from([0, 1])), max_size=2).map(tuple),
+    faults=st.lists(st.builds(RowFault, row=numbers, code=st.integers(0, 3)), max_size=2).map(tuple),
     logprobs=st.lists(reports, max_size=2).map(tuple),
+    prompt_logprobs=st.lists(prompt_reports, max_size=2).map(tuple),
     times=times,
 )
 infos = st.builds(
@@ -89,7 +129,14 @@ infos = st.builds(
     max_num_batched_tokens=numbers,
     eos_token_ids=st.lists(numbers, max_size=3).map(tuple),
     sampling_defaults=st.fixed_dictionaries(
-        {}, optional={"temperature": floats, "top_k": numbers, "top_p": floats, "min_p": floats}
+        {},
+        optional={
+            "temperature": floats,
+            "top_k": numbers,
+            "top_p": floats,
+            "min_p": floats,
+            "repetition_penalty": floats,
+        },
     ),
     tokenizer_digest=st.text(max_size=4),
 )

@@ -1,7 +1,8 @@
 """Refuses plans that are larger than any for this worker's batch before they are decoded.
 
-Decoding holds up the event loop. Token ids of new rows are bytes, which are only copied; but a message of the same size
-with thirty million row numbers, or as many empty rows, takes many seconds and gigabytes to decode.
+Decoding holds up the event loop. Token ids of new rows and of their lists are bytes, which are only copied; but a
+message of the same size with thirty million row numbers, or as many empty rows, takes many seconds and gigabytes to
+decode.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,15 @@ from typing import TypeVar
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
+from tandem_shared.sampling_lists import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_GRAMMAR_BYTES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_STOP_TOKEN_IDS,
+)
 from tandem_shared.step_plan import WorkerInfo
 
 SMALL_BYTES = 16 * 1024
@@ -19,7 +29,21 @@ OTHER_FIELDS = 64
 """The most fields of a plan beside its new rows. A plan has six, each of which may come in several parts."""
 
 ROW_BYTES = 1024
-"""The most bytes of a new row beside its token ids and block ids."""
+"""The most bytes of a new row beside its token ids, block ids and lists."""
+
+LIST_BYTES = 4 * (
+    MAX_STOP_TOKEN_IDS
+    + MAX_LOGIT_BIAS
+    + MAX_ALLOWED_TOKEN_IDS
+    + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS
+    + MAX_LOGPROB_TOKEN_IDS
+    # A character has up to four bytes.
+    + MAX_GRAMMAR_BYTES
+)
+"""The most bytes of those lists of a row that are copied: token ids and the grammar."""
+
+LIST_NUMBER_BYTES = 5 * (MAX_LOGIT_BIAS + MAX_BAD_WORDS)
+"""The most bytes of those lists of a row that are decoded number by number: the biases and the lengths of bad words."""
 
 NUMBER_BYTES = 32
 """The most bytes of a plan for each row and each token of a step: the numbers of rows that are removed, get a block or
@@ -28,6 +52,18 @@ compute.
 
 PLAN_TAG = worker_pb2.ExecuteStepsRequest.PLAN_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 ADDED_ROWS_TAG = worker_pb2.StepPlan.ADDED_ROWS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+LISTS_TAG = worker_pb2.NewRow.LISTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+COPIED_LIST_TAGS = frozenset(
+    number << 3 | LENGTH_DELIMITED
+    for number in (
+        worker_pb2.SamplingLists.STOP_TOKEN_IDS_FIELD_NUMBER,
+        worker_pb2.SamplingLists.BIAS_TOKEN_IDS_FIELD_NUMBER,
+        worker_pb2.SamplingLists.ALLOWED_TOKEN_IDS_FIELD_NUMBER,
+        worker_pb2.SamplingLists.BAD_WORD_TOKEN_IDS_FIELD_NUMBER,
+        worker_pb2.SamplingLists.LOGPROB_TOKEN_IDS_FIELD_NUMBER,
+        worker_pb2.SamplingLists.GRAMMAR_FIELD_NUMBER,
+    )
+)
 
 T = TypeVar("T")
 
@@ -49,7 +85,7 @@ def bounded_plan(decode: Callable[[bytes], T], info: WorkerInfo) -> Callable[[by
                 for part, at, stop in fields(data, start, end, max_fields):
                     if part != ADDED_ROWS_TAG:
                         num_other += stop - at
-                    elif stop - at > max_row_bytes:
+                    elif stop - at > max_row_bytes and _is_row_too_large(data, at, stop, max_row_bytes):
                         return True
         except TooManyFields:
             return True
@@ -61,3 +97,21 @@ def bounded_plan(decode: Callable[[bytes], T], info: WorkerInfo) -> Callable[[by
         return decode(data)
 
     return decode_bounded
+
+
+def _is_row_too_large(data: bytes, start: int, end: int, max_bytes: int) -> bool:
+    """Whether an added row is too large although it may have lists. max_bytes is the limit of all but its lists. Raises
+    TooManyFields.
+    """
+    num_other = num_copied = num_numbers = 0
+    for tag, at, stop in fields(data, start, end, OTHER_FIELDS):
+        if tag != LISTS_TAG:
+            num_other += stop - at
+            continue
+        for part, part_at, part_stop in fields(data, at, stop, OTHER_FIELDS):
+            if part in COPIED_LIST_TAGS:
+                num_copied += part_stop - part_at
+            else:
+                num_numbers += part_stop - part_at
+    # A grammar is a message of its own, with a few bytes beside its text.
+    return num_other > max_bytes or num_copied > LIST_BYTES + OTHER_FIELDS or num_numbers > LIST_NUMBER_BYTES

@@ -21,23 +21,43 @@ from tandem_scheduler.core.suspects import MAX_FAILED_TRIALS
 from tandem_scheduler.core.types import FinishedSequence, FinishReason, SchedulerConfig, SequenceRequest
 from tandem_shared.errors import InvalidRequest, QueueFull, RequestIdInUse
 from tandem_shared.sampling_fields import RowSampling
-from tandem_shared.step_plan import WorkerInfo
+from tandem_shared.sampling_lists import NO_LISTS, Grammar, SamplingLists
+from tandem_shared.step_plan import FAULT_GRAMMAR, FAULT_NAN_LOGITS, FAULT_NO_TOKEN, WorkerInfo
 from tests.support.builders import GREEDY, create_request, worker_info
 from tests.support.engine import Engine
-from tests.support.fake_worker import FakeRunner, expected_tokens
+from tests.support.fake_worker import FakeRunner, expected_prompt_logprobs, expected_tokens
 
 VOCAB_SIZE = 16
 SEQUENCE_IDS = list(range(8))
 
 prefixes = st.sampled_from([(), (1,) * 4, (1,) * 16, (1,) * 15 + (2,), (1,) * 32])
 prompts = st.builds(lambda a, b: [*a, *b], prefixes, st.lists(st.integers(1, 2), max_size=18)).filter(len)
-samplings = st.one_of(st.just(GREEDY), st.builds(RowSampling, seed=st.integers(0, 3), choice_index=st.integers(0, 1)))
+samplings = st.one_of(
+    st.just(GREEDY),
+    st.builds(RowSampling, seed=st.integers(0, 3), choice_index=st.integers(0, 1)),
+    st.builds(
+        RowSampling,
+        presence_penalty=st.sampled_from([0.0, 0.5]),
+        repetition_penalty=st.sampled_from([1.0, 1.25]),
+        min_tokens=st.sampled_from([0, 5]),
+        num_prompt_logprobs=st.sampled_from([None, 0, 2]),
+    ),
+)
+FEW_IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2, unique=True).map(tuple)
+lists = st.just(NO_LISTS) | st.builds(
+    SamplingLists,
+    stop_token_ids=FEW_IDS,
+    logit_bias=FEW_IDS.map(lambda ids: tuple((token_id, 0.5) for token_id in ids)),
+    bad_words=st.lists(st.tuples(st.integers(0, VOCAB_SIZE - 1)), max_size=2).map(tuple),
+    grammar=st.none() | st.just(Grammar("start: /a/")),
+)
 requests = st.builds(
     create_request,
     st.sampled_from(SEQUENCE_IDS),
     prompts,
     st.integers(1, 40),
     sampling=samplings,
+    lists=lists,
     stop_token_ids=st.sets(st.integers(0, VOCAB_SIZE - 1), max_size=2),
     priority=st.integers(0, 2),
     cache_salt=st.sampled_from(["", "", "other"]),
@@ -140,6 +160,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence_id in outputs.sequence_ids:
             got = self.engine.outputs[sequence_id]
             assert got == self.expected[sequence_id][: len(got)]
+        for sequence_id, _ in outputs.prompt_logprobs:
+            self.check_reports(sequence_id)
+        for sequence_id in outputs.sequence_ids:
+            assert self.num_unreported(sequence_id) == 0, "a token comes before the prompt is reported"
         for finished in outputs.finished:
             self.check_finished(finished)
 
@@ -199,7 +223,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def break_a_row(self, data: st.DataObject) -> None:
         if data.draw(st.integers(0, 3)) == 0:
-            self.engine.runner.faulty.add(data.draw(st.sampled_from(sorted(self.requests))))
+            sequence_id = data.draw(st.sampled_from(sorted(self.requests)))
+            self.engine.runner.faulty.add(sequence_id)
+            codes = [FAULT_NAN_LOGITS, FAULT_GRAMMAR, FAULT_NO_TOKEN]
+            self.engine.runner.fault_codes[sequence_id] = data.draw(st.sampled_from(codes))
 
     @rule(count=st.integers(8, 30))
     def run_long(self, count: int) -> None:
@@ -277,7 +304,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.config.enable_prefix_caching or finished.num_cached_tokens == 0
         if finished.reason is FinishReason.ERROR:
             self.seen["row faults"] += 1
-            assert sequence_id in self.engine.runner.faulty and "fault" in (finished.error or "")
+            assert sequence_id in self.engine.runner.faulty
+            self.check_fault(finished, self.engine.runner.fault_codes[sequence_id])
             self.engine.runner.faulty.discard(sequence_id)
             return
         assert output == self.expected[sequence_id]
@@ -287,6 +315,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert (finished.reason, finished.stop_token_id) == (FinishReason.LENGTH, None)
             assert len(output) == request.max_tokens
+
+    def check_fault(self, finished: FinishedSequence, code: int) -> None:
+        error = finished.error or ""
+        if code == FAULT_NAN_LOGITS:
+            assert "row fault" in error and finished.error_field is None
+        else:
+            assert finished.error_field == ("structured_output" if code == FAULT_GRAMMAR else "sampling")
+            assert error.endswith(f"at output token {finished.num_output_tokens + 1}")
+            self.seen["faults of requests"] += 1
+
+    def num_unreported(self, sequence_id: int) -> int:
+        """How many of a sequence's prompt positions are still to be reported."""
+        request = self.requests[sequence_id]
+        if request.sampling.num_prompt_logprobs is None:
+            return 0
+        reports = self.engine.prompt_reports[sequence_id]
+        return len(request.prompt_token_ids) - 1 - sum(len(report.logprobs) for report in reports)
+
+    def check_reports(self, sequence_id: int) -> None:
+        """Checks that the reports so far, put together, are the beginning of the true report."""
+        reports, num_left = self.engine.prompt_reports[sequence_id], self.num_unreported(sequence_id)
+        truth = expected_prompt_logprobs(self.requests[sequence_id], vocab_size=VOCAB_SIZE)
+        position = 1
+        for report in reports:
+            assert report.first_position == position
+            position += len(report.logprobs)
+            self.seen["prompt reports"] += 1
+        count = position - 1
+        for name, each in [("logprobs", 1), ("ranks", 1), ("top_token_ids", truth.num_top)]:
+            joined = tuple(value for report in reports for value in getattr(report, name))
+            assert joined == getattr(truth, name)[: count * each]
+        assert num_left >= 0
+        # The engine has counted what is computed again, and reported again.
+        self.seen["prompts reported in parts"] += len(reports) > 1
 
     def end_those_that_failed(self, word: str) -> None:
         """Notes the ends that a loss or a new worker brought."""

@@ -5,6 +5,7 @@ import pytest
 
 from tandem_scheduler.core.types import FinishReason
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.step_plan import FAULT_GRAMMAR, FAULT_NO_TOKEN
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.fake_worker import expected_tokens
 from tests.unit.scheduler.core.engines import launch, make_engine
@@ -55,6 +56,17 @@ def test_a_row_fault_ends_one_sequence_and_its_blocks_are_not_trusted() -> None:
     assert engine.outputs.pop(1) == []
     assert engine.outputs == {r.sequence_id: expected_tokens(r) for r in requests if r.sequence_id != 1}
     assert engine.scheduler.longest_prefix(requests[1].prompt_token_ids) == 0
+
+
+@pytest.mark.parametrize("code", [FAULT_GRAMMAR, FAULT_NO_TOKEN])
+def test_a_fault_of_the_request_leaves_its_blocks_in_the_cache(code: int) -> None:
+    engine = make_engine(worker_info(block_size=4))
+    engine.runner.faulty.add(A)  # type: ignore[attr-defined]
+    engine.runner.fault_codes[A] = code  # type: ignore[attr-defined]
+    engine.add(create_request(A, range(12)))
+    engine.drain()
+    assert engine.finished[A].reason is FinishReason.ERROR and engine.finished[A].error_field
+    assert engine.scheduler.longest_prefix(np.arange(12, dtype=np.int32)) == 12
 
 
 @pytest.mark.parametrize("how", ["drained", "aborted"])

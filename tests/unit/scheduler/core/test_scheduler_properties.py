@@ -14,6 +14,7 @@ from tests.unit.scheduler.core.scheduler_machine import SchedulerMachine
 EVENTS = (
     "aborts",
     "expired",
+    "faults of requests",
     "full hits",
     "late stops",
     "losses",
@@ -22,6 +23,8 @@ EVENTS = (
     "overshoots",
     "poisonous",
     "preemptions",
+    "prompt reports",
+    "prompts reported in parts",
     "prefix hits",
     "refused as too large",
     "row faults",

@@ -14,11 +14,20 @@ from tandem_scheduler.core.types import Load, SchedulerConfig
 from tandem_scheduler.engine.recorder import VERSION, RecordingError, RecordingScheduler, replay
 from tandem_shared.errors import InvalidRequest, RequestIdInUse
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import Grammar, SamplingLists
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.engine import Engine
 from tests.support.fake_worker import FakeRunner, expected_tokens
 
 LOGPROBS = 100
+
+LISTS = SamplingLists(
+    stop_token_ids=(1,),
+    logit_bias=((2, 0.5), (3, -1.0)),
+    bad_words=((4, 5), (6,)),
+    logprob_token_ids=(7,),
+    grammar=Grammar("start: /a/", start_after_token_id=8),
+)
 
 WORKER = worker_info(block_size=4, num_blocks=33, max_model_len=100)
 
@@ -62,7 +71,8 @@ def record_random_run(path: Path, seed: int) -> Load:
             engine.launch()
             engine.attach_worker(FakeRunner(replace(WORKER, num_blocks=25, worker_instance_id=f"worker-{move}")))
     engine.runner.faulty.add(39)  # type: ignore[attr-defined]
-    engine.add(create_request(LOGPROBS, sampling=RowSampling(num_logprobs=2)))
+    sampling = RowSampling(min_tokens=2, num_logprobs=2, num_prompt_logprobs=1)
+    engine.add(create_request(LOGPROBS, range(10), sampling=sampling, lists=LISTS))
     engine.drain()
     scheduler.close()
     return scheduler.load()
@@ -75,6 +85,8 @@ def test_replays_to_identical_plans(tmp_path: Path, seed: int) -> None:
     assert load.num_preemptions > 0 and load.num_worker_losses == 2 and load.num_overshoot_tokens > 0
     calls = [json.loads(line) for line in path.read_text().splitlines()[1:]]
     expirations = [call["answer"] for call in calls if call["call"] == "expire"]
+    results = [call["arguments"][0] for call in calls if call["call"] == "update"]
+    assert any(result["prompt_logprobs"] for result in results)
     assert any(expirations) and not all(expirations), "calls that end nothing are written too"
     assert all(end["reason"] == "expired" for ends in expirations for end in ends)
     verdict = replay(path)
@@ -90,7 +102,13 @@ def change_argument(line: dict) -> None:
     line["arguments"][0]["prompt_token_ids"][0] += 1
 
 
-@pytest.mark.parametrize(("call", "change"), [("schedule", change_plan), ("add", change_argument)])
+def change_lists(line: dict) -> None:
+    line["arguments"][0]["lists"] = {"logit_bias": [[2, 0.5]]}
+
+
+@pytest.mark.parametrize(
+    ("call", "change"), [("schedule", change_plan), ("add", change_argument), ("add", change_lists)]
+)
 def test_a_changed_file_is_seen(tmp_path: Path, call: str, change: Callable[[dict], None]) -> None:
     path = tmp_path / "run.jsonl"
     record_random_run(path, 0)
