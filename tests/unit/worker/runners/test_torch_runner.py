@@ -1,6 +1,7 @@
 """Plans by hand through the runner: log-probabilities against transformers, whatever the chunks, beside other rows."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from tandem_shared.sampling_fields import RowSampling
-from tandem_shared.step_plan import NewRow, StepPlan
+from tandem_shared.sampling_lists import NO_LISTS, Grammar, SamplingLists
+from tandem_shared.step_plan import FAULT_GRAMMAR, FAULT_NAN_LOGITS, FAULT_NO_TOKEN, NewRow, StepPlan
 from tandem_worker.runners.torch_runner import TorchRunner
 from tests.support.model_factory import save_random_model
 from tests.unit.worker.runners.test_exactness import make_runner, reference_logits
@@ -90,3 +92,36 @@ def test_each_layer_of_a_step_is_progress(tmp_path: Path) -> None:
     before = runner.progress
     runner.execute(next(plans(chunk=8))).wait()
     assert runner.progress == before + 3
+
+
+def test_each_row_that_cannot_sample_has_a_fault_of_its_own(tmp_path: Path) -> None:
+    """The other rows get the tokens that they get without them."""
+    folder = save_random_model(tmp_path)
+    nothing = SamplingLists(allowed_token_ids=(3,), bad_words=((3,),))
+    grammar = SamplingLists(grammar=Grammar("x"))
+    asked = [NO_LISTS, nothing, grammar, nothing]
+    (plan,) = [plan for plan in plans(chunk=200) if plan.added_rows]
+    template = plan.added_rows[1]
+    blocks = [np.arange(1 + 10 * row, 11 + 10 * row, dtype=np.int32) for row in range(4)]
+    added = [replace(template, row=row, block_ids=blocks[row], lists=lists) for row, lists in enumerate(asked)]
+    results = []
+    for rows in (added[:1], added):
+        runner = make_runner(folder)
+        first = StepPlan(
+            1,
+            added_rows=tuple(rows),
+            chunk_rows=np.arange(len(rows), dtype=np.int32),
+            chunk_num_tokens=np.full(len(rows), len(template.token_ids), np.int32),
+        )
+        runner.execute(first).wait()
+        if len(rows) > 1:
+            # Logits that are not finite are the model's fault, whatever is allowed.
+            with torch.inference_mode():
+                runner.cache[:, :, 31:41] = torch.nan
+        results.append(runner.execute(StepPlan(2)).wait())
+    alone, together = results
+    faults = [(1, FAULT_NO_TOKEN), (2, FAULT_GRAMMAR), (3, FAULT_NAN_LOGITS)]
+    assert [(fault.row, fault.code) for fault in together.faults] == faults
+    assert together.num_token_ids == [1, 0, 0, 0]
+    assert together.token_ids == alone.token_ids
+    assert [report.row for report in together.logprobs] == [0]
