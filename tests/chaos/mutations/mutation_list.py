@@ -42,12 +42,32 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("        num_computed = min(num_cached, num_tokens - 1)", "        num_computed = num_cached"),
         ("        self.removed_rows.append(sequence.row)", "        pass"),
         (
+            "        if self._enable_prefix_caching and not sequence.lacks_prompt_logprobs:",
+            "        if self._enable_prefix_caching:",
+        ),
+        ("            lists=sequence.request.lists,\n", ""),
+        (
             "            if self.rows.next_position[sequence.row] >= num_tokens:",
             "            if self.rows.next_position[sequence.row] >= num_tokens - 1:",
         ),
         (
             "        num_blocks = -(-(sequence.max_len - 1) // size)",
             "        num_blocks = (sequence.max_len - 1) // size",
+        ),
+    ),
+    ("simulation", "tandem_scheduler/core/logprob_reports.py"): (
+        ("    first = sequence.num_computed_tokens + 1\n", "    first = sequence.num_computed_tokens\n"),
+        (
+            "        taken.append((sequence.sequence_id, _without_first(report, num_known)))",
+            "        taken.append((sequence.sequence_id, report))",
+        ),
+        ("        sequence.next_reported_position = end\n", ""),
+        ("        if sequence.is_finished or end", "        if end"),
+    ),
+    ("simulation", "tandem_scheduler/core/row_faults.py"): (
+        (
+            '        return f"{error} at output token {sequence.num_output_tokens + 1}", field',
+            '        return f"{error} at output token {sequence.num_output_tokens + 1}", None',
         ),
     ),
     ("simulation", "tandem_scheduler/core/rows.py"): (
@@ -97,6 +117,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("simulation", "tandem_scheduler/engine_interface.py"): (
         ("        return fail_outputs(listener, batch.handles)", "        return []"),
         ("        self.logprobs += later.logprobs", "        self.logprobs = later.logprobs"),
+        ("        self.prompt_logprobs += later.prompt_logprobs", "        pass"),
         (
             "[*self.token_handles, *reported, *(end.handle for end in self.ends)]",
             "self.token_handles",

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.text.detokenizer import UNFINISHED
-from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_plan import WorkerInfo
 from tests.chaos.simulation.front_end import SimulatedFrontEnd
+from tests.chaos.simulation.wishes import add_wishes, lists_of, sampling_of
 from tests.chaos.simulation.worker import FLAWS, Flaw, now
 from tests.support.builders import create_request
 from tests.support.fake_worker import expected_tokens
@@ -85,10 +85,13 @@ def make_request(rng: Random, serial: int, request_id: str, worker: WorkerInfo, 
         request.num_choices = rng.randint(2, 4)
     if rng.random() < 0.2:
         request.output.num_logprobs = rng.randrange(4)
-    outputs = [_raw_output(request, index) for index in range(_num_choices(request))]
+    add_wishes(rng, request, VOCAB_SIZE)
+    outputs = _raw_outputs(request, tokenizer)
     if rng.random() < 0.2:
         request.stopping.stop_token_ids.extend(rng.choices(rng.choice(outputs), k=2))
-    if rng.random() < 0.25:
+        # With min_tokens the stop tokens are impossible for a while.
+        outputs = _raw_outputs(request, tokenizer)
+    if rng.random() < 0.25 and not request.stopping.min_tokens:
         request.stopping.stop_strings.extend(_random_stops(rng, _decode(tokenizer, rng.choice(outputs), request)))
     truths = [
         make_truth(
@@ -109,17 +112,16 @@ def make_request(rng: Random, serial: int, request_id: str, worker: WorkerInfo, 
     return asked
 
 
-def _num_choices(request: inference_pb2.GenerateStreamRequest) -> int:
-    return request.num_choices or 1
-
-
-def _raw_output(request: inference_pb2.GenerateStreamRequest, index: int) -> list[int]:
-    """The max_tokens output tokens that come if no stop condition applies."""
-    sampling = RowSampling(request.sampling.temperature, seed=request.sampling.seed, choice_index=index)
-    return expected_tokens(
-        create_request(0, request.prompt.token_ids.ids, request.stopping.max_tokens, sampling=sampling),
-        vocab_size=VOCAB_SIZE,
-    )
+def _raw_outputs(request: inference_pb2.GenerateStreamRequest, tokenizer: Tokenizer) -> list[list[int]]:
+    """The max_tokens output tokens of each choice that come if no stop condition applies."""
+    prompt, max_tokens, lists = request.prompt.token_ids.ids, request.stopping.max_tokens, lists_of(request, tokenizer)
+    return [
+        expected_tokens(
+            create_request(0, prompt, max_tokens, sampling=sampling_of(request, index), lists=lists),
+            vocab_size=VOCAB_SIZE,
+        )
+        for index in range(request.num_choices or 1)
+    ]
 
 
 def _random_stops(rng: Random, text: str) -> list[str]:
@@ -233,6 +235,13 @@ class Call:
             "salt": bool(request.cache_salt),
             "priority": bool(request.priority),
             "seeded": request.sampling.temperature > 0,
+            "penalties": request.sampling.HasField("presence_penalty")
+            or request.sampling.HasField("repetition_penalty"),
+            "lists": bool(
+                request.sampling.logit_bias or request.sampling.bad_words or request.sampling.allowed_token_ids
+            ),
+            "min_tokens": request.stopping.min_tokens > 0,
+            "prompt log-probabilities": request.output.HasField("num_prompt_logprobs"),
         }
         return Counter(f"answered: {feature}" for feature, is_there in has.items() if is_there)
 
@@ -291,7 +300,7 @@ class Call:
 
 def _check_logprobs(message: Any, request: inference_pb2.GenerateStreamRequest) -> None:
     """Checks for the log-probabilities that the fake worker reports: the token itself and the ids after it."""
-    if not request.output.HasField("num_logprobs"):
+    if not (request.output.HasField("num_logprobs") or request.output.logprob_token_ids):
         _check(not message.logprobs, "log-probabilities that nobody asked for")
         return
     count = request.output.num_logprobs

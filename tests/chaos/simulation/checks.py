@@ -22,7 +22,8 @@ from tandem_shared.errors import (
 )
 from tests.chaos.simulation.calls import Asked, Call, WrongAnswer
 from tests.chaos.simulation.front_end import InjectedFault, RemoteFrontEnd
-from tests.chaos.simulation.worker import MISFIT, ROW_FAULT, now
+from tests.chaos.simulation.reports import PromptReports
+from tests.chaos.simulation.worker import GRAMMAR_FAULT, MISFIT, NO_TOKEN, ROW_FAULT, ROW_FAULTS, now
 
 if TYPE_CHECKING:
     from tests.chaos.simulation.world import World
@@ -46,6 +47,7 @@ class WatchedSink:
         """The last time at which no sequence was live."""
         self.num_tokens: Counter[int] = Counter()
         """The number of tokens that the core confirmed, by sequence."""
+        self._prompt_reports = PromptReports(world)
         self._world = world
         self._hub = hub
         self.ready_at = self._lost_at = 0.0
@@ -54,6 +56,7 @@ class WatchedSink:
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         self.num_tokens.update(outputs.sequence_ids)
+        self._prompt_reports.take(outputs)
         self._world.note_step()
         if self._must_raise(outputs):
             self.is_to_raise = False
@@ -170,7 +173,7 @@ def _explanation(world: "World", call: Call, error: Exception) -> str:
         case RequestIdInUse():
             return "id in use" if call.may_share_id else ""
         case InvalidRequest():
-            return "too large" if _may_not_fit(world, asked) else ""
+            return _explain_refusal(world, asked, text)
         case SequenceFailed():
             return _explain_failure(world, call, text)
         case WorkerUnavailable():
@@ -178,10 +181,19 @@ def _explanation(world: "World", call: Call, error: Exception) -> str:
     return ""
 
 
+def _explain_refusal(world: "World", asked: Asked, text: str) -> str:
+    flaw = asked.flaw.kind if asked.flaw is not None else ""
+    if "the grammar failed" in text:
+        return flaw if flaw == GRAMMAR_FAULT else ""
+    if "leave no token to choose" in text:
+        return flaw if flaw == NO_TOKEN else ""
+    return "too large" if _may_not_fit(world, asked) else ""
+
+
 def _explain_failure(world: "World", call: Call, text: str) -> str:
     flaw = call.asked.flaw.kind if call.asked.flaw is not None else ""
     if "times while it computed this sequence apart" in text:
-        return "poisonous" if flaw not in ("", ROW_FAULT) else ""
+        return "poisonous" if flaw and flaw not in ROW_FAULTS else ""
     if "row fault" in text:
         return "row fault" if flaw == ROW_FAULT else ""
     if "more than the context" in text or "the KV pool has" in text:

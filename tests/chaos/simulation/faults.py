@@ -11,7 +11,7 @@ from tandem_scheduler.core.suspects import Suspects
 from tandem_shared.errors import InvalidPlan, RequestNotFound, TandemError, WorkerFailed, WorkerUnavailable
 from tests.chaos.simulation.calls import Call
 from tests.chaos.simulation.front_end import RemoteFrontEnd
-from tests.chaos.simulation.worker import ROW_FAULT, random_size
+from tests.chaos.simulation.worker import ROW_FAULTS, random_size
 
 if TYPE_CHECKING:
     from tests.chaos.simulation.world import World
@@ -214,7 +214,7 @@ def _is_innocent_on_trial(world: "World") -> bool:
     if tried is None or not _suspects(world)._is_trial_on:
         return False
     flaw = world.calls[tried.request.sampling.seed - 1].asked.flaw
-    return flaw is None or flaw.kind == ROW_FAULT
+    return flaw is None or flaw.kind in ROW_FAULTS
 
 
 def _suspects(world: "World") -> Suspects:

@@ -27,6 +27,8 @@ EVENTS = (
     "prefix hits",
     "full hits",
     "overshoots",
+    "prompt reported",
+    "prompt reported in parts",
     *(
         f"answered: {feature}"
         for feature in (
@@ -36,6 +38,10 @@ EVENTS = (
             "abort",
             "several choices",
             "log-probabilities",
+            "prompt log-probabilities",
+            "penalties",
+            "lists",
+            "min_tokens",
             "salt",
             "priority",
             "seeded",
@@ -55,6 +61,8 @@ EVENTS = (
             "refused before the first worker",
             "refused without a worker",
             "row fault",
+            "grammar that fails",
+            "no token left",
             "sink raised",
             "stalled",
             "stopped",

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 from tandem_scheduler.core.suspects import PROBE_ID
 from tandem_shared.errors import SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
 from tandem_shared.sampling_fields import RowSampling
-from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult, WorkerInfo
+from tandem_shared.step_plan import (
+    FAULT_GRAMMAR,
+    FAULT_NAN_LOGITS,
+    FAULT_NO_TOKEN,
+    PromptLogprobs,
+    RowLogprobs,
+    StepPlan,
+    StepResult,
+    WorkerInfo,
+)
 from tests.support.fake_worker import BrokenPlan, FakeRunner
 
 MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (
@@ -21,12 +30,18 @@ MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (
     lambda result: dataclasses.replace(result, token_ids=[*result.token_ids, 0]),
     lambda result: dataclasses.replace(result, num_token_ids=[2], token_ids=[0, 0]),
     lambda result: dataclasses.replace(result, logprobs=(RowLogprobs(10_000, -1.0),)),
+    lambda result: dataclasses.replace(
+        result, prompt_logprobs=(*result.prompt_logprobs, PromptLogprobs(0, 10_000, (-1.0,), (1,)))
+    ),
 )
 """Make results that fit no plan."""
 
-ROW_FAULT, LAST_WORD, VANISHES, HANGS = "row fault", "poisonous, last word", "poisonous, vanishes", "poisonous, hangs"
+ROW_FAULT, GRAMMAR_FAULT, NO_TOKEN = "row fault", "grammar that fails", "no token left"
+LAST_WORD, VANISHES, HANGS = "poisonous, last word", "poisonous, vanishes", "poisonous, hangs"
 MISFIT = "result that does not fit"
-FLAWS = (ROW_FAULT, LAST_WORD, VANISHES, HANGS)
+ROW_FAULTS = {ROW_FAULT: FAULT_NAN_LOGITS, GRAMMAR_FAULT: FAULT_GRAMMAR, NO_TOKEN: FAULT_NO_TOKEN}
+"""The flaws that end their own sequence, and no other, with the codes of their faults."""
+FLAWS = (*ROW_FAULTS, LAST_WORD, VANISHES, HANGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +132,7 @@ class SimulatedWorker:
 @dataclasses.dataclass
 class _Step:
     """A plan that was sent. flaw: the kind of flaw with which it takes the worker down; empty for none. faulty: the
-    sequences whose row faults the result reports.
+    sequences of which the result says that their KV is wrong.
     """
 
     result: StepResult
@@ -141,7 +156,7 @@ class SimulatedSession:
         self._runner = FakeRunner(info, salt_of=lambda sequence_id: self._salts[sequence_id])
         self._salts: dict[int, str] = {}
         self._flaws: dict[int, Flaw] = {}
-        # Sequences whose faults the scheduler knows.
+        # Sequences whose KV the scheduler knows to be wrong.
         self._faulty: set[int] = set()
         self._steps: deque[_Step] = deque()
         self._error: TandemError | None = None
@@ -272,16 +287,21 @@ class SimulatedSession:
         lengths = {row.sequence_id: len(row.chain) for row in self._runner.rows.values()}
         lengths |= {new.sequence_id: len(new.token_ids) for new in plan.added_rows}
         showing = {key for key, flaw in self._flaws.items() if lengths.get(key, 0) >= flaw.length}
-        self._runner.faulty = {key for key in showing if self._flaws[key].kind == ROW_FAULT}
+        self._runner.fault_codes = {
+            key: ROW_FAULTS[self._flaws[key].kind] for key in showing if self._flaws[key].kind in ROW_FAULTS
+        }
+        self._runner.faulty = set(self._runner.fault_codes)
         result = self._runner.execute(plan).wait()
         faulty = tuple(self._runner.rows[fault.row].sequence_id for fault in result.faults)
-        for _ in faulty:
-            self._world.count(ROW_FAULT)
+        for sequence_id in faulty:
+            self._world.count(self._flaws[sequence_id].kind)
+        faulty = tuple(sequence_id for sequence_id in faulty if self._flaws[sequence_id].kind == ROW_FAULT)
         chunk_rows = set(plan.chunk_rows.tolist())
         computed = [
             state.sequence_id for row, state in self._runner.rows.items() if state.is_decoding or row in chunk_rows
         ]
-        deadly = [self._flaws[key].kind for key in computed if key in showing and self._flaws[key].kind != ROW_FAULT]
+        kinds = [self._flaws[key].kind for key in computed if key in showing]
+        deadly = [kind for kind in kinds if kind not in ROW_FAULTS]
         return _Step(result, deadly[0] if deadly else "", faulty)
 
     def _spoil_what_is_removed(self, plan: StepPlan) -> None:
