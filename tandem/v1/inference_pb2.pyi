@@ -174,8 +174,8 @@ class SamplingParams(_message.Message):
     @_builtins.property
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that must not be generated. A text is matched as the tokens that it has at the start of a text, and as those
-        that it has after a space; other ways to spell it in tokens stay possible. At most 128, of 1 to 256 characters and
-        32 tokens each. Default: none.
+        that it has after a space, whether it is given with that space or without; other ways to spell it in tokens stay
+        possible. At most 128, of 1 to 256 characters and 32 tokens each. Default: none.
         """
 
     @_builtins.property
@@ -354,15 +354,16 @@ class StoppingCriteria(_message.Message):
     ignore_eos: _builtins.bool
     """Whether the output goes on past the model's end-of-sequence tokens. Default false."""
     min_tokens: _builtins.int
-    """Before the output has so many tokens, end-of-sequence tokens and stop_token_ids are impossible, and stop strings are
-    not looked for. At most max_tokens. Default 0.
+    """While the output has fewer tokens, end-of-sequence tokens and stop_token_ids are impossible, whatever ignore_eos
+    says. A stop string ends the output only if a later token completes it, though it may begin before. At most
+    max_tokens. Default 0.
     """
     include_stop_string: _builtins.bool
     """Whether the stop string that ended the output is part of its text. Default false."""
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings of which the first to appear in the text ends the output. The match is not part of the text; its tokens
-        are among the token ids. At most 64, of 1 to 1024 characters each, 8192 characters together. Default: none.
+        """Strings of which the first to appear in the text ends the output. The match is not part of the text, unless
+        include_stop_string says so; its tokens are among the token ids. At most 64, of 1 to 1024 characters each, 8192 characters together. Default: none.
         """
 
     @_builtins.property
@@ -801,7 +802,7 @@ class TokenLogprob(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     REQUESTED_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
-    """The token of the output."""
+    """The token of the output or the prompt."""
     logprob: _builtins.float
     """Its natural log-probability, 0 or less."""
     rank: _builtins.int

@@ -79,8 +79,9 @@ class InferenceServiceServicer(object):
 
         A reply has a limit, as a client refuses what is larger than it takes: 4 MiB, gRPC's own default. A client that
         takes more, or less, says how many bytes in the call's metadata, as tandem-max-reply-bytes; 8 MiB is the most. A
-        request whose max_tokens lets the reply grow past the limit, its text not counted, is INVALID_ARGUMENT. A reply
-        that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+        request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
+        INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
+        reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,9 +89,9 @@ class InferenceServiceServicer(object):
 
     def GenerateStream(self, request, context):
         """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
-        reader keeps up, several when it is behind, 64 at most. A request whose reader is 16 MiB of tokens and
-        log-probabilities behind ends RESOURCE_EXHAUSTED; so may those furthest behind when all readers together hold too
-        much back.
+        reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
+        request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
+        furthest behind when all readers together hold too much back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

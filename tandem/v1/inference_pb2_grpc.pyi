@@ -43,14 +43,15 @@ class InferenceServiceStub:
 
     A reply has a limit, as a client refuses what is larger than it takes: 4 MiB, gRPC's own default. A client that
     takes more, or less, says how many bytes in the call's metadata, as tandem-max-reply-bytes; 8 MiB is the most. A
-    request whose max_tokens lets the reply grow past the limit, its text not counted, is INVALID_ARGUMENT. A reply
-    that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+    request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
+    INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
+    reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
     """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
-    reader keeps up, several when it is behind, 64 at most. A request whose reader is 16 MiB of tokens and
-    log-probabilities behind ends RESOURCE_EXHAUSTED; so may those furthest behind when all readers together hold too
-    much back.
+    reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
+    request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
+    furthest behind when all readers together hold too much back.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns a text into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
@@ -78,14 +79,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     A reply has a limit, as a client refuses what is larger than it takes: 4 MiB, gRPC's own default. A client that
     takes more, or less, says how many bytes in the call's metadata, as tandem-max-reply-bytes; 8 MiB is the most. A
-    request whose max_tokens lets the reply grow past the limit, its text not counted, is INVALID_ARGUMENT. A reply
-    that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+    request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
+    INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
+    reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
-    reader keeps up, several when it is behind, 64 at most. A request whose reader is 16 MiB of tokens and
-    log-probabilities behind ends RESOURCE_EXHAUSTED; so may those furthest behind when all readers together hold too
-    much back.
+    reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
+    request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
+    furthest behind when all readers together hold too much back.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns a text into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
@@ -116,8 +118,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A reply has a limit, as a client refuses what is larger than it takes: 4 MiB, gRPC's own default. A client that
         takes more, or less, says how many bytes in the call's metadata, as tandem-max-reply-bytes; 8 MiB is the most. A
-        request whose max_tokens lets the reply grow past the limit, its text not counted, is INVALID_ARGUMENT. A reply
-        that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+        request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
+        INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
+        reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
         """
 
     @_abc_1.abstractmethod
@@ -127,9 +130,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
         """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
-        reader keeps up, several when it is behind, 64 at most. A request whose reader is 16 MiB of tokens and
-        log-probabilities behind ends RESOURCE_EXHAUSTED; so may those furthest behind when all readers together hold too
-        much back.
+        reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
+        request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
+        furthest behind when all readers together hold too much back.
         """
 
     @_abc_1.abstractmethod

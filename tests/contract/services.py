@@ -174,6 +174,7 @@ class StreamedOutput:
 
     messages: list[inference_pb2.GenerateStreamResponse] = field(default_factory=list)
     choices: dict[int, StreamedChoice] = field(default_factory=dict)
+    prompt_logprobs: list[inference_pb2.TokenLogprob] = field(default_factory=list)
 
     def add(self, message: inference_pb2.GenerateStreamResponse) -> None:
         self.messages.append(message)
@@ -182,6 +183,8 @@ class StreamedOutput:
         choice.text += message.text_delta
         choice.token_ids += message.token_ids
         choice.logprobs += message.logprobs
+        assert not (message.prompt_logprobs and choice.token_ids), "reports of the prompt after the first token"
+        self.prompt_logprobs += message.prompt_logprobs
         if message.HasField("finish"):
             choice.finish = message.finish
 
@@ -232,6 +235,8 @@ def set_field(request: inference_pb2.GenerateStreamRequest, name: str, value: An
     holder = next(part for part in holders if name in part.DESCRIPTOR.fields_by_name)
     if isinstance(value, list):
         getattr(holder, name).extend(value)
+    elif isinstance(value, dict):
+        getattr(holder, name).update(value)
     else:
         setattr(holder, name, value)
 

@@ -9,9 +9,11 @@ from tokenizers import Tokenizer
 
 from tandem.v1 import inference_pb2
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_plan import FAULT_GRAMMAR, FAULT_NAN_LOGITS, FAULT_NO_TOKEN
 from tests.contract.services import (
     MODEL,
+    VOCAB_SIZE,
     Services,
     StreamedOutput,
     model_info,
@@ -21,7 +23,8 @@ from tests.contract.services import (
     true_tokens,
     violations,
 )
-from tests.support.fake_worker import FakeRunner
+from tests.support.builders import create_request
+from tests.support.fake_worker import FakeRunner, expected_prompt_logprobs, rank_of
 
 STOP = inference_pb2.FINISH_REASON_STOP
 LENGTH = inference_pb2.FINISH_REASON_LENGTH
@@ -120,6 +123,68 @@ async def test_logprobs_are_as_long_as_the_tokens() -> None:
     assert all([top.logprob for top in logprob.top] == [-0.5, -1.5, -2.5] for logprob in logprobs)
     assert [(p.logprob, len(p.top)) for p in chosen_only.choices[0].logprobs] == [(-0.5, 0)] * 8
     assert none.choices[0].logprobs == []
+
+
+async def test_a_report_has_the_rank_the_texts_and_the_requested_tokens(tokenizer: Tokenizer) -> None:
+    request = stream_request(max_tokens=30, num_logprobs=2, logprob_token_ids=[9, 4])
+    async with Services() as services:
+        streamed, unary = await services.stream(request), await services.generate(request)
+        requested_only = await services.stream(stream_request(logprob_token_ids=[3]))
+    reports = streamed.choices[0].logprobs
+    assert reports == list(unary.choices[0].logprobs)
+    assert [report.rank for report in reports] == [rank_of(token_id) for token_id in streamed.token_ids]
+    joined = b"".join(report.token_bytes for report in reports)
+    assert joined.decode(errors="replace") == tokenizer.decode(streamed.token_ids, skip_special_tokens=False)
+    for report in reports:
+        assert [(each.token_id, each.logprob) for each in report.requested] == [(9, -4.5), (4, -2.0)]
+        for each in (report, *report.top, *report.requested):
+            assert each.text == each.token_bytes.decode(errors="replace") != ""
+            assert "\ufffd" in each.text or each.text == tokenizer.decode([each.token_id], skip_special_tokens=False)
+    assert [(len(report.top), len(report.requested)) for report in requested_only.choices[0].logprobs] == [(0, 1)] * 8
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 64, "max_num_seqs": 8}], ids=["whole", "chunks"])
+async def test_a_prompts_log_probabilities_come_before_the_output(settings: dict[str, int]) -> None:
+    prompt = [7 * index % VOCAB_SIZE for index in range(300)]
+    request = stream_request(prompt, 4, num_prompt_logprobs=2, num_choices=2)
+    async with Services(**settings) as services:
+        # The prompt is cached; it is computed again.
+        await services.stream(stream_request(prompt, 1))
+        streamed, unary = await services.stream(request), await services.generate(request)
+        none = await services.stream(stream_request([1, 2, 3]))
+    sequence = create_request(prompt=prompt, sampling=RowSampling(num_prompt_logprobs=2))
+    truth = expected_prompt_logprobs(sequence, vocab_size=VOCAB_SIZE)
+    assert streamed.prompt_logprobs == list(unary.prompt_logprobs)
+    assert [report.token_id for report in unary.prompt_logprobs] == prompt[1:]
+    assert tuple(report.logprob for report in unary.prompt_logprobs) == truth.logprobs
+    assert tuple(report.rank for report in unary.prompt_logprobs) == truth.ranks
+    top = [each for report in unary.prompt_logprobs for each in report.top]
+    assert tuple(each.token_id for each in top) == truth.top_token_ids
+    assert tuple(each.logprob for each in top) == truth.top_logprobs
+    assert all(len(message.prompt_logprobs) <= 64 for message in streamed.messages)
+    assert [choice.token_ids for choice in streamed.choices.values()] == [list(c.token_ids) for c in unary.choices]
+    assert none.prompt_logprobs == []
+
+
+async def test_a_stop_string_may_be_part_of_the_text_and_waits_for_min_tokens(tokenizer: Tokenizer) -> None:
+    expected = true_tokens(stream_request(max_tokens=200))
+    text, stop, num_tokens = spanning_stop(tokenizer, expected)
+    changes = {"max_tokens": 200, "stop_strings": [stop]}
+    async with Services() as services:
+        included = await services.generate(stream_request(include_stop_string=True, **changes))
+        at_last = await services.generate(stream_request(min_tokens=num_tokens - 1, **changes))
+        later = await services.generate(stream_request(min_tokens=num_tokens, **changes))
+    assert included.choices[0].text == text + stop and at_last.choices[0].text == text
+    for output in (included, at_last):
+        assert output.choices[0].finish.stop_string == stop and output.usage.num_output_tokens == num_tokens
+    assert later.choices[0].text.startswith(text + stop) and later.usage.num_output_tokens > num_tokens
+
+
+async def test_the_models_defaults_are_shown() -> None:
+    defaults = {"temperature": 0.5, "top_k": 20, "repetition_penalty": 1.5}
+    async with Services(FakeRunner(model_info(sampling_defaults=defaults))) as services:
+        info = await services.inference.GetModelInfo(inference_pb2.GetModelInfoRequest())
+    assert info.default_sampling == inference_pb2.SamplingParams(**defaults)
 
 
 async def test_the_models_end_token_stops_unless_ignored(tokenizer: Tokenizer) -> None:

@@ -15,8 +15,8 @@ from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
 from tests.contract.services import Services, model_info, read_stream, stream_request, true_tokens, violations
 from tests.support.fake_worker import FakeRunner
 
-LARGE_OUTPUT: dict[str, Any] = {"num_choices": 64, "max_tokens": 330, "num_logprobs": 20}
-"""A reply of some 4.5 MB."""
+LARGE_OUTPUT: dict[str, Any] = {"num_choices": 64, "max_tokens": 240, "num_logprobs": 20}
+"""A reply of some 6.5 MB, and 4.7 MB without the tokens' texts."""
 
 
 def unary(request: inference_pb2.GenerateStreamRequest) -> inference_pb2.GenerateRequest:

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from tandem_scheduler.engine_interface import Engine, EngineState, OutputBatch, SequenceEnd, Submission
-from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest, logprob_bytes
+from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest
+from tandem_scheduler.front_end.logprob_buffer import logprob_bytes
 from tandem_scheduler.front_end.text.detokenizer import TextDecoder
 from tandem_scheduler.front_end.text.encoder import TextEncoder
 from tandem_scheduler.front_end.text.splitter import token_lengths
@@ -20,12 +21,17 @@ from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
 from tandem_scheduler.front_end.validation import GenerationRequest
 from tandem_shared.errors import Draining, TandemError
 from tandem_shared.sampling_fields import MAX_LOGPROBS
+from tandem_shared.sampling_lists import MAX_LOGPROB_TOKEN_IDS
+from tandem_shared.step_plan import PromptLogprobs
 
 MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """The limit of all buffers together. Past it the request that holds most ends."""
 
 COUNT_EVERY_BYTES = 8 * 1024 * 1024
 """The buffers are counted once so many bytes have come since the last count."""
+
+MAX_REPORT_BYTES = logprob_bytes(MAX_LOGPROBS, MAX_LOGPROB_TOKEN_IDS)
+"""The most that the log-probabilities in the place of one token take."""
 
 T = TypeVar("T")
 
@@ -108,6 +114,8 @@ class FrontEnd:
                 live.has_news.set()
             if live.num_unread_tokens > live.max_unread_tokens:
                 self._fail_behind(live)
+        for handle, prompt_report in batch.prompt_logprobs:
+            self._add_prompt_logprobs(handle, prompt_report)
         for handle, report in batch.logprobs:
             choice = choices.get(handle)
             if choice is not None:
@@ -120,6 +128,18 @@ class FrontEnd:
 
     async def on_state(self, state: EngineState) -> None:
         await self._set_ready(state.is_ready and not state.is_draining)
+
+    def _add_prompt_logprobs(self, handle: int, report: PromptLogprobs) -> None:
+        choice = self._choices.get(handle)
+        if choice is None:
+            return
+        live = choice.request
+        self._guard(live, live.add_prompt_logprobs, report)
+        self._num_uncounted_bytes += logprob_bytes(report.num_top, 0) * len(report.logprobs)
+        if live.is_streaming:
+            live.has_news.set()
+        if live.num_unread_bytes > live.max_unread_bytes:
+            self._fail_behind(live)
 
     def _find_stops(self, watched: dict[int, Choice], batch: OutputBatch) -> None:
         ended_by_token = {end.handle for end in batch.ends if end.stop_token_id is not None}
@@ -169,9 +189,7 @@ class FrontEnd:
         """If all requests together hold too much, ends those whose readers are furthest behind. It counts only once
         COUNT_EVERY_BYTES have come.
         """
-        self._num_uncounted_bytes += TOKEN_BYTES * len(batch.token_ids) + logprob_bytes(MAX_LOGPROBS) * len(
-            batch.logprobs
-        )
+        self._num_uncounted_bytes += TOKEN_BYTES * len(batch.token_ids) + MAX_REPORT_BYTES * len(batch.logprobs)
         if self._num_uncounted_bytes < COUNT_EVERY_BYTES:
             return
         self._num_uncounted_bytes = 0

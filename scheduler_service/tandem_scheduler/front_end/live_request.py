@@ -11,29 +11,31 @@ from dataclasses import dataclass
 
 from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.engine_interface import SequenceEnd
-from tandem_scheduler.front_end.logprob_buffer import LogprobBuffer
+from tandem_scheduler.front_end.logprob_buffer import LogprobBuffer, logprob_bytes
+from tandem_scheduler.front_end.prompt_reports import PromptReports
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, min_reply_size
 from tandem_scheduler.front_end.text.detokenizer import MIN_IDS_WITHOUT_GIL, Detokenizer, TextDecoder
 from tandem_scheduler.front_end.text.stop_strings import StopStrings
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
 from tandem_scheduler.front_end.validation import GenerationRequest
 from tandem_shared.errors import OutputTooLarge, TandemError
-from tandem_shared.step_plan import RowLogprobs
+from tandem_shared.step_plan import PromptLogprobs, RowLogprobs
 
 MAX_TOKENS_PER_DELTA = 64
 """The most tokens in one message of a stream. More leave in several messages, so that none takes long to make or is too
 large for a client."""
 
 MAX_UNREAD_BYTES = 16 * 1024 * 1024
-"""The limit of one stream's buffers: 4 million tokens, or 100,000 with 20 log-probabilities each."""
+"""The limit of one stream's buffers: 4 million tokens, or 96,000 with 20 log-probabilities each."""
 
 TOKEN_BYTES = 4
 """The size of a token in a buffer, without its log-probabilities."""
 
+MAX_DELTA_BYTES = 1024 * 1024
+"""The limit of the log-probabilities in one message of a stream, so that a client takes it."""
 
-def logprob_bytes(num_logprobs: int) -> int:
-    """The size of one token's report in a LogprobBuffer."""
-    return 5 + 8 * num_logprobs
+ENTRY_BYTES = 32
+"""The most bytes of a token's log-probability in a message, without the token's bytes and text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,16 @@ class ChoiceEnd:
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """The new output of one choice since its last delta. `end` comes with the last one."""
+    """The new output of one choice since its last delta. `end` comes with the last one. Or, if is_prompt, tokens of the
+    prompt and their log-probabilities, and nothing else.
+    """
 
     choice_index: int
     text: str
     token_ids: "array[int]"
     logprobs: LogprobBuffer
     end: ChoiceEnd | None
+    is_prompt: bool = False
 
 
 class Choice:
@@ -180,25 +185,35 @@ class LiveRequest:
         self.has_news = asyncio.Event()
         self.error: TandemError | None = None
         self.choices = [
-            Choice(self, index, Detokenizer(decoder, stops, skip_special_tokens=request.skip_special_tokens))
+            Choice(self, index, _detokenizer(request, decoder, stops))
             for stops in [StopStrings(request.stop_strings)]
             for index in range(request.num_choices)
         ]
         self.num_running = len(self.choices)
         self.num_cached_tokens = 0
-        num_logprobs = request.first.sampling.num_logprobs
-        self._bytes_per_token = TOKEN_BYTES + (0 if num_logprobs is None else logprob_bytes(num_logprobs))
+        sampling = request.first.sampling
+        num_logprobs, num_requested = sampling.num_logprobs, len(request.first.lists.logprob_token_ids)
+        self._bytes_per_token = TOKEN_BYTES
+        if num_logprobs is not None:
+            self._bytes_per_token += logprob_bytes(num_logprobs, num_requested)
+        self._prompt: PromptReports | None = None
+        if sampling.num_prompt_logprobs is not None:
+            self._prompt = PromptReports(request.first.prompt_token_ids, sampling.num_prompt_logprobs)
+        num_entries = 1 + max((num_logprobs or 0) + num_requested, sampling.num_prompt_logprobs or 0)
+        # A token's text has up to three bytes for each of the token's own.
+        delta_bytes = num_entries * (ENTRY_BYTES + 4 * decoder.speller.longest)
+        self._tokens_per_delta = max(1, min(MAX_TOKENS_PER_DELTA, MAX_DELTA_BYTES // delta_bytes))
         # These count what the choices hold, so both are zero when a request has ended and been read or closed. The
         # characters are those of text that was made before it was taken.
         self.num_unread_tokens = 0
         self.num_unread_characters = 0
         self._is_dropped = False
         if request.max_reply_bytes is None:
-            self.max_unread_characters = MAX_UNREAD_BYTES
+            self.max_unread_bytes = self.max_unread_characters = MAX_UNREAD_BYTES
             self.max_unread_tokens = MAX_UNREAD_BYTES // self._bytes_per_token
         else:
-            self.max_unread_characters = request.max_reply_bytes
-            self.max_unread_tokens = request.max_reply_bytes // min_reply_size(num_logprobs)
+            self.max_unread_bytes = self.max_unread_characters = request.max_reply_bytes
+            self.max_unread_tokens = request.max_reply_bytes // min_reply_size(num_logprobs, num_requested)
 
     @property
     def num_output_tokens(self) -> int:
@@ -206,19 +221,31 @@ class LiveRequest:
 
     @property
     def num_unread_bytes(self) -> int:
-        return self.num_unread_tokens * self._bytes_per_token + self.num_unread_characters
+        num_prompt_bytes = self._prompt.num_unread_bytes if self._prompt is not None else 0
+        return self.num_unread_tokens * self._bytes_per_token + self.num_unread_characters + num_prompt_bytes
 
     def too_large(self) -> OutputTooLarge:
         """The error of a request that holds more than it may."""
         if self.request.max_reply_bytes is not None:
             return reply_too_large(self.request.max_reply_bytes)
-        return OutputTooLarge(f"the stream's reader is {self.num_unread_tokens} tokens behind")
+        return OutputTooLarge(f"the stream's reader is {self.num_unread_bytes} bytes behind")
+
+    def add_prompt_logprobs(self, report: PromptLogprobs) -> None:
+        assert self._prompt is not None, "a report that was not asked for"
+        self._prompt.add(report)
+
+    @property
+    def spell(self) -> Callable[[int], tuple[bytes, str]]:
+        """TokenSpeller.spell of the model's tokenizer."""
+        return self._decoder.speller.spell
 
     def drop_unread(self) -> None:
         """Forgets the output that was not taken. Nothing more is given out, so the caller ends the request."""
         self._is_dropped = True
         for choice in self.choices:
             choice.drop()
+        if self._prompt is not None:
+            self._prompt.drop()
         self.num_unread_tokens = self.num_unread_characters = 0
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
@@ -231,6 +258,11 @@ class LiveRequest:
             self.has_news.clear()
             if self.error is not None and not self.is_streaming:
                 self._raise_error()
+            # The engine reports a prompt before its first token, or with it.
+            while self._prompt:
+                max_tokens = self._tokens_per_delta if self.is_streaming else len(self._prompt)
+                token_ids, logprobs = self._prompt.take(max_tokens)
+                yield ChoiceDelta(0, "", token_ids, logprobs, None, is_prompt=True)
             for choice in self.choices:
                 while choice.has_news:
                     delta = await self._take(choice)
@@ -245,7 +277,7 @@ class LiveRequest:
         self.drop_unread()
 
     async def _take(self, choice: Choice) -> ChoiceDelta:
-        max_tokens = MAX_TOKENS_PER_DELTA if self.is_streaming else len(choice.token_ids)
+        max_tokens = self._tokens_per_delta if self.is_streaming else len(choice.token_ids)
         num_tokens, num_characters = len(choice.token_ids), choice.num_unread_characters
         try:
             if choice.num_undecoded(max_tokens) < MIN_IDS_WITHOUT_GIL:
@@ -270,6 +302,16 @@ class LiveRequest:
             raise self.error
         finally:
             self.error = None
+
+
+def _detokenizer(request: GenerationRequest, decoder: TextDecoder, stops: StopStrings) -> Detokenizer:
+    return Detokenizer(
+        decoder,
+        stops,
+        skip_special_tokens=request.skip_special_tokens,
+        include_stop_string=request.include_stop_string,
+        min_tokens=request.first.sampling.min_tokens,
+    )
 
 
 def reply_too_large(limit: int) -> OutputTooLarge:

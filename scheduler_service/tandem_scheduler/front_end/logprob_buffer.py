@@ -2,39 +2,84 @@
 
 from array import array
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from tandem_shared.step_plan import RowLogprobs
+from tandem_shared.step_plan import PromptLogprobs, RowLogprobs
+
+BYTES_PER_REPORT, BYTES_PER_TOP, BYTES_PER_REQUESTED = 10, 8, 4
+
+
+def logprob_bytes(num_logprobs: int, num_requested: int) -> int:
+    """The size of one token's report in a LogprobBuffer."""
+    return BYTES_PER_REPORT + BYTES_PER_TOP * num_logprobs + BYTES_PER_REQUESTED * num_requested
+
+
+class TokenReport(NamedTuple):
+    """The report of one token: its own log-probability and rank, the likeliest tokens, and the requested ones."""
+
+    logprob: float
+    rank: int
+    top_token_ids: "array[int]"
+    top_logprobs: "array[float]"
+    requested_logprobs: "array[float]"
 
 
 class LogprobBuffer:
     """Reports in the order of their tokens."""
 
-    __slots__ = ("_logprobs", "_num_top", "_top_logprobs", "_top_token_ids")
+    __slots__ = (
+        "_logprobs",
+        "_num_requested",
+        "_num_top",
+        "_ranks",
+        "_requested_logprobs",
+        "_top_logprobs",
+        "_top_token_ids",
+    )
 
     def __init__(self) -> None:
         self._logprobs = array("f")
+        self._ranks = array("I")
         self._num_top = array("B")
+        self._num_requested = array("B")
         self._top_token_ids = array("i")
         self._top_logprobs = array("f")
+        self._requested_logprobs = array("f")
 
     def __len__(self) -> int:
         return len(self._logprobs)
 
     def append(self, report: RowLogprobs) -> None:
         self._logprobs.append(report.logprob)
+        self._ranks.append(report.rank)
         self._num_top.append(len(report.top_token_ids))
+        self._num_requested.append(len(report.requested_logprobs))
+        self._top_token_ids.extend(report.top_token_ids)
+        self._top_logprobs.extend(report.top_logprobs)
+        self._requested_logprobs.extend(report.requested_logprobs)
+
+    def extend(self, report: PromptLogprobs) -> None:
+        """Adds the reports of several tokens of a prompt."""
+        count = len(report.logprobs)
+        self._logprobs.extend(report.logprobs)
+        self._ranks.extend(report.ranks)
+        self._num_top.extend([report.num_top] * count)
+        self._num_requested.extend([0] * count)
         self._top_token_ids.extend(report.top_token_ids)
         self._top_logprobs.extend(report.top_logprobs)
 
     def take(self, count: int) -> "LogprobBuffer":
         """Moves the first reports into a buffer of their own."""
         taken = LogprobBuffer()
-        num_top = sum(self._num_top[:count])
+        num_top, num_requested = sum(self._num_top[:count]), sum(self._num_requested[:count])
         for name, end in (
             ("_logprobs", count),
+            ("_ranks", count),
             ("_num_top", count),
+            ("_num_requested", count),
             ("_top_token_ids", num_top),
             ("_top_logprobs", num_top),
+            ("_requested_logprobs", num_requested),
         ):
             values = getattr(self, name)
             setattr(taken, name, values[:end])
@@ -47,12 +92,16 @@ class LogprobBuffer:
         for name in self.__slots__:
             setattr(self, name, getattr(kept, name))
 
-    def reports(self, start: int, end: int) -> Iterator[tuple[float, "array[int]", "array[float]"]]:
-        """For each token from start to end: its own log-probability, the likeliest token ids, and their
-        log-probabilities.
-        """
-        first = sum(self._num_top[:start])
-        for logprob, num_top in zip(self._logprobs[start:end], self._num_top[start:end], strict=True):
-            top = slice(first, first + num_top)
-            yield logprob, self._top_token_ids[top], self._top_logprobs[top]
-            first += num_top
+    def reports(self, start: int, end: int) -> Iterator[TokenReport]:
+        """The reports of the tokens from start to end."""
+        top, requested = sum(self._num_top[:start]), sum(self._num_requested[:start])
+        for index in range(start, min(end, len(self))):
+            top_end, requested_end = top + self._num_top[index], requested + self._num_requested[index]
+            yield TokenReport(
+                self._logprobs[index],
+                self._ranks[index],
+                self._top_token_ids[top:top_end],
+                self._top_logprobs[top:top_end],
+                self._requested_logprobs[requested:requested_end],
+            )
+            top, requested = top_end, requested_end

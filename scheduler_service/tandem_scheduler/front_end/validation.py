@@ -17,7 +17,7 @@ from tandem_scheduler.core.types import SequenceRequest
 from tandem_scheduler.engine_interface import Submission
 from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_scheduler.front_end.list_checks import IDS_AT_ONCE, check_lists, check_token_ids, read_lists
-from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size
+from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size, max_report_size
 from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncoder
 from tandem_scheduler.front_end.violations import Violations
 from tandem_shared.errors import FieldViolation, InvalidRequest
@@ -82,6 +82,7 @@ async def check_request(
         violations.raise_any()
     prompt = await _read_prompt(params, encoder, worker, violations)
     max_tokens = _read_max_tokens(params, len(prompt), worker, violations)
+    _check_prompt_reports(params, len(prompt), worker, violations)
     violations.raise_any()
     request_id = params.request_id or uuid.uuid4().hex
     if "seed" not in sampling:
@@ -159,14 +160,18 @@ def _sampling_of(params: GenerationParams, worker: WorkerInfo) -> dict[str, Any]
     """Fields of RowSampling: the request's, else the model's defaults. The others have RowSampling's own, which are the
     API's.
     """
-    asks_for_logprobs = params.num_logprobs is not None or len(params.logprob_token_ids) > 0
     return {
         **worker.sampling_defaults,
         **params.sampling,
         "min_tokens": params.min_tokens,
-        "num_logprobs": (params.num_logprobs or 0) if asks_for_logprobs else None,
+        "num_logprobs": _num_logprobs(params),
         "num_prompt_logprobs": params.num_prompt_logprobs,
     }
+
+
+def _num_logprobs(params: GenerationParams) -> int | None:
+    """Who asks for log-probabilities of given tokens alone gets that of the sampled token too."""
+    return 0 if params.num_logprobs is None and params.logprob_token_ids else params.num_logprobs
 
 
 def _check_sampling(sampling: RowSampling, violations: Violations) -> None:
@@ -247,9 +252,23 @@ def _check_reply_size(params: GenerationParams, worker: WorkerInfo, violations: 
     limit = params.max_reply_bytes
     if limit is None or params.max_tokens is None or not 1 <= params.max_tokens <= worker.max_model_len:
         return
-    size = params.num_choices * params.max_tokens * max_reply_size(worker.vocab_size, params.num_logprobs)
+    num_logprobs, num_requested = _num_logprobs(params), len(params.logprob_token_ids)
+    token_bytes = max_reply_size(worker.vocab_size, num_logprobs, num_requested)
+    _check_size("stopping.max_tokens", params.num_choices * params.max_tokens * token_bytes, limit, violations)
+
+
+def _check_prompt_reports(
+    params: GenerationParams, num_prompt_tokens: int, worker: WorkerInfo, violations: Violations
+) -> None:
+    """Refuses a request whose prompt alone lets the reply grow too large by its log-probabilities."""
+    if params.max_reply_bytes is not None and params.num_prompt_logprobs is not None:
+        size = num_prompt_tokens * max_report_size(worker.vocab_size, params.num_prompt_logprobs)
+        _check_size("output.num_prompt_logprobs", size, params.max_reply_bytes, violations)
+
+
+def _check_size(field: str, size: int, limit: int, violations: Violations) -> None:
     violations.check(
         size <= limit,
-        "stopping.max_tokens",
+        field,
         f"a reply of up to {size} bytes is more than the {limit} that may be sent at once: {REPLY_ADVICE}",
     )

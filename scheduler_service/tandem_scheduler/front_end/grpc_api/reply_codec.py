@@ -3,10 +3,15 @@ event loop has other turns in between, so that a large reply does not hold up ot
 """
 
 import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tandem.v1 import inference_pb2
 from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.front_end.live_request import ChoiceDelta, ChoiceEnd, LiveRequest, reply_too_large
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -22,15 +27,21 @@ CHOICES_TAG = bytes([inference_pb2.GenerateResponse.CHOICES_FIELD_NUMBER << 3 | 
 
 
 def stream_message(live: LiveRequest, delta: ChoiceDelta, *, is_last: bool) -> inference_pb2.GenerateStreamResponse:
+    request_id, num_reports = live.request.request_id, len(delta.logprobs)
+    if delta.is_prompt:
+        message = inference_pb2.GenerateStreamResponse(request_id=request_id)
+        _add_reports(message.prompt_logprobs, live, delta, 0, num_reports)
+        return message
     message = inference_pb2.GenerateStreamResponse(
-        request_id=live.request.request_id,
+        request_id=request_id,
         choice_index=delta.choice_index,
         text_delta=delta.text,
         token_ids=delta.token_ids,
         finish=_finish(delta.end) if delta.end is not None else None,
         usage=_usage(live) if is_last else None,
     )
-    _add_logprobs(message, delta, 0, len(delta.logprobs))
+    if num_reports:
+        _add_reports(message.logprobs, live, delta, 0, num_reports)
     return message
 
 
@@ -43,47 +54,86 @@ async def whole_reply(live: LiveRequest, model: str, max_bytes: int) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     async for delta in live.deltas():
-        choice = await _encoded_choice(delta, max_bytes - num_bytes)
-        parts += [CHOICES_TAG, _varint(len(choice)), choice]
-        num_bytes += len(choice)
+        if delta.is_prompt:
+            prompt = inference_pb2.GenerateResponse()
+            part = await _encoded_reports(prompt, prompt.prompt_logprobs, live, delta, max_bytes - num_bytes)
+        else:
+            choice = await _encoded_choice(live, delta, max_bytes - num_bytes)
+            part = CHOICES_TAG + _varint(len(choice)) + choice
+        parts.append(part)
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise reply_too_large(max_bytes)
     outer = inference_pb2.GenerateResponse(request_id=live.request.request_id, model=model, usage=_usage(live))
     parts.append(outer.SerializeToString())
-    if sum(map(len, parts)) > max_bytes:
+    if num_bytes + len(parts[-1]) > max_bytes:
         raise reply_too_large(max_bytes)
     return b"".join(parts)
 
 
-async def _encoded_choice(delta: ChoiceDelta, max_bytes: int) -> bytes:
-    """Raises OutputTooLarge as soon as the parts are larger."""
+async def _encoded_choice(live: LiveRequest, delta: ChoiceDelta, max_bytes: int) -> bytes:
+    """Encodes no further once it has more than max_bytes."""
     choice = inference_pb2.Choice(
         choice_index=delta.choice_index,
         text=delta.text,
         token_ids=delta.token_ids,
         finish=_finish(delta.end) if delta.end is not None else None,
-    )
-    parts: list[bytes] = [choice.SerializeToString()]
-    num_bytes = len(parts[0])
+    ).SerializeToString()
+    part = inference_pb2.Choice()
+    return choice + await _encoded_reports(part, part.logprobs, live, delta, max_bytes - len(choice))
+
+
+async def _encoded_reports(
+    holder: inference_pb2.Choice | inference_pb2.GenerateResponse,
+    messages: "RepeatedCompositeFieldContainer[inference_pb2.TokenLogprob]",
+    live: LiveRequest,
+    delta: ChoiceDelta,
+    max_bytes: int,
+) -> bytes:
+    """The delta's log-probabilities as an encoded message of the holder's kind. messages is the empty field of the
+    holder that they go through. Encodes no further once it has more than max_bytes.
+    """
+    parts: list[bytes] = []
+    num_bytes = 0
     for start in range(0, len(delta.logprobs), TOKENS_AT_ONCE):
         if num_bytes > max_bytes:
             break
-        part = inference_pb2.Choice()
-        _add_logprobs(part, delta, start, start + TOKENS_AT_ONCE)
-        parts.append(part.SerializeToString())
+        _add_reports(messages, live, delta, start, start + TOKENS_AT_ONCE)
+        parts.append(holder.SerializeToString())
+        del messages[:]
         num_bytes += len(parts[-1])
         await asyncio.sleep(0)
-    if num_bytes > max_bytes:
-        raise reply_too_large(max_bytes)
     return b"".join(parts)
 
 
-def _add_logprobs(
-    message: inference_pb2.Choice | inference_pb2.GenerateStreamResponse, delta: ChoiceDelta, start: int, end: int
+def _add_reports(
+    messages: "RepeatedCompositeFieldContainer[inference_pb2.TokenLogprob]",
+    live: LiveRequest,
+    delta: ChoiceDelta,
+    start: int,
+    end: int,
 ) -> None:
+    spell, requested_ids = live.spell, live.request.first.lists.logprob_token_ids
     reports = delta.logprobs.reports(start, end)
-    for token_id, (logprob, top_token_ids, top_logprobs) in zip(delta.token_ids[start:end], reports, strict=False):
-        add_top = message.logprobs.add(token_id=token_id, logprob=logprob).top.add
-        for top_token_id, top_logprob in zip(top_token_ids, top_logprobs, strict=True):
-            add_top(token_id=top_token_id, logprob=top_logprob)
+    for token_id, report in zip(delta.token_ids[start:end], reports, strict=False):
+        token_bytes, text = spell(token_id)
+        message = messages.add(
+            token_id=token_id, logprob=report.logprob, rank=report.rank, token_bytes=token_bytes, text=text
+        )
+        _add_tokens(message.top, report.top_token_ids, report.top_logprobs, spell)
+        if report.requested_logprobs:
+            _add_tokens(message.requested, requested_ids, report.requested_logprobs, spell)
+
+
+def _add_tokens(
+    messages: "RepeatedCompositeFieldContainer[inference_pb2.TopLogprob]",
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    spell: Callable[[int], tuple[bytes, str]],
+) -> None:
+    for token_id, logprob in zip(token_ids, logprobs, strict=True):
+        token_bytes, text = spell(token_id)
+        messages.add(token_id=token_id, logprob=logprob, token_bytes=token_bytes, text=text)
 
 
 def _finish(end: ChoiceEnd) -> inference_pb2.Finish:

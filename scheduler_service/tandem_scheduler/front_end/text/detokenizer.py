@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from tandem_scheduler.front_end.text.patient_threads import PatientThreads
 from tandem_scheduler.front_end.text.splitter import token_lengths
 from tandem_scheduler.front_end.text.stop_strings import START, StopStrings
+from tandem_scheduler.front_end.text.token_spelling import TokenSpeller
 from tandem_shared.step_plan import Int32Array
 
 UNFINISHED = "\ufffd"
@@ -50,13 +51,14 @@ class TextDecoder:
         self.is_byte_level = state.get("type") == "ByteLevel"
         parts = state.get("decoders", [state])
         has_bytes = any(part.get("type") == "ByteFallback" for part in parts)
-        names = [f"<0x{byte:02X}>" for byte in range(256)] if has_bytes else []
-        self._byte_ids = frozenset(i for i in map(tokenizer.token_to_id, names) if i is not None)
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)} if has_bytes else {}
+        byte_ids = {i: byte for name, byte in names.items() if (i := tokenizer.token_to_id(name)) is not None}
+        self._byte_ids = frozenset(byte_ids)
         added = tokenizer.get_added_tokens_decoder().items()
         # Made here, because it takes too long for the event loop of a server that has calls.
-        self._token_sizes: Int32Array | None = None
-        if self.is_byte_level:
-            self._token_sizes = _sizes_of_tokens(tokenizer, token_lengths(tokenizer) if lengths is None else lengths)
+        lengths = token_lengths(tokenizer) if lengths is None else lengths
+        self._token_sizes = _sizes_of_tokens(tokenizer, lengths) if self.is_byte_level else None
+        self.speller = TokenSpeller(tokenizer, lengths, is_byte_level=self.is_byte_level, bytes_of_ids=byte_ids)
         self._special_ids = (
             frozenset(token_id for token_id, token in added if token.special) if has_bytes else frozenset()
         )
@@ -105,19 +107,31 @@ def _sizes_of_tokens(tokenizer: Tokenizer, lengths: Int32Array) -> Int32Array:
 
 class Detokenizer:
     """Makes text of one sequence's tokens. The parts that it returns, joined, are the output up to the first stop
-    string.
+    string, or to its end.
     """
 
     def __init__(
-        self, decoder: TextDecoder, stop_strings: StopStrings | None = None, *, skip_special_tokens: bool
+        self,
+        decoder: TextDecoder,
+        stop_strings: StopStrings | None = None,
+        *,
+        skip_special_tokens: bool,
+        include_stop_string: bool = False,
+        min_tokens: int = 0,
     ) -> None:
+        """include_stop_string: the stop string that is found is part of the text. min_tokens: a stop string counts only
+        if text that comes with a later token than this completes it.
+        """
         self._decoder = decoder
+        self._includes_stop = include_stop_string
+        self._num_passed_over = min_tokens
         self._skip_special_tokens = skip_special_tokens
         self._stop_strings = stop_strings or StopStrings(())
         self._node = START
         # Text that may be the start of a stop string.
         self._held = ""
         self.matched_stop: str | None = None
+        self._num_tokens = 0
         # Tokens whose text is not certain. Then the tokens before them and their text, unless the decoder is
         # byte-level.
         self._uncertain: list[int] = []
@@ -134,6 +148,7 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """The text that has become certain with this token. After a stop string was found, there is no more text."""
         self._uncertain.append(token_id)
+        self._num_tokens += 1
         decoder = self._decoder
         if decoder.is_byte_level:
             text = self._decode(self._uncertain)
@@ -158,6 +173,7 @@ class Detokenizer:
         """
         if self.matched_stop is not None:
             return ""
+        self._num_tokens += len(last_token_ids)
         if not self._decoder.is_byte_level:
             self._all_ids.extend(last_token_ids)
         uncertain = [*self._context, *self._uncertain, *last_token_ids]
@@ -192,11 +208,14 @@ class Detokenizer:
         self._num_decoded += len(text)
         if not self._stop_strings:
             return text
-        self._node, stop, end = self._stop_strings.find(text, self._node)
         all_held = self._held + text
-        if stop is not None:
-            self.matched_stop = stop
-            return all_held[: len(self._held) + end - len(stop)]
+        if self._num_tokens <= self._num_passed_over:
+            self._node = self._stop_strings.pass_over(text, self._node)
+        else:
+            self._node, stop, end = self._stop_strings.find(text, self._node)
+            if stop is not None:
+                self.matched_stop = stop
+                return all_held[: len(self._held) + end - (0 if self._includes_stop else len(stop))]
         cut = len(all_held) - self._stop_strings.held(self._node)
         self._held = all_held[cut:]
         return all_held[:cut]

@@ -54,6 +54,14 @@ class StopStrings:
                 return node, stop, position
         return node, None, len(text)
 
+    def pass_over(self, text: str, node: int) -> int:
+        """Reads text from a node on, whatever strings are complete in it. Returns the node after it, from which a
+        string that began in this text can still become complete.
+        """
+        for character in text:
+            node = self._step(node, character)
+        return node
+
     def _step(self, node: int, character: str) -> int:
         while (following := self._next[node].get(character)) is None and node != START:
             node = self._fallback[node]

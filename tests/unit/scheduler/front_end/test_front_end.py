@@ -17,7 +17,7 @@ from tandem_scheduler.front_end.live_request import MAX_TOKENS_PER_DELTA, LiveRe
 from tandem_scheduler.front_end.text.detokenizer import MIN_IDS_WITHOUT_GIL, TextDecoder
 from tandem_scheduler.front_end.validation import check_request
 from tandem_shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
-from tandem_shared.step_plan import RowLogprobs
+from tandem_shared.step_plan import PromptLogprobs, RowLogprobs
 from tests.support.builders import worker_info
 from tests.support.tokenizers import CountingTokenizer, PanicException, embedded
 
@@ -70,7 +70,7 @@ def front_end(engine: QuietEngine) -> FrontEnd:
 
 
 async def open_request(front_end: FrontEnd, **fields: object) -> LiveRequest:
-    params = GenerationParams(prompt_token_ids=[1], **fields)  # type: ignore[arg-type]
+    params = GenerationParams(**{"prompt_token_ids": [1], **fields})  # type: ignore[arg-type]
     return await front_end.open(await check_request(params, front_end.encoder, WORKER, "served"))
 
 
@@ -244,6 +244,82 @@ async def test_what_is_dropped_while_a_thread_takes_it_is_the_requests_error(
     with pytest.raises(OutputTooLarge):
         await reader
     assert unread(live) == (0, 0)
+
+
+PROMPT_TOP = 2
+
+
+def prompt_report(first: int, end: int) -> PromptLogprobs:
+    """A report that says of each position which one it is."""
+    positions = range(first, end)
+    top = tuple(position for position in positions for _ in range(PROMPT_TOP))
+    return PromptLogprobs(
+        0, first, tuple(-float(p) for p in positions), tuple(positions), PROMPT_TOP, top, tuple(map(float, top))
+    )
+
+
+@pytest.mark.parametrize("max_reply_bytes", [None, 100_000], ids=["streamed", "unary"])
+async def test_a_prompts_reports_come_in_order_before_all_else(
+    front_end: FrontEnd, max_reply_bytes: int | None
+) -> None:
+    prompt = list(range(100, 300))
+    live = await open_request(
+        front_end,
+        prompt_token_ids=prompt,
+        num_prompt_logprobs=PROMPT_TOP,
+        num_choices=2,
+        max_reply_bytes=max_reply_bytes,
+    )
+    deltas = live.deltas()
+    front_end.on_outputs(OutputBatch(prompt_logprobs=[(0, prompt_report(1, 90))]))
+    if max_reply_bytes is None:
+        assert (await anext(deltas)).is_prompt
+    ends = [SequenceEnd(handle, FinishReason.LENGTH, 0) for handle in (0, 1)]
+    reports = [(0, prompt_report(90, 120)), (0, prompt_report(120, 200))]
+    front_end.on_outputs(OutputBatch([1, 0], [40, 41], [], ends, reports))
+    rest = [delta async for delta in deltas]
+    assert live.num_unread_bytes == 0
+    told = [delta for delta in rest if delta.is_prompt]
+    assert [delta.is_prompt for delta in rest] == [True] * len(told) + [False] * 2
+    first = 200 - sum(len(delta.token_ids) for delta in told)
+    assert first == (1 if max_reply_bytes else 65)
+    positions = range(first, 200)
+    assert [token_id for delta in told for token_id in delta.token_ids] == [prompt[p] for p in positions]
+    assert [each.rank for delta in told for each in delta.logprobs.reports(0, 1000)] == list(positions)
+    if max_reply_bytes is None:
+        assert max(len(delta.token_ids) for delta in told) <= MAX_TOKENS_PER_DELTA
+
+
+async def test_a_prompts_reports_that_nobody_reads_are_counted_and_dropped(
+    front_end: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_request, "MAX_UNREAD_BYTES", 3000)
+    live = await open_request(front_end, prompt_token_ids=[1] * 500, num_prompt_logprobs=PROMPT_TOP)
+    front_end.on_outputs(OutputBatch(prompt_logprobs=[(0, prompt_report(1, 101))]))
+    assert live.num_unread_bytes == 2600
+    front_end.on_outputs(OutputBatch(prompt_logprobs=[(0, prompt_report(101, 201))]))
+    assert live.num_unread_bytes == 0
+    with pytest.raises(OutputTooLarge):
+        await read(live)
+
+
+async def test_a_gap_in_a_prompts_reports_ends_the_request(front_end: FrontEnd, engine: QuietEngine) -> None:
+    live = await open_request(front_end, prompt_token_ids=[1] * 500, num_prompt_logprobs=PROMPT_TOP)
+    front_end.on_outputs(OutputBatch(prompt_logprobs=[(0, prompt_report(1, 5)), (0, prompt_report(6, 9))]))
+    with pytest.raises(TextFailed):
+        await read(live)
+    assert engine.closed == [0]
+
+
+async def test_messages_with_many_long_tokens_have_fewer_of_them(front_end: FrontEnd) -> None:
+    """64 places of 41 tokens, of 128 bytes each, would be 1.5 MB."""
+    front_end.decoder.speller.longest = 128
+    ids = list(range(20))
+    live = await open_request(front_end, num_logprobs=20, logprob_token_ids=ids)
+    report = RowLogprobs(0, -1.0, tuple(ids), (-1.0,) * 20, 1, (-1.0,) * 20)
+    front_end.on_outputs(OutputBatch([0] * 100, [40] * 100, [(0, report)] * 100))
+    deltas = live.deltas()
+    assert [len((await anext(deltas)).token_ids) for _ in range(3)] == [47, 47, 6]
 
 
 def test_the_vocabulary_is_read_once_at_the_start() -> None:

@@ -78,6 +78,55 @@ def test_text_ends_before_the_first_stop_string_that_completes(text: str, stops:
     assert stop in TOKENIZER.decode(ids[:count]) and stop not in TOKENIZER.decode(ids[: count - 1])
 
 
+LETTERS = {character: TOKENIZER.encode(character).ids for character in "abc "}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("abc ", min_size=1, max_size=30),
+    stops=st.lists(st.text("abc ", min_size=1, max_size=5), max_size=3),
+    min_tokens=st.integers(0, 20),
+    is_included=st.booleans(),
+)
+@example(text="aabb", stops=["ab"], min_tokens=2, is_included=True)
+@example(text="ababab", stops=["ab"], min_tokens=4, is_included=False)
+def test_a_stop_string_counts_if_a_token_after_min_tokens_completes_it(
+    text: str, stops: list[str], min_tokens: int, is_included: bool
+) -> None:
+    """Each token is one character."""
+    detokenizer = Detokenizer(
+        DECODER,
+        StopStrings(stops),
+        skip_special_tokens=True,
+        include_stop_string=is_included,
+        min_tokens=min_tokens,
+    )
+    parts = []
+    for character in text:
+        [token_id] = LETTERS[character]
+        parts.append(detokenizer.add(token_id))
+        if detokenizer.matched_stop is not None:
+            break
+    num_read = len(parts)
+    parts.append(detokenizer.finish())
+    for end in range(min_tokens + 1, len(text) + 1):
+        if complete := [stop for stop in stops if text[:end].endswith(stop)]:
+            stop = max(complete, key=len)
+            expected = text[:end] if is_included else text[: end - len(stop)]
+            assert ("".join(parts), detokenizer.matched_stop, num_read) == (expected, stop, end)
+            return
+    assert ("".join(parts), detokenizer.matched_stop) == (text, None)
+
+
+def test_what_comes_out_at_the_end_is_no_stop_string_before_min_tokens() -> None:
+    """An incomplete character becomes text when the output ends."""
+    [first, _] = TOKENIZER.encode("é").ids
+    for min_tokens, matched in ((0, UNFINISHED), (1, None)):
+        detokenizer = Detokenizer(DECODER, StopStrings([UNFINISHED]), skip_special_tokens=True, min_tokens=min_tokens)
+        text = detokenizer.add(first) + detokenizer.finish()
+        assert (text, detokenizer.matched_stop) == ("" if matched else UNFINISHED, matched)
+
+
 @pytest.mark.parametrize(
     ("deltas", "stops", "expected"),
     [
