@@ -6,10 +6,16 @@ if TYPE_CHECKING:
     from tandem.client import TandemClient
     from tandem.llm import LLM
     from tandem.sampling_params import SamplingParams
+    from tandem.structured_output import StructuredOutput
 
-__all__ = ["LLM", "SamplingParams", "TandemClient"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutput", "TandemClient"]
 
-_MODULES = {"LLM": "tandem.llm", "SamplingParams": "tandem.sampling_params", "TandemClient": "tandem.client"}
+_MODULES = {
+    "LLM": "tandem.llm",
+    "SamplingParams": "tandem.sampling_params",
+    "StructuredOutput": "tandem.structured_output",
+    "TandemClient": "tandem.client",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 
@@ -15,6 +16,7 @@ from tandem.client import TandemClient
 from tandem.demo import run_demo
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
+from tandem.structured_output import StructuredOutput
 from tandem.terminal import stream_text
 from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
 from tandem_shared.errors import ConfigError, TandemError
@@ -62,6 +64,7 @@ def _build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--max-tokens", type=int, default=128, help="the largest number of output tokens; default %(default)s"
     )
+    generate.add_argument("--min-tokens", type=int, help="the output does not end before so many tokens; default: 0")
     help_texts = {"seed": "makes the output repeatable; default: one per request"}
     for field in REQUEST_FIELDS:
         default = "what the model recommends" if field.has_model_default else field.default
@@ -70,6 +73,10 @@ def _build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+    form = generate.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="a file with the JSON schema that the output follows")
+    form.add_argument("--regex", metavar="PATTERN", help="a regular expression that matches the whole output")
+    form.add_argument("--choice", action="append", metavar="TEXT", help="a possible output; may be repeated")
     generate.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-sequence token")
     generate.set_defaults(run=_generate)
 
@@ -102,6 +109,8 @@ def _interrupt(*_: object) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     params = SamplingParams(
+        structured_outputs=_form(options),
+        min_tokens=options.min_tokens,
         **{field.name: getattr(options, field.name) for field in REQUEST_FIELDS},
         max_tokens=options.max_tokens,
         stop=tuple(options.stop),
@@ -112,6 +121,18 @@ def _generate(options: argparse.Namespace) -> int:
     print(flush=True)
     print(speed, file=sys.stderr)
     return 0
+
+
+def _form(options: argparse.Namespace) -> StructuredOutput | None:
+    """Raises ConfigError for a file that can't be read."""
+    if options.json_schema is not None:
+        try:
+            return StructuredOutput(json=Path(options.json_schema).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--json-schema: {error}") from error
+    if options.regex is not None:
+        return StructuredOutput(regex=options.regex)
+    return None if options.choice is None else StructuredOutput(choice=options.choice)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -156,6 +156,7 @@ def _fields(
         "sampling": params.sampling(),
         "stopping": params.stopping(),
         "output": params.output(),
+        "structured_output": params.structured_output(),
         "num_choices": params.n,
         "request_id": request_id,
         "priority": priority,

@@ -1,13 +1,15 @@
 """How to sample and when to stop, with vLLM's names."""
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.structured_output import StructuredOutput
 from tandem.v1 import inference_pb2
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import FLOAT32_MAX, REQUEST_FIELDS, UINT32_MAX, SamplingField
+from tandem_shared.sampling_lists import BIAS_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +31,44 @@ class SamplingParams:
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    logit_bias: Mapping[int | str, float] | None = None
+    """Token -> what is added to its logit. A token may be given as a string of digits, as JSON has it."""
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
     max_tokens: int | None = None
-    stop: str | tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     logprobs: int | None = None
     """With a number, each token's log-probability is reported, and those of that many most likely tokens."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt but the first."""
+    logprob_token_ids: Sequence[int] | None = None
+    """Tokens whose log-probabilities are reported in each place of the output."""
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         problems = [(name, check(getattr(self, name))) for name, check in _CHECKS.items()]
-        if violations := [FieldViolation(name, problem) for name, problem in problems if problem]:
+        violations = [FieldViolation(name, problem) for name, problem in problems if problem]
+        if not violations and self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            description = f"must be at most max_tokens, {self.max_tokens}, is {self.min_tokens}"
+            violations = [FieldViolation("min_tokens", description)]
+        if violations:
             raise InvalidRequest(*violations)
 
     def sampling(self) -> inference_pb2.SamplingParams:
-        return inference_pb2.SamplingParams(**{field.name: getattr(self, field.name) for field in REQUEST_FIELDS})
+        values = {field.name: getattr(self, field.name) for field in REQUEST_FIELDS}
+        if self.top_k == -1:
+            values["top_k"] = 0
+        return inference_pb2.SamplingParams(
+            **values,
+            logit_bias={int(token_id): float(bias) for token_id, bias in (self.logit_bias or {}).items()},
+            bad_words=self.bad_words,
+            allowed_token_ids=self.allowed_token_ids,
+        )
 
     def stopping(self) -> inference_pb2.StoppingCriteria:
         return inference_pb2.StoppingCriteria(
@@ -51,10 +76,20 @@ class SamplingParams:
             stop_strings=[self.stop] if isinstance(self.stop, str) else self.stop,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            include_stop_string=self.include_stop_str_in_output,
         )
 
     def output(self) -> inference_pb2.OutputOptions:
-        return inference_pb2.OutputOptions(num_logprobs=self.logprobs, skip_special_tokens=self.skip_special_tokens)
+        return inference_pb2.OutputOptions(
+            num_logprobs=self.logprobs,
+            num_prompt_logprobs=self.prompt_logprobs,
+            logprob_token_ids=self.logprob_token_ids,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
+    def structured_output(self) -> inference_pb2.StructuredOutput | None:
+        return None if self.structured_outputs is None else self.structured_outputs.message()
 
 
 def _whole(minimum: int, maximum: float = UINT32_MAX, hint: str = "") -> Callable[[Any], str]:
@@ -75,8 +110,7 @@ def _number(field: SamplingField) -> Callable[[Any], str]:
     )
 
     def check(value: Any) -> str:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return "" if is_number and field.allows(value) else f"must be {text}, is {value!r}"
+        return "" if _is_number(value) and field.allows(value) else f"must be {text}, is {value!r}"
 
     return _unless_none(check)
 
@@ -85,10 +119,14 @@ def _flag(value: Any) -> str:
     return "" if isinstance(value, bool) else f"must be True, False or None, is {value!r}"
 
 
-def _strings(value: Any) -> str:
-    for text in [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else [None]:
+def _stop(value: Any) -> str:
+    return _texts([value] if isinstance(value, str) else value, "a string or a list of strings")
+
+
+def _texts(value: Any, what: str = "a list of strings") -> str:
+    for text in value if isinstance(value, list | tuple) else [None]:
         if not isinstance(text, str) or not text:
-            return f"must be a string or a tuple of strings, none of them empty, is {value!r}"
+            return f"must be {what}, none of them empty, is {value!r}"
         if not _is_unicode(text):
             return f"must be Unicode without lone surrogates, is {text!r}"
     return ""
@@ -97,7 +135,31 @@ def _strings(value: Any) -> str:
 def _token_ids(value: Any) -> str:
     if isinstance(value, list | tuple) and all(_is_whole(each) and 0 <= each <= UINT32_MAX for each in value):
         return ""
-    return f"must be a tuple of token ids, is {value!r}"
+    return f"must be a list of token ids, is {value!r}"
+
+
+def _allowed(value: Any) -> str:
+    return "must be None, which allows all tokens, or have some" if value == () or value == [] else _token_ids(value)
+
+
+def _bias(value: Any) -> str:
+    problem = f"must be a mapping of token ids to numbers in [-{BIAS_LIMIT:g}, {BIAS_LIMIT:g}]"
+    if not isinstance(value, Mapping):
+        return f"{problem}, is {value!r}"
+    for token_id, bias in value.items():
+        is_digits = isinstance(token_id, str) and token_id.isascii() and token_id.isdigit() and len(token_id) <= 10
+        is_id = (is_digits or _is_whole(token_id)) and 0 <= int(token_id) <= UINT32_MAX
+        if not (is_id and _is_number(bias) and -BIAS_LIMIT <= bias <= BIAS_LIMIT):
+            return f"{problem}, has {token_id!r:.40}: {bias!r:.40}"
+    return "" if len(set(map(int, value))) == len(value) else "has a token twice"
+
+
+def _form(value: Any) -> str:
+    return "" if isinstance(value, StructuredOutput) else f"must be a StructuredOutput or None, is {value!r}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:
@@ -115,13 +177,21 @@ def _unless_none(check: Callable[[Any], str]) -> Callable[[Any], str]:
 _CHECKS: dict[str, Callable[[Any], str]] = {
     "n": _whole(1),
     **{each.name: _number(each) if each.kind is float else _whole(0, each.most) for each in REQUEST_FIELDS},
-    "top_k": _whole(0, hint=", where 0 is all tokens"),
+    "top_k": _whole(-1, hint=", where 0 and -1 are all tokens"),
+    "logit_bias": _unless_none(_bias),
+    "bad_words": _unless_none(_texts),
+    "allowed_token_ids": _unless_none(_allowed),
     "max_tokens": _whole(1),
-    "stop": _strings,
-    "stop_token_ids": _token_ids,
+    "min_tokens": _whole(0),
+    "stop": _unless_none(_stop),
+    "stop_token_ids": _unless_none(_token_ids),
+    "include_stop_str_in_output": _unless_none(_flag),
     "ignore_eos": _unless_none(_flag),
     "logprobs": _whole(0),
+    "prompt_logprobs": _whole(0),
+    "logprob_token_ids": _unless_none(_token_ids),
     "skip_special_tokens": _unless_none(_flag),
+    "structured_outputs": _unless_none(_form),
 }
 """Field -> a function that says what is wrong with a value, "" if nothing is. Only values that no server could take are
 wrong here; a server's own limits are checked by the server.

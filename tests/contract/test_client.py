@@ -12,7 +12,12 @@ from tandem.client import TandemClient
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_shared.errors import Draining, InvalidRequest, RequestIdInUse, RequestNotFound
-from tests.contract.services import MODEL, Services
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import SamplingLists
+from tandem_shared.step_plan import NewRow, StepPlan
+from tests.contract.services import MODEL, Services, model_info
+from tests.support.fake_worker import FakePendingStep, FakeRunner
+from tests.support.tokenizers import embedded
 
 T = TypeVar("T")
 
@@ -45,6 +50,67 @@ async def test_generate_is_the_joined_stream(services: Services) -> None:
         assert mine[-1].finish.reason == choice.finish.reason == inference_pb2.FINISH_REASON_LENGTH
     assert whole.choices[0].token_ids != whole.choices[1].token_ids
     assert deltas[-1].usage == whole.usage
+
+
+class RememberingRunner(FakeRunner):
+    """Keeps the rows that it is given."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.added: list[NewRow] = []
+
+    def execute(self, plan: StepPlan) -> FakePendingStep:
+        self.added += plan.added_rows
+        return super().execute(plan)
+
+
+@pytest.mark.parametrize("num_front_ends", [0, 1])
+async def test_everything_that_a_client_asks_of_sampling_reaches_the_worker(num_front_ends: int) -> None:
+    params = SamplingParams(
+        temperature=0.5,
+        top_k=-1,
+        top_p=0.75,
+        min_p=0.25,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.5,
+        seed=2**64 - 1,
+        logit_bias={"7": -1.5, 9: 100},
+        bad_words=["the"],
+        allowed_token_ids=[9, 5],
+        min_tokens=2,
+        max_tokens=3,
+        stop_token_ids=[40],
+        logprobs=2,
+        prompt_logprobs=1,
+        logprob_token_ids=[8, 2],
+    )
+    runner = RememberingRunner(model_info(eos_token_ids=(1017,)))
+    async with Services(runner, api_server_count=num_front_ends) as services:
+        reply = await call(services, lambda client: client.generate([1, 2, 3], params))
+    [row] = runner.added
+    assert row.sampling == RowSampling(
+        temperature=0.5,
+        top_p=0.75,
+        min_p=0.25,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.5,
+        seed=2**64 - 1,
+        min_tokens=2,
+        num_logprobs=2,
+        num_prompt_logprobs=1,
+    )
+    assert row.lists == SamplingLists(
+        stop_token_ids=(40, 1017),
+        logit_bias=((7, -1.5), (9, 100.0)),
+        allowed_token_ids=(5, 9),
+        bad_words=tuple(tuple(embedded().encode(text).ids) for text in ("the", " the")),
+        logprob_token_ids=(8, 2),
+    )
+    assert [report.token_id for report in reply.prompt_logprobs] == [2, 3]
+    for report in reply.choices[0].logprobs:
+        assert [each.token_id for each in report.requested] == [8, 2] and report.token_bytes
 
 
 async def test_text_and_its_token_ids_are_the_same_prompt(services: Services) -> None:

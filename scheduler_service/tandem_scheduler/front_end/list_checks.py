@@ -66,7 +66,7 @@ async def read_lists(
     stops = {*params.stop_token_ids, *worker.eos_token_ids} if params.min_tokens else ()
     return SamplingLists(
         stop_token_ids=tuple(sorted(stops)),
-        logit_bias=tuple(params.logit_bias.items()),
+        logit_bias=tuple(sorted(params.logit_bias.items())),
         allowed_token_ids=await _read_allowed(params, worker.vocab_size, violations),
         bad_words=await _read_bad_words(params.bad_words, encoder, worker.vocab_size, violations),
         logprob_token_ids=tuple(params.logprob_token_ids),
