@@ -209,14 +209,26 @@ class Measurement:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A table of all cases, as Markdown."""
-    lines = ["| case | rows | plain, ms | ms | ratio | limit |", "|---|---|---|---|---|---|"]
-    for num_rows, by_case in report["batches"].items():
-        for name, entry in by_case.items():
-            limit = "" if entry["limit"] is None else f"{entry['limit']:.2f}"
-            times = f"{entry['plain_ms']:.3f} | {entry['ms']:.3f} | {entry['ratio']:.3f}"
-            lines.append(f"| {name} | {num_rows} | {times} | {limit} |")
+    """The cases' ratios as Markdown: a line for what rows ask, a column for how many of a batch do."""
+    places = [(num_rows, count) for num_rows in report["batches"] for count in (*map(str, FEW), "all")]
+    titles = [f"{count} of {num_rows}" for num_rows, count in places]
+    lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(places)]
+    for asks in (*ASKED, MIXTURE):
+        entries = [report["batches"][num_rows].get(f"{asks}_{count}") for num_rows, count in places]
+        if any(entries):
+            texts = [f"{entry['ratio']:.3f}" if entry else "" for entry in entries]
+            lines.append(f"| {asks} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
+
+
+def exceeded(report: dict[str, Any]) -> list[str]:
+    """The cases that exceed their limits."""
+    return [
+        f"{name} of {num_rows} rows: {entry['ratio']:.3f}, limit {entry['limit']}"
+        for num_rows, by_case in report["batches"].items()
+        for name, entry in by_case.items()
+        if entry["limit"] is not None and entry["ratio"] > entry["limit"]
+    ]
 
 
 def build(arguments: argparse.Namespace) -> StepDriver:
@@ -271,6 +283,7 @@ def main(command_line: list[str] | None = None) -> None:
                 if arguments.out:
                     write_json(arguments.out, report)
     print(table(report))
+    print("limits exceeded by:", "; ".join(exceeded(report)) or "none")
 
 
 if __name__ == "__main__":

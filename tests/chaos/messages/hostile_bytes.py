@@ -18,40 +18,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
+from tests.chaos.messages.hostile_values import FLOATS, INTEGERS, LIMITS, NO_UTF8, TEXTS
+
 VARINT, FIXED64, BYTES, START_GROUP, END_GROUP, FIXED32 = range(6)
 MAX_DEPTH = 4
 MAX_TURNS = 4
 HUGE_BYTES = (300_000, 1_000_000, 5_000_000)
 """Sizes past the point at which checks before decoding stop, well within gRPC's limit of 4 MiB, and past that limit."""
-
-LIMITS = [0, 1, 20, 21, 64, 65, 1023, 1024, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
-"""Limits of the RPCs' rules, and of integer types."""
-INTEGERS = [*LIMITS, 2, 15, 16, 63, 127, 128, 255, 256, 1023, 1024, 2**15, 2**16]
-INTEGERS += [2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1]
-FLOATS = [
-    0.0,
-    -0.0,
-    1.0,
-    -1.0,
-    0.5,
-    1.5,
-    2.0,
-    1e-45,
-    1.2e-38,
-    3.4e38,
-    -3.4e38,
-    float("inf"),
-    float("-inf"),
-    float("nan"),
-]
-TEXTS = ["", "\0", "\n", " ", "a" * 257, "\u202e", "\U0010ffff", "\ue000", "%s%n", "../../etc/passwd", "<|im_end|>"]
-TEXTS += [
-    "tandem.v1.InferenceService",
-    "grpc.reflection.v1alpha.ServerReflectionRequest",
-    "google.protobuf.Any",
-    "e\u0301",
-]
-NO_UTF8 = [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"ok\x80"]
 
 T = FieldDescriptor
 VARINTS = {
@@ -194,7 +167,7 @@ def swept(make: Callable[[], Message]) -> list[tuple[str, bytes]]:
     """
     found = []
     for number, (holder, field) in enumerate(_places(make())):
-        if field.message_type is not None and field.is_repeated and getattr(holder, field.name):
+        if field.message_type is not None and field.is_repeated and getattr(holder, field.name) and not _is_map(field):
             message = make()
             elements = getattr(list(_places(message))[number][0], field.name)
             elements.append(elements[0])
@@ -202,7 +175,9 @@ def swept(make: Callable[[], Message]) -> list[tuple[str, bytes]]:
         for value in _at_limits(holder, field):
             message = make()
             place, _ = list(_places(message))[number]
-            if field.is_repeated:
+            if _is_map(field):
+                getattr(place, field.name)[value[0]] = value[1]
+            elif field.is_repeated:
                 getattr(place, field.name)[-1:] = [value]
             else:
                 setattr(place, field.name, value)
@@ -212,6 +187,12 @@ def swept(make: Callable[[], Message]) -> list[tuple[str, bytes]]:
 
 def _at_limits(holder: Message, field: FieldDescriptor) -> list[Any]:
     value = getattr(holder, field.name)
+    if _is_map(field):
+        key, number = field.message_type.fields
+        near = next(iter(value), 0)
+        return [(each, 1.0) for each in dict.fromkeys(_within(key, limit) for limit in LIMITS)] + [
+            (near, each) for each in _elements_at_limits(number)
+        ]
     if field.message_type is not None or (field.is_repeated and not value):
         return []
     if field.type in UNSIGNED | SIGNED:
@@ -221,14 +202,22 @@ def _at_limits(holder: Message, field: FieldDescriptor) -> list[Any]:
         return [b"", value[:-1], value[:-4], value + value[:4], value[4:] + b"\xff" * 4, value[4:] + b"\0\4\0\0"]
     if field.type == T.TYPE_STRING:
         return TEXTS
+    return _elements_at_limits(field)
+
+
+def _elements_at_limits(field: FieldDescriptor) -> list[Any]:
     return [False, True] if field.type == T.TYPE_BOOL else FLOATS if field.type in FIXED else list(range(8))
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
 def _places(message: Message) -> Any:
     """Each field, set or not, of the message and of the messages inside it, with the message that holds it."""
     for field in message.DESCRIPTOR.fields:
         yield message, field
-        if field.message_type is None:
+        if field.message_type is None or _is_map(field):
             continue
         if field.is_repeated:
             for element in getattr(message, field.name):
@@ -239,7 +228,10 @@ def _places(message: Message) -> Any:
 
 def _change(draw: Any, holder: Message, field: FieldDescriptor) -> None:
     value = getattr(holder, field.name)
-    if field.message_type is not None:
+    if _is_map(field):
+        key, number = field.message_type.fields
+        value[draw(_values(key))] = draw(_values(number))
+    elif field.message_type is not None:
         if field.is_repeated and value:
             action = draw(st.sampled_from(["double", "drop", "reverse", "clear"]))
             elements = list(value)

@@ -46,7 +46,14 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
         request.stopping.stop_strings.append("never")
         request.stopping.stop_token_ids.append(9)
         request.sampling.min_p = 0.1
+        request.sampling.presence_penalty = 0.5
+        request.sampling.repetition_penalty = 1.1
+        request.sampling.logit_bias[8] = 1.5
+        request.sampling.bad_words.append("king")
+        request.stopping.min_tokens = 2
         request.output.num_logprobs = 2
+        request.output.num_prompt_logprobs = 1
+        request.output.logprob_token_ids.append(7)
         request.num_choices = 2
         request.cache_salt = "salt"
         request.priority = 1
@@ -59,7 +66,24 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
             num_choices=2,
             prompt_token_ids=b"\1\0\0\0\2\0\0\0",
             max_tokens=3,
-            sampling=worker_pb2.RowSampling(temperature=0.5, top_p=1.0, seed=1, num_logprobs=1),
+            sampling=worker_pb2.RowSampling(
+                temperature=0.5,
+                top_p=1.0,
+                frequency_penalty=0.5,
+                repetition_penalty=1.1,
+                seed=1,
+                min_tokens=1,
+                num_logprobs=1,
+                num_prompt_logprobs=1,
+            ),
+            lists=worker_pb2.SamplingLists(
+                stop_token_ids=b"\x09\0\0\0",
+                bias_token_ids=b"\x07\0\0\0\x08\0\0\0",
+                biases=[1.5, -1.5],
+                bad_word_token_ids=b"\x05\0\0\0\x06\0\0\0\x04\0\0\0",
+                bad_word_lengths=[2, 1],
+                logprob_token_ids=b"\x01\0\0\0",
+            ),
             stop_token_ids=[9],
             fingerprint=fingerprint,
         )

@@ -25,9 +25,11 @@ from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 from tandem_shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_plan, unpack_ids
-from tandem_shared.step_plan import PADDING_BLOCK, NewRow, StepPlan, WorkerInfo
+from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tests.chaos.messages.hostile_bytes import draw, hostile, mutated, swept
+from tests.chaos.messages.rows_of_plans import is_wrong
 from tests.chaos.messages.statuses import TABLE
 from tests.support.builders import create_request
 from tests.support.engine import Engine
@@ -36,14 +38,23 @@ from tests.support.fake_worker import BrokenPlan, FakeRunner
 RPC = "/tandem.internal.v1.WorkerService/ExecuteSteps"
 WAIT_S = 30.0
 TAKEN_FROM_SCRIPT = 12
+LISTS = SamplingLists(
+    stop_token_ids=(5,),
+    logit_bias=((6, 2.0), (7, -2.0)),
+    allowed_token_ids=tuple(range(64)),
+    bad_words=((8, 9), (10,)),
+    logprob_token_ids=(11,),
+)
 NUM_REPEATED = 32
 """How often one plan is sent: more often than a worker lets plans wait for results."""
-MAX_LOGPROBS = 20
 MAX_DECODED_BYTES = 100_000
 CONTENT_PROBLEMS = (
     "written twice", "which [", "unwritten", "foreign", "has a block twice", "reads blocks of", "outgrows", "cached=",
+    "tokens are cached",
 )  # fmt: skip
-"""What the fake worker says of plans that use blocks of other sequences. The real one cannot know, and obeys."""
+"""What the fake worker says of plans that use blocks of other sequences, or that report only a part of a prompt. The
+real one cannot know, or need not care, and obeys.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,18 @@ class Script:
         engine = Engine(Scheduler(SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=40), info), runner)
         rng = np.random.default_rng(0)
         for number in range(8):
-            sampling = RowSampling(temperature=0.7 * (number % 2), seed=number, num_logprobs=3 if number == 2 else None)
+            sampling = RowSampling(
+                temperature=0.7 * (number % 2),
+                presence_penalty=0.5 if number == 4 else 0.0,
+                repetition_penalty=1.25 if number == 5 else 1.0,
+                min_tokens=2 if number == 3 else 0,
+                seed=number,
+                num_logprobs=3 if number == 2 else None,
+                num_prompt_logprobs=1 if number == 1 else None,
+            )
             prompt = rng.integers(0, info.vocab_size, 5 + 9 * number).tolist()
-            engine.add(create_request(number, prompt, 3 + number, sampling=sampling))
+            lists = LISTS if number == 3 else NO_LISTS
+            engine.add(create_request(number, prompt, 3 + number, sampling=sampling, lists=lists))
         while len(self.plans) < TAKEN_FROM_SCRIPT:
             state = copy.deepcopy(runner)
             plan = engine.launch()
@@ -104,7 +124,10 @@ class Script:
             plan = decode_plan(request.plan)
         except (DecodeError, InvalidPlan):
             return True
-        if any(self._is_wrong(new) for new in plan.added_rows):
+        if any(new.lists.grammar is not None for new in plan.added_rows):
+            # What is wrong with a grammar shows when it is compiled.
+            return None
+        if any(is_wrong(new, self.info) for new in plan.added_rows):
             return True
         try:
             copy.deepcopy(self._states[num_plans]).execute(plan)
@@ -116,24 +139,6 @@ class Script:
             # Arrays that should be equally long are not.
             return True
         return False
-
-    def _is_wrong(self, new: NewRow) -> bool:
-        """Whether a new row is invalid by itself, whatever else the batch holds."""
-        info, count, sampling = self.info, len(new.token_ids), new.sampling
-        most_blocks = -(-info.max_model_len // info.block_size)
-        return not (
-            new.row in range(info.max_num_rows)
-            and all(0 <= each < info.vocab_size for each in new.token_ids.tolist())
-            and all(PADDING_BLOCK < each < info.num_blocks for each in new.block_ids.tolist())
-            and -(-count // info.block_size) <= len(new.block_ids) <= most_blocks
-            and 1 <= new.num_prompt_tokens <= count <= info.max_model_len
-            and new.num_cached_tokens <= count
-            and new.num_computed_tokens == min(new.num_cached_tokens, count - 1)
-            and 0 <= sampling.temperature < float("inf")
-            and 0 < sampling.top_p <= 1
-            and 0 <= sampling.min_p <= 1
-            and (sampling.num_logprobs or 0) <= MAX_LOGPROBS
-        )
 
 
 def _drawn_sessions(script: Script, opening: worker_pb2.OpenSession) -> st.SearchStrategy[HostileSession]:

@@ -111,6 +111,7 @@ def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None
     prompt, sampling, stopping, output = request.prompt, request.sampling, request.stopping, request.output
     ids, stops = prompt.token_ids.ids, stopping.stop_strings
     has_ids = prompt.HasField("token_ids")
+    max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else model.max_model_len - len(ids)
     is_right = (
         prompt.HasField("text") != has_ids
         and (not has_ids or (0 < len(ids) < model.max_model_len and max(ids) < model.vocab_size))
@@ -119,12 +120,18 @@ def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None
         and (not sampling.HasField("top_p") or 0 < sampling.top_p <= 1)
         and 0 <= sampling.min_p <= 1
         and (not stopping.HasField("max_tokens") or 1 <= stopping.max_tokens <= model.max_model_len - len(ids))
+        and stopping.min_tokens <= max_tokens
+        and _are_lists_right(request, model)
+        and -2 <= sampling.presence_penalty <= 2
+        and -2 <= sampling.frequency_penalty <= 2
+        and (not sampling.HasField("repetition_penalty") or 0 < sampling.repetition_penalty < math.inf)
         and len(stops) <= 64
         and all(1 <= len(stop) <= 1024 for stop in stops)
         and sum(map(len, stops)) <= 8192
         and len(stopping.stop_token_ids) <= 128
         and all(each < model.vocab_size for each in stopping.stop_token_ids)
         and output.num_logprobs <= 20
+        and output.num_prompt_logprobs <= 20
         and (not request.HasField("num_choices") or 1 <= request.num_choices <= 64)
         and _is_request_id(request.request_id)
         and len(request.cache_salt.encode()) <= 1024
@@ -132,8 +139,26 @@ def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None
     )
     if not is_right:
         return True
-    # The number of tokens in a text is not known here, nor the size of a unary reply.
-    return False if has_ids and isinstance(request, inference_pb2.GenerateStreamRequest) else None
+    # The number of tokens in a text is not known here, nor the size of a unary reply, nor whether a grammar is right,
+    # nor whether a token is left where only some are allowed.
+    is_known = has_ids and all(len(word.encode()) < 32 for word in sampling.bad_words)
+    is_bounded = request.HasField("structured_output") or bool(sampling.allowed_token_ids)
+    is_stream = isinstance(request, inference_pb2.GenerateStreamRequest)
+    return False if is_known and is_stream and not is_bounded else None
+
+
+def _are_lists_right(request: AnyGenerateRequest, model: Any) -> bool:
+    sampling, requested = request.sampling, request.output.logprob_token_ids
+    ids = [*sampling.logit_bias, *sampling.allowed_token_ids, *requested]
+    return (
+        all(token_id < model.vocab_size for token_id in ids)
+        and len(sampling.logit_bias) <= 1024
+        and all(-100 <= bias <= 100 for bias in sampling.logit_bias.values())
+        and len(sampling.allowed_token_ids) <= 16384
+        and len(sampling.bad_words) <= 128
+        and all(1 <= len(word) <= 256 for word in sampling.bad_words)
+        and len(requested) == len(set(requested)) <= 20
+    )
 
 
 def _is_request_id(text: str) -> bool:

@@ -19,38 +19,14 @@ from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServ
 from tandem_scheduler.front_end.text.detokenizer import UNFINISHED
 from tandem_shared.step_plan import WorkerInfo
 from tests.chaos.simulation.front_end import SimulatedFrontEnd
-from tests.chaos.simulation.wishes import add_wishes, lists_of, sampling_of
+from tests.chaos.simulation.logprobs import check_logprobs, check_prompt_logprobs, num_prompt_reports
+from tests.chaos.simulation.truths import ABORT, LENGTH, Truth, check, make_truth
+from tests.chaos.simulation.wishes import VOCAB_SIZE, add_wishes, lists_of, sampling_of
 from tests.chaos.simulation.worker import FLAWS, Flaw, now
 from tests.support.builders import create_request
 from tests.support.fake_worker import expected_tokens
 
-VOCAB_SIZE = 1024
-"""The vocabulary size of the embedded model's tokenizer."""
-
 PREFIXES = ((), (), (1,) * 4, (1,) * 16, (1,) * 15 + (2,), (1,) * 32)
-
-STOP, LENGTH, ABORT = (
-    inference_pb2.FINISH_REASON_STOP,
-    inference_pb2.FINISH_REASON_LENGTH,
-    inference_pb2.FINISH_REASON_ABORT,
-)
-
-
-class WrongAnswer(Exception):
-    """An answer that differs from its request's true answer."""
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The true answer of a choice. finish is (reason, stop string, stop token id); the string is empty and the id None
-    if it did not end so.
-    """
-
-    tokens: list[int]
-    text: str
-    finish: tuple[int, str, int | None]
-    num_counted: int | None
-    """The number of output tokens if a stop string ends the choice, which the engine learns late; None otherwise"""
 
 
 @dataclass
@@ -85,13 +61,14 @@ def make_request(rng: Random, serial: int, request_id: str, worker: WorkerInfo, 
         request.num_choices = rng.randint(2, 4)
     if rng.random() < 0.2:
         request.output.num_logprobs = rng.randrange(4)
-    add_wishes(rng, request, VOCAB_SIZE)
+    add_wishes(rng, request)
     outputs = _raw_outputs(request, tokenizer)
     if rng.random() < 0.2:
         request.stopping.stop_token_ids.extend(rng.choices(rng.choice(outputs), k=2))
         # With min_tokens the stop tokens are impossible for a while.
         outputs = _raw_outputs(request, tokenizer)
-    if rng.random() < 0.25 and not request.stopping.min_tokens:
+    if rng.random() < 0.25:
+        request.stopping.include_stop_string = rng.random() < 0.3
         request.stopping.stop_strings.extend(_random_stops(rng, _decode(tokenizer, rng.choice(outputs), request)))
     truths = [
         make_truth(
@@ -99,6 +76,8 @@ def make_request(rng: Random, serial: int, request_id: str, worker: WorkerInfo, 
             tokenizer,
             stop_token_ids=request.stopping.stop_token_ids,
             stop_strings=request.stopping.stop_strings,
+            min_tokens=request.stopping.min_tokens,
+            include_stop_string=request.stopping.include_stop_string,
             skip_special_tokens=request.output.skip_special_tokens,
         )
         for output in outputs
@@ -135,41 +114,6 @@ def _decode(tokenizer: Tokenizer, tokens: list[int], request: inference_pb2.Gene
     return text
 
 
-def make_truth(
-    output: list[int],
-    tokenizer: Tokenizer,
-    *,
-    stop_token_ids: Sequence[int] = (),
-    stop_strings: Sequence[str] = (),
-    skip_special_tokens: bool,
-) -> Truth:
-    """The true answer of a choice. output: the tokens that come if no stop condition applies."""
-
-    def decode(tokens: list[int]) -> str:
-        text: str = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
-        return text
-
-    length = next((i + 1 for i, token_id in enumerate(output) if token_id in stop_token_ids), len(output))
-    output = output[:length]
-    stop_id = output[-1] if output[-1] in stop_token_ids else None
-    spoken = output if stop_id is None else output[:-1]
-    for count in range(1, len(spoken) + 1) if stop_strings else ():
-        text = decode(spoken[:count])
-        # A token that ends in the middle of a character has no text yet.
-        if not text.endswith(UNFINISHED) and (found := _first_stop(text, stop_strings)):
-            return Truth(output[:count], text[: text.index(found)], (STOP, found, None), count)
-    text = decode(spoken)
-    if found := _first_stop(text, stop_strings):
-        return Truth(output, text[: text.index(found)], (STOP, found, None), None)
-    return Truth(output, text, (LENGTH if stop_id is None else STOP, "", stop_id), None)
-
-
-def _first_stop(text: str, stops: Sequence[str]) -> str:
-    """The stop string that is complete first, the longest if there are several; empty for none."""
-    found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
-    return min(found)[2] if found else ""
-
-
 @dataclass
 class Choice:
     tokens: list[int] = field(default_factory=list)
@@ -201,11 +145,13 @@ class Call:
         self._tokenizer = tokenizer
         self._choices = [Choice() for _ in asked.truths]
         self._usage: inference_pb2.Usage | None = None
+        self._num_reported = 0
 
     async def stream(self, servicer: InferenceServicer, pause: Any) -> None:
         """Streams the answer, with pause between messages. Raises WrongAnswer, or the error that ends the call."""
         async with contextlib.aclosing(servicer.GenerateStream(self.asked.message, _Context(self))) as messages:  # type: ignore[arg-type,type-var]
             async for message in messages:
+                self._add_prompt(message.prompt_logprobs)
                 self._add(message.choice_index, message, message.text_delta)
                 if message.HasField("usage"):
                     self._usage = message.usage
@@ -216,6 +162,7 @@ class Call:
         """Gets the answer by a unary call."""
         request = inference_pb2.GenerateRequest.FromString(self.asked.message.SerializeToString())
         reply = inference_pb2.GenerateResponse.FromString(await servicer.Generate(request, _Context(self)))  # type: ignore[arg-type]
+        self._add_prompt(reply.prompt_logprobs)
         for choice in reply.choices:
             self._add(choice.choice_index, choice, choice.text)
         self._usage = reply.usage
@@ -234,6 +181,7 @@ class Call:
             "log-probabilities": request.output.HasField("num_logprobs"),
             "salt": bool(request.cache_salt),
             "priority": bool(request.priority),
+            "stop string in the text": request.stopping.include_stop_string and bool(request.stopping.stop_strings),
             "seeded": request.sampling.temperature > 0,
             "penalties": request.sampling.HasField("presence_penalty")
             or request.sampling.HasField("repetition_penalty"),
@@ -254,17 +202,24 @@ class Call:
     def check_beginning(self) -> None:
         """Raises WrongAnswer if the text that came is not a beginning of the true text."""
         for choice, truth in zip(self._choices, self.asked.truths, strict=True):
-            _check(truth.text.startswith(choice.text), f"text {choice.text!r}, not {truth.text!r}")
+            check(truth.text.startswith(choice.text), f"text {choice.text!r}, not {truth.text!r}")
+
+    def _add_prompt(self, reports: Sequence[inference_pb2.TokenLogprob]) -> None:
+        check_prompt_logprobs(reports, self.asked.message, self._num_reported)
+        self._num_reported += len(reports)
 
     def _add(self, index: int, message: Any, text: str) -> None:
         choice, truth = self._choices[index], self.asked.truths[index]
-        _check(choice.finish is None, f"news of choice {index} after its end")
-        _check(self._usage is None, "news after the usage")
+        check(choice.finish is None, f"news of choice {index} after its end")
+        check(self._usage is None, "news after the usage")
         choice.tokens.extend(message.token_ids)
         choice.text += text
         known = truth.tokens[: len(choice.tokens)]
-        _check(choice.tokens == known, f"choice {index}: tokens {choice.tokens}, not {known}")
-        _check_logprobs(message, self.asked.message)
+        check(choice.tokens == known, f"choice {index}: tokens {choice.tokens}, not {known}")
+        check_logprobs(message, self.asked.message)
+        if index == 0 and choice.tokens:
+            due = num_prompt_reports(self.asked.message)
+            check(self._num_reported == due, f"a token after {self._num_reported} of {due} prompt log-probabilities")
         if message.HasField("finish"):
             choice.finish = message.finish
             self._check_finish(index)
@@ -275,43 +230,27 @@ class Call:
         assert finish is not None
         if finish.reason == ABORT and self.is_aborted:
             text = _decode(self._tokenizer, choice.tokens, self.asked.message)
-            _check(choice.text == text, f"choice {index}: aborted with text {choice.text!r}, not {text!r}")
+            check(choice.text == text, f"choice {index}: aborted with text {choice.text!r}, not {text!r}")
             return
         got = (
             finish.reason,
             finish.stop_string,
             finish.stop_token_id if finish.HasField("stop_token_id") else None,
         )
-        _check(got == truth.finish, f"choice {index}: finish {got}, not {truth.finish}")
-        _check(choice.tokens == truth.tokens, f"choice {index}: {len(choice.tokens)} of {len(truth.tokens)} tokens")
-        _check(choice.text == truth.text, f"choice {index}: text {choice.text!r}, not {truth.text!r}")
+        check(got == truth.finish, f"choice {index}: finish {got}, not {truth.finish}")
+        check(choice.tokens == truth.tokens, f"choice {index}: {len(choice.tokens)} of {len(truth.tokens)} tokens")
+        check(choice.text == truth.text, f"choice {index}: text {choice.text!r}, not {truth.text!r}")
 
     def _check_all(self) -> None:
         self.is_answered = True
-        _check(all(choice.finish is not None for choice in self._choices), "a choice has no end")
-        _check(self._usage is not None, "no usage")
+        check(all(choice.finish is not None for choice in self._choices), "a choice has no end")
+        check(self._usage is not None, "no usage")
         assert self._usage is not None
         num_prompt_tokens = len(self.asked.message.prompt.token_ids.ids)
         got = (self._usage.num_prompt_tokens, self._usage.num_output_tokens)
         expected = (num_prompt_tokens, sum(len(choice.tokens) for choice in self._choices))
-        _check(got == expected, f"usage {got}, not {expected}")
-        _check(self._usage.num_cached_tokens <= num_prompt_tokens * len(self._choices), "too many cached tokens")
-
-
-def _check_logprobs(message: Any, request: inference_pb2.GenerateStreamRequest) -> None:
-    """Checks for the log-probabilities that the fake worker reports: the token itself and the ids after it."""
-    if not (request.output.HasField("num_logprobs") or request.output.logprob_token_ids):
-        _check(not message.logprobs, "log-probabilities that nobody asked for")
-        return
-    count = request.output.num_logprobs
-    expected = [
-        (token_id, -0.5, [((token_id + i) % VOCAB_SIZE, -0.5 - i) for i in range(count)])
-        for token_id in message.token_ids
-    ]
-    got = [
-        (each.token_id, each.logprob, [(top.token_id, top.logprob) for top in each.top]) for each in message.logprobs
-    ]
-    _check(got == expected, f"log-probabilities {got}, not {expected}")
+        check(got == expected, f"usage {got}, not {expected}")
+        check(self._usage.num_cached_tokens <= num_prompt_tokens * len(self._choices), "too many cached tokens")
 
 
 class _Context:
@@ -325,8 +264,3 @@ class _Context:
 
     def time_remaining(self) -> float | None:
         return None if self._call.deadline is None else self._call.deadline - now()
-
-
-def _check(is_right: bool, what: str) -> None:
-    if not is_right:
-        raise WrongAnswer(what)

@@ -20,9 +20,10 @@ from tandem_shared.errors import (
     SequenceFailed,
     WorkerUnavailable,
 )
-from tests.chaos.simulation.calls import Asked, Call, WrongAnswer
+from tests.chaos.simulation.calls import Asked, Call
 from tests.chaos.simulation.front_end import InjectedFault, RemoteFrontEnd
 from tests.chaos.simulation.reports import PromptReports
+from tests.chaos.simulation.truths import WrongAnswer
 from tests.chaos.simulation.worker import GRAMMAR_FAULT, MISFIT, NO_TOKEN, ROW_FAULT, ROW_FAULTS, now
 
 if TYPE_CHECKING:

@@ -33,6 +33,7 @@ EVENTS = (
         f"answered: {feature}"
         for feature in (
             "stop string",
+            "stop string in the text",
             "stop id",
             "length",
             "abort",

@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from tandem_scheduler.core.types import StepOutputs
-from tests.chaos.simulation.calls import VOCAB_SIZE
-from tests.chaos.simulation.wishes import sampling_of
+from tests.chaos.simulation.wishes import VOCAB_SIZE, sampling_of
 from tests.support.builders import create_request
 from tests.support.fake_worker import expected_prompt_logprobs
 

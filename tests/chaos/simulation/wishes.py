@@ -10,10 +10,12 @@ from tandem.v1 import inference_pb2
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import SamplingLists
 
+VOCAB_SIZE = 1024
+"""The vocabulary size of the embedded model's tokenizer."""
 WORDS = ("king", " my lord", "thou art", "\u00e9")
 
 
-def add_wishes(rng: Random, request: inference_pb2.GenerateStreamRequest, vocab_size: int) -> None:
+def add_wishes(rng: Random, request: inference_pb2.GenerateStreamRequest) -> None:
     """Sets each field in some requests. The floats are such as 32 bits hold exactly."""
     sampling, stopping, output = request.sampling, request.stopping, request.output
     if rng.random() < 0.15:
@@ -22,10 +24,10 @@ def add_wishes(rng: Random, request: inference_pb2.GenerateStreamRequest, vocab_
     if rng.random() < 0.15:
         sampling.repetition_penalty = rng.choice([0.5, 1.25])
     if rng.random() < 0.1:
-        for token_id in rng.sample(range(vocab_size), 3):
+        for token_id in rng.sample(range(VOCAB_SIZE), 3):
             sampling.logit_bias[token_id] = rng.choice([-100.0, 0.5])
     if rng.random() < 0.1:
-        sampling.allowed_token_ids.extend(rng.sample(range(vocab_size), 5))
+        sampling.allowed_token_ids.extend(rng.sample(range(VOCAB_SIZE), 5))
     if rng.random() < 0.1:
         sampling.bad_words.extend(rng.sample(WORDS, 2))
     if rng.random() < 0.15:
@@ -33,7 +35,7 @@ def add_wishes(rng: Random, request: inference_pb2.GenerateStreamRequest, vocab_
     if rng.random() < 0.2:
         output.num_prompt_logprobs = rng.randrange(3)
     if rng.random() < 0.1:
-        output.logprob_token_ids.extend(rng.sample(range(vocab_size), 2))
+        output.logprob_token_ids.extend(rng.sample(range(VOCAB_SIZE), 2))
 
 
 def sampling_of(request: inference_pb2.GenerateStreamRequest, choice_index: int) -> RowSampling:

@@ -18,10 +18,12 @@ from tandem_scheduler.processes.engine_side.engine_servicer import EngineService
 from tandem_shared.errors import TandemError, WorkerUnavailable
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_plan import StepPlan, WorkerInfo
-from tests.chaos.simulation.calls import VOCAB_SIZE, Call, WrongAnswer, make_request
+from tests.chaos.simulation.calls import Call, make_request
 from tests.chaos.simulation.checks import WatchedSink, check_books, check_end, check_error, watched_log
 from tests.chaos.simulation.faults import FAULTS
 from tests.chaos.simulation.front_end import RemoteFrontEnd, SimulatedFrontEnd
+from tests.chaos.simulation.truths import WrongAnswer
+from tests.chaos.simulation.wishes import VOCAB_SIZE
 from tests.chaos.simulation.worker import Flaw, SimulatedWorker, now, random_size
 from tests.support.builders import worker_info
 from tests.support.tokenizers import embedded

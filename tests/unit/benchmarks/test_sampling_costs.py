@@ -65,6 +65,18 @@ def test_a_case_and_the_plain_batch_take_turns() -> None:
     }  # fmt: skip
 
 
+def test_the_table_has_a_column_for_how_many_rows_ask() -> None:
+    fine, slow = {"ratio": 1.0, "limit": 1.03}, {"ratio": 1.0912, "limit": 1.08}
+    report = {"batches": {"6": {"top_p_1": fine, "top_p_all": slow, "lists_all": slow | {"limit": None}}}}
+    assert sampling_costs.table(report).splitlines() == [
+        "| | 1 of 6 | 4 of 6 | 16 of 6 | all of 6 |",
+        "|---|---|---|---|---|",
+        "| top_p | 1.000 |  |  | 1.091 |",
+        "| lists |  |  |  | 1.091 |",
+    ]
+    assert sampling_costs.exceeded(report) == ["top_p_all of 6 rows: 1.091, limit 1.08"]
+
+
 def test_it_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     names = ["penalties_1", "penalties_all", "logprobs_all", "top_p_all", "lists_all", "top_k_and_p_all"]

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from tandem_scheduler.engine import step_loop
-from tests.chaos.simulation.calls import LENGTH, STOP, make_truth
 from tests.chaos.simulation.part import simulate
+from tests.chaos.simulation.truths import LENGTH, STOP, make_truth
 from tests.chaos.simulation.virtual_time import NothingCanHappen, run_virtually
 from tests.support.tokenizers import embedded
 
@@ -35,7 +35,7 @@ def test_the_truth_ends_at_the_first_stop() -> None:
     tokenizer = embedded()
     ids = tokenizer.encode("Good morrow, cousin").ids
 
-    def truth(**stops: list[object]) -> tuple[int, str, tuple[int, str, int | None]]:
+    def truth(**stops: object) -> tuple[int, str, tuple[int, str, int | None]]:
         made = make_truth(ids, tokenizer, skip_special_tokens=True, **stops)  # type: ignore[arg-type]
         return len(made.tokens), made.text, made.finish
 
@@ -45,6 +45,11 @@ def test_the_truth_ends_at_the_first_stop() -> None:
     assert truth(stop_strings=["cousin", text]) == (3, "", (STOP, text, None))
     # If two stop strings end together, the longer one is reported.
     assert truth(stop_strings=["sin", "cousin"]) == (len(ids), "Good morrow, ", (STOP, "cousin", None))
+    included = truth(stop_strings=["cousin"], include_stop_string=True)
+    assert included == (len(ids), "Good morrow, cousin", (STOP, "cousin", None))
+    # A stop string that ends before min_tokens is text like any other.
+    assert truth(stop_strings=[text], min_tokens=3) == truth()
+    assert truth(stop_strings=[text], min_tokens=2) == truth(stop_strings=[text])
 
 
 def test_a_seed_says_all() -> None:
