@@ -13,6 +13,7 @@ from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.model_folder import ALL_FILES, resolve_model, tokenizer_digest
 from tandem_shared.step_codec import PROTOCOL_VERSION
 from tandem_shared.step_plan import WorkerInfo
+from tandem_shared.structured_output import GrammarError, load_compiler
 from tandem_worker.attention import choice
 from tandem_worker.checkpoint.generation_config import read_generation_defaults
 from tandem_worker.checkpoint.model_config import ModelConfig
@@ -24,6 +25,7 @@ from tandem_worker.models.registry import Architecture, read_architecture, read_
 from tandem_worker.ranks.communicator import Communicator
 from tandem_worker.ranks.shard import Shard
 from tandem_worker.runners import kv_cache
+from tandem_worker.runners.grammar_rows import GrammarRows, num_mask_threads
 from tandem_worker.runners.make_runner import make_runner
 from tandem_worker.runners.memory import measure_blocks
 from tandem_worker.runners.runner import Runner
@@ -82,7 +84,8 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         info.model, info.dtype, info.device, loaded.num_bytes / 2**20,
         info.num_blocks - 1, info.block_size, info.max_model_len,
     )  # fmt: skip
-    return make_runner(model, cache, info, use_graphs=not settings.enforce_eager)
+    grammars = _make_grammars(folder, info, num_ranks_here)
+    return make_runner(model, cache, info, grammars, use_graphs=not settings.enforce_eager)
 
 
 def check_model(settings: WorkerSettings) -> None:
@@ -132,6 +135,16 @@ def _make_model(
         if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
         raise ModelError(f"{folder / 'config.json'}: too little memory for a model of these sizes: {error}") from error
+
+
+def _make_grammars(folder: Path, info: WorkerInfo, num_ranks_here: int) -> GrammarRows:
+    """The vocabulary is read here and not with the first grammar, because no other thread runs meanwhile."""
+    try:
+        compiler = load_compiler(folder, info.vocab_size, info.eos_token_ids)
+    except GrammarError as error:
+        logger.info("no structured output: %s", error)
+        compiler = None
+    return GrammarRows(compiler, info.vocab_size, info.eos_token_ids, num_mask_threads(num_ranks_here))
 
 
 def _allocate_cache(

@@ -6,11 +6,14 @@ from tandem_shared.step_plan import WorkerInfo
 from tandem_worker.layers.operations import TorchOperations
 from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch
+from tandem_worker.runners.logits_stage import Grammars
 from tandem_worker.runners.runner import Runner
 from tandem_worker.runners.torch_runner import TorchRunner
 
 
-def make_runner(model: Model, cache: torch.Tensor, info: WorkerInfo, *, use_graphs: bool) -> Runner:
+def make_runner(
+    model: Model, cache: torch.Tensor, info: WorkerInfo, grammars: Grammars | None = None, *, use_graphs: bool
+) -> Runner:
     """The fast runner where the model's operations are kernels, the plain one where they are plain torch.
 
     cache (layers, 2, blocks, block_size, KV heads, head_dim). use_graphs: the fast runner captures CUDA graphs.
@@ -24,7 +27,7 @@ def make_runner(model: Model, cache: torch.Tensor, info: WorkerInfo, *, use_grap
         vocab_size=info.vocab_size,
     )
     if isinstance(model.operations, TorchOperations):
-        return TorchRunner(model, cache, batch, info)
+        return TorchRunner(model, cache, batch, info, grammars)
     from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 
     return CudaRunner(model, cache, batch, info, use_graphs=use_graphs)
