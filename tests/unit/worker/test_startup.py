@@ -75,10 +75,10 @@ def test_the_eos_of_the_tokenizer_and_what_is_ignored_reach_the_worker(
     shutil.copy(Path("tandem/embedded_model/tokenizer.json"), folder)
     end_of_text = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|endoftext|>")
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    change(folder, "generation_config.json", eos_token_id=5, repetition_penalty=1.05)
+    change(folder, "generation_config.json", eos_token_id=5, no_repeat_ngram_size=3)
     with caplog.at_level(logging.WARNING):
         assert make_runner(folder).info.eos_token_ids == (5, end_of_text)
-    assert "repetition_penalty 1.05" in caplog.text
+    assert "no_repeat_ngram_size 3" in caplog.text
 
 
 @pytest.mark.parametrize(
