@@ -66,27 +66,24 @@ def pack_logprobs(
     top_ids = likeliest(logits, min(num_top, logits.shape[1]))
     wanted = [token_ids[:, None], top_ids] + ([] if requested_ids is None else [requested_ids])
     raw = logits.gather(1, torch.cat(wanted, 1))
-    ranks = 1 + (logits > raw[:, :1]).sum(1, keepdim=True)
+    ranks = 1 + (logits > raw[:, :1]).sum(1, keepdim=True, dtype=torch.int32)
     logprobs = raw - logits.logsumexp(1, keepdim=True)
-    return torch.cat([ranks.int(), top_ids.int(), logprobs.float().view(torch.int32)], 1)
+    return torch.cat([ranks, top_ids.int(), logprobs.float().view(torch.int32)], 1)
 
 
 def likeliest(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """The ids (n, count) of the likeliest tokens, likeliest first, of equal ones the lowest id. torch's topk takes any
-    of equal ones, so it only gives the smallest logit that is among them.
-    """
+    """The ids (n, count) of the likeliest tokens, likeliest first, of equal ones the lowest id. On a GPU this waits."""
     if not count:
         return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
-    smallest = logits.topk(count, dim=1).values[:, -1:]
-    is_above, is_equal = logits > smallest, logits == smallest
-    num_missing = count - is_above.sum(1, keepdim=True)
-    is_top = is_above | (is_equal & (is_equal.cumsum(1) <= num_missing))
-    vocab_size = logits.shape[1]
-    from_end = is_top * torch.arange(vocab_size, 0, -1, device=logits.device)
-    # With NaN among the logits too few are found; the ids must still be valid.
-    ids = (vocab_size - from_end.topk(count, dim=1).values).clamp(max=vocab_size - 1)
+    top = logits.topk(count, dim=1)
+    ids = top.indices.sort(dim=1).values
     order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
-    return ids.gather(1, order)
+    ids = ids.gather(1, order)
+    # topk takes any of those that are equal to the last one. There are seldom more of them than it takes.
+    is_tied = (logits >= top.values[:, -1:]).sum(1, dtype=torch.int32) > count
+    if is_tied.any():
+        ids[is_tied] = logits[is_tied].sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return ids
 
 
 @dataclass(frozen=True)

@@ -176,3 +176,12 @@ def test_prompts_logits_are_a_sign_of_progress(tmp_path: Path, monkeypatch: pyte
             )
         ).wait()
         assert runner.progress == before + 3 + num_slices
+
+
+def test_logits_that_are_not_finite_have_valid_ids() -> None:
+    """The reports of rows that can't sample are dropped; those of prompts are not."""
+    logits = torch.zeros(3, VOCAB)
+    logits[0] = torch.nan
+    logits[1, 3] = torch.nan
+    logits[2] = -torch.inf
+    assert ((likeliest(logits, 20) >= 0) & (likeliest(logits, 20) < VOCAB)).all()
