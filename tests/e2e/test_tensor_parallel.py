@@ -13,13 +13,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from tandem.v1 import inference_pb2
+from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import SamplingLists
 from tests.e2e.hosts import entering, ip, network_namespaces
 from tests.e2e.services import REPOSITORY, Engine, Service, generate_request, random_prompt
 from tests.e2e.waiting import WAIT_S, wait_until
 from tests.support.model_factory import save_random_model
+from tests.support.transformers_sampling import adjusting_processors
 
 NUM_TOKENS = 40
 VOCAB_SIZE = 1027
@@ -27,18 +30,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dense": {"num_attention_heads": 8, "num_key_value_heads": 2},
     "moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
 }
+CHANGES = RowSampling(repetition_penalty=1.5, frequency_penalty=0.25)
 PROMPTS = [random_prompt(3 + 7 * index, VOCAB_SIZE, seed=index) for index in range(12)]
 
 
 def make_requests() -> list[inference_pb2.GenerateStreamRequest]:
-    """Requests that are greedy, with temperature, and with temperature and top-k, in turn."""
+    """Requests that are greedy, with temperature, and with temperature and top-k, in turn. Every second one has its
+    logits changed.
+    """
     requests = [
         generate_request(prompt, NUM_TOKENS, temperature=0.9 if index % 3 else 0.0, seed=index)
         for index, prompt in enumerate(PROMPTS)
     ]
     for request in requests[2::3]:
         request.sampling.top_k = 7
+    for request, prompt in list(zip(requests, PROMPTS, strict=True))[::2]:
+        request.sampling.repetition_penalty = CHANGES.repetition_penalty
+        request.sampling.frequency_penalty = CHANGES.frequency_penalty
+        request.sampling.allowed_token_ids.extend(allowed_token_ids(prompt))
     return requests
+
+
+def allowed_token_ids(prompt: list[int]) -> tuple[int, ...]:
+    return tuple(range(prompt[0] % 3, VOCAB_SIZE, 3))
 
 
 def start(folder: Path, tp_size: int, num_blocks: int = 40) -> Engine:
@@ -67,10 +81,16 @@ def test_tokens_are_those_of_one_rank_and_of_transformers(config: dict[str, Any]
     assert outputs[4] == outputs[1]
     # The eager experts are the only ones of transformers that compute in float64.
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
-    for prompt, output in list(zip(PROMPTS, outputs[1], strict=True))[::3]:
+    for index, (prompt, output) in list(enumerate(zip(PROMPTS, outputs[1], strict=True)))[::3]:
         ids = torch.tensor([prompt])
+        lists = SamplingLists(allowed_token_ids=allowed_token_ids(prompt))
+        changes = [] if index % 2 else adjusting_processors(CHANGES, lists, len(prompt), VOCAB_SIZE)
         expected = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_TOKENS
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NUM_TOKENS,
+            logits_processor=LogitsProcessorList(changes),
         )
         assert output == expected[0, len(prompt) :].tolist()
     assert sum(len(set(output)) for output in outputs[1]) / len(PROMPTS) > 10
