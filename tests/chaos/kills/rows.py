@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.common import percentiles
 from tests.chaos.harness.definitions import Found, Row
+from tests.chaos.support.load import KINDS
 from tests.chaos.support.poisoned_worker import FAILS, VANISHES
 
 MAX_LOSSES = {FAILS: 4, VANISHES: 6}
@@ -85,7 +86,7 @@ def _is_undisturbed(piece: Found) -> bool:
 def _streams(pieces: Sequence[Found]) -> str:
     answers, tokens = (sum(piece[name] for piece in pieces) for name in ("answers", "tokens"))
     return (
-        f"{max(piece['streams'] for piece in pieces)} streams (greedy, seeded, two choices, log-probabilities; "
+        f"{max(piece['streams'] for piece in pieces)} streams ({', '.join(KINDS)}; "
         f"float64): {answers:,} answers, {tokens:,} tokens"
     )
 

@@ -22,7 +22,7 @@ from tandem_shared.rpc.rich_status import error_of
 from tests.chaos.support.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 
-KINDS = ("greedy", "seeded", "two choices", "log-probabilities")
+KINDS = ("greedy", "seeded", "two choices", "log-probabilities", "penalties", "bias and bad words")
 LOGPROB_TOLERANCE = 1e-5
 """Log-probabilities are float32 on the wire, and the order of their sums depends on the batch."""
 PAUSE_S = 0.1
@@ -40,6 +40,7 @@ class Answer:
 
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
+    prompt_logprobs: list[float] = field(default_factory=list)
     finishes: dict[int, int] = field(default_factory=dict)
     num_output_tokens: int | None = None
 
@@ -49,6 +50,7 @@ class Answer:
             raise WrongStream(f"news of choice {choice} after its end")
         self.token_ids.setdefault(choice, []).extend(message.token_ids)
         self.logprobs.setdefault(choice, []).extend(each.logprob for each in message.logprobs)
+        self.prompt_logprobs += [each.logprob for each in message.prompt_logprobs]
         if message.HasField("finish"):
             self.finishes[choice] = message.finish.reason
         if message.HasField("usage"):
@@ -65,13 +67,16 @@ class Answer:
                 raise WrongStream(
                     f"choice {choice}: from token {at} on {tokens[at : at + 8]}, not {expected[at : at + 8]}"
                 )
-            for at, (got, right) in enumerate(zip(self.logprobs[choice], truth.logprobs[choice], strict=False)):
-                if abs(got - right) > LOGPROB_TOLERANCE:
-                    raise WrongStream(f"choice {choice}: log-probability {got} of token {at}, not {right}")
+            _compare(f"choice {choice}: log-probability", self.logprobs[choice], truth.logprobs[choice])
+        _compare("log-probability in the prompt", self.prompt_logprobs, truth.prompt_logprobs)
         if is_ended and (self.token_ids, self.finishes) != (truth.token_ids, truth.finishes):
             raise WrongStream(f"ended with {self.lengths} tokens, not {truth.lengths}")
         if is_ended and {c: len(p) for c, p in self.logprobs.items()} != {c: len(p) for c, p in truth.logprobs.items()}:
             raise WrongStream("log-probabilities are missing, or there are too many")
+        if is_ended and len(self.prompt_logprobs) != len(truth.prompt_logprobs):
+            raise WrongStream(
+                f"{len(self.prompt_logprobs)} log-probabilities of the prompt, not {len(truth.prompt_logprobs)}"
+            )
         if is_ended and self.num_output_tokens != truth.num_output_tokens:
             raise WrongStream(f"usage says {self.num_output_tokens} tokens, not {truth.num_output_tokens}")
 
@@ -80,19 +85,35 @@ class Answer:
         return {choice: len(tokens) for choice, tokens in self.token_ids.items()}
 
 
+def _compare(what: str, got: list[float], truth: list[float]) -> None:
+    """Compares log-probabilities with the beginning of the true ones."""
+    for at, (each, right) in enumerate(zip(got, truth, strict=False)):
+        if abs(each - right) > LOGPROB_TOLERANCE:
+            raise WrongStream(f"{what} {each} of token {at}, not {right}")
+
+
 def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRequest:
     """The request of one client. Lengths differ, the kinds take turns, and no prompt has a poisonous token."""
     kind = KINDS[number % len(KINDS)]
     request = generate_request(
         random_prompt(5 + 7 * (number % 40), min(POISONS), seed=number),
         num_tokens + 5 * (number % 40),
-        temperature=0.8 if kind in ("seeded", "two choices") else 0.0,
+        temperature=0.8 if kind in ("seeded", "two choices", "penalties") else 0.0,
         seed=number,
     )
     if kind == "two choices":
         request.num_choices = 2
     if kind == "log-probabilities":
         request.output.num_logprobs = 3
+        request.output.num_prompt_logprobs = 2
+        request.output.logprob_token_ids.append(5)
+    if kind == "penalties":
+        request.sampling.presence_penalty = 0.5
+        request.sampling.frequency_penalty = 0.25
+        request.sampling.repetition_penalty = 1.2
+    if kind == "bias and bad words":
+        request.sampling.logit_bias[number % 500] = 3.0
+        request.sampling.bad_words.extend(["the", "and"])
     return request
 
 
