@@ -708,7 +708,10 @@ class StepResult(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLogprobs]:
-        """The log-probabilities of prompt tokens, in ascending order of rows."""
+        """The log-probabilities of prompt tokens, in ascending order of rows: of each row with num_prompt_logprobs, all whose
+        preceding token the step's chunk computes. A row may have several, one after the other. One with a fault may lack
+        them.
+        """
 
     def __init__(
         self,
