@@ -113,6 +113,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
             "        for attachment in self._attachments:\n            attachment.flush()",
             "        for attachment in self._attachments[:1]:\n            attachment.flush()",
         ),
+        (
+            "    num_prompt_logprobs = sampling.num_prompt_logprobs if index == 0 else None",
+            "    num_prompt_logprobs = sampling.num_prompt_logprobs",
+        ),
     ),
     ("simulation", "tandem_scheduler/engine_interface.py"): (
         ("        return fail_outputs(listener, batch.handles)", "        return []"),
@@ -122,6 +126,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
             "[*self.token_handles, *reported, *(end.handle for end in self.ends)]",
             "self.token_handles",
         ),
+    ),
+    ("simulation", "tandem_scheduler/processes/engine_codec.py"): (
+        ("        start, requested_start = end, requested_end", "        start = end"),
+        ("    if first.lists:\n        encode_lists(first.lists, message.lists)\n", ""),
     ),
     ("simulation", "tandem_scheduler/front_end/front_end.py"): (
         (
@@ -196,6 +204,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ),
     ("messages", "tandem_scheduler/front_end/validation.py"): (
         ("    _check_sampling(first.sampling, violations)\n", ""),
+        ("in problems(first.lists, worker.vocab_size) if worker is not None else ():", "in ():"),
     ),
     ("messages", "tandem_scheduler/front_end/list_checks.py"): (
         ("is_token = 0 <= token_id < vocab_size", "is_token = 0 <= token_id <= vocab_size"),
