@@ -146,6 +146,16 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
             "        ended_by_token: set[int] = set()",
         ),
     ),
+    ("simulation", "tandem_scheduler/front_end/text/detokenizer.py"): (
+        ("if self._num_tokens <= self._num_passed_over:", "if self._num_tokens < self._num_passed_over:"),
+        ("(0 if self._includes_stop else len(stop))", "len(stop)"),
+    ),
+    ("simulation", "tandem_scheduler/front_end/prompt_reports.py"): (
+        ("        self._next_position += len(logprobs)\n", "        self._next_position += max_tokens\n"),
+    ),
+    ("simulation", "tandem_scheduler/front_end/logprob_buffer.py"): (
+        ("        self._ranks.append(report.rank)", "        self._ranks.append(1)"),
+    ),
     ("simulation", "tandem_scheduler/front_end/live_request.py"): (
         ("                del self.token_ids[position + 1 :]", "                del self.token_ids[position + 2 :]"),
         ("        self._num_decoded = max(0, self._num_decoded - len(token_ids))", "        self._num_decoded = 0"),

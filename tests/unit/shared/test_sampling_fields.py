@@ -128,6 +128,21 @@ def test_the_public_proto_states_ranges_and_defaults() -> None:
             assert field.range_text in comment
 
 
+def test_the_docs_have_every_field_and_the_tables_ranges_and_defaults() -> None:
+    text = (REPOSITORY / "docs/sampling.md").read_text()
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| `(\w+)` \|.*$", text, re.MULTILINE)}
+    for part in ("sampling", "stopping", "output", "structured_output"):
+        message = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[part].message_type
+        assert {field.name for field in message.fields} <= rows.keys()
+    for name in {field.name for field in dataclasses.fields(SamplingParams)} - {"n"}:
+        assert f"`{name}`" in text or f"`{name}=" in text, name
+    for field in REQUEST_FIELDS:
+        assert f"| {field.range_text} |" in rows[field.name]
+        if field.name != "seed":
+            mark = " (m)" if field.has_model_default else ""
+            assert f"| {field.default:g}{mark} |" in rows[field.name]
+
+
 def test_the_workers_info_has_the_models_defaults() -> None:
     wire = worker_pb2.GetWorkerInfoResponse.DESCRIPTOR.fields
     assert [(each.name, each.type) for each in wire if each.name.startswith("default_")] == [
