@@ -92,16 +92,11 @@ class LogprobBuffer:
         for name in self.__slots__:
             setattr(self, name, getattr(kept, name))
 
-    def reports(self, start: int, end: int) -> Iterator[TokenReport]:
-        """The reports of the tokens from start to end."""
-        top, requested = sum(self._num_top[:start]), sum(self._num_requested[:start])
-        for index in range(start, min(end, len(self))):
-            top_end, requested_end = top + self._num_top[index], requested + self._num_requested[index]
-            yield TokenReport(
-                self._logprobs[index],
-                self._ranks[index],
-                self._top_token_ids[top:top_end],
-                self._top_logprobs[top:top_end],
-                self._requested_logprobs[requested:requested_end],
-            )
-            top, requested = top_end, requested_end
+    def __iter__(self) -> Iterator[TokenReport]:
+        top = requested = 0
+        counts = zip(self._logprobs, self._ranks, self._num_top, self._num_requested, strict=True)
+        for logprob, rank, num_top, num_requested in counts:
+            top_ids, top_logprobs = self._top_token_ids[top : top + num_top], self._top_logprobs[top : top + num_top]
+            requested_logprobs = self._requested_logprobs[requested : requested + num_requested]
+            yield TokenReport(logprob, rank, top_ids, top_logprobs, requested_logprobs)
+            top, requested = top + num_top, requested + num_requested

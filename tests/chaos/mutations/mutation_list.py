@@ -217,8 +217,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("in problems(first.lists, worker.vocab_size) if worker is not None else ():", "in ():"),
     ),
     ("messages", "tandem_scheduler/front_end/list_checks.py"): (
-        ("is_token = 0 <= token_id < vocab_size", "is_token = 0 <= token_id <= vocab_size"),
-        ("violations.check(0 <= token_id < vocab_size, field,", "violations.check(0 <= token_id, field,"),
+        ("is_length = 1 <= len(text) <= longest", "is_length = len(text) <= longest"),
     ),
     ("messages", "tandem_shared/rpc/wire_fields.py"): (("    raise TooManyFields", "    raise IndexError"),),
     ("messages", "tandem_shared/rpc/error_interceptor.py"): (("except DecodeError:", "except KeyError:"),),

@@ -3,12 +3,14 @@ event loop has other turns in between, so that a large reply does not hold up ot
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from tandem.v1 import inference_pb2
 from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.front_end.live_request import ChoiceDelta, ChoiceEnd, LiveRequest, reply_too_large
+from tandem_scheduler.front_end.logprob_buffer import TokenReport
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
@@ -27,10 +29,10 @@ CHOICES_TAG = bytes([inference_pb2.GenerateResponse.CHOICES_FIELD_NUMBER << 3 | 
 
 
 def stream_message(live: LiveRequest, delta: ChoiceDelta, *, is_last: bool) -> inference_pb2.GenerateStreamResponse:
-    request_id, num_reports = live.request.request_id, len(delta.logprobs)
+    request_id = live.request.request_id
     if delta.is_prompt:
         message = inference_pb2.GenerateStreamResponse(request_id=request_id)
-        _add_reports(message.prompt_logprobs, live, delta, 0, num_reports)
+        _add_reports(message.prompt_logprobs, live, zip(delta.token_ids, delta.logprobs, strict=True))
         return message
     message = inference_pb2.GenerateStreamResponse(
         request_id=request_id,
@@ -40,8 +42,8 @@ def stream_message(live: LiveRequest, delta: ChoiceDelta, *, is_last: bool) -> i
         finish=_finish(delta.end) if delta.end is not None else None,
         usage=_usage(live) if is_last else None,
     )
-    if num_reports:
-        _add_reports(message.logprobs, live, delta, 0, num_reports)
+    if delta.logprobs:
+        _add_reports(message.logprobs, live, zip(delta.token_ids, delta.logprobs, strict=False))
     return message
 
 
@@ -55,8 +57,8 @@ async def whole_reply(live: LiveRequest, model: str, max_bytes: int) -> bytes:
     num_bytes = 0
     async for delta in live.deltas():
         if delta.is_prompt:
-            prompt = inference_pb2.GenerateResponse()
-            part = await _encoded_reports(prompt, prompt.prompt_logprobs, live, delta, max_bytes - num_bytes)
+            room = max_bytes - num_bytes
+            part = await _encoded_reports(inference_pb2.GenerateResponse, "prompt_logprobs", live, delta, room)
         else:
             choice = await _encoded_choice(live, delta, max_bytes - num_bytes)
             part = CHOICES_TAG + _varint(len(choice)) + choice
@@ -79,28 +81,27 @@ async def _encoded_choice(live: LiveRequest, delta: ChoiceDelta, max_bytes: int)
         token_ids=delta.token_ids,
         finish=_finish(delta.end) if delta.end is not None else None,
     ).SerializeToString()
-    part = inference_pb2.Choice()
-    return choice + await _encoded_reports(part, part.logprobs, live, delta, max_bytes - len(choice))
+    return choice + await _encoded_reports(inference_pb2.Choice, "logprobs", live, delta, max_bytes - len(choice))
 
 
 async def _encoded_reports(
-    holder: inference_pb2.Choice | inference_pb2.GenerateResponse,
-    messages: "RepeatedCompositeFieldContainer[inference_pb2.TokenLogprob]",
+    kind: type[inference_pb2.Choice | inference_pb2.GenerateResponse],
+    field: str,
     live: LiveRequest,
     delta: ChoiceDelta,
     max_bytes: int,
 ) -> bytes:
-    """The delta's log-probabilities as an encoded message of the holder's kind. messages is the empty field of the
-    holder that they go through. Encodes no further once it has more than max_bytes.
+    """The delta's log-probabilities in this field of a message that has nothing else, encoded. Encodes no further once
+    it has more than max_bytes.
     """
     parts: list[bytes] = []
     num_bytes = 0
-    for start in range(0, len(delta.logprobs), TOKENS_AT_ONCE):
-        if num_bytes > max_bytes:
-            break
-        _add_reports(messages, live, delta, start, start + TOKENS_AT_ONCE)
-        parts.append(holder.SerializeToString())
-        del messages[:]
+    entries = zip(delta.token_ids, delta.logprobs, strict=False)
+    while num_bytes <= max_bytes and (some := list(islice(entries, TOKENS_AT_ONCE))):
+        # A new message each time, because one that is emptied keeps its memory.
+        part = kind()
+        _add_reports(getattr(part, field), live, some)
+        parts.append(part.SerializeToString())
         num_bytes += len(parts[-1])
         await asyncio.sleep(0)
     return b"".join(parts)
@@ -109,13 +110,11 @@ async def _encoded_reports(
 def _add_reports(
     messages: "RepeatedCompositeFieldContainer[inference_pb2.TokenLogprob]",
     live: LiveRequest,
-    delta: ChoiceDelta,
-    start: int,
-    end: int,
+    entries: Iterable[tuple[int, TokenReport]],
 ) -> None:
+    """entries: tokens and their reports."""
     spell, requested_ids = live.spell, live.request.first.lists.logprob_token_ids
-    reports = delta.logprobs.reports(start, end)
-    for token_id, report in zip(delta.token_ids[start:end], reports, strict=False):
+    for token_id, report in entries:
         token_bytes, text = spell(token_id)
         message = messages.add(
             token_id=token_id, logprob=report.logprob, rank=report.rank, token_bytes=token_bytes, text=text
