@@ -27,6 +27,7 @@ from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.options import split_keywords
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import Grammar, SamplingLists
+from tandem_shared.structured_output import json_schema_grammar
 from tandem_worker.startup import build_runner
 
 NUM_ALLOWED, NUM_BIASED, NUM_BAD_WORDS, BAD_WORD_LEN = 4000, 100, 20, 3
@@ -81,7 +82,7 @@ def lists(row: int, vocab_size: int) -> RowAsks:
     return RowAsks(RowSampling(seed=row), asked)
 
 
-ARRAY_GRAMMAR = Grammar(json.dumps({"grammars": [{"json_schema": ENDLESS_ARRAY}]}), ignore_eos=True)
+ARRAY_GRAMMAR = Grammar(json_schema_grammar(json.dumps(ENDLESS_ARRAY)), ignore_eos=True)
 ASKED: dict[str, Callable[[int, int], RowAsks]] = {
     "penalties": penalties,
     "grammar": grammar,
@@ -251,7 +252,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--set", type=setting, action="append", default=[], metavar="NAME=VALUE", help="a setting")
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256], help="rows of the batch")
     parser.add_argument("--context", type=int, default=640, help="tokens of each row before the first step")
-    parser.add_argument("--steps", type=int, default=64, help="steps of a run that are timed")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a run that are timed")
     parser.add_argument("--pairs", type=int, default=5, help="how often a case and the plain batch run")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="TEXT", help="only cases with one of these in the name"
