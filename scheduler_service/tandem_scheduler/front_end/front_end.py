@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from tandem_scheduler.engine_interface import Engine, EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest
 from tandem_scheduler.front_end.logprob_buffer import logprob_bytes
 from tandem_scheduler.front_end.text.detokenizer import TextDecoder
@@ -39,7 +40,14 @@ T = TypeVar("T")
 class FrontEnd:
     """All live requests of one front end. The engine's listener."""
 
-    def __init__(self, tokenizer: Tokenizer, set_ready: Callable[[bool], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        set_ready: Callable[[bool], Awaitable[None]],
+        grammars: GrammarChecker | None = None,
+    ) -> None:
+        """Without `grammars`, requests with a structured output are refused."""
+        self.grammars = grammars
         lengths = token_lengths(tokenizer)
         self.encoder = TextEncoder(tokenizer, lengths)
         self.decoder = TextDecoder(tokenizer, lengths)

@@ -7,7 +7,7 @@ error before its length is known to be allowed.
 import hashlib
 import math
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ import xxhash
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_scheduler.engine_interface import Submission
 from tandem_scheduler.front_end.generation_params import GenerationParams
+from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.list_checks import IDS_AT_ONCE, check_lists, check_token_ids, read_lists
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size, max_report_size
 from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncoder
 from tandem_scheduler.front_end.violations import Violations
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import RowSampling, fields_out_of_range
-from tandem_shared.sampling_lists import problems
+from tandem_shared.sampling_lists import Grammar, problems
 from tandem_shared.step_plan import Int32Array, WorkerInfo
 
 MAX_CHOICES = 64
@@ -63,9 +64,15 @@ def check_request_id(request_id: str) -> None:
 
 
 async def check_request(
-    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, served_model: str
+    params: GenerationParams,
+    encoder: TextEncoder,
+    worker: WorkerInfo,
+    served_model: str,
+    grammars: GrammarChecker | None = None,
 ) -> GenerationRequest:
-    """Raises InvalidRequest with what is wrong; QueueFull and TextFailed where the prompt can't be tokenized."""
+    """Raises InvalidRequest with what is wrong; QueueFull and TextFailed where the prompt can't be tokenized. Without
+    `grammars`, a request with a structured output is refused.
+    """
     violations = Violations()
     is_served = params.model in ("", served_model)
     violations.check(is_served, "model", "" if is_served else _not_served(params.model, served_model))
@@ -76,6 +83,7 @@ async def check_request(
     check_lists(params, worker.vocab_size, violations)
     _check_reply_size(params, worker, violations)
     lists = await read_lists(params, encoder, worker, violations)
+    grammar = await _read_grammar(params, grammars, worker, violations)
     if _has_long_prompt(params):
         # Reading a long prompt costs too much for a request that is already known to be wrong.
         _read_max_tokens(params, 0, worker, violations)
@@ -87,7 +95,8 @@ async def check_request(
     request_id = params.request_id or uuid.uuid4().hex
     if "seed" not in sampling:
         sampling["seed"] = xxhash.xxh64_intdigest(request_id.encode())
-    eos_token_ids = () if params.ignore_eos else worker.eos_token_ids
+    # A grammar says itself whether its output may end, and an output that can't go on must end.
+    eos_token_ids = () if params.ignore_eos and grammar is None else worker.eos_token_ids
     first = SequenceRequest(
         sequence_id=0,
         prompt_token_ids=prompt,
@@ -97,7 +106,7 @@ async def check_request(
         priority=params.priority,
         cache_salt=_hashed(params.cache_salt),
         deadline=params.deadline,
-        lists=lists,
+        lists=replace(lists, grammar=grammar),
     )
     return GenerationRequest(
         request_id=request_id,
@@ -129,6 +138,15 @@ def check_submission(submission: Submission, worker: WorkerInfo | None) -> None:
     is_known = worker is None or not len(ids) or (ids.min() >= 0 and ids.max() < worker.vocab_size)
     violations.check(is_known, "prompt.token_ids", "has an id that is not in the vocabulary")
     violations.raise_any()
+
+
+async def _read_grammar(
+    params: GenerationParams, grammars: GrammarChecker | None, worker: WorkerInfo, violations: Violations
+) -> Grammar | None:
+    if grammars is not None:
+        return await grammars.read(params, worker, violations)
+    violations.check(params.structured_output is None, "structured_output", "is not possible here")
+    return None
 
 
 def _not_served(wanted: str, served: str) -> str:

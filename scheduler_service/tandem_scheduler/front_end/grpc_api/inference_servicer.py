@@ -133,8 +133,10 @@ class InferenceServicer:
             raise request.error
         self._front_end.refuse_if_draining()
         params = params_of(request, max_reply_bytes, _deadline_of(context))
-        checked = await check_request(params, self._front_end.encoder, self._worker(), self._served_model)
-        return await self._front_end.open(checked)
+        front_end = self._front_end
+        worker = self._worker()
+        checked = await check_request(params, front_end.encoder, worker, self._served_model, front_end.grammars)
+        return await front_end.open(checked)
 
     def _worker(self) -> WorkerInfo:
         worker = self._front_end.engine.state.worker

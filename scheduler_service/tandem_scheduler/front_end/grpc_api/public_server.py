@@ -10,6 +10,7 @@ import grpc
 from tandem.v1 import control_pb2_grpc
 from tandem_scheduler.engine_interface import Engine, EngineListener
 from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.grpc_api.inference_servicer import SERVICE_NAME, InferenceServicer
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import SchedulerSettings, model_name
@@ -39,7 +40,8 @@ class PublicServer:
         """Raises ConfigError and ModelError. ends_process: the process ends after stop(), with all its connections."""
         self._settings = settings
         self._ends_process = ends_process
-        self.front_end = FrontEnd(load_tokenizer(tokenizer_folder), self._set_ready)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        self.front_end = FrontEnd(tokenizer, self._set_ready, GrammarChecker(tokenizer_folder, tokenizer))
         inference = InferenceServicer(self.front_end, model_name(settings))
         self._server = Server(
             {
