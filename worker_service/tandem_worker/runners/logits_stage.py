@@ -157,7 +157,7 @@ def _impossible_tokens(sampling: RowSampling, lists: SamplingLists, output: Sequ
     ids = [
         word[-1]
         for word in lists.bad_words
-        if len(word) <= len(output) + 1 and tuple(output[len(output) - len(word) + 1 :]) == tuple(word[:-1])
+        if tuple(output[max(0, len(output) + 1 - len(word)) :]) == word[:-1]
     ]
     # A complete grammar allows end-of-sequence tokens alone, so grammars heed min_tokens themselves, in their masks.
     if len(output) < sampling.min_tokens and lists.grammar is None:
