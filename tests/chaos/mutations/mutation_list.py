@@ -186,6 +186,9 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
             "self.is_present[plan.removed_rows[1:]] = False\n        for new",
         ),
     ),
+    ("kills", "tandem_worker/runners/logits_stage.py"): (
+        ("np.split(new.token_ids, [new.num_prompt_tokens])", "np.split(new.token_ids, [len(new.token_ids)])"),
+    ),
     ("kills", "tandem_shared/host/supervisor.py"): (
         ("if self._is_stopping or status == 0:", "if self._is_stopping or status <= 0:"),
     ),

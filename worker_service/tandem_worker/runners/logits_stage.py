@@ -154,11 +154,7 @@ def adjust(
 
 def _impossible_tokens(sampling: RowSampling, lists: SamplingLists, output: Sequence[int]) -> list[int]:
     """The ends of bad words whose other tokens are the output's last ones, and stop tokens before min_tokens."""
-    ids = [
-        word[-1]
-        for word in lists.bad_words
-        if tuple(output[max(0, len(output) + 1 - len(word)) :]) == word[:-1]
-    ]
+    ids = [word[-1] for word in lists.bad_words if tuple(output[max(0, len(output) + 1 - len(word)) :]) == word[:-1]]
     # A complete grammar allows end-of-sequence tokens alone, so grammars heed min_tokens themselves, in their masks.
     if len(output) < sampling.min_tokens and lists.grammar is None:
         ids += lists.stop_token_ids
