@@ -101,8 +101,9 @@ class LogitsStage:
         sampled = token_ids.tolist()
         for place, row in asking:
             self._rows[row].output.append(max(sampled[place], 0))
-        if self._grammars is not None:
-            self._grammars.accept([row for _, row in asking], [sampled[place] for place, _ in asking])
+        constrained = [(place, row) for place, row in asking if self._rows[row].lists.grammar is not None]
+        if constrained and self._grammars is not None:
+            self._grammars.accept([row for _, row in constrained], [sampled[place] for place, _ in constrained])
 
     def _masks(self, rows: Int32Array) -> GrammarMasks:
         constrained = [row for row in rows.tolist() if self._rows[row].lists.grammar is not None]
