@@ -33,6 +33,7 @@ from tandem_scheduler.front_end.text.encoder import MAX_PIECE_CHARACTERS
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES
+from tandem_shared.sampling_lists import MAX_ALLOWED_TOKEN_IDS
 
 NUM_STREAMS = 16
 STEP_MS = 10.0
@@ -90,7 +91,7 @@ def longest_gap_ms(times: list[float], start: float, end: float) -> float:
 
 
 def generate(prompt: Any, **fields: Any) -> bytes:
-    """An encoded GenerateRequest. fields: values by name, for the request itself, its stopping or its output."""
+    """An encoded GenerateRequest. fields: values by name, for the request itself, its sampling, stopping or output."""
     request = inference_pb2.GenerateRequest()
     if isinstance(prompt, str):
         request.prompt.text = prompt
@@ -98,11 +99,13 @@ def generate(prompt: Any, **fields: Any) -> bytes:
         request.prompt.token_ids.ids.extend(prompt)
     request.sampling.temperature = 0
     request.stopping.ignore_eos = True
-    for part in (request.stopping, request.output, request):
+    for part in (request.sampling, request.stopping, request.output, request):
         for name in fields.keys() & part.DESCRIPTOR.fields_by_name.keys():
             value = fields[name]
             if isinstance(value, (list, range)):
                 getattr(part, name).extend(value)
+            elif isinstance(value, dict):
+                getattr(part, name).update(value)
             else:
                 setattr(part, name, value)
     return request.SerializeToString()
@@ -127,13 +130,23 @@ def shapes(tokenizer: Tokenizer) -> list[Shape]:
     full, vocab_size = MAX_MODEL_LEN - 1, tokenizer.get_vocab_size()
     whole_message = DEFAULT_MAX_REQUEST_BYTES - 200
     words = "many words, " * (whole_message // 12)
-    # A little less than the limit, as there is text besides.
-    logprob_tokens = MAX_REPLY_BYTES * 19 // (20 * 64 * max_reply_size(vocab_size, 20))
+    # With the texts and bytes of tokens, which the bound does not count, this is a little less than the limit.
+    logprob_tokens = MAX_REPLY_BYTES * 11 // (20 * 64 * max_reply_size(vocab_size, 20))
     longest_token = max(range(vocab_size), key=lambda i: len(tokenizer.id_to_token(i) or ""))
     stops = [f"{index:02}" * 63 + "\u00ff" for index in range(64)]
     many: dict[str, Any] = {"num_choices": 64, "num_logprobs": 20}
     text, letters = text_of(tokenizer, full), "a" * MAX_PIECE_CHARACTERS
     stopping = generate([5], num_choices=64, max_tokens=300, stop_strings=stops, stop_token_ids=[vocab_size - 1] * 128)
+    lists: dict[str, Any] = {
+        "logit_bias": dict.fromkeys(range(vocab_size - 1024, vocab_size), -1.0),
+        "allowed_token_ids": range(vocab_size - MAX_ALLOWED_TOKEN_IDS, vocab_size)
+        if vocab_size > MAX_ALLOWED_TOKEN_IDS
+        else [vocab_size - 1] * MAX_ALLOWED_TOKEN_IDS,
+        "stop_token_ids": [vocab_size - 1] * 128,
+        "stop_strings": stops,
+        "min_tokens": 200,
+    }
+    requested = {"logprob_token_ids": range(20), "num_logprobs": 20}
     named = generate([5] * full, max_tokens=1, request_id="x" * 256, cache_salt="x" * 1024)
     allowed = [
         Shape("nothing", "", b""),
@@ -142,6 +155,21 @@ def shapes(tokenizer: Tokenizer) -> list[Shape]:
         Shape("ids of a whole context", "Generate", generate([5] * full, max_tokens=1)),
         Shape("ids of a whole context, longest id and salt", "Generate", named),
         Shape("64 choices of 300 tokens, 64 stop strings, 128 stop ids", "GenerateStream", stopping),
+        Shape(
+            "64 choices of 300 tokens, the longest lists",
+            "GenerateStream",
+            generate([5], max_tokens=300, num_choices=64, bad_words=["abcdefgh" * 2] * 128, **lists),
+        ),
+        Shape(
+            "64 choices of 300 tokens, 20 logprobs and 20 given tokens",
+            "GenerateStream",
+            generate([5], max_tokens=300, num_choices=64, **requested),
+        ),
+        Shape(
+            "20 logprobs of each token of a whole context",
+            "GenerateStream",
+            generate([5] * full, max_tokens=1, num_prompt_logprobs=20),
+        ),
         Shape("64 choices of 300 tokens, 20 logprobs", "GenerateStream", generate([5], max_tokens=300, **many)),
         Shape(
             "the same of 4000, nothing read for 40 s", "GenerateStream", generate([5], max_tokens=4000, **many), 1, 40
@@ -164,6 +192,9 @@ def shapes(tokenizer: Tokenizer) -> list[Shape]:
         Shape("a context of ids that don't exist", "Generate", generate([2**32 - 1] * full)),
         Shape("4 MB of empty stop strings", "Generate", generate([5], stop_strings=[""] * (whole_message // 2))),
         Shape("256 kB of empty stop strings", "Generate", generate([5], stop_strings=[""] * 131_000)),
+        Shape("128 bad words of 256 characters", "Generate", generate([5], bad_words=["\u4e16" * 256] * 128)),
+        Shape("800 kB of empty bad words", "Generate", generate([5], bad_words=[""] * 400_000)),
+        Shape("800 kB of biases", "Generate", generate([5], logit_bias=dict.fromkeys(range(80_000), 1.0))),
         Shape("60000 stop ids", "Generate", generate([5], stop_token_ids=[5] * 60_000)),
         Shape("4 MB of model name", "Generate", generate([5], model="x" * whole_message)),
         Shape("250 kB of request id", "Generate", generate([5], request_id="x" * 250_000)),

@@ -17,7 +17,7 @@ from benchmarks.common import modelless_worker
 from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.host.log import configure_logging
 from tandem_shared.model_folder import tokenizer_digest
-from tandem_shared.step_plan import RowLogprobs, StepPlan, StepResult
+from tandem_shared.step_plan import NewRow, PromptLogprobs, RowLogprobs, StepPlan, StepResult
 from tandem_worker.service.process import serve
 from tandem_worker.service.servicer import WorkerServicer
 
@@ -39,7 +39,7 @@ class SteadyStep:
 
 
 class SteadyRunner:
-    """A runner that knows of each row only how much of its prompt is left, and how many log-probabilities it wants."""
+    """A runner that knows of each row only how much of its prompt is left, and which log-probabilities it wants."""
 
     progress = 0
 
@@ -57,7 +57,7 @@ class SteadyRunner:
 
     def reset(self) -> None:
         self._left: dict[int, int] = {}
-        self._num_logprobs: dict[int, int | None] = {}
+        self._rows: dict[int, NewRow] = {}
         self._due = 0.0
 
     def close(self) -> None:
@@ -65,22 +65,39 @@ class SteadyRunner:
 
     def execute(self, plan: StepPlan) -> SteadyStep:
         for row in plan.removed_rows.tolist():
-            del self._left[row], self._num_logprobs[row]
+            del self._left[row], self._rows[row]
         for new in plan.added_rows:
             self._left[new.row] = len(new.token_ids) - new.num_computed_tokens
-            self._num_logprobs[new.row] = new.sampling.num_logprobs
+            self._rows[new.row] = new
+        prompt_logprobs = []
         for row, count in zip(plan.chunk_rows.tolist(), plan.chunk_num_tokens.tolist(), strict=True):
+            if self._rows[row].sampling.num_prompt_logprobs is not None:
+                prompt_logprobs.append(self._prompt_report(row, count))
             self._left[row] -= count
         rows = [row for row in sorted(self._left) if not self._left[row]]
         token_ids = [(plan.step_id * STRIDE + row) % self.info.vocab_size for row in rows]
         logprobs = tuple(
-            RowLogprobs(row, -1.0, tuple((token_id + i) % self.info.vocab_size for i in range(count)), (-1.5,) * count)
+            self._report(row, token_id, count)
             for row, token_id in zip(rows, token_ids, strict=True)
-            if (count := self._num_logprobs[row]) is not None
+            if (count := self._rows[row].sampling.num_logprobs) is not None
         )
+        result = StepResult(plan.step_id, [1] * len(rows), token_ids, (), logprobs, tuple(prompt_logprobs))
         # A step begins when the previous one ends, as on a device whose next step is queued.
         self._due = max(self._due, time.monotonic()) + self._step_s
-        return SteadyStep(StepResult(plan.step_id, [1] * len(rows), token_ids, (), logprobs), self._due)
+        return SteadyStep(result, self._due)
+
+    def _report(self, row: int, token_id: int, count: int) -> RowLogprobs:
+        top = tuple((token_id + i) % self.info.vocab_size for i in range(count))
+        requested = (-2.0,) * len(self._rows[row].lists.logprob_token_ids)
+        return RowLogprobs(row, -1.0, top, (-1.5,) * count, 1, requested)
+
+    def _prompt_report(self, row: int, count: int) -> PromptLogprobs:
+        """The report of the positions behind the next `count` tokens, all of which are the prompt's."""
+        new = self._rows[row]
+        first = len(new.token_ids) - self._left[row] + 1
+        num, num_top = min(first + count, new.num_prompt_tokens) - first, new.sampling.num_prompt_logprobs or 0
+        top = tuple(range(num_top)) * num
+        return PromptLogprobs(row, first, (-1.0,) * num, (1,) * num, num_top, top, (-1.5,) * len(top))
 
 
 def main() -> None:
