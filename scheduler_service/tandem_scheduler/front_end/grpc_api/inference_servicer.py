@@ -116,6 +116,7 @@ class InferenceServicer:
         self, request: inference_pb2.GetModelInfoRequest, context: Context
     ) -> inference_pb2.GetModelInfoResponse:
         worker = self._worker()
+        defaults = worker.sampling_defaults
         return inference_pb2.GetModelInfoResponse(
             model=self._served_model,
             fingerprint=worker.fingerprint,
@@ -123,7 +124,7 @@ class InferenceServicer:
             vocab_size=worker.vocab_size,
             max_model_len=worker.max_model_len,
             eos_token_ids=worker.eos_token_ids,
-            default_sampling=inference_pb2.SamplingParams(**worker.sampling_defaults),  # type: ignore[arg-type]
+            default_sampling=inference_pb2.SamplingParams(**defaults) if defaults else None,  # type: ignore[arg-type]
         )
 
     async def _open(
