@@ -58,7 +58,8 @@ class TextDecoder:
         # Made here, because it takes too long for the event loop of a server that has calls.
         lengths = token_lengths(tokenizer) if lengths is None else lengths
         self._token_sizes = _sizes_of_tokens(tokenizer, lengths) if self.is_byte_level else None
-        self.speller = TokenSpeller(tokenizer, lengths, is_byte_level=self.is_byte_level, bytes_of_ids=byte_ids)
+        has_byte_level = any(part.get("type") == "ByteLevel" for part in parts)
+        self.speller = TokenSpeller(tokenizer, lengths, is_byte_level=has_byte_level, bytes_of_ids=byte_ids)
         self._special_ids = (
             frozenset(token_id for token_id, token in added if token.special) if has_bytes else frozenset()
         )

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from tandem_scheduler.front_end.text.detokenizer import TextDecoder
 from tests.support.tokenizers import byte_fallback, embedded, qwen3_like
@@ -37,6 +37,13 @@ def test_every_token_has_text_and_none_is_longer_than_is_said(tokenizer: Tokeniz
 
 def test_an_id_that_pads_the_vocabulary_has_no_bytes() -> None:
     assert SPELLER.spell(5000) == (b"", "")
+
+
+def test_a_byte_level_decoder_among_others_is_one() -> None:
+    tokenizer = embedded()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    speller = TextDecoder(tokenizer).speller
+    assert b"".join(speller.spell(token_id)[0] for token_id in tokenizer.encode(" the é").ids) == " the é".encode()
 
 
 def test_tokens_of_a_vocabulary_with_byte_fallback_are_what_they_add_to_a_text() -> None:
