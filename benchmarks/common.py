@@ -178,14 +178,21 @@ class UnaryClient:
 
     async def seconds(self, workload: Workload) -> float:
         """Sends a batch. Returns the seconds from just before the first call is sent until the last reply is parsed."""
-        requests = [inference_pb2.GenerateRequest(**fields) for fields in request_fields(workload, self._sampling)]
+        return (await self.timed_replies(workload))[0]
+
+    async def timed_replies(
+        self, workload: Workload, **fields: Any
+    ) -> tuple[float, list[inference_pb2.GenerateResponse]]:
+        """Like seconds(), with the replies. fields: further fields of every request."""
+        given = [one | fields for one in request_fields(workload, self._sampling)]
+        requests = [inference_pb2.GenerateRequest(**one) for one in given]
         started = time.perf_counter()
         calls = [self._stubs[i % len(self._stubs)].Generate(request) for i, request in enumerate(requests)]
         replies = [await call for call in calls]
         elapsed = time.perf_counter() - started
         for reply, asked in zip(replies, workload[1], strict=True):
             check_usage(reply.usage, len(reply.choices[0].token_ids), asked)
-        return elapsed
+        return elapsed, replies
 
 
 def modelless_worker(**fields: Any) -> WorkerInfo:

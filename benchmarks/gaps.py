@@ -38,6 +38,8 @@ MEASURED_RUNS = 2
 MARGIN = 16
 """Steps left out at either end of a stretch."""
 SAMPLE_LEN = 6
+DURATIONS = ("gpu_duration_ns", "gpu_idle_ns", "grammars_duration_ns")
+"""The fields of TracedStep that are no points in time."""
 
 Stretch = list[TracedStep]
 """Steps that follow one another."""
@@ -98,7 +100,7 @@ def sample_of(stretch: Stretch) -> list[dict[str, float]]:
 def _in_microseconds(step: TracedStep, origin_ns: int) -> dict[str, float]:
     nanoseconds = {name: value for name, value in dataclasses.asdict(step).items() if name.endswith("_ns")}
     return {
-        name.removesuffix("_ns") + "_us": (value - (0 if name.startswith("gpu_") else origin_ns)) / 1e3
+        name.removesuffix("_ns") + "_us": (value - (0 if name in DURATIONS else origin_ns)) / 1e3
         for name, value in nanoseconds.items()
     }
 

@@ -2,26 +2,31 @@
 
 Usage: python -m benchmarks.traced_worker TRACE_JSONL [FLAGS OF tandem-worker]
 
-Each line of the file is a TracedStep. Tracing adds two readings of the clock and two list entries to a step.
+Each line of the file is a TracedStep. Tracing adds two readings of the clock and two list entries to a step, and four
+readings more where rows have grammars.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.host.log import configure_logging
 from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tandem_worker.runners.grammar_rows import GrammarRows
 from tandem_worker.runners.runner import PendingStep, Runner
 from tandem_worker.service.process import run
 from tandem_worker.service.servicer import Context, WorkerServicer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class TracedStep:
     sent_ns: int
     gpu_duration_ns: int
     gpu_idle_ns: int
+    grammars_duration_ns: int
+    """The launcher thread's time with the rows' grammars: moving them on by the tokens of the step before, and masks"""
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,40 @@ class Launch:
     num_chunk_tokens: int
     begun_ns: int
     queued_ns: int
+    grammars_duration_ns: int
+
+
+class Stopwatch:
+    """The time that has been spent in some functions."""
+
+    def __init__(self) -> None:
+        self._spent_ns = 0
+
+    def watch(self, function: Callable[..., T]) -> Callable[..., T]:
+        """The function, which does what it did, with its time counted."""
+
+        @functools.wraps(function)
+        def watched(*args: Any, **keywords: Any) -> T:
+            started = time.perf_counter_ns()
+            try:
+                return function(*args, **keywords)
+            finally:
+                self._spent_ns += time.perf_counter_ns() - started
+
+        return watched
+
+    def take(self) -> int:
+        """The nanoseconds since the last call."""
+        spent, self._spent_ns = self._spent_ns, 0
+        return spent
 
 
 class TracedRunner:
-    """A Runner that passes calls to another one and notes their times."""
+    """A Runner that passes calls to another one and notes their times. The stopwatch has those of the grammars."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, stopwatch: Stopwatch) -> None:
         self._runner = runner
+        self._stopwatch = stopwatch
         self.launches: list[Launch] = []
 
     @property
@@ -71,7 +105,8 @@ class TracedRunner:
     def execute(self, plan: StepPlan) -> PendingStep:
         begun_ns = time.time_ns()
         pending = self._runner.execute(plan)
-        self.launches.append(Launch(int(plan.chunk_num_tokens.sum()), begun_ns, time.time_ns()))
+        num_chunk_tokens = int(plan.chunk_num_tokens.sum())
+        self.launches.append(Launch(num_chunk_tokens, begun_ns, time.time_ns(), self._stopwatch.take()))
         return pending
 
     def reset(self) -> None:
@@ -85,8 +120,8 @@ class TracedRunner:
 class TracedServicer(WorkerServicer):
     """A servicer that keeps its results, and writes the trace when the session ends."""
 
-    def __init__(self, runner: Runner, trace: Path, **options: Any) -> None:
-        self._traced = TracedRunner(runner)
+    def __init__(self, runner: Runner, trace: Path, stopwatch: Stopwatch, **options: Any) -> None:
+        self._traced = TracedRunner(runner, stopwatch)
         self._trace = trace
         super().__init__(self._traced, **options)
 
@@ -125,7 +160,10 @@ def main() -> None:
     trace, flags = Path(sys.argv[1]), sys.argv[2:]
     settings = read_command_line(WorkerSettings, "traced_worker", "tandem-worker, with a trace of its steps.", flags)
     configure_logging(settings.log_level)
-    run(settings, lambda runner, **options: TracedServicer(runner, trace, **options))
+    stopwatch = Stopwatch()
+    for method in (GrammarRows.masks, GrammarRows.accept):
+        setattr(GrammarRows, method.__name__, stopwatch.watch(method))
+    run(settings, lambda runner, **options: TracedServicer(runner, trace, stopwatch, **options))
 
 
 if __name__ == "__main__":

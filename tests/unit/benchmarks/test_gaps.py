@@ -32,6 +32,7 @@ def step(step_id: int, num_sampled: int = 4, num_chunk_tokens: int = 0) -> Trace
         sent_ns=received_ns + 3520 * US,
         gpu_duration_ns=1995 * US,
         gpu_idle_ns=5 * US,
+        grammars_duration_ns=0,
     )
 
 
