@@ -111,11 +111,16 @@ endif
 
 bench-sampling: $(STAMP) $(BENCH_MODELS)  ## What rows cost that ask more of sampling; writes benchmarks/results
 ifneq ($(GPU),)
-	for model in $(MODELS); do $(BIN)/python -m benchmarks.sampling_costs $$model $(BENCH_FLAGS) \
-		--out benchmarks/results/sampling_costs_$$(basename $$model).json || exit 1; done
+	for model in $(MODELS); do \
+		$(BIN)/python -m benchmarks.sampling_costs $$model $(BENCH_FLAGS) \
+			--out benchmarks/results/sampling_costs_$$(basename $$model).json && \
+		$(BIN)/python -m benchmarks.structured_output $$model --sampling $(SAMPLING) $(BENCH_FLAGS) \
+			--out benchmarks/results/structured_output_$$(basename $$model).json || exit 1; done
 else
 	$(BIN)/python -m benchmarks.sampling_costs embedded --batches 16 --context 64 --steps 16 --pairs 3 $(BENCH_FLAGS) \
 		--out benchmarks/results/sampling_costs_cpu.json
+	$(BIN)/python -m benchmarks.structured_output embedded --scale 4 --sampling $(SAMPLING) $(BENCH_FLAGS) \
+		--out benchmarks/results/structured_output_cpu.json
 endif
 
 bench-scaling: $(STAMP) $(if $(GPU),$(SCALING_MODELS:%=%/config.json))  ## Speed with TP_SIZES ranks; writes benchmarks/results
