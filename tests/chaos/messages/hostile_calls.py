@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_shared.structured_output import json_schema_grammar
 from tests.chaos.messages.hostile_bytes import draw, hostile, swept
 from tests.chaos.messages.hostile_sessions import RPC as EXECUTE_STEPS
 from tests.chaos.messages.statuses import ATTACH, SERVICES, request_class
 from tests.e2e.services import generate_request
 
+SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 3}}, "required": ["name"]}'
 STREAM = "/tandem.v1.InferenceService/GenerateStream"
 
 
@@ -59,6 +61,12 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
         request.priority = 1
         return request
 
+    def generate_form() -> inference_pb2.GenerateStreamRequest:
+        request = generate_request([5, 6, 7], 8, temperature=0.8, seed=3)
+        request.structured_output.json_schema = SCHEMA
+        request.structured_output.start_after_token_id = 9
+        return request
+
     def submit() -> engine_pb2.AttachRequest:
         request = engine_pb2.SubmitRequest(
             request_id="attached",
@@ -89,20 +97,27 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
         )
         return engine_pb2.AttachRequest(submit=request)
 
+    def submit_form() -> engine_pb2.AttachRequest:
+        request = submit()
+        request.submit.lists.grammar.text = json_schema_grammar(SCHEMA)
+        request.submit.lists.grammar.start_after_token_id = 9
+        return request
+
     stop = engine_pb2.AttachRequest(stop=engine_pb2.StopSequence(handle=1, num_output_tokens=2))
     close = engine_pb2.AttachRequest(close=engine_pb2.CloseRequest(first_handle=1))
     alive = engine_pb2.AttachRequest(alive=engine_pb2.Alive(process_id=1))
     detokenize = inference_pb2.DetokenizeRequest(token_ids=[1, 2, 3], skip_special_tokens=False)
     return {
-        inference_pb2.GenerateStreamRequest: [generate],
+        inference_pb2.GenerateStreamRequest: [generate, generate_form],
         inference_pb2.GenerateRequest: [
-            lambda: inference_pb2.GenerateRequest.FromString(generate().SerializeToString())
+            lambda: inference_pb2.GenerateRequest.FromString(generate().SerializeToString()),
+            lambda: inference_pb2.GenerateRequest.FromString(generate_form().SerializeToString()),
         ],
         inference_pb2.TokenizeRequest: [lambda: inference_pb2.TokenizeRequest(text="Hello, world <|im_end|>")],
         inference_pb2.DetokenizeRequest: [lambda: copy.deepcopy(detokenize)],
         control_pb2.AbortRequest: [lambda: control_pb2.AbortRequest(request_id="nobody")],
         engine_pb2.AttachRequest: [
-            submit, submit, lambda: copy.deepcopy(stop), lambda: copy.deepcopy(close), lambda: copy.deepcopy(alive),
+            submit, submit_form, *(lambda m=m: copy.deepcopy(m) for m in (stop, close, alive)),
         ],
         worker_pb2.ExecuteStepsRequest: [lambda: worker_pb2.ExecuteStepsRequest(open=opening)],
     }  # fmt: skip

@@ -122,6 +122,7 @@ def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None
         and (not stopping.HasField("max_tokens") or 1 <= stopping.max_tokens <= model.max_model_len - len(ids))
         and stopping.min_tokens <= max_tokens
         and _are_lists_right(request, model)
+        and (not request.HasField("structured_output") or _may_be_right(request.structured_output, model))
         and -2 <= sampling.presence_penalty <= 2
         and -2 <= sampling.frequency_penalty <= 2
         and (not sampling.HasField("repetition_penalty") or 0 < sampling.repetition_penalty < math.inf)
@@ -158,6 +159,18 @@ def _are_lists_right(request: AnyGenerateRequest, model: Any) -> bool:
         and len(sampling.bad_words) <= 128
         and all(1 <= len(word) <= 256 for word in sampling.bad_words)
         and len(requested) == len(set(requested)) <= 20
+    )
+
+
+def _may_be_right(form: inference_pb2.StructuredOutput, model: Any) -> bool:
+    """Whether a form is right as far as can be said without a look into its text."""
+    kinds = [form.HasField(name) for name in ("json_schema", "regex", "choice", "lark")]
+    texts = form.choice.texts
+    return (
+        sum(kinds) + form.json_object == 1
+        and (not form.HasField("choice") or (1 <= len(texts) <= 1024 and all(texts)))
+        and form.start_after_token_id < model.vocab_size
+        and max(map(len, [form.json_schema, form.regex, form.lark, *texts])) <= 131072
     )
 
 

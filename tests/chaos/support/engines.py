@@ -3,6 +3,7 @@ batched.
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 from tests.e2e.conftest import VOCAB_SIZE
 from tests.e2e.services import Engine
 from tests.support.model_factory import save_random_model
+from tests.support.tokenizers import EMBEDDED, embedded
 
 
 @contextlib.contextmanager
 def random_model() -> Iterator[Path]:
-    """A new folder with the model. Its name tells the processes that serve it, by their command lines."""
+    """A new folder with the model and the embedded model's tokenizer, which grammars need. Its name tells the processes
+    that serve it, by their command lines.
+    """
     with tempfile.TemporaryDirectory(prefix="tandem-chaos-") as folder:
+        shutil.copy(EMBEDDED, folder)
         yield save_random_model(
             Path(folder),
             dtype="float64",
@@ -24,6 +29,7 @@ def random_model() -> Iterator[Path]:
             initializer_range=0.3,
             vocab_size=VOCAB_SIZE,
             max_position_embeddings=1024,
+            eos_token_id=embedded().token_to_id("<|im_end|>"),
         )
 
 
