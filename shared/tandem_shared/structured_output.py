@@ -40,8 +40,8 @@ took 1 s, before this one 15 ms."""
 MAX_LEXER_STATES = 20_000
 """The most states of all regular expressions of a matcher, of 1 to 2 kB each. Every row has its own."""
 MAX_GRAMMAR_SIZE = 10_000
-"""The most symbols of a grammar's rules. A JSON schema of 1,000 properties has fewer and compiles in 60 ms; one of 2,000,
-which has more, would take 400 ms."""
+"""The most symbols of a grammar's rules. A JSON schema of 1,000 properties has fewer and compiles in 60 ms; one of
+2,000, which has more, would take 400 ms."""
 MAX_MULTIPLE_OF = 10_000
 """The limit of the least common multiple of all `multipleOf` of a schema, without decimal point and trailing zeros.
 llguidance makes a state for each remainder and has no limit of its own: 10,007 takes 20 ms, 9,999,991 over a minute.
