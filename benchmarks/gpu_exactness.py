@@ -32,6 +32,8 @@ from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists, adjusts_logits
+from tandem_worker.runners.logits_stage import adjust
 from tandem_worker.runners.sampler import gumbel_noise, truncate
 from tandem_worker.startup import build_runner
 
@@ -66,6 +68,7 @@ class Request:
 
     prompt: list[int]
     sampling: RowSampling
+    lists: SamplingLists = NO_LISTS
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,10 @@ def judge_output(reference: Any, request: Request, output: list[int], logit_erro
     logits = reference(
         torch.tensor([request.prompt + output[:-1]], device=reference.device), logits_to_keep=len(output)
     ).logits[0]
-    sampling = request.sampling
+    sampling, lists = request.sampling, request.lists
+    if adjusts_logits(sampling, lists):
+        adjusted = [adjust(line, sampling, lists, request.prompt, output[:place]) for place, line in enumerate(logits)]
+        logits = torch.stack(adjusted)
     temperature = sampling.temperature or 1.0
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
     # The position of each token in its sequence.

@@ -19,8 +19,9 @@ from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_shared.config import WorkerSettings
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 from tandem_shared.step_codec import encode_plan
-from tandem_shared.step_plan import StepPlan
+from tandem_shared.step_plan import PromptLogprobs, StepPlan
 from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 from tandem_worker.runners.runner import Runner
 from tandem_worker.runners.torch_runner import TorchRunner
@@ -52,13 +53,20 @@ SAMPLINGS = {
         RowSampling(temperature=0.8, top_k=20, top_p=0.9),
         RowSampling(temperature=1.2, top_k=5, min_p=0.1),
     ),
-    "general": (
+    "threshold": (
         RowSampling(temperature=0.0),
         RowSampling(temperature=1.2, min_p=0.1),
         RowSampling(temperature=0.8, top_p=0.9),
         RowSampling(temperature=0.8, top_k=200),
     ),
 }
+ADJUSTED = (
+    RowSampling(temperature=0.8),
+    RowSampling(temperature=0.8, top_p=0.9, repetition_penalty=1.3, num_prompt_logprobs=3),
+    RowSampling(temperature=0.8, top_k=20, presence_penalty=0.7, frequency_penalty=0.3),
+    RowSampling(temperature=0.0, repetition_penalty=1.3, min_tokens=15),
+)
+ALL_SAMPLINGS = {**SAMPLINGS, "adjusted": ADJUSTED}
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,24 @@ def make_requests(samplings: tuple[RowSampling, ...]) -> list[SequenceRequest]:
             num_logprobs=5 if index % 4 == 0 else None,
         )
         stops = stop_token_ids if index % 3 == 0 else frozenset()
-        requests.append(SequenceRequest(index, prompt, 20 + index, sampling, stops))
+        lists = make_lists(index, stops) if samplings is ADJUSTED else NO_LISTS
+        requests.append(SequenceRequest(index, prompt, 20 + index, sampling, stops, lists=lists))
     return requests
+
+
+def make_lists(index: int, stop_token_ids: frozenset[int]) -> SamplingLists:
+    rng = np.random.default_rng(index)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(sorted(rng.choice(VOCAB_SIZE, count, replace=False).tolist()))
+
+    return SamplingLists(
+        stop_token_ids=tuple(sorted(stop_token_ids)),
+        logit_bias=tuple((token, 1.5) for token in ids(50)) if index % 2 else (),
+        allowed_token_ids=ids(2000) if index % 5 == 0 else (),
+        bad_words=tuple((token,) for token in ids(300)[:256]) if index % 3 == 1 else (),
+        logprob_token_ids=ids(3) if index % 7 == 0 else (),
+    )
 
 
 class RecordingEngine(Engine):
@@ -193,11 +217,11 @@ def execute(runner: Runner, case: Case, requests: list[SequenceRequest]) -> Reco
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLINGS)
+@pytest.mark.parametrize("sampler", ALL_SAMPLINGS)
 def test_graphs_give_the_tokens_of_the_same_kernels_launched_one_by_one(
     sampler: str, case: Case, with_graphs: Runner, eager: Runner
 ) -> None:
-    requests = make_requests(SAMPLINGS[sampler])
+    requests = make_requests(ALL_SAMPLINGS[sampler])
     one, other = execute(with_graphs, case, requests), execute(eager, case, requests)
     for plan, its_plan, step, its_step in zip(one.plans, other.plans, one.steps, other.steps, strict=True):
         assert plan == its_plan
@@ -211,20 +235,46 @@ def test_graphs_give_the_tokens_of_the_same_kernels_launched_one_by_one(
     assert np.mean([len(set(tokens)) for tokens in one.outputs.values()]) > 15
 
 
-@pytest.mark.parametrize("sampler", SAMPLINGS)
+@pytest.mark.parametrize("sampler", ALL_SAMPLINGS)
 def test_tokens_are_those_that_the_logits_of_transformers_call_for(
     sampler: str, with_graphs: Runner, reference: Any
 ) -> None:
     error = measure_logit_error(with_graphs, reference, [ForcedText(TEXT, 1)])["absolute_max"]
-    requests = make_requests(SAMPLINGS[sampler])
+    requests = make_requests(ALL_SAMPLINGS[sampler])
     outputs = execute(with_graphs, Case(2, 16, is_short_of_blocks=True), requests).outputs
     kinds = []
     for request in requests:
-        judged = Request(request.prompt_token_ids.tolist(), request.sampling)
+        judged = Request(request.prompt_token_ids.tolist(), request.sampling, request.lists)
         kinds += judge_output(reference, judged, outputs[request.sequence_id], error).kinds
     assert kinds.count(FAILED) == 0
     # Most would differ if seeds, choices or positions were mixed up.
     assert kinds.count(SAME) > 0.85 * len(kinds)
+
+
+def test_prompt_logprobs_are_those_of_plain_torch(usual_folder: Path) -> None:
+    """Whole and in chunks, beside decoding rows. The logits' errors are small, and so few ranks differ, by little."""
+    prompts = make_prompts()[:20]
+    reports: list[dict[int, list[PromptLogprobs]]] = []
+    for backend, chunk in (("torch", None), ("triton", None), ("triton", 7)):
+        runner = make_runner(usual_folder, attention_backend=backend)
+        sampling = RowSampling(num_prompt_logprobs=20)
+        engine = execute(runner, Case(2, chunk), [SequenceRequest(i, p, 8, sampling) for i, p in enumerate(prompts)])
+        by_sequence: dict[int, list[PromptLogprobs]] = {}
+        for step in engine.steps:
+            for sequence_id, report in step.prompt_logprobs:
+                by_sequence.setdefault(sequence_id, []).append(report)
+        reports.append(by_sequence)
+    expected, *others = reports
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 1:
+            continue
+        for other in others:
+            for name, tolerance in (("logprobs", 0.1), ("top_logprobs", 0.1), ("ranks", 200)):
+                ours, theirs = (
+                    [value for part in parts[index] for value in getattr(part, name)] for parts in (other, expected)
+                )
+                assert len(ours) == (20 if name == "top_logprobs" else 1) * (len(prompt) - 1)
+                np.testing.assert_allclose(ours, theirs, atol=tolerance)
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +44,27 @@ class Prompt:
     def request(self) -> inference_pb2.GenerateStreamRequest:
         sampling = self.sampling
         request = generate_request(self.token_ids, NUM_TOKENS, temperature=sampling.temperature, seed=sampling.seed)
-        request.sampling.top_k, request.sampling.top_p = sampling.top_k, sampling.top_p
+        for name in ("top_k", "top_p", "repetition_penalty", "presence_penalty"):
+            setattr(request.sampling, name, getattr(sampling, name))
+        request.output.num_logprobs = 2
         return request
 
 
 def make_prompts() -> list[Prompt]:
-    """Greedy, with temperature, with top-k (which needs all logits), and with the general sampler, in turn."""
+    """Each of the samplers, which need a shard's logits or all, of the model's logits and of adjusted ones."""
     rng = np.random.default_rng(3)
-    samplings = [(0.0, 0, 1.0), (0.8, 0, 1.0), (0.8, 20, 0.9), (0.8, 0, 0.9)]
+    samplings = [
+        RowSampling(temperature=0.0),
+        RowSampling(temperature=0.8),
+        RowSampling(temperature=0.8, top_k=20, top_p=0.9),
+        RowSampling(temperature=0.8, top_p=0.9),
+        RowSampling(temperature=0.8, repetition_penalty=1.3),
+        RowSampling(temperature=0.8, top_k=20, presence_penalty=0.5),
+        RowSampling(temperature=0.8, top_p=0.9, repetition_penalty=1.3),
+    ]
     return [
-        Prompt(
-            rng.integers(0, VOCAB_SIZE, length).tolist(),
-            RowSampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=number),
-        )
+        Prompt(rng.integers(0, VOCAB_SIZE, length).tolist(), replace(samplings[number % len(samplings)], seed=number))
         for number, length in enumerate(PROMPT_LENGTHS)
-        for temperature, top_k, top_p in [samplings[number % len(samplings)]]
     ]
 
 

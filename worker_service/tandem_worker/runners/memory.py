@@ -42,7 +42,8 @@ def measure_blocks(
 def largest_step(info: WorkerInfo) -> StepPlan:
     """Prompts that fill the token budget, spread over all rows that it has room for, all sampled from.
 
-    The prompts are as long as can be, for attention's memory; each other row has one token, for the sampler's memory.
+    The prompts are as long as can be, for attention's memory; each other row has one token, for the memory of
+    what rows may ask of sampling.
     """
     num_rows = min(info.max_num_rows, info.max_num_batched_tokens)
     lengths, room = [], info.max_num_batched_tokens - num_rows
@@ -51,6 +52,9 @@ def largest_step(info: WorkerInfo) -> StepPlan:
         lengths.append(length)
         room -= length - 1
     num_blocks = [-(-length // info.block_size) for length in lengths]
+    sampling = RowSampling(
+        top_p=0.95, presence_penalty=1.0, num_logprobs=MAX_LOGPROBS, num_prompt_logprobs=MAX_LOGPROBS
+    )
     ends = np.cumsum(num_blocks) + 1
     return StepPlan(
         step_id=1,
@@ -63,7 +67,7 @@ def largest_step(info: WorkerInfo) -> StepPlan:
                 num_computed_tokens=0,
                 num_cached_tokens=0,
                 block_ids=np.arange(end - count, end, dtype=np.int32),
-                sampling=RowSampling(top_p=0.95, num_logprobs=MAX_LOGPROBS),
+                sampling=sampling,
             )
             for row, (length, count, end) in enumerate(zip(lengths, num_blocks, ends.tolist(), strict=True))
         ),

@@ -12,8 +12,9 @@ def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def copy_to(target: torch.Tensor, values: np.ndarray) -> None:
-    """Writes values to target, a tensor of the same length and type on a GPU."""
-    target.copy_(torch.from_numpy(values).pin_memory(), non_blocking=True)
+    """Writes values to target, a tensor of the same shape and type."""
+    host = torch.from_numpy(values)
+    target.copy_(host if target.device.type == "cpu" else host.pin_memory(), non_blocking=True)
 
 
 def to_host(values: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,14 @@ keeps its own copy of what it must decide by (batch.py); no step waits for the G
 For each plan the host does four things:
 1. It checks the plan and applies it to the batch (Batch.apply), and writes the options and block tables of new rows.
 2. It packs what changes from step to step into one int32 array (packer.py, input_layout.py), padded to a size for which
-   there are graphs (step_shapes.py), and chooses a sampler by what the rows ask (token_sampler.py).
+   there are graphs (step_shapes.py), and selects samplers by what each row asks (selections.py).
 3. It copies the array to the device and replays the graphs of the step's stages (graph_runner.py): forward pass
-   (forward_pass.py), sampler. A stage without a graph of that size has the same kernels launched one by one.
+   (forward_pass.py), and what rows ask of logits stage, samplers and log-probabilities (token_sampler.py). A stage
+   without a graph of that size has the same kernels launched one by one.
 4. It queues the copy of the sampled ids to the host, and returns; PendingStep.wait blocks until they are there.
 
-So a steady decode step costs the CPU one small copy to the device, two graph launches (three where ranks must put their
-logits together) and one copy back.
+So a steady decode step of rows that ask for nothing but a temperature costs the CPU one small copy to the device, two
+graph launches and one copy back.
 
 What may surprise:
 - A sampled token is written to last_tokens on the device, and the row's next step reads it there. The next plan is
@@ -30,7 +31,7 @@ import torch
 from tandem_shared.step_plan import StepPlan, WorkerInfo
 from tandem_worker.kernels import launcher
 from tandem_worker.models.model import Model
-from tandem_worker.runners.batch import Batch
+from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.cuda.device_state import DeviceState
 from tandem_worker.runners.cuda.forward_pass import ForwardPass
 from tandem_worker.runners.cuda.graph_runner import GraphRunner
@@ -38,6 +39,7 @@ from tandem_worker.runners.cuda.input_layout import InputLayout
 from tandem_worker.runners.cuda.packer import Packer
 from tandem_worker.runners.cuda.step_shapes import StepShapes
 from tandem_worker.runners.cuda.token_sampler import TokenSampler
+from tandem_worker.runners.logprobs import QueuedPromptLogprobs, prompt_positions
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.step_results import PendingStep, Timing
 from tandem_worker.runners.transfers import to_host
@@ -63,9 +65,9 @@ class CudaRunner:
         self._packer = Packer(batch, shapes, layout)
         self._state = DeviceState(model, batch, shapes, layout, cache.device)
         self._sampler = TokenSampler(model, self._state, self._options)
-        self._graphs = GraphRunner(ForwardPass(model, cache, self._state, layout), self._sampler)
+        self._graphs = GraphRunner(ForwardPass(model, cache, self._state, layout), self._sampler, shapes)
         if use_graphs:
-            self._graphs.capture(shapes, self._packer, self._state)
+            self._graphs.capture(self._packer, self._state)
         # The end of the step that was queued last, for the GPU's idle time before the next.
         self._ended: torch.cuda.Event | None = None
 
@@ -81,8 +83,8 @@ class CudaRunner:
 
     @property
     def logits(self) -> torch.Tensor:
-        """(rows, vocab_size): the last step's logits, in the order of its sampling rows. A group of ranks puts them
-        together only for steps that need them.
+        """(rows, vocab_size): the last step's logits, in the order of its sampling rows. A group of ranks has those of
+        the rows whose log-probabilities were reported, in their order.
         """
         return self._state.logits
 
@@ -99,20 +101,31 @@ class CudaRunner:
         """Applies the plan and queues its work; InvalidPlan, with nothing applied, if the batch can't follow it."""
         work = self._batch.apply(plan)
         self._options.set(plan.added_rows)
+        self._sampler.add(plan.added_rows)
         packed = self._packer.pack(plan, work)
         self._state.write_block_tables(packed.whole_table_rows, self._batch.block_tables, self._batch.num_blocks)
         rows = work.sampling_rows
-        choice = self._sampler.choose(rows)
+        sampling = self._sampler.select(rows, has_new_rows=bool(plan.added_rows))
         prepared_ns = time.time_ns()
         started = _record_event()
         self._state.write_input(packed.array)
         self._graphs.run_forward(packed, len(rows))
-        self._graphs.run_sampler(packed, choice)
-        logprobs = self._sampler.report(choice)
+        self._graphs.run_logits_stage(sampling)
+        self._graphs.run_samplers(sampling)
+        self._graphs.run_reports(sampling)
+        logprobs = self._sampler.queue_reports(sampling)
+        prompt_logprobs = self._prompt_logprobs(work)
         token_ids = to_host(self._state.sampled[: len(rows)])
         previous_ended, self._ended = self._ended, _record_event()
         timing = Timing(prepared_ns, started, self._ended, previous_ended)
-        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, logprobs)
+        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(self, work: StepWork) -> QueuedPromptLogprobs | None:
+        asked = prompt_positions(work, self._batch, self._options)
+        if asked is None:
+            return None
+        # The chunks' tokens follow those of the decoding rows.
+        return self._sampler.report_prompts(self._state.hidden[len(work.decode_rows) :], asked)
 
 
 def _record_event() -> torch.cuda.Event:

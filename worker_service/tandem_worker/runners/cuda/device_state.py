@@ -30,7 +30,7 @@ class DeviceState:
         # Tokens of each row with KV, once the step that is queued last has run.
         self.context_lens = zeros(num_rows)
         self.last_tokens = zeros(num_rows)
-        # The step's sampled tokens, in the order of its sampling rows; -1 where the logits are not finite.
+        # The step's sampled tokens, in the order of its sampling rows; negative where there is a fault.
         self.sampled = zeros(num_rows)
         length = max(layout.decode_length, *map(layout.mixed_length, (shapes.largest, *shapes.mixed)))
         self.input = zeros(length)  # see input_layout.py
@@ -40,10 +40,16 @@ class DeviceState:
         peers = model.communicator.peer_all_reduce
         self.hidden = peers.hidden if peers else zeros(max_tokens, model.config.hidden_size, dtype=dtype)
         # The logits of the sampling rows, in their order, (rows, vocab_size). A rank of a group computes those of its
-        # shard of the vocabulary; the whole is put together only for the samplers that need it.
+        # shard of the vocabulary. It puts the whole together only for the rows that need it, in the order of their
+        # selection (selections.py).
         self.logits = zeros(num_rows, vocab_size, dtype=dtype)
         self.is_sharded = model.communicator.shard.size > 1
         self.local_logits = zeros(num_rows, model.lm_head.num_rows, dtype=dtype) if self.is_sharded else self.logits
+        # What the logits stage makes of them for the rows that ask, in the same places.
+        self.adjusted_logits = zeros(*self.local_logits.shape, dtype=torch.float32)
+        self.all_adjusted_logits = self.adjusted_logits
+        if self.is_sharded:
+            self.all_adjusted_logits = zeros(num_rows, vocab_size, dtype=torch.float32)
 
     def write_block_tables(self, rows: Sequence[int], block_tables: Int32Array, num_blocks: Int32Array) -> None:
         """Writes the tables of these rows whole, from the batch's block_tables, of which num_blocks entries a row are

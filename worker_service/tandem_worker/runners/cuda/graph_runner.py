@@ -1,13 +1,15 @@
 """Owns the CUDA graphs: captures them, and runs a packed step by replaying them.
 
 A step is run as a few stages, each captured by itself for each of its sizes: the forward pass of a decode step with
-the LM head; the forward pass of a mixed step; the LM head of a mixed step; the gathering of the ranks' logits; and each
-sampler that can be captured. So the number of graphs is the sum of the stages' sizes, not their product. For a size
-that has no graph, as a large mixed step may have, the same kernels are launched one by one, with the same result.
+the LM head; the forward pass of a mixed step; the LM head of a mixed step; the logits stage; the sampler of each
+selection of rows; and the log-probabilities. So the number of graphs is the sum of the stages' sizes, not their
+product. For a size that has no graph, as a large mixed step may have, the same kernels are launched one by one, with
+the same result.
 
 All graphs share one memory pool, as one runs at a time.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
@@ -16,8 +18,9 @@ import torch
 from tandem_worker.runners.cuda.device_state import DeviceState
 from tandem_worker.runners.cuda.forward_pass import ForwardPass
 from tandem_worker.runners.cuda.packer import PackedStep, Packer
+from tandem_worker.runners.cuda.selections import SAMPLED, Selection, StepSampling
 from tandem_worker.runners.cuda.step_shapes import StepShapes
-from tandem_worker.runners.cuda.token_sampler import SamplerKind, SamplingChoice, TokenSampler
+from tandem_worker.runners.cuda.token_sampler import TokenSampler
 
 Size = TypeVar("Size", bound=Hashable)
 
@@ -55,16 +58,14 @@ class Stage(Generic[Size]):
 class GraphRunner:
     """The stages of a step."""
 
-    def __init__(self, forward: ForwardPass, sampler: TokenSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, forward: ForwardPass, sampler: TokenSampler, shapes: StepShapes) -> None:
+        self._shapes = shapes
         self._decode = Stage(forward.decode)
         self._mixed = Stage(forward.mixed)
         self._head = Stage(forward.head)
-        self._gather = Stage(sampler.gather)
-        self._samplers = {
-            SamplerKind.PLAIN: Stage(sampler.sample_plain),
-            SamplerKind.TRUNCATED: Stage(sampler.sample_truncated),
-        }
+        self._adjust = Stage(sampler.adjust)
+        self._samplers = {selection: Stage(functools.partial(sampler.sample, selection)) for selection in SAMPLED}  # type: dict[Selection, Stage[int]]
+        self._report = Stage(sampler.report)
 
     def run_forward(self, packed: PackedStep, num_sampling_rows: int) -> None:
         """From the step's input, which is on the device, to the local logits of the sampling rows."""
@@ -75,43 +76,55 @@ class GraphRunner:
         if num_sampling_rows:
             self._head.run(packed.batch_size)
 
-    def run_sampler(self, packed: PackedStep, choice: SamplingChoice) -> None:
-        """From the local logits to the sampled tokens."""
-        num_rows = choice.num_rows
-        if not num_rows:
-            return
-        if choice.needs_all_logits:
-            self._gather.run(packed.batch_size)
-        if choice.kind is SamplerKind.GENERAL:
-            self._sampler.sample_generally(num_rows)
-        else:
-            self._samplers[choice.kind].run(packed.batch_size)
+    def run_logits_stage(self, sampling: StepSampling) -> None:
+        """From the local logits to the adjusted ones of the rows that ask."""
+        self._run_selection(self._adjust, Selection.ADJUSTED, sampling)
 
-    def capture(self, shapes: StepShapes, packer: Packer, state: DeviceState) -> None:
+    def run_samplers(self, sampling: StepSampling) -> None:
+        """From the logits to the sampled tokens."""
+        for selection, stage in self._samplers.items():
+            self._run_selection(stage, selection, sampling)
+
+    def run_reports(self, sampling: StepSampling) -> None:
+        """The log-probabilities of the rows that ask, once the tokens are sampled."""
+        self._run_selection(self._report, Selection.REPORTED, sampling)
+
+    def _run_selection(self, stage: Stage[int], selection: Selection, sampling: StepSampling) -> None:
+        count = sampling.counts[selection]
+        if count:
+            # In most steps all rows are plain ones, which get the sizes that decode steps have.
+            is_plain = selection is Selection.PLAIN
+            stage.run(self._shapes.batch_size(count) if is_plain else self._shapes.selection_size(count))
+
+    def capture(self, packer: Packer, state: DeviceState) -> None:
         """Captures every stage for each of its sizes; afterwards the state is that of an empty batch.
 
         Stages and sizes that take the most memory come first: their memory then serves the others.
         """
-        batch_stages: list[Stage[int]] = [self._decode, self._head, *self._samplers.values()]
-        if state.is_sharded:
-            batch_stages.append(self._gather)
+        shapes = self._shapes
+        plain = self._samplers[Selection.PLAIN]
+        others = [stage for stage in self._samplers.values() if stage is not plain]
+        stages = [(stage, size) for size in reversed(shapes.batch_sizes) for stage in (self._decode, self._head, plain)]
+        stages += [
+            (stage, size)
+            for size in reversed(shapes.selection_sizes)
+            for stage in (self._adjust, *others, self._report)
+        ]
         # Everything is launched once before any capture, as kernels are loaded and libraries initialised then.
         for shape in reversed(shapes.mixed):
             state.write_input(packer.pack_padding(shape))
             self._mixed.launch(shape)
-        for size in reversed(shapes.batch_sizes):
-            for stage in batch_stages:
-                stage.launch(size)
+        for stage, size in stages:
+            stage.launch(size)
         torch.cuda.synchronize()
         pool = None
         for shape in reversed(shapes.mixed):
             pool = self._mixed.capture(shape, pool)
-        for size in reversed(shapes.batch_sizes):
-            for stage in batch_stages:
-                pool = stage.capture(size, pool)
+        for stage, size in stages:
+            pool = stage.capture(size, pool)
 
     def clear(self) -> None:
         """Lets go of the graphs: NCCL ends only after those that its kernels are in."""
         self._mixed.clear()
-        for stage in (self._decode, self._head, self._gather, *self._samplers.values()):
+        for stage in (self._decode, self._head, self._adjust, *self._samplers.values(), self._report):
             stage.clear()

@@ -51,6 +51,8 @@ class StepShapes:
         self.num_rows = num_rows
         self._min_split_tokens = max(MIN_SPLIT_TOKENS, 2 * num_rows) if is_sharded else max_tokens + 1
         self.batch_sizes = batch_sizes(num_rows)
+        self.selection_sizes = sorted({min(2**power, num_rows) for power in range(num_rows.bit_length() + 1)})
+        """The sizes that are captured of stages for some of the rows; their padding costs next to nothing."""
         self.mixed = [
             MixedShape(tokens, tuple(-(-count // TILE_QUERIES) + SPARE_TILES for count in tokens), num_decode_rows)
             for tokens in map(self._micro_batch_tokens, token_counts(max_tokens))
@@ -64,6 +66,10 @@ class StepShapes:
     def batch_size(self, num_rows: int) -> int:
         """The next captured batch size."""
         return next(size for size in self.batch_sizes if size >= num_rows)
+
+    def selection_size(self, num_rows: int) -> int:
+        """The next captured size of a stage for some of the rows."""
+        return next(size for size in self.selection_sizes if size >= num_rows)
 
     def mixed_shape(self, work: StepWork) -> MixedShape:
         """The next captured shape where that is near, else the step's own.

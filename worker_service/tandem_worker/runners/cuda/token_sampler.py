@@ -1,118 +1,144 @@
-"""From a step's logits to its tokens, on a GPU: which sampler serves the rows, what of the logits it needs, and the
-log-probabilities that rows ask for.
+"""From a step's logits to its tokens and log-probabilities, on a GPU.
 
-Three samplers draw the same tokens from the same logits, each for more options than the one before. The plain kernel
-serves greedy rows and rows with a temperature, and needs only a rank's shard of the logits. The truncating kernel also
-cuts to a top-k up to MAX_TOP_K, with top-p and min-p. The reference sampler (sampler.py) serves everything, and is the
-only one that is not captured. The cheapest one that does what all of a step's rows ask serves them all.
+The logits stage comes first: it writes the adjusted logits of the rows that ask for that (kernels/adjust_logits.py).
+Then each selection of rows (selections.py) is sampled by kernels of its own: plain ones for greedy rows and rows with a
+temperature, which need only a rank's shard of the logits; those that also cut to a top-k; and those that find what
+top-p or min-p keep of the whole vocabulary. Last come the log-probabilities of the rows that ask for them. Each of
+these works on the rows of its selection alone, and is not run where that is empty.
 """
 
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from tandem_shared.step_plan import Int32Array
-from tandem_worker.kernels.sampling import MAX_TOP_K, SamplingKernels
+from tandem_shared.sampling_fields import MAX_LOGPROBS
+from tandem_shared.sampling_lists import MAX_LOGPROB_TOKEN_IDS
+from tandem_shared.step_plan import Int32Array, NewRow
+from tandem_worker.kernels.adjust_logits import adjust_logits
+from tandem_worker.kernels.best_tokens import BatchTensors
+from tandem_worker.kernels.report_logprobs import LogprobKernels
+from tandem_worker.kernels.sampling import SamplingKernels
 from tandem_worker.models.model import Model
+from tandem_worker.runners.cuda.adjusted_rows import AdjustedRowsState
 from tandem_worker.runners.cuda.device_state import DeviceState
-from tandem_worker.runners.logprobs import LogprobRows, QueuedLogprobs, logprob_rows, pack_logprobs
+from tandem_worker.runners.cuda.selections import RowSelections, Selection, StepSampling
+from tandem_worker.runners.logprobs import MAX_PROMPT_LOGITS, PromptPositions, QueuedLogprobs, QueuedPromptLogprobs
 from tandem_worker.runners.row_options import RowOptions
-from tandem_worker.runners.sampler import sample
-from tandem_worker.runners.transfers import to_device, to_host
-
-
-class SamplerKind(Enum):
-    PLAIN = auto()
-    """Greedy, and temperature"""
-    TRUNCATED = auto()
-    """With top-k up to MAX_TOP_K, and top-p and min-p beside it, too"""
-    GENERAL = auto()
-    """The reference sampler"""
-
-
-@dataclass(frozen=True)
-class SamplingChoice:
-    """How a step's rows are sampled."""
-
-    kind: SamplerKind
-    needs_all_logits: bool
-    """Whether the logits of all ranks' shards must be put together"""
-    num_rows: int
-    """How many rows are sampled from"""
-    logprobs: LogprobRows | None
-    """The rows whose log-probabilities are reported, if any"""
+from tandem_worker.runners.transfers import copy_to, to_device, to_host
 
 
 class TokenSampler:
-    """Samples the tokens of the sampling rows. gather, sample_plain and sample_truncated can be captured."""
+    """Samples the tokens of the sampling rows. adjust, sample and report can be captured: they launch kernels for a
+    number of slots, of which those past the selection's end are padding.
+    """
 
     def __init__(self, model: Model, state: DeviceState, options: RowOptions) -> None:
-        self._model, self._state, self._options = model, state, options
+        self._model, self._state = model, state
         communicator = model.communicator
         num_rows, vocab_size = state.logits.shape
         device = state.logits.device
+        self._batch = BatchTensors(
+            state.sampling_rows, state.context_lens, options.on_device, state.last_tokens, state.sampled
+        )
         self._kernels = self._local_kernels = SamplingKernels(num_rows, vocab_size, device)
         if state.is_sharded:
             self._local_kernels = SamplingKernels(
                 num_rows, vocab_size, device, communicator.shard, communicator.all_gather
             )
+        self._part = communicator.shard.vocab_part(vocab_size)
+        self._adjusted_rows = AdjustedRowsState(num_rows, vocab_size, self._part, device)
+        self._selections = RowSelections(num_rows, options)
+        self._lists = to_device(self._selections.lists, device).clone()
+        self._reports = LogprobKernels(num_rows, vocab_size, MAX_LOGPROBS, MAX_LOGPROB_TOKEN_IDS, device)
+        self._prompt_reports = LogprobKernels(MAX_PROMPT_LOGITS, vocab_size, MAX_LOGPROBS, 0, device)
+        self._prompt_slots = torch.arange(MAX_PROMPT_LOGITS, dtype=torch.int32, device=device)
+        # By row, the tokens whose log-probabilities it asks for.
+        self._requested = torch.zeros(num_rows, MAX_LOGPROB_TOKEN_IDS, dtype=torch.int32, device=device)
 
-    def choose(self, rows: Int32Array) -> SamplingChoice:
-        """Looks at what the step's sampling rows ask for, on the host."""
-        kind = self._cheapest_kind(rows)
-        logprobs = logprob_rows(rows, self._options)
-        needs_all = self._state.is_sharded and (kind is not SamplerKind.PLAIN or logprobs is not None)
-        return SamplingChoice(kind, needs_all, len(rows), logprobs)
+    def add(self, new_rows: Sequence[NewRow]) -> None:
+        """Writes what must be known of rows that enter the batch."""
+        self._adjusted_rows.add(new_rows)
+        asking = [new for new in new_rows if new.lists.logprob_token_ids]
+        if asking:
+            ids = np.zeros((len(asking), MAX_LOGPROB_TOKEN_IDS), np.int32)
+            for line, new in zip(ids, asking, strict=True):
+                line[: len(new.lists.logprob_token_ids)] = new.lists.logprob_token_ids
+            rows = to_device(np.array([new.row for new in asking]), self._requested.device)
+            self._requested.index_copy_(0, rows, to_device(ids, self._requested.device))
 
-    def _cheapest_kind(self, rows: Int32Array) -> SamplerKind:
-        top_k, has_threshold = self._options.top_k[rows], self._options.has_threshold[rows]
-        if (top_k > MAX_TOP_K).any() or (has_threshold & (top_k == 0)).any():
-            return SamplerKind.GENERAL
-        return SamplerKind.TRUNCATED if (top_k > 0).any() else SamplerKind.PLAIN
+    def select(self, rows: Int32Array, *, has_new_rows: bool) -> StepSampling:
+        """Looks at what the step's sampling rows ask for, on the host, and queues the lists' copy to the device where
+        they have changed. has_new_rows: whether rows have entered the batch since the last step.
+        """
+        sampling, has_changed = self._selections.select(rows, has_new_rows=has_new_rows)
+        if has_changed:
+            copy_to(self._lists, self._selections.lists)
+        return sampling
 
-    def gather(self, batch_size: int) -> None:
-        """Puts the shards' logits together."""
-        self._model.lm_head.gather_logits(self._state.local_logits[:batch_size], self._state.logits[:batch_size])
+    def set_masks(self, rows: np.ndarray, bits: Int32Array) -> None:
+        """What the grammars of these rows allow: see AdjustedRowsState.set_masks. To be called before adjust."""
+        self._adjusted_rows.set_masks(rows, bits)
 
-    def sample_plain(self, batch_size: int) -> None:
-        self._launch(self._local_kernels, self._state.local_logits, batch_size, is_truncated=False)
-
-    def sample_truncated(self, batch_size: int) -> None:
-        self._launch(self._kernels, self._state.logits, batch_size, is_truncated=True)
-
-    def _launch(self, kernels: SamplingKernels, logits: torch.Tensor, batch_size: int, *, is_truncated: bool) -> None:
+    def adjust(self, num_slots: int) -> None:
+        """The logits stage."""
         state = self._state
-        kernels(
-            logits[:batch_size], state.sampling_rows[:batch_size], state.context_lens, self._options.on_device,
-            state.last_tokens, state.sampled[:batch_size], is_truncated=is_truncated,
+        adjust_logits(
+            state.local_logits, state.adjusted_logits, self._lists[Selection.ADJUSTED, :num_slots], self._batch,
+            self._adjusted_rows.rows, self._part.start, self._part.stop - self._part.start,
         )  # fmt: skip
 
-    def sample_generally(self, num_rows: int) -> None:
-        """Any top-k, and top-p or min-p without one. It has no padding rows."""
-        state = self._state
-        rows = state.sampling_rows[:num_rows].long()
-        logits = state.logits[:num_rows].float()
-        options = self._options.of(rows, state.context_lens[rows].long())
-        sampled = sample(logits, options, any_random=True, any_truncated=True).int()
-        is_bad = logits.isnan().any(-1) | ~logits.amax(-1).isfinite()
-        # torch's cumulative sums may differ from rank to rank.
-        sampled = self._model.communicator.agree(sampled.masked_fill(is_bad, -1))
-        state.last_tokens[rows] = sampled.clamp(min=0)
-        state.sampled[:num_rows] = sampled
+    def sample(self, selection: Selection, num_slots: int) -> None:
+        state, batch = self._state, self._batch
+        indices = self._lists[selection, :num_slots]
+        is_adjusted = selection >= Selection.ADJUSTED_PLAIN
+        local = state.adjusted_logits if is_adjusted else state.local_logits
+        if selection in (Selection.PLAIN, Selection.ADJUSTED_PLAIN):
+            self._local_kernels.sample_plain(local, indices, batch)
+            return
+        logits = self._gathered(local, indices, state.all_adjusted_logits if is_adjusted else state.logits)
+        is_top_k = selection in (Selection.TOP_K, Selection.ADJUSTED_TOP_K)
+        sample = self._kernels.sample_top_k if is_top_k else self._kernels.sample_threshold
+        sample(logits, indices, batch, is_compact=state.is_sharded)
 
-    def report(self, choice: SamplingChoice) -> QueuedLogprobs | None:
-        """The log-probabilities that rows ask for, on their way to the host; None where no row asks for any."""
-        asked = choice.logprobs
+    def report(self, num_slots: int) -> None:
+        """The log-probabilities of the sampled tokens and of others, in their place on the device."""
+        state = self._state
+        indices = self._lists[Selection.REPORTED, :num_slots]
+        logits = self._gathered(state.local_logits, indices, state.logits)
+        self._reports(logits, indices, self._batch.rows, self._batch.out, self._requested, is_compact=state.is_sharded)
+
+    def queue_reports(self, sampling: StepSampling) -> QueuedLogprobs | None:
+        """The log-probabilities that report() has computed, on their way to the host; None where no row asks."""
+        asked = sampling.reported
         if asked is None:
             return None
-        device = self._state.logits.device
-        places = to_device(np.array(asked.places), device)
-        packed = pack_logprobs(
-            self._state.logits[places].float(),
-            self._state.sampled[places].clamp(min=0).long(),
-            max(asked.num_top),
-            to_device(asked.requested_ids, device).long(),
-        )
-        return QueuedLogprobs(asked, to_host(packed))
+        packed = to_host(self._reports.out[: len(asked.rows)])
+        width = 2 + 2 * self._reports.num_top + max(map(len, asked.requested))
+        return QueuedLogprobs(asked, packed[:, :width])
+
+    def report_prompts(self, hidden: torch.Tensor, asked: PromptPositions) -> QueuedPromptLogprobs:
+        """The log-probabilities of prompt tokens, on their way to the host. hidden (tokens, hidden_size) are the hidden
+        states of the tokens of the step's chunks. Launches its kernels one by one.
+        """
+        device = hidden.device
+        places, token_ids = to_device(asked.places, device), to_device(asked.token_ids, device)
+        packed = []
+        for part in asked.slices():
+            logits = self._model.compute_local_logits(hidden.index_select(0, places[part]))
+            logits = self._model.lm_head.gather_logits(logits)
+            slots = self._prompt_slots[: len(logits)]
+            # A copy, as a kernel's arguments must start at a multiple of 16 bytes.
+            self._prompt_reports(logits, slots, slots, token_ids[part].clone(), self._requested, is_compact=True)
+            packed.append(to_host(self._prompt_reports.out[: len(logits)]))
+        return QueuedPromptLogprobs(asked.parts, packed)
+
+    def _gathered(self, local: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The whole logits of the rows at `indices`, in the order of the slots; those of all rows in their order where
+        a rank has the whole vocabulary.
+        """
+        if not self._state.is_sharded:
+            return local
+        # Padding slots gather the first row.
+        shares = local.index_select(0, indices.clamp(min=0))
+        return self._model.lm_head.gather_logits(shares, out[: len(indices)])
