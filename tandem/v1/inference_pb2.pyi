@@ -428,7 +428,7 @@ class OutputOptions(_message.Message):
     @_builtins.property
     def logprob_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens whose log-probabilities are reported in every place of the output, with num_logprobs or without. At most 20,
-        all in the vocabulary. Default: none.
+        all different and in the vocabulary. Default: none.
         """
 
     def __init__(
