@@ -90,6 +90,7 @@ def test_outputs_have_their_forms(engine: Engine, client: TandemClient) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_thousand_outputs_have_their_forms_though_workers_are_killed(engine: Engine, client: TandemClient) -> None:
     load = engine.load()
     outputs: list[Output] = []

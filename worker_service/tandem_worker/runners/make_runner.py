@@ -30,4 +30,4 @@ def make_runner(
         return TorchRunner(model, cache, batch, info, grammars)
     from tandem_worker.runners.cuda.cuda_runner import CudaRunner
 
-    return CudaRunner(model, cache, batch, info, use_graphs=use_graphs)
+    return CudaRunner(model, cache, batch, info, grammars, use_graphs=use_graphs)

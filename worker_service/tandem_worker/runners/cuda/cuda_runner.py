@@ -3,7 +3,8 @@
 Theory of operation. A step of a small model takes the GPU about a millisecond, and launching its few hundred kernels
 takes the CPU longer. So the kernels are captured in CUDA graphs, and everything that they read lies on the device at a
 fixed place: block tables, context lengths, every row's last token and its sampling options (device_state.py). The host
-keeps its own copy of what it must decide by (batch.py); no step waits for the GPU to tell it anything.
+keeps its own copy of what it must decide by (batch.py); no step waits for the GPU to tell it anything, but for those of
+rows with grammars.
 
 For each plan the host does four things:
 1. It checks the plan and applies it to the batch (Batch.apply), and writes the options and block tables of new rows.
@@ -20,6 +21,8 @@ graph launches and one copy back.
 What may surprise:
 - A sampled token is written to last_tokens on the device, and the row's next step reads it there. The next plan is
   executed before the host has seen the token.
+- Steps in which rows with grammars sample are the exception: the host queues the forward pass, waits for the tokens of
+  the step before, and queues the rest once it has computed what the grammars allow (grammar_feed.py).
 - In a decode step the kernels themselves count context_lens up; in a mixed step the host's counts replace them.
 - Padding rows have the number PADDING_ROW and the kernels pass over them; padding tokens store their KV in block 0.
 """
@@ -34,11 +37,14 @@ from tandem_worker.models.model import Model
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.cuda.device_state import DeviceState
 from tandem_worker.runners.cuda.forward_pass import ForwardPass
+from tandem_worker.runners.cuda.grammar_feed import GrammarFeed
 from tandem_worker.runners.cuda.graph_runner import GraphRunner
 from tandem_worker.runners.cuda.input_layout import InputLayout
 from tandem_worker.runners.cuda.packer import Packer
 from tandem_worker.runners.cuda.step_shapes import StepShapes
 from tandem_worker.runners.cuda.token_sampler import TokenSampler
+from tandem_worker.runners.grammar_rows import GrammarRows
+from tandem_worker.runners.logits_stage import Grammars
 from tandem_worker.runners.logprobs import QueuedPromptLogprobs, prompt_positions
 from tandem_worker.runners.row_options import RowOptions
 from tandem_worker.runners.step_results import PendingStep, Timing
@@ -49,10 +55,18 @@ class CudaRunner:
     """A model, its KV pool and the persistent batch, on one GPU. The model's operations are TritonOperations."""
 
     def __init__(
-        self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo, *, use_graphs: bool = True
+        self,
+        model: Model,
+        cache: torch.Tensor,
+        batch: Batch,
+        info: WorkerInfo,
+        grammars: Grammars | None = None,
+        *,
+        use_graphs: bool = True,
     ) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim). Captures the graphs if use_graphs; else steps run
-        the same kernels, padded to the same sizes, one launch after the other.
+        the same kernels, padded to the same sizes, one launch after the other. Without `grammars`, a row that has a
+        grammar can't sample.
         """
         self.info = info
         self.model = model
@@ -65,6 +79,8 @@ class CudaRunner:
         self._packer = Packer(batch, shapes, layout)
         self._state = DeviceState(model, batch, shapes, layout, cache.device)
         self._sampler = TokenSampler(model, self._state, self._options)
+        grammars = grammars or GrammarRows(None, info.vocab_size, info.eos_token_ids)
+        self._grammars = GrammarFeed(grammars, self._sampler.set_masks, batch.num_rows, info.vocab_size)
         self._graphs = GraphRunner(ForwardPass(model, cache, self._state, layout), self._sampler, shapes)
         if use_graphs:
             self._graphs.capture(self._packer, self._state)
@@ -90,6 +106,7 @@ class CudaRunner:
 
     def reset(self) -> None:
         self._batch.reset()
+        self._grammars.reset()
         self._ended = None
 
     def close(self) -> None:
@@ -102,6 +119,7 @@ class CudaRunner:
         work = self._batch.apply(plan)
         self._options.set(plan.added_rows)
         self._sampler.add(plan.added_rows)
+        self._grammars.add(plan.added_rows)
         packed = self._packer.pack(plan, work)
         self._state.write_block_tables(packed.whole_table_rows, self._batch.block_tables, self._batch.num_blocks)
         rows = work.sampling_rows
@@ -110,6 +128,7 @@ class CudaRunner:
         started = _record_event()
         self._state.write_input(packed.array)
         self._graphs.run_forward(packed, len(rows))
+        fault_codes = self._grammars.before_sampling(rows)
         self._graphs.run_logits_stage(sampling)
         self._graphs.run_samplers(sampling)
         self._graphs.run_reports(sampling)
@@ -117,8 +136,9 @@ class CudaRunner:
         prompt_logprobs = self._prompt_logprobs(work)
         token_ids = to_host(self._state.sampled[: len(rows)])
         previous_ended, self._ended = self._ended, _record_event()
+        self._grammars.after_sampling(rows, token_ids, self._ended)
         timing = Timing(prepared_ns, started, self._ended, previous_ended)
-        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, logprobs, prompt_logprobs)
+        return PendingStep(plan.step_id, rows.tolist(), token_ids, timing, logprobs, prompt_logprobs, fault_codes)
 
     def _prompt_logprobs(self, work: StepWork) -> QueuedPromptLogprobs | None:
         asked = prompt_positions(work, self._batch, self._options)
