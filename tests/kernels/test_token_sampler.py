@@ -1,5 +1,7 @@
 """Everything after the LM head, on a device, against the plain reference: mixtures of all that rows may ask."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +14,9 @@ from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import Grammar, SamplingLists
 from tandem_shared.step_plan import NewRow
 from tandem_worker.kernels.best_tokens import FORBIDDEN
+from tandem_worker.layers.parallel import VocabParallelEmbedding
 from tandem_worker.ranks.shard import Shard
-from tandem_worker.runners.cuda.selections import Selection
+from tandem_worker.runners.cuda.selections import SAMPLED, Selection, StepSampling
 from tandem_worker.runners.cuda.token_sampler import TokenSampler
 from tandem_worker.runners.logits_stage import adjust
 from tandem_worker.runners.logprobs import pack_logprobs
@@ -24,7 +27,7 @@ from tests.kernels.comparison import ON_GPU, slow_in_interpreter
 # The interpreter's numpy warns of -inf - -inf, which the kernels allow for.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NUM_ROWS = 12
-NUM_STEPS = 40 if ON_GPU else 4
+NUM_STEPS = 40 if ON_GPU else 3
 
 
 def make_state(vocab_size: int, shard: Shard, device: torch.device) -> Any:
@@ -82,10 +85,28 @@ def random_row(row: int, rng: np.random.Generator, vocab_size: int) -> NewRow:
     )
 
 
+class Exchange:
+    """What the ranks of a group give each other, one rank after the other: first each gives its shares, and gets a
+    likeness of what it asks for; then each runs again, and gets it.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.shares: list[list[torch.Tensor]] = [[] for _ in range(num_ranks)]
+        self.calls: Iterator[int] | None = None
+
+    def all_gather(self, rank: int, share: torch.Tensor) -> torch.Tensor:
+        if self.calls is None:
+            self.shares[rank].append(share.clone())
+            return torch.stack([share] * len(self.shares))
+        number = next(self.calls)
+        return torch.stack([shares[number] for shares in self.shares])
+
+
 class Simulation:
     """Rows that decode from random logits, and now and then give their place to a new one."""
 
-    def __init__(self, vocab_size: int, shard: Shard, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, shard: Shard, device: torch.device, exchange: Exchange | None = None) -> None:
+        self.exchange = exchange or Exchange(1)
         self.vocab_size, self.shard, self.device = vocab_size, shard, device
         self.rng = np.random.default_rng(0)
         self.state = make_state(vocab_size, shard, device)
@@ -96,9 +117,13 @@ class Simulation:
         self.num_equal = self.num_compared = 0
 
     def model(self) -> Any:
-        """One rank, whose logits a test puts together by itself."""
-        communicator = SimpleNamespace(shard=self.shard, all_gather=lambda x: x[None])
-        return SimpleNamespace(communicator=communicator)
+        def all_gather(share: torch.Tensor) -> torch.Tensor:
+            return self.exchange.all_gather(self.shard.rank, share) if self.shard.size > 1 else share[None]
+
+        communicator: Any = SimpleNamespace(shard=self.shard, all_gather=all_gather)
+        with self.device:
+            head = VocabParallelEmbedding(self.vocab_size, 1, torch.bfloat16, communicator)
+        return SimpleNamespace(communicator=communicator, lm_head=head)
 
     def add(self, numbers: list[int]) -> None:
         new_rows = [random_row(number, self.rng, self.vocab_size) for number in numbers]
@@ -138,6 +163,25 @@ class Simulation:
         prompt = self.tokens[row][: new.num_prompt_tokens]
         return adjust(logits, new.sampling, new.lists, prompt, output, masks.get(row))
 
+    def reference(self, rows: np.ndarray, masks: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits that the rows are sampled from, and the tokens."""
+        logits = torch.stack([self.expected_logits(i, row, masks) for i, row in enumerate(rows.tolist())])
+        where = torch.from_numpy(rows).long().to(self.device)
+        options = self.options.of(where, self.state.context_lens[where].long())
+        tokens = sample(logits.to(self.device), options, any_random=True, any_truncated=True)
+        tokens[logits.to(self.device).amax(-1) == -torch.inf] = -3
+        return logits, tokens
+
+    def sample(self, chosen: StepSampling) -> list[int]:
+        """What follows the logits stage. Returns the tokens."""
+        self.state.sampled.fill_(-7)
+        for selection in SAMPLED:
+            if chosen.counts[selection]:
+                self.sampler.sample(selection, padded(chosen.counts[selection]))
+        if chosen.counts[Selection.REPORTED]:
+            self.sampler.report(padded(chosen.counts[Selection.REPORTED]))
+        return self.state.sampled.tolist()
+
 
 def padded(count: int) -> int:
     return min(NUM_ROWS, 1 << (count - 1).bit_length())
@@ -161,19 +205,9 @@ def test_tokens_and_reports(device: torch.device, vocab_size: int) -> None:
         masks = simulation.set_masks(rows)
         if chosen.counts[Selection.ADJUSTED]:
             sampler.adjust(padded(chosen.counts[Selection.ADJUSTED]))
-        state.sampled.fill_(-7)
-        for selection in list(Selection)[:6]:
-            if chosen.counts[selection]:
-                sampler.sample(selection, padded(chosen.counts[selection]))
-                seen.add(selection)
-        if chosen.counts[Selection.REPORTED]:
-            sampler.report(padded(chosen.counts[Selection.REPORTED]))
-        sampled = state.sampled.tolist()
-        expected = torch.stack([simulation.expected_logits(i, row, masks) for i, row in enumerate(rows.tolist())])
-        where = torch.from_numpy(rows).long().to(device)
-        options = simulation.options.of(where, state.context_lens[where].long())
-        tokens = sample(expected.to(device), options, any_random=True, any_truncated=True)
-        tokens[expected.to(device).amax(-1) == -torch.inf] = -3
+        seen |= {selection for selection in SAMPLED if chosen.counts[selection]}
+        sampled = simulation.sample(chosen)
+        expected, tokens = simulation.reference(rows, masks)
         simulation.num_compared += len(rows)
         for place, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
             simulation.num_equal += sampled[place] == token
@@ -209,6 +243,35 @@ def check_reports(simulation: Simulation, rows: np.ndarray, sampled: list[int], 
         torch.testing.assert_close(
             torch.tensor(logprobs), packed[1 + num_top :].view(torch.float32), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("num_steps", [1, slow_in_interpreter(8)])
+def test_ranks_sample_the_tokens_of_one(device: torch.device, num_steps: int) -> None:
+    vocab_size, num_ranks = 300, 2
+    exchange = Exchange(num_ranks)
+    ranks = [Simulation(vocab_size, Shard(rank, num_ranks), device, exchange) for rank in range(num_ranks)]
+    rows = np.arange(NUM_ROWS, dtype=np.int32)
+    num_equal = 0
+    for step in range(num_steps):
+        chosen: list[StepSampling] = []
+        for simulation in ranks:
+            simulation.add(rows.tolist() if step == 0 else [step])
+            simulation.begin_step(rows)
+            chosen.append(simulation.sampler.select(rows, has_new_rows=True))
+            masks = simulation.set_masks(rows)
+            simulation.sampler.adjust(padded(chosen[-1].counts[Selection.ADJUSTED]))
+        exchange.calls, exchange.shares = None, [[] for _ in ranks]
+        for simulation, its_choice in zip(ranks, chosen, strict=True):
+            simulation.sample(its_choice)
+        for simulation, its_choice in zip(ranks, chosen, strict=True):
+            exchange.calls = itertools.count()
+            sampled = simulation.sample(its_choice)
+            _, tokens = simulation.reference(rows, masks)
+            num_equal += sum(np.array(sampled) == tokens.cpu().numpy())
+            check_reports(simulation, rows, sampled, simulation.sampler.queue_reports(its_choice))
+            for row, token in enumerate(sampled):
+                simulation.tokens[row].append(max(token, 0))
+    assert num_equal >= num_steps * num_ranks * NUM_ROWS - num_ranks
 
 
 def test_adjusted_logits_of_a_shard(device: torch.device) -> None:

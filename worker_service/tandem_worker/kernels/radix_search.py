@@ -178,21 +178,23 @@ def _search(
             rest = keys >> shift.to(tl.uint32)
             matters = ((rest >> DIGIT_BITS) == prefix.to(tl.uint32)) & (values > FORBIDDEN)
             matters = matters & (keys >= floor.to(tl.uint32))
-            if tl.max(matters.to(tl.int32), axis=0) > 0:
-                digit = tl.where(matters, (rest & (DIGITS - 1)).to(tl.int32), -1)
-                mass = tl.exp((values - top) * inverse)
-                digits = tl.arange(0, DIGITS)
-                masses = tl.zeros([DIGITS], tl.float32)
-                counts = tl.zeros([DIGITS], tl.int32)
-                for each in tl.static_range(DIGITS):
-                    is_here = digit == each
-                    masses = tl.where(digits == each, tl.sum(tl.where(is_here, mass, 0.0), axis=0), masses)
-                    if not BY_MASS:
-                        counts = tl.where(digits == each, tl.sum(is_here.to(tl.int32), axis=0), counts)
-                place = sums_of(sums, slot, number, BITS) + digits
-                tl.atomic_add(place, (masses * SCALE).to(tl.int64), mask=masses > 0, sem="relaxed")
+            digit = tl.where(matters, (rest & (DIGITS - 1)).to(tl.int32), -1)
+            # Nothing is summed up for digits that no token here has.
+            highest = tl.max(digit, axis=0)
+            lowest = tl.min(tl.where(matters, digit, DIGITS), axis=0)
+            mass = tl.exp((values - top) * inverse)
+            digits = tl.arange(0, DIGITS)
+            masses = tl.zeros([DIGITS], tl.float32)
+            counts = tl.zeros([DIGITS], tl.int32)
+            for each in range(lowest, highest + 1):
+                is_here = digit == each
+                masses = tl.where(digits == each, tl.sum(tl.where(is_here, mass, 0.0), axis=0), masses)
                 if not BY_MASS:
-                    tl.atomic_add(place + DIGITS, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+                    counts = tl.where(digits == each, tl.sum(is_here.to(tl.int32), axis=0), counts)
+            place = sums_of(sums, slot, number, BITS) + digits
+            tl.atomic_add(place, (masses * SCALE).to(tl.int64), mask=masses > 0, sem="relaxed")
+            if not BY_MASS:
+                tl.atomic_add(place + DIGITS, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
 
 
 search_kernel = Kernel(_search)

@@ -126,7 +126,7 @@ class SamplingKernels:
             )  # fmt: skip
         grid = (self._num_chunks, num_slots, 1)
         count_equal_kernel(
-            grid, logits, indices, rows, temperature, top_k, top_p, *searched, self._equal_counts, stride,
+            grid, logits, indices, rows, temperature, top_k, top_p, best, *searched, self._equal_counts, stride,
             self._chunk_stride, VOCAB=vocab, CHUNK=CHUNK, **last,
         )  # fmt: skip
         best_of_kept_kernel(

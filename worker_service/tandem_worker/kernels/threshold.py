@@ -128,7 +128,7 @@ def _settle(
 
 @triton.jit
 def _count_equal(
-    logits, indices, rows, temperature, top_k, top_p, tries, sums, states, equal_counts, stride, chunk_stride,
+    logits, indices, rows, temperature, top_k, top_p, best, tries, sums, states, equal_counts, stride, chunk_stride,
     VOCAB: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, COMPACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """How many of each chunk's logits equal the bound, (slots, chunk_stride)."""
@@ -144,12 +144,16 @@ def _count_equal(
         inverse = inverse_of(tl.load(temperature + row))
         limit, num_equal = bound(states, sums, slot, row, top_k, top_p, top, inverse, BITS)
         if num_equal < MANY:
-            line = slot.to(tl.int64) if COMPACT else index
-            token_ids = chunk * CHUNK + tl.arange(0, CHUNK)
-            in_vocab = token_ids < VOCAB
-            values = tl.load(logits + line * stride + token_ids, mask=in_vocab, other=float("-inf")).to(tl.float32)
-            is_equal = (sortable(values, BITS) == limit.to(tl.uint32)) & in_vocab
-            tl.store(equal_counts + slot * chunk_stride + chunk, tl.sum(is_equal.to(tl.int32), axis=0))
+            place = slot * chunk_stride + chunk
+            count = 0
+            if sortable(tl.load(best + place), BITS) >= limit.to(tl.uint32):
+                line = slot.to(tl.int64) if COMPACT else index
+                token_ids = chunk * CHUNK + tl.arange(0, CHUNK)
+                in_vocab = token_ids < VOCAB
+                values = tl.load(logits + line * stride + token_ids, mask=in_vocab, other=float("-inf"))
+                is_equal = (sortable(values.to(tl.float32), BITS) == limit.to(tl.uint32)) & in_vocab
+                count = tl.sum(is_equal.to(tl.int32), axis=0)
+            tl.store(equal_counts + place, count)
 
 
 @triton.jit
@@ -171,25 +175,31 @@ def _best_of_kept(
         top = read_float(tries + slot * TRY + TOP)
         inverse = inverse_of(tl.load(temperature + row))
         limit, num_equal = bound(states, sums, slot, row, top_k, top_p, top, inverse, BITS)
-        pair = tl.arange(0, CHUNK // 2)
-        token_ids = chunk * CHUNK + 2 * pair[:, None] + tl.arange(0, 2)[None, :]
-        in_vocab = token_ids < VOCAB
-        line = slot.to(tl.int64) if COMPACT else index
-        values = tl.load(logits + line * stride + token_ids, mask=in_vocab, other=float("-inf")).to(tl.float32)
-        keys = sortable(values, BITS)
-        is_kept = (keys > limit.to(tl.uint32)) & (values > FORBIDDEN)
-        is_equal = (keys == limit.to(tl.uint32)) & (values > FORBIDDEN)
-        if num_equal < MANY:
-            lanes = tl.arange(0, CHUNKS)
-            counts = tl.load(equal_counts + slot * chunk_stride + lanes, mask=lanes < chunk, other=0)
-            num_before = tl.sum(counts, axis=0)
-            order = tl.cumsum(tl.reshape(is_equal.to(tl.int32), [CHUNK]), axis=0)
-            is_equal = is_equal & (num_before + tl.reshape(order, [CHUNK // 2, 2]) <= num_equal)
-        is_kept = (is_kept | is_equal) & (tl.exp((values - top) * inverse) >= tl.load(min_p + row))
         place = best + slot * chunk_stride + chunk
-        pairs = chunk * (CHUNK // 2) + pair
-        scores = perturbed(values, tl.load(place), pairs, row, context_lens, temperature, seed, choice_index, PDL)
-        store_best(place, section, tl.where(is_kept, scores, float("-inf")), token_ids, 0, VOCAB)
+        largest = tl.load(place)
+        least_mass = tl.load(min_p + row)
+        if (sortable(largest, BITS) < limit.to(tl.uint32)) | (tl.exp((largest - top) * inverse) < least_mass):
+            # Nothing is kept in this chunk.
+            tl.store(place + section, float("-inf"))
+        else:
+            pair = tl.arange(0, CHUNK // 2)
+            token_ids = chunk * CHUNK + 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+            in_vocab = token_ids < VOCAB
+            line = slot.to(tl.int64) if COMPACT else index
+            values = tl.load(logits + line * stride + token_ids, mask=in_vocab, other=float("-inf")).to(tl.float32)
+            keys = sortable(values, BITS)
+            is_kept = (keys > limit.to(tl.uint32)) & (values > FORBIDDEN)
+            is_equal = (keys == limit.to(tl.uint32)) & (values > FORBIDDEN)
+            if num_equal < MANY:
+                lanes = tl.arange(0, CHUNKS)
+                counts = tl.load(equal_counts + slot * chunk_stride + lanes, mask=lanes < chunk, other=0)
+                num_before = tl.sum(counts, axis=0)
+                order = tl.cumsum(tl.reshape(is_equal.to(tl.int32), [CHUNK]), axis=0)
+                is_equal = is_equal & (num_before + tl.reshape(order, [CHUNK // 2, 2]) <= num_equal)
+            is_kept = (is_kept | is_equal) & (tl.exp((values - top) * inverse) >= least_mass)
+            pairs = chunk * (CHUNK // 2) + pair
+            scores = perturbed(values, largest, pairs, row, context_lens, temperature, seed, choice_index, PDL)
+            store_best(place, section, tl.where(is_kept, scores, float("-inf")), token_ids, 0, VOCAB)
 
 
 propose_kernel = Kernel(_propose)
