@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from benchmarks.common import modelless_worker
@@ -96,8 +97,9 @@ class SteadyRunner:
         new = self._rows[row]
         first = len(new.token_ids) - self._left[row] + 1
         num, num_top = min(first + count, new.num_prompt_tokens) - first, new.sampling.num_prompt_logprobs or 0
-        top = tuple(range(num_top)) * num
-        return PromptLogprobs(row, first, (-1.0,) * num, (1,) * num, num_top, top, (-1.5,) * len(top))
+        top = np.tile(np.arange(num_top, dtype=np.int32), num)
+        logprobs, top_logprobs = np.full(num, -1.0, np.float32), np.full(len(top), -1.5, np.float32)
+        return PromptLogprobs(row, first, logprobs, np.ones(num, np.int32), num_top, top, top_logprobs)
 
 
 def main() -> None:

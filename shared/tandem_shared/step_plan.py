@@ -14,6 +14,7 @@ from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 
 Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
 
 PADDING_BLOCK = 0
 """The KV block that padding tokens and inactive rows are stored in. No sequence ever gets it."""
@@ -28,6 +29,10 @@ FAULT_NO_TOKEN = 3
 
 def _no_ints() -> Int32Array:
     return np.empty(0, np.int32)
+
+
+def _no_floats() -> Float32Array:
+    return np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +92,17 @@ class RowLogprobs:
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
     """The log-probabilities of prompt tokens at consecutive positions, each given the tokens before it. logprobs and
-    ranks have an entry for each position; top_token_ids and top_logprobs have num_top, likeliest first.
+    ranks are (num_positions,); top_token_ids and top_logprobs are (num_positions * num_top,), those of a position
+    likeliest first. They are arrays because a step may report thousands of positions.
     """
 
     row: int
     first_position: int
-    logprobs: tuple[float, ...]
-    ranks: tuple[int, ...]
+    logprobs: Float32Array
+    ranks: Int32Array
     num_top: int = 0
-    top_token_ids: tuple[int, ...] = ()
-    top_logprobs: tuple[float, ...] = ()
+    top_token_ids: Int32Array = field(default_factory=_no_ints)
+    top_logprobs: Float32Array = field(default_factory=_no_floats)
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,11 +156,11 @@ async def test_a_prompts_log_probabilities_come_before_the_output(settings: dict
     truth = expected_prompt_logprobs(sequence, vocab_size=VOCAB_SIZE)
     assert streamed.prompt_logprobs == list(unary.prompt_logprobs)
     assert [report.token_id for report in unary.prompt_logprobs] == prompt[1:]
-    assert tuple(report.logprob for report in unary.prompt_logprobs) == truth.logprobs
-    assert tuple(report.rank for report in unary.prompt_logprobs) == truth.ranks
+    assert [report.logprob for report in unary.prompt_logprobs] == truth.logprobs.tolist()
+    assert [report.rank for report in unary.prompt_logprobs] == truth.ranks.tolist()
     top = [each for report in unary.prompt_logprobs for each in report.top]
-    assert tuple(each.token_id for each in top) == truth.top_token_ids
-    assert tuple(each.logprob for each in top) == truth.top_logprobs
+    assert [each.token_id for each in top] == truth.top_token_ids.tolist()
+    assert [each.logprob for each in top] == truth.top_logprobs.tolist()
     assert all(len(message.prompt_logprobs) <= 64 for message in streamed.messages)
     assert [choice.token_ids for choice in streamed.choices.values()] == [list(c.token_ids) for c in unary.choices]
     assert none.prompt_logprobs == []

@@ -1,14 +1,15 @@
 """Short ways to make the plain data that tests feed to the scheduler."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
-from tandem_shared.step_plan import WorkerInfo
+from tandem_shared.step_plan import PromptLogprobs, WorkerInfo
 
 VOCAB_SIZE = 1000
 
@@ -76,3 +77,33 @@ def create_requests(
         sampling = RowSampling(temperature=1.0, seed=index) if index % 2 else GREEDY
         requests.append(create_request(index, prompt, max_tokens, sampling=sampling))
     return requests
+
+
+def prompt_logprobs(
+    row: int,
+    first_position: int,
+    logprobs: Sequence[float],
+    ranks: Sequence[int],
+    num_top: int = 0,
+    top_token_ids: Sequence[int] = (),
+    top_logprobs: Sequence[float] = (),
+) -> PromptLogprobs:
+    """A report on prompt tokens, of plain numbers."""
+    return PromptLogprobs(
+        row,
+        first_position,
+        np.array(logprobs, np.float32),
+        np.array(ranks, np.int32),
+        num_top,
+        np.array(top_token_ids, np.int32),
+        np.array(top_logprobs, np.float32),
+    )
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as tuples and arrays as their type and numbers, so that they can be compared with ==."""
+    if is_dataclass(value):
+        return tuple(plain(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, np.ndarray):
+        return value.dtype.name, value.tolist()
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -29,7 +29,7 @@ from tandem_shared.step_plan import (
     StepResult,
     WorkerInfo,
 )
-from tests.support.builders import VOCAB_SIZE, worker_info
+from tests.support.builders import VOCAB_SIZE, prompt_logprobs, worker_info
 
 Chain = npt.NDArray[np.uint64]
 """Entry p is a hash of all tokens 0 to p of a sequence. 0 stands for an unwritten slot."""
@@ -94,14 +94,14 @@ def rank_of(token_id: int) -> int:
 def prompt_report(row: int, chain: list[int], first: int, end: int, num_top: int, vocab_size: int) -> PromptLogprobs:
     """What is reported of the prompt positions first to end - 1: functions of the tokens up to each."""
     entries = chain[first:end]
-    return PromptLogprobs(
+    return prompt_logprobs(
         row,
         first,
-        logprobs=tuple(-(entry % 256) / 8 for entry in entries),
-        ranks=tuple(entry % 50 + 1 for entry in entries),
+        logprobs=[-(entry % 256) / 8 for entry in entries],
+        ranks=[entry % 50 + 1 for entry in entries],
         num_top=num_top,
-        top_token_ids=tuple((entry // 64 + i) % vocab_size for entry in entries for i in range(num_top)),
-        top_logprobs=tuple(-(entry % 4) - 0.5 * i for entry in entries for i in range(num_top)),
+        top_token_ids=[(entry // 64 + i) % vocab_size for entry in entries for i in range(num_top)],
+        top_logprobs=[-(entry % 4) - 0.5 * i for entry in entries for i in range(num_top)],
     )
 
 

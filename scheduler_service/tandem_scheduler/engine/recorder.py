@@ -239,8 +239,10 @@ def _new_row_to_json(row: NewRow) -> dict[str, Any]:
 
 
 def _round_trip(value: dict[str, Any]) -> dict[str, Any]:
-    """Turns tuples into lists, as JSON does, so that a value equals its own recording."""
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+    """Turns tuples into lists, as JSON does, so that a value equals its own recording; and arrays, which JSON lacks."""
+    return {
+        key: np.asarray(item).tolist() if isinstance(item, tuple | np.ndarray) else item for key, item in value.items()
+    }
 
 
 def _request_from_json(value: dict[str, Any]) -> SequenceRequest:
@@ -270,13 +272,18 @@ def _result_from_json(value: dict[str, Any]) -> StepResult:
     classes: dict[str, Callable[..., Any]] = {
         "faults": RowFault,
         "logprobs": RowLogprobs,
-        "prompt_logprobs": PromptLogprobs,
+        "prompt_logprobs": _prompt_logprobs_from_json,
     }
     reports = {
         name: tuple(make(**{key: _as_tuples(item) for key, item in each.items()}) for each in value[name])
         for name, make in classes.items()
     }
     return StepResult(**value | reports)
+
+
+def _prompt_logprobs_from_json(**value: Any) -> PromptLogprobs:
+    types = {"logprobs": np.float32, "ranks": np.int32, "top_token_ids": np.int32, "top_logprobs": np.float32}
+    return PromptLogprobs(**value | {name: np.array(value[name], kind) for name, kind in types.items()})
 
 
 def _worker_from_json(value: dict[str, Any]) -> WorkerInfo:

@@ -88,7 +88,7 @@ def decode_state(message: engine_pb2.EngineState) -> EngineState:
 
 
 def encode_outputs(batch: OutputBatch) -> engine_pb2.AttachResponse:
-    return engine_pb2.AttachResponse(
+    message = engine_pb2.AttachResponse(
         token_handles=np.array(batch.token_handles, HANDLES).tobytes(),
         token_ids=pack_ids(batch.token_ids),
         logprobs=_encode_logprobs(batch.logprobs) if batch.logprobs else None,
@@ -102,11 +102,10 @@ def encode_outputs(batch: OutputBatch) -> engine_pb2.AttachResponse:
             )
             for end in batch.ends
         ],
-        prompt_logprobs=[
-            engine_pb2.SequencePromptLogprobs(handle=handle, report=encode_prompt_logprobs(report))
-            for handle, report in batch.prompt_logprobs
-        ],
     )
+    for handle, report in batch.prompt_logprobs:
+        encode_prompt_logprobs(report, message.prompt_logprobs.add(handle=handle).report)
+    return message
 
 
 def decode_outputs(message: engine_pb2.AttachResponse) -> OutputBatch:
@@ -160,8 +159,9 @@ def _encode_logprobs(reports: list[tuple[int, RowLogprobs]]) -> engine_pb2.Token
 
 
 def _decode_logprobs(message: engine_pb2.TokenLogprobs) -> list[tuple[int, RowLogprobs]]:
-    top_token_ids, top_logprobs = tuple(message.top_token_ids), tuple(message.top_logprobs)
-    all_requested = tuple(message.requested_logprobs)
+    # A slice takes half the time of iterating protobuf's container.
+    top_token_ids, top_logprobs = tuple(message.top_token_ids[:]), tuple(message.top_logprobs[:])
+    all_requested = tuple(message.requested_logprobs[:])
     reports, start, requested_start = [], 0, 0
     for handle, logprob, num_top, rank, num_requested in zip(
         message.handles, message.logprobs, message.num_top, message.ranks, message.num_requested, strict=True

@@ -825,32 +825,26 @@ class PromptLogprobs(_message.Message):
     """The row. It is 0 and means nothing where the message is not part of a step's result."""
     first_position: _builtins.int
     """The position of the first of these tokens, 1 or more."""
+    logprobs: _builtins.bytes
+    """The natural log-probability of each token, as float32, little-endian."""
+    ranks: _builtins.bytes
+    """For each token, 1 plus the number of tokens that were likelier in its place, as int32, little-endian."""
     num_top: _builtins.int
     """How many likeliest tokens are reported for each position."""
     top_token_ids: _builtins.bytes
     """The likeliest tokens of each position, likeliest first, as int32, little-endian."""
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The natural log-probability of each token."""
-
-    @_builtins.property
-    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For each token, 1 plus the number of tokens that were likelier in its place."""
-
-    @_builtins.property
-    def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Parallel to top_token_ids: their natural log-probabilities."""
-
+    top_logprobs: _builtins.bytes
+    """Parallel to top_token_ids: their natural log-probabilities, as float32, little-endian."""
     def __init__(
         self,
         *,
         row: _builtins.int = ...,
         first_position: _builtins.int = ...,
-        logprobs: _abc.Iterable[_builtins.float] | None = ...,
-        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _builtins.bytes = ...,
+        ranks: _builtins.bytes = ...,
         num_top: _builtins.int = ...,
         top_token_ids: _builtins.bytes = ...,
-        top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        top_logprobs: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

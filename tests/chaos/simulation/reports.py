@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from tandem_scheduler.core.types import StepOutputs
 from tests.chaos.simulation.wishes import VOCAB_SIZE, sampling_of
-from tests.support.builders import create_request
+from tests.support.builders import create_request, plain
 from tests.support.fake_worker import expected_prompt_logprobs
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ class PromptReports:
             self._next[sequence_id] = end
             request = create_request(0, message.prompt.token_ids.ids, sampling=sampling)
             truth = expected_prompt_logprobs(request, vocab_size=VOCAB_SIZE)
-            got = (report.first_position, report.logprobs, report.ranks, report.top_token_ids)
+            got = plain((report.first_position, report.logprobs, report.ranks, report.top_token_ids))
             tops = slice((position - 1) * truth.num_top, (end - 1) * truth.num_top)
             positions = slice(position - 1, end - 1)
-            right = (position, truth.logprobs[positions], truth.ranks[positions], truth.top_token_ids[tops])
+            right = plain((position, truth.logprobs[positions], truth.ranks[positions], truth.top_token_ids[tops]))
             if got != right:
                 self._world.fail(f"request {call.asked.serial}: prompt reported as {got}, not {right}")
             self._world.count("prompt reported in parts" if position > 1 else "prompt reported")

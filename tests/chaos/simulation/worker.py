@@ -16,12 +16,12 @@ from tandem_shared.step_plan import (
     FAULT_GRAMMAR,
     FAULT_NAN_LOGITS,
     FAULT_NO_TOKEN,
-    PromptLogprobs,
     RowLogprobs,
     StepPlan,
     StepResult,
     WorkerInfo,
 )
+from tests.support.builders import prompt_logprobs
 from tests.support.fake_worker import BrokenPlan, FakeRunner
 
 MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (
@@ -31,7 +31,7 @@ MISFITS: tuple[Callable[[StepResult], StepResult], ...] = (
     lambda result: dataclasses.replace(result, num_token_ids=[2], token_ids=[0, 0]),
     lambda result: dataclasses.replace(result, logprobs=(RowLogprobs(10_000, -1.0),)),
     lambda result: dataclasses.replace(
-        result, prompt_logprobs=(*result.prompt_logprobs, PromptLogprobs(0, 10_000, (-1.0,), (1,)))
+        result, prompt_logprobs=(*result.prompt_logprobs, prompt_logprobs(0, 10_000, (-1.0,), (1,)))
     ),
 )
 """Make results that fit no plan."""

@@ -1,14 +1,12 @@
 """Plans, results and infos survive the wire, byte for byte of real protobuf."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.internal.v1 import worker_pb2
-from tandem_shared.errors import InvalidPlan
+from tandem_shared.errors import InvalidPlan, ProtocolError
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import Grammar, SamplingLists
 from tandem_shared.step_codec import (
@@ -23,7 +21,6 @@ from tandem_shared.step_codec import (
 )
 from tandem_shared.step_plan import (
     NewRow,
-    PromptLogprobs,
     RowFault,
     RowLogprobs,
     StepPlan,
@@ -31,6 +28,7 @@ from tandem_shared.step_plan import (
     StepTimes,
     WorkerInfo,
 )
+from tests.support.builders import plain, prompt_logprobs
 
 numbers = st.integers(0, 2**31 - 1)
 arrays = st.lists(numbers, max_size=6).map(lambda values: np.array(values, np.int32))
@@ -93,14 +91,14 @@ reports = st.builds(
     requested_logprobs=st.lists(floats, max_size=3).map(tuple),
 )
 prompt_reports = st.builds(
-    PromptLogprobs,
+    prompt_logprobs,
     row=numbers,
     first_position=numbers,
-    logprobs=st.lists(floats, max_size=3).map(tuple),
+    logprobs=st.lists(floats, max_size=3),
     ranks=ids,
     num_top=numbers,
     top_token_ids=ids,
-    top_logprobs=st.lists(floats, max_size=3).map(tuple),
+    top_logprobs=st.lists(floats, max_size=3),
 )
 times = st.builds(StepTimes, *[st.integers(0, 2**63)] * 6)
 results = st.builds(
@@ -142,16 +140,6 @@ infos = st.builds(
 )
 
 
-def plain(value: object) -> object:
-    """Dataclasses as tuples and arrays as lists, so that they can be compared with ==."""
-    if dataclasses.is_dataclass(value):
-        return tuple(plain(getattr(value, field.name)) for field in dataclasses.fields(value))
-    if isinstance(value, np.ndarray):
-        assert value.dtype == np.int32
-        return value.tolist()
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-
 @given(plans)
 def test_plans(plan: StepPlan) -> None:
     data = encode_plan(plan).SerializeToString()
@@ -191,3 +179,10 @@ def test_ids_that_are_cut_are_an_invalid_plan(field: str) -> None:
     row = worker_pb2.NewRow(**{field: b"\x01\x00\x00"})
     with pytest.raises(InvalidPlan, match="whole number"):
         decode_plan(worker_pb2.StepPlan(step_id=1, added_rows=[row]))
+
+
+@pytest.mark.parametrize("field", ["logprobs", "ranks", "top_token_ids", "top_logprobs"])
+def test_a_report_on_a_prompt_with_broken_numbers_is_refused(field: str) -> None:
+    report = worker_pb2.PromptLogprobs(**{field: bytes(6)})
+    with pytest.raises(ProtocolError, match="6 bytes are not a whole number"):
+        decode_result(worker_pb2.StepResult(prompt_logprobs=[report]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tandem_shared.step_plan import Int32Array, PromptLogprobs, RowLogprobs
+from tandem_shared.step_plan import Float32Array, Int32Array, PromptLogprobs, RowLogprobs
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.row_options import RowOptions
 
@@ -187,17 +187,18 @@ class QueuedPromptLogprobs:
                 PromptLogprobs(
                     row=part.row,
                     first_position=part.first_position,
-                    logprobs=tuple(logprobs[lines, 0].tolist()),
-                    ranks=tuple(ranks[lines].tolist()),
+                    logprobs=logprobs[lines, 0],
+                    ranks=ranks[lines],
                     num_top=ids.shape[1],
-                    top_token_ids=tuple(ids.flatten().tolist()),
-                    top_logprobs=tuple(tops.flatten().tolist()),
+                    top_token_ids=ids.flatten(),
+                    top_logprobs=tops.flatten(),
                 )
             )
         return tuple(sorted(reports, key=lambda report: report.row))
 
 
-def _unpack(packed: torch.Tensor, num_requested: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ranks (n,), ids (n, top) and log-probabilities (n, 1 + top + requested)."""
-    num_top = (packed.shape[1] - 2 - num_requested) // 2
-    return packed[:, 0], packed[:, 1 : 1 + num_top], packed[:, 1 + num_top :].view(torch.float32)
+def _unpack(packed: torch.Tensor, num_requested: int) -> tuple[Int32Array, Int32Array, Float32Array]:
+    """Ranks (n,), ids (n, top) and log-probabilities (n, 1 + top + requested), all in the memory of `packed`."""
+    values: Int32Array = packed.numpy()
+    num_top = (values.shape[1] - 2 - num_requested) // 2
+    return values[:, 0], values[:, 1 : 1 + num_top], values[:, 1 + num_top :].view(np.float32)

@@ -344,8 +344,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.seen["prompt reports"] += 1
         count = position - 1
         for name, each in [("logprobs", 1), ("ranks", 1), ("top_token_ids", truth.num_top)]:
-            joined = tuple(value for report in reports for value in getattr(report, name))
-            assert joined == getattr(truth, name)[: count * each]
+            joined = [value for report in reports for value in getattr(report, name).tolist()]
+            assert joined == getattr(truth, name)[: count * each].tolist()
         assert num_left >= 0
         # The engine has counted what is computed again, and reported again.
         self.seen["prompts reported in parts"] += len(reports) > 1

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_shared.errors import ProtocolError
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_plan import PromptLogprobs, StepResult, WorkerInfo
-from tests.support.builders import create_request, worker_info
+from tests.support.builders import create_request, plain, prompt_logprobs, worker_info
 from tests.support.engine import Engine
 from tests.support.fake_worker import FakeRunner, expected_prompt_logprobs, expected_tokens
 from tests.unit.scheduler.core.engines import launch, make_engine
@@ -29,10 +30,10 @@ def joined(reports: list[PromptLogprobs]) -> PromptLogprobs:
         assert each.first_position == whole.first_position + len(whole.logprobs)
         whole = replace(
             whole,
-            logprobs=whole.logprobs + each.logprobs,
-            ranks=whole.ranks + each.ranks,
-            top_token_ids=whole.top_token_ids + each.top_token_ids,
-            top_logprobs=whole.top_logprobs + each.top_logprobs,
+            logprobs=np.append(whole.logprobs, each.logprobs),
+            ranks=np.append(whole.ranks, each.ranks),
+            top_token_ids=np.append(whole.top_token_ids, each.top_token_ids),
+            top_logprobs=np.append(whole.top_logprobs, each.top_logprobs),
         )
     return replace(whole, row=0)
 
@@ -43,7 +44,7 @@ def test_each_position_is_reported_once_whatever_the_chunks(max_chunk_tokens: in
     request = asking(23)
     engine.add(request, create_request(B, range(30)))
     engine.drain()
-    assert joined(engine.prompt_reports[A]) == expected_prompt_logprobs(request)
+    assert plain(joined(engine.prompt_reports[A])) == plain(expected_prompt_logprobs(request))
     assert engine.prompt_reports[B] == []
     assert engine.outputs[A] == expected_tokens(request)
 
@@ -64,7 +65,7 @@ def test_cached_tokens_are_computed_again_and_what_is_computed_is_cached() -> No
     assert launch(engine).added_rows[0].num_cached_tokens == 0
     engine.drain()
     assert engine.finished[A].num_cached_tokens == 0
-    assert joined(engine.prompt_reports[A]) == expected_prompt_logprobs(asking(20))
+    assert plain(joined(engine.prompt_reports[A])) == plain(expected_prompt_logprobs(asking(20)))
     engine.add(create_request(B, range(20)))
     assert launch(engine).added_rows[0].num_cached_tokens == 20
     engine.scheduler.check_integrity()
@@ -87,7 +88,7 @@ def test_after_a_loss_only_what_was_not_reported_comes_out() -> None:
     lose(engine, worker_info(block_size=4, max_num_batched_tokens=3))
     assert launch(engine).added_rows[0].sampling.num_prompt_logprobs == 2
     engine.drain()
-    assert joined(engine.prompt_reports[A]) == expected_prompt_logprobs(request)
+    assert plain(joined(engine.prompt_reports[A])) == plain(expected_prompt_logprobs(request))
     assert engine.outputs[A] == expected_tokens(request)
 
 
@@ -117,7 +118,7 @@ def test_reports_of_a_sequence_that_has_ended_are_dropped() -> None:
     assert engine.deliver().prompt_logprobs == []
 
 
-REPORT = PromptLogprobs(0, 1, (-1.0, -2.0), (1, 2))
+REPORT = prompt_logprobs(0, 1, (-1.0, -2.0), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -126,12 +127,12 @@ REPORT = PromptLogprobs(0, 1, (-1.0, -2.0), (1, 2))
         (),
         (replace(REPORT, row=1),),
         (replace(REPORT, first_position=2),),
-        (replace(REPORT, logprobs=(-1.0,), ranks=(1,)),),
-        (replace(REPORT, logprobs=(-1.0,) * 3, ranks=(1,) * 3),),
+        (prompt_logprobs(0, 1, (-1.0,), (1,)),),
+        (prompt_logprobs(0, 1, (-1.0,) * 3, (1,) * 3),),
         (REPORT, REPORT),
-        (replace(REPORT, ranks=(1,)),),
+        (prompt_logprobs(0, 1, (-1.0, -2.0), (1,)),),
         (replace(REPORT, num_top=1),),
-        (replace(REPORT, logprobs=(), ranks=()), REPORT),
+        (prompt_logprobs(0, 1, (), ()), REPORT),
     ],
     ids=["none", "other row", "late", "short", "long", "twice", "ranks", "top", "empty"],
 )
@@ -142,4 +143,4 @@ def test_reports_that_do_not_fit_their_plan_are_refused_whole(reports: tuple[Pro
     with pytest.raises(ProtocolError):
         engine.scheduler.update(StepResult(1, [1], [5], prompt_logprobs=reports))
     engine.drain()
-    assert joined(engine.prompt_reports[A]) == expected_prompt_logprobs(asking(3))
+    assert plain(joined(engine.prompt_reports[A])) == plain(expected_prompt_logprobs(asking(3)))

@@ -18,7 +18,7 @@ from tandem_scheduler.front_end.text.detokenizer import MIN_IDS_WITHOUT_GIL, Tex
 from tandem_scheduler.front_end.validation import check_request
 from tandem_shared.errors import OutputTooLarge, TextFailed, WorkerUnavailable
 from tandem_shared.step_plan import PromptLogprobs, RowLogprobs
-from tests.support.builders import worker_info
+from tests.support.builders import prompt_logprobs, worker_info
 from tests.support.tokenizers import CountingTokenizer, PanicException, embedded
 
 POISON = 500
@@ -253,9 +253,7 @@ def prompt_report(first: int, end: int) -> PromptLogprobs:
     """A report that says of each position which one it is."""
     positions = range(first, end)
     top = tuple(position for position in positions for _ in range(PROMPT_TOP))
-    return PromptLogprobs(
-        0, first, tuple(-float(p) for p in positions), tuple(positions), PROMPT_TOP, top, tuple(map(float, top))
-    )
+    return prompt_logprobs(0, first, [-float(p) for p in positions], positions, PROMPT_TOP, top, top)
 
 
 @pytest.mark.parametrize("max_reply_bytes", [None, 100_000], ids=["streamed", "unary"])

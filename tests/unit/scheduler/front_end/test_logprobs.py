@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.logprob_buffer import LogprobBuffer, logprob_bytes
 from tandem_scheduler.front_end.reply_size import max_reply_size, max_report_size, min_reply_size
-from tandem_shared.step_plan import PromptLogprobs, RowLogprobs
+from tandem_shared.step_plan import RowLogprobs
+from tests.support.builders import prompt_logprobs
 
 finite = st.floats(-100, 0, width=32)
 VOCAB_SIZES = st.sampled_from([100, 1024, 151_936, 2**31])
@@ -48,7 +49,7 @@ def test_reports_come_out_as_they_went_in(all_reports: list[RowLogprobs], cut: i
 
 def test_a_prompts_reports_come_out_token_by_token() -> None:
     buffer = LogprobBuffer()
-    buffer.extend(PromptLogprobs(0, 1, (-1.0, -2.0), (7, 1), 2, (4, 5, 6, 7), (-0.5, -1.0, -2.0, -3.0)))
+    buffer.extend(prompt_logprobs(0, 1, (-1.0, -2.0), (7, 1), 2, (4, 5, 6, 7), (-0.5, -1.0, -2.0, -3.0)))
     assert unpacked(buffer) == [
         RowLogprobs(0, -1.0, (4, 5), (-0.5, -1.0), 7),
         RowLogprobs(0, -2.0, (6, 7), (-2.0, -3.0), 1),

@@ -17,8 +17,8 @@ from tandem_scheduler.processes.engine_codec import (
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import Grammar, SamplingLists
-from tandem_shared.step_plan import PromptLogprobs, RowLogprobs
-from tests.support.builders import create_request
+from tandem_shared.step_plan import RowLogprobs
+from tests.support.builders import create_request, plain, prompt_logprobs
 
 
 def test_outputs() -> None:
@@ -32,21 +32,21 @@ def test_outputs() -> None:
         ],
         [SequenceEnd(2, FinishReason.LENGTH, 3)],
         [
-            (4, PromptLogprobs(0, 1, (-0.5, -1.5), (1, 9), 1, (7, 8), (-0.5, -0.25))),
-            (4, PromptLogprobs(0, 3, (-2.5,), (4,))),
+            (4, prompt_logprobs(0, 1, (-0.5, -1.5), (1, 9), 1, (7, 8), (-0.5, -0.25))),
+            (4, prompt_logprobs(0, 3, (-2.5,), (4,))),
         ],
     )
     message = engine_pb2.AttachResponse.FromString(encode_outputs(batch).SerializeToString())
-    assert decode_outputs(message) == batch
+    assert plain(decode_outputs(message)) == plain(batch)
     assert set(handles_in(message)) == set(batch.handles) == {1, 2, 4}
 
 
 def test_a_batch_of_prompt_reports_alone_is_news_and_is_added_behind_what_came_before() -> None:
-    first, second = ((3, PromptLogprobs(0, position, (-1.0,), (1,))) for position in (1, 2))
+    first, second = ((3, prompt_logprobs(0, position, (-1.0,), (1,))) for position in (1, 2))
     batch = OutputBatch(prompt_logprobs=[first])
     assert batch
     batch.extend(OutputBatch(prompt_logprobs=[second]))
-    assert batch.prompt_logprobs == [first, second]
+    assert plain(batch.prompt_logprobs) == plain([first, second])
 
 
 def test_the_error_of_a_request_stays_one() -> None:
