@@ -15,7 +15,7 @@ TandemError
 ├── RequestTooSlow            DEADLINE_EXCEEDED: the request did not arrive in time
 ├── DeadlinePassed            DEADLINE_EXCEEDED: the call's deadline passed before the request was started
 ├── SequenceFailed            INTERNAL: the engine failed on this one request
-├── TextFailed                INTERNAL: the tokenizer failed on this one request
+├── TextFailed                INTERNAL: the tokenizer or the chat template failed on this one request
 ├── OutputTooLarge            RESOURCE_EXHAUSTED: a reply, or what a slow reader left, is past its limit
 ├── ProtocolError             INTERNAL: one of our own processes broke the protocol
 ├── Unauthenticated           UNAUTHENTICATED (internal): the caller did not show the session secret
@@ -102,7 +102,9 @@ class SequenceFailed(TandemError):
 
 
 class TextFailed(TandemError):
-    """The tokenizer failed on this request's text or tokens; other requests go on."""
+    """The tokenizer failed on this request's text or tokens, or its chat template took too much time or memory; other
+    requests go on.
+    """
 
 
 class OutputTooLarge(TandemError):

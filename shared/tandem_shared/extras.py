@@ -13,6 +13,7 @@ _SCHEDULER_MODULES = (
     "grpc_health",
     "grpc_reflection",
     "huggingface_hub",
+    "jinja2",
     "llguidance",
     "numpy",
     "tokenizers",

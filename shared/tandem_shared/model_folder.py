@@ -17,7 +17,14 @@ from tandem_shared.errors import ModelError
 EMBEDDED_MODEL = "embedded"
 
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_FILES = [TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json", "config.json"]
+CHAT_TEMPLATE_FILES = ["chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"]
+TOKENIZER_FILES = [
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "generation_config.json",
+    "config.json",
+    *CHAT_TEMPLATE_FILES,
+]
 MAX_JSON_BYTES = 64 << 20
 """The size limit of a model's JSON files. The largest real ones are vocabularies of some ten MiB. Parsing a file may
 take many times its size in memory.

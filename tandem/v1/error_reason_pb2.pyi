@@ -49,7 +49,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SEQUENCE_FAILED: _ErrorReason.ValueType  # 9
     """INTERNAL: the engine failed on this request; other requests go on."""
     ERROR_REASON_TEXT_FAILED: _ErrorReason.ValueType  # 10
-    """INTERNAL: the tokenizer failed on this request's text or token ids; other requests go on."""
+    """INTERNAL: the tokenizer failed on this request's text or token ids, or the chat template took too much time or
+    memory; other requests go on.
+    """
     ERROR_REASON_OUTPUT_TOO_LARGE: _ErrorReason.ValueType  # 11
     """RESOURCE_EXHAUSTED: a reply is larger than the client takes, or the reader of a stream is too far behind."""
     ERROR_REASON_PROTOCOL_ERROR: _ErrorReason.ValueType  # 12
@@ -91,7 +93,9 @@ ERROR_REASON_DEADLINE_PASSED: ErrorReason.ValueType  # 8
 ERROR_REASON_SEQUENCE_FAILED: ErrorReason.ValueType  # 9
 """INTERNAL: the engine failed on this request; other requests go on."""
 ERROR_REASON_TEXT_FAILED: ErrorReason.ValueType  # 10
-"""INTERNAL: the tokenizer failed on this request's text or token ids; other requests go on."""
+"""INTERNAL: the tokenizer failed on this request's text or token ids, or the chat template took too much time or
+memory; other requests go on.
+"""
 ERROR_REASON_OUTPUT_TOO_LARGE: ErrorReason.ValueType  # 11
 """RESOURCE_EXHAUSTED: a reply is larger than the client takes, or the reader of a stream is too far behind."""
 ERROR_REASON_PROTOCOL_ERROR: ErrorReason.ValueType  # 12

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tokenizers import Tokenizer
 
 from tandem_scheduler.engine_interface import Engine, EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.front_end.chat.chat_renderer import ChatRenderer
 from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest
 from tandem_scheduler.front_end.logprob_buffer import logprob_bytes
@@ -45,9 +46,11 @@ class FrontEnd:
         tokenizer: Tokenizer,
         set_ready: Callable[[bool], Awaitable[None]],
         grammars: GrammarChecker | None = None,
+        chats: ChatRenderer | None = None,
     ) -> None:
-        """Without `grammars`, requests with a structured output are refused."""
+        """Without `grammars`, requests with a structured output are refused, and without `chats` conversations."""
         self.grammars = grammars
+        self.chats = chats or ChatRenderer(None)
         lengths = token_lengths(tokenizer)
         self.encoder = TextEncoder(tokenizer, lengths)
         self.decoder = TextDecoder(tokenizer, lengths)

@@ -16,6 +16,44 @@ class StructuredOutput:
     start_after_token_id: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, in a message of the assistant."""
+
+    id: str
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """A message of a conversation."""
+
+    role: str
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation, of which the model's chat template makes the prompt. Its messages may be made when they are
+    read.
+    """
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[str] = ()
+    """JSON objects."""
+    add_generation_prompt: bool | None = None
+    enable_thinking: bool | None = None
+    template_kwargs: str | None = None
+    """A JSON object: further variables of the template."""
+    continue_final_message: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationParams:
     """The fields of a generate request. None stands for a field that was left out, where that differs from a zero.
@@ -26,6 +64,7 @@ class GenerationParams:
 
     prompt_text: str | None = None
     prompt_token_ids: Sequence[int] | None = None
+    prompt_chat: Chat | None = None
     request_id: str = ""
     model: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict)

@@ -10,28 +10,27 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_scheduler.engine_interface import Submission
+from tandem_scheduler.front_end.chat.chat_renderer import ChatRenderer
 from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_scheduler.front_end.grammar_check import GrammarChecker
-from tandem_scheduler.front_end.list_checks import IDS_AT_ONCE, check_lists, check_token_ids, read_lists
+from tandem_scheduler.front_end.list_checks import check_lists, read_lists
+from tandem_scheduler.front_end.prompt_reader import is_long, read_prompt
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, max_reply_size, max_report_size
-from tandem_scheduler.front_end.text.encoder import INLINE_CHARACTERS, TextEncoder
+from tandem_scheduler.front_end.text.encoder import TextEncoder
 from tandem_scheduler.front_end.violations import Violations
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import RowSampling, fields_out_of_range
 from tandem_shared.sampling_lists import Grammar, problems
-from tandem_shared.step_plan import Int32Array, WorkerInfo
+from tandem_shared.step_plan import WorkerInfo
 
 MAX_CHOICES = 64
 MAX_REQUEST_ID_BYTES = 256
 MAX_CACHE_SALT_BYTES = 1024
 MAX_QUOTED_CHARACTERS = 64
-
-NO_IDS: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +68,10 @@ async def check_request(
     worker: WorkerInfo,
     served_model: str,
     grammars: GrammarChecker | None = None,
+    chats: ChatRenderer | None = None,
 ) -> GenerationRequest:
     """Raises InvalidRequest with what is wrong; QueueFull and TextFailed where the prompt can't be tokenized. Without
-    `grammars`, a request with a structured output is refused.
+    `grammars`, a request with a structured output is refused, and without `chats` one with a conversation.
     """
     violations = Violations()
     is_served = params.model in ("", served_model)
@@ -84,11 +84,10 @@ async def check_request(
     _check_reply_size(params, worker, violations)
     lists = await read_lists(params, encoder, worker, violations)
     grammar = await _read_grammar(params, grammars, worker, violations)
-    if _has_long_prompt(params):
-        # Reading a long prompt costs too much for a request that is already known to be wrong.
+    if is_long(params):
         _read_max_tokens(params, 0, worker, violations)
         violations.raise_any()
-    prompt = await _read_prompt(params, encoder, worker, violations)
+    prompt = await read_prompt(params, encoder, chats or ChatRenderer(None), worker, violations)
     max_tokens = _read_max_tokens(params, len(prompt), worker, violations)
     _check_prompt_reports(params, len(prompt), worker, violations)
     violations.raise_any()
@@ -209,37 +208,6 @@ def _check_output(params: GenerationParams, violations: Violations) -> None:
         "cache_salt",
         f"must have {MAX_CACHE_SALT_BYTES} bytes at most",
     )
-
-
-def _has_long_prompt(params: GenerationParams) -> bool:
-    return len(params.prompt_text or "") > INLINE_CHARACTERS or len(params.prompt_token_ids or ()) > IDS_AT_ONCE
-
-
-async def _read_prompt(
-    params: GenerationParams, encoder: TextEncoder, worker: WorkerInfo, violations: Violations
-) -> Int32Array:
-    """The prompt's ids; NO_IDS if it is wrong."""
-    text, token_ids, limit = params.prompt_text, params.prompt_token_ids, worker.max_model_len
-    if (text is None) == (token_ids is None):
-        description = "has neither text nor token_ids" if text is None else "has both text and token_ids"
-        violations.check(False, "prompt", description)
-        return NO_IDS
-    try:
-        if text is not None:
-            prompt = await encoder.encode("prompt.text", text, max_tokens=limit)
-            field = "prompt.text"
-        else:
-            assert token_ids is not None
-            field = "prompt.token_ids"
-            prompt = await check_token_ids(field, token_ids, limit, worker.vocab_size)
-    except InvalidRequest as error:
-        violations.add(*error.violations)
-        return NO_IDS
-    violations.check(len(prompt) > 0, field, "is empty")
-    violations.check(
-        len(prompt) < limit, field, f"{len(prompt)} tokens leave no room for output in the context of {limit}"
-    )
-    return prompt
 
 
 def _read_max_tokens(

@@ -9,7 +9,7 @@ import grpc
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd
 from tandem_scheduler.front_end.grpc_api.reply_codec import stream_message, whole_reply
-from tandem_scheduler.front_end.grpc_api.request_codec import AnyGenerateRequest, params_of, reply_limit
+from tandem_scheduler.front_end.grpc_api.request_codec import AnyGenerateRequest, chat_of, params_of, reply_limit
 from tandem_scheduler.front_end.grpc_api.wire_limits import (
     TooLargeToDecode,
     bounded_detokenize,
@@ -20,7 +20,7 @@ from tandem_scheduler.front_end.list_checks import check_token_ids
 from tandem_scheduler.front_end.live_request import LiveRequest, reply_too_large
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
 from tandem_scheduler.front_end.validation import check_model, check_request
-from tandem_shared.errors import WorkerUnavailable
+from tandem_shared.errors import FieldViolation, InvalidRequest, WorkerUnavailable
 from tandem_shared.step_plan import WorkerInfo
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -85,9 +85,14 @@ class InferenceServicer:
         if isinstance(request, TooLargeToDecode):
             raise request.error
         check_model(request.model, self._served_model)
-        add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        field, text, has_chat = "text", request.text, request.HasField("chat")
+        if has_chat:
+            if text:
+                raise InvalidRequest(FieldViolation("text", "must be empty, as there is a chat"))
+            field, text = "chat", await self._front_end.chats.render("chat", chat_of(request.chat))
+        add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else not has_chat
         ids = await self._front_end.encoder.encode(
-            "text", request.text, max_tokens=self._token_limit(), add_special_tokens=add_special_tokens
+            field, text, max_tokens=self._token_limit(), add_special_tokens=add_special_tokens
         )
         return inference_pb2.TokenizeResponse(token_ids=ids.tolist())
 
@@ -125,6 +130,7 @@ class InferenceServicer:
             max_model_len=worker.max_model_len,
             eos_token_ids=worker.eos_token_ids,
             default_sampling=inference_pb2.SamplingParams(**defaults) if defaults else None,  # type: ignore[arg-type]
+            has_chat_template=self._front_end.chats.has_template,
         )
 
     async def _open(
@@ -136,7 +142,9 @@ class InferenceServicer:
         params = params_of(request, max_reply_bytes, _deadline_of(context))
         front_end = self._front_end
         worker = self._worker()
-        checked = await check_request(params, front_end.encoder, worker, self._served_model, front_end.grammars)
+        checked = await check_request(
+            params, front_end.encoder, worker, self._served_model, front_end.grammars, front_end.chats
+        )
         return await front_end.open(checked)
 
     def _worker(self) -> WorkerInfo:

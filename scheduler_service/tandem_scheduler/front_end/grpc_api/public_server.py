@@ -9,6 +9,8 @@ import grpc
 
 from tandem.v1 import control_pb2_grpc
 from tandem_scheduler.engine_interface import Engine, EngineListener
+from tandem_scheduler.front_end.chat.chat_renderer import ChatRenderer
+from tandem_scheduler.front_end.chat.template_folder import read_chat_templates
 from tandem_scheduler.front_end.front_end import FrontEnd
 from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.grpc_api.inference_servicer import SERVICE_NAME, InferenceServicer
@@ -41,7 +43,9 @@ class PublicServer:
         self._settings = settings
         self._ends_process = ends_process
         tokenizer = load_tokenizer(tokenizer_folder)
-        self.front_end = FrontEnd(tokenizer, self._set_ready, GrammarChecker(tokenizer_folder, tokenizer))
+        self._chats = ChatRenderer(read_chat_templates(tokenizer_folder))
+        grammars = GrammarChecker(tokenizer_folder, tokenizer)
+        self.front_end = FrontEnd(tokenizer, self._set_ready, grammars, self._chats)
         inference = InferenceServicer(self.front_end, model_name(settings))
         self._server = Server(
             {
@@ -68,6 +72,7 @@ class PublicServer:
     async def stop(self) -> None:
         """Lets calls whose requests have ended send their last messages."""
         await (self._server.finish(STOP_GRACE_S) if self._ends_process else self._server.stop(STOP_GRACE_S))
+        await self._chats.close()
 
     async def _set_ready(self, is_ready: bool) -> None:
         await self._server.set_ready([SERVICE_NAME], is_ready)

@@ -1,9 +1,16 @@
 """Turns generate requests of the gRPC API into GenerationParams. Checks nothing and copies no repeated field."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, overload
 
 from tandem.v1 import inference_pb2
-from tandem_scheduler.front_end.generation_params import GenerationParams, StructuredOutput
+from tandem_scheduler.front_end.generation_params import (
+    Chat,
+    ChatMessage,
+    GenerationParams,
+    StructuredOutput,
+    ToolCall,
+)
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
 from tandem_shared.sampling_fields import REQUEST_FIELDS
@@ -21,6 +28,8 @@ SAMPLING_NAMES = tuple(field.name for field in REQUEST_FIELDS)
 
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 
+T = TypeVar("T")
+
 
 def params_of(
     request: AnyGenerateRequest, max_reply_bytes: int | None, deadline: float | None = None
@@ -30,6 +39,7 @@ def params_of(
     return GenerationParams(
         prompt_text=prompt.text if prompt.HasField("text") else None,
         prompt_token_ids=prompt.token_ids.ids if prompt.HasField("token_ids") else None,
+        prompt_chat=chat_of(prompt.chat) if prompt.HasField("chat") else None,
         request_id=request.request_id,
         model=request.model,
         sampling={name: getattr(sampling, name) for name in SAMPLING_NAMES if sampling.HasField(name)},  # type: ignore[arg-type]
@@ -52,6 +62,50 @@ def params_of(
         cache_salt=request.cache_salt,
         max_reply_bytes=max_reply_bytes,
         deadline=deadline,
+    )
+
+
+def chat_of(chat: inference_pb2.Chat) -> Chat:
+    return Chat(
+        messages=_Converted(chat.messages, _message_of),
+        tools=chat.tools,
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else None,
+        enable_thinking=chat.enable_thinking if chat.HasField("enable_thinking") else None,
+        template_kwargs=chat.chat_template_kwargs if chat.HasField("chat_template_kwargs") else None,
+        continue_final_message=chat.continue_final_message,
+    )
+
+
+class _Converted(Sequence[T]):
+    """The elements of a repeated field, each converted when it is read."""
+
+    def __init__(self, values: Sequence[Any], convert: Callable[[Any], T]) -> None:
+        self._values = values
+        self._convert = convert
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return _Converted(self._values[index], self._convert)
+        return self._convert(self._values[index])
+
+
+def _message_of(message: inference_pb2.ChatMessage) -> ChatMessage:
+    return ChatMessage(
+        role=message.role,
+        content=message.content if message.HasField("content") else None,
+        reasoning_content=message.reasoning_content if message.HasField("reasoning_content") else None,
+        tool_calls=_Converted(message.tool_calls, lambda call: ToolCall(call.id, call.name, call.arguments)),
+        tool_call_id=message.tool_call_id if message.HasField("tool_call_id") else None,
+        name=message.name if message.HasField("name") else None,
     )
 
 

@@ -2,7 +2,8 @@
 
 Decoding a request holds the event loop. A text may be as large as a message, as it is only copied. But four million ids
 or two million empty stop strings are no larger, and take much longer. So what is not the text of a prompt or a grammar
-is measured first: by the lengths that stand before a message's fields, without a look into them.
+is measured first: by the lengths that stand before a message's fields, without a look into them. A conversation has
+many texts, so its fields are counted too.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,14 @@ MAX_FIELDS = 256
 in parts.
 """
 
+MAX_CHAT_FIELDS = 16_384
+"""The most fields on the wire of a conversation, if the request is not small: a usual message has three, and a call of
+a tool with its answer eleven. Counting so many takes 20 ms.
+"""
+
+Texts = dict[int, "Texts | None"]
+"""The fields of a message that are texts of any length, or messages with such fields, by tag."""
+
 PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 FORM_TAG = inference_pb2.GenerateRequest.STRUCTURED_OUTPUT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 GRAMMAR_TAGS = tuple(
@@ -41,6 +50,19 @@ GRAMMAR_TAGS = tuple(
     )
 )
 TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+CHAT_TAG = inference_pb2.Prompt.CHAT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+CHAT_TEXTS: Texts = {
+    inference_pb2.Chat.TOOLS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
+    inference_pb2.Chat.CHAT_TEMPLATE_KWARGS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
+    inference_pb2.Chat.MESSAGES_FIELD_NUMBER << 3 | LENGTH_DELIMITED: {
+        inference_pb2.ChatMessage.CONTENT_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
+        inference_pb2.ChatMessage.REASONING_CONTENT_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
+        inference_pb2.ChatMessage.TOOL_CALLS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: {
+            inference_pb2.ToolCall.ARGUMENTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
+        },
+    },
+}
+TOKENIZE_CHAT_TAG = inference_pb2.TokenizeRequest.CHAT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 TOKENIZE_TEXT_TAG = inference_pb2.TokenizeRequest.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 DETOKENIZE_IDS_TAG = inference_pb2.DetokenizeRequest.TOKEN_IDS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
 
@@ -87,10 +109,10 @@ def bounded_detokenize(
 
 
 def bounded_tokenize(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooLargeToDecode]:
-    """A decoder of a request of one text and little else."""
+    """A decoder of a request of one text or conversation and little else."""
 
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        violation = _violation_beside(data, TOKENIZE_TEXT_TAG, "text")
+        violation = _violation_of_tokenize(data) if len(data) > MAX_PLAIN_OTHER_BYTES else None
         return decode(data) if violation is None else TooLargeToDecode(violation)
 
     return decode_bounded
@@ -98,20 +120,66 @@ def bounded_tokenize(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooL
 
 def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
     num_other = num_id_bytes = 0
+    chat = _ChatMeasure()
     try:
         for tag, start, end in fields(data, 0, len(data), MAX_FIELDS):
             if tag == PROMPT_TAG:
-                num_id_bytes += _num_bytes_beside((TEXT_TAG,), data, start, end)
+                num_id_bytes += _num_bytes_beside((TEXT_TAG, CHAT_TAG), data, start, end)
+                chat.add_all(CHAT_TAG, data, start, end)
             elif tag == FORM_TAG:
                 num_other += _num_bytes_beside(GRAMMAR_TAGS, data, start, end)
             else:
                 num_other += end - start
     except TooManyFields:
         num_other = len(data)
-    if num_other > MAX_OTHER_BYTES:
+    if chat.has_too_many_fields:
+        return _too_many_chat_fields("prompt.chat")
+    if num_other + chat.num_other_bytes > MAX_OTHER_BYTES:
         return _beside(MAX_OTHER_BYTES, "prompt and the grammar")
     has_too_many = num_id_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
     return _too_many("prompt.token_ids", max_num_ids) if has_too_many else None
+
+
+def _violation_of_tokenize(data: bytes) -> FieldViolation | None:
+    chat = _ChatMeasure()
+    try:
+        num_other = _num_bytes_beside((TOKENIZE_TEXT_TAG, TOKENIZE_CHAT_TAG), data, 0, len(data))
+        chat.add_all(TOKENIZE_CHAT_TAG, data, 0, len(data))
+    except TooManyFields:
+        num_other = len(data)
+    if chat.has_too_many_fields:
+        return _too_many_chat_fields("chat")
+    is_right = num_other + chat.num_other_bytes <= MAX_PLAIN_OTHER_BYTES
+    return None if is_right else _beside(MAX_PLAIN_OTHER_BYTES, "text")
+
+
+class _ChatMeasure:
+    """Counts the fields of a request's conversation, which may come in parts, and the bytes that are in no text."""
+
+    def __init__(self) -> None:
+        self._num_fields = 0
+        self.num_other_bytes = 0
+
+    @property
+    def has_too_many_fields(self) -> bool:
+        return self._num_fields > MAX_CHAT_FIELDS
+
+    def add_all(self, chat_tag: int, data: bytes, start: int, end: int) -> None:
+        """Measures the conversations among the fields in data[start:end]. Raises TooManyFields and DecodeError."""
+        for tag, at, stop in fields(data, start, end, MAX_FIELDS):
+            if tag == chat_tag:
+                self._add(CHAT_TEXTS, data, at, stop)
+
+    def _add(self, texts: Texts, data: bytes, start: int, end: int) -> None:
+        for tag, at, stop in fields(data, start, end, MAX_CHAT_FIELDS):
+            self._num_fields += 1
+            if self.has_too_many_fields:
+                raise TooManyFields
+            inner = texts.get(tag)
+            if inner is not None:
+                self._add(inner, data, at, stop)
+            elif tag not in texts:
+                self.num_other_bytes += stop - at
 
 
 def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None:
@@ -128,6 +196,10 @@ def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None
 def _num_bytes_beside(tags: tuple[int, ...], data: bytes, start: int, end: int) -> int:
     """The size of the fields in data[start:end] that have other tags. Raises TooManyFields and DecodeError."""
     return sum(stop - at for tag, at, stop in fields(data, start, end, MAX_FIELDS) if tag not in tags)
+
+
+def _too_many_chat_fields(field: str) -> FieldViolation:
+    return FieldViolation(field, f"has more than {MAX_CHAT_FIELDS} messages, tools and their fields, all together")
 
 
 def _beside(limit: int, name: str) -> FieldViolation:

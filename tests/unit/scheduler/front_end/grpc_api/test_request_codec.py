@@ -1,6 +1,7 @@
 """No field of a request is dropped silently: each changes the plain parameters that are made of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from google.protobuf.message import Message
 
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.generation_params import StructuredOutput
-from tandem_scheduler.front_end.grpc_api.request_codec import params_of
+from tandem_scheduler.front_end.grpc_api.request_codec import chat_of, params_of
 
 
 def leaves(message: Descriptor, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -30,7 +31,10 @@ def set_leaf(request: Message, path: tuple[str, ...]) -> None:
         holder = getattr(holder, part)
     field = holder.DESCRIPTOR.fields_by_name[name]
     if field.message_type is not None:
-        getattr(holder, name)[3] = 1.5
+        if field.message_type.GetOptions().map_entry:
+            getattr(holder, name)[3] = 1.5
+        else:
+            getattr(holder, name).add()
         return
     value: Any = "x" if field.type == FieldDescriptor.TYPE_STRING else 3
     if field.type == FieldDescriptor.TYPE_BOOL:
@@ -52,6 +56,27 @@ def test_each_field_changes_the_params(message: type[Message]) -> None:
         params = params_of(request, None)
         # An empty repeated field equals no tuple, so representations are compared.
         assert repr(params) != repr(nothing), path
+
+
+def plain(value: Any) -> Any:
+    """What is in a part of the params, to be compared."""
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    return [plain(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("part", ["Chat", "ChatMessage", "ToolCall"])
+def test_each_field_changes_the_chat(part: str) -> None:
+    def chat_with(path: tuple[str, ...] | None) -> Any:
+        chat = inference_pb2.Chat()
+        message = chat.messages.add()
+        holder = {"Chat": chat, "ChatMessage": message, "ToolCall": message.tool_calls.add()}[part]
+        if path is not None:
+            set_leaf(holder, path)
+        return plain(chat_of(chat))
+
+    for path in leaves(getattr(inference_pb2, part).DESCRIPTOR):
+        assert chat_with(path) != chat_with(None), path
 
 
 def test_a_form_has_its_parts() -> None:

@@ -52,6 +52,40 @@ def test_ids_that_must_be_too_many_are_not_decoded() -> None:
     assert isinstance(decode_ids(request.SerializeToString() * 100), TooLargeToDecode)
 
 
+def chat_request(num_messages: int, content: str, **fields: str) -> inference_pb2.GenerateStreamRequest:
+    message = inference_pb2.ChatMessage(role="assistant", content=content, **fields)
+    message.tool_calls.add(id="x", name="f", arguments=content)
+    chat = inference_pb2.Chat(messages=[message] * num_messages, tools=[content], chat_template_kwargs=content)
+    return inference_pb2.GenerateStreamRequest(prompt=inference_pb2.Prompt(chat=chat))
+
+
+def test_a_long_conversation_is_decoded() -> None:
+    tokenize = bounded_tokenize(inference_pb2.TokenizeRequest.FromString)
+    for request in (chat_request(1000, "x" * 1500), chat_request(1, "x" * 2_000_000, reasoning_content="x" * 900_000)):
+        assert decode(request.SerializeToString()) == request
+        chat = inference_pb2.TokenizeRequest(chat=request.prompt.chat)
+        assert tokenize(chat.SerializeToString()) == chat
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (chat_request(100_000, ""), "messages, tools and their fields"),
+        (chat_request(1, "", name="x" * 900_000), "bytes beside"),
+    ],
+    ids=["fields", "bytes"],
+)
+def test_a_conversation_that_takes_long_to_decode_is_not_decoded(
+    request_: inference_pb2.GenerateStreamRequest, reason: str
+) -> None:
+    refused = decode(request_.SerializeToString())
+    assert isinstance(refused, TooLargeToDecode) and reason in str(refused.error)
+    chat = inference_pb2.TokenizeRequest(chat=request_.prompt.chat)
+    in_parts = chat.SerializeToString() * 3
+    refused = bounded_tokenize(inference_pb2.TokenizeRequest.FromString)(in_parts)
+    assert isinstance(refused, TooLargeToDecode) and reason in str(refused.error)
+
+
 @pytest.mark.parametrize("data", [b"\x7a\0", b"\x0a\0", b"\x12\0"], ids=["unknown", "text or ids", "model"])
 def test_a_request_to_tokenize_or_detokenize_in_many_parts_is_not_decoded(data: bytes) -> None:
     """Empty fields take two bytes and no memory, but each takes time to decode."""
