@@ -251,6 +251,18 @@ def test_rows_with_and_without_top_k_together(device: torch.device) -> None:
     assert_almost_all_equal(case.sample("top_k"), case.reference())
 
 
+@pytest.mark.skipif(not ON_GPU, reason="takes too long in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_as_models_have_it(device: torch.device, kind: str, dtype: torch.dtype) -> None:
+    case = Case(random_logits(128, 151_936), device, dtype=dtype)
+    case.options["top_k"][:] = {"plain": 0, "top_k": 20, "threshold": 0}[kind]
+    case.options["top_k"][::4] = {"plain": 0, "top_k": 64, "threshold": 3000}[kind]
+    case.options["top_p"][::2] = 1.0 if kind == "plain" else 0.3
+    case.options["min_p"][::3] = 0.0 if kind == "plain" else 0.02
+    assert (case.sample(kind) == case.reference()).double().mean() > 0.97
+
+
 def test_a_vocabulary_smaller_than_top_k(device: torch.device) -> None:
     case = Case(random_logits(32, 30), device)
     case.options["top_k"][:] = 50

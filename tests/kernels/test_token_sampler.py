@@ -187,7 +187,7 @@ def padded(count: int) -> int:
     return min(NUM_ROWS, 1 << (count - 1).bit_length())
 
 
-@pytest.mark.parametrize("vocab_size", [300, slow_in_interpreter(5003)])
+@pytest.mark.parametrize("vocab_size", [300, slow_in_interpreter(5003), *([151_936] if ON_GPU else [])])
 def test_tokens_and_reports(device: torch.device, vocab_size: int) -> None:
     simulation = Simulation(vocab_size, Shard(), device)
     sampler, state = simulation.sampler, simulation.state

@@ -15,15 +15,21 @@ import torch
 import triton
 import triton.language as tl
 
+from tandem_shared.sampling_lists import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+)
 from tandem_worker.kernels.best_tokens import CHUNK, FORBIDDEN, BatchTensors, row_of_slot
 from tandem_worker.kernels.gdc import wait_for_predecessor
 from tandem_worker.kernels.launcher import Kernel, supports_pdl
 
 LARGEST = tl.constexpr(3.3895313892515355e38)
 """No adjusted logit is further from 0 than the largest bfloat16 is, so that every possible one is above FORBIDDEN."""
-MAX_BIASES, MAX_STOPS, MAX_BAD_WORDS = 1024, 256, 256
-RING = tl.constexpr(32)
-"""The last tokens of a row that its line holds; a bad word has as many at most."""
+MAX_BIASES, MAX_STOPS, MAX_WORDS = map(triton.next_power_of_2, (MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_BAD_WORDS))
+RING = tl.constexpr(MAX_BAD_WORD_TOKENS)
+"""The last tokens of a row that its line holds"""
 
 # Where the fields of a line of notes are.
 NUM_PROMPT = tl.constexpr(0)
@@ -35,7 +41,7 @@ LONGEST_BAD_WORD = tl.constexpr(5)
 HAS_PENALTY = tl.constexpr(6)
 HAS_MASK = tl.constexpr(7)
 RING_START = tl.constexpr(8)
-LISTS_START = tl.constexpr(40)
+LISTS_START = tl.constexpr(8 + MAX_BAD_WORD_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,31 @@ def _forbid(logits, adjusted, token_ids, first_token, is_listed, VOCAB: tl.const
 
 
 @triton.jit
+def _ends_of_bad_words(line, ends, num_words, num_output, context_len, MAX_WORDS: tl.constexpr):
+    """The last tokens of the bad words whose other tokens are the output's last ones; -1 for other words. The row's
+    bad words are at `ends`.
+    """
+    word = tl.arange(0, MAX_WORDS)
+    is_listed = word < num_words
+    tokens = ends + num_words
+    end = tl.load(ends + word, mask=is_listed, other=0)
+    length = end - tl.load(ends + word - 1, mask=is_listed & (word > 0), other=0)
+    matches = is_listed & (length - 1 <= num_output)
+    for back in range(tl.load(line + LONGEST_BAD_WORD) - 1):
+        # From the last but one token of the word on, against the output from its last token on.
+        is_compared = matches & (back < length - 1)
+        expected = tl.load(tokens + end - 2 - back, mask=is_compared, other=0)
+        position = tl.maximum(context_len - 1 - back, 0)
+        token = tl.load(line + RING_START + position % RING)
+        matches = matches & ((is_compared == 0) | (expected == token))
+    return tl.load(tokens + end - 1, mask=matches, other=-1)
+
+
+@triton.jit
 def _adjust_listed(
     logits, adjusted, indices, rows, context_lens, last_tokens, repetition, frequency, presence, min_tokens,
     seen, masks, notes, stride, adjusted_stride, first_token, seen_stride, mask_stride, notes_stride,
-    VOCAB: tl.constexpr, MAX_BIASES: tl.constexpr, MAX_STOPS: tl.constexpr, MAX_BAD_WORDS: tl.constexpr,
+    VOCAB: tl.constexpr, MAX_BIASES: tl.constexpr, MAX_STOPS: tl.constexpr, MAX_WORDS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The tokens of a row's lists: biases, which come before the penalties, then stop tokens and ends of bad words. The
@@ -171,22 +198,9 @@ def _adjust_listed(
             token_ids = tl.load(stops + number, mask=is_listed, other=-1)
             _forbid(logits, adjusted, token_ids, first_token, is_listed, VOCAB)
         if num_words > 0:
-            word = tl.arange(0, MAX_BAD_WORDS)
-            is_listed = word < num_words
             ends = stops + num_stops
-            tokens = ends + num_words
-            end = tl.load(ends + word, mask=is_listed, other=0)
-            length = end - tl.load(ends + word - 1, mask=is_listed & (word > 0), other=0)
-            matches = is_listed & (length - 1 <= num_output)
-            for back in range(tl.load(line + LONGEST_BAD_WORD) - 1):
-                # The word's tokens before its last one, from the last of them on, against the output's last ones.
-                is_compared = matches & (back < length - 1)
-                expected = tl.load(tokens + end - 2 - back, mask=is_compared, other=0)
-                position = tl.maximum(context_len - 1 - back, 0)
-                token = tl.load(line + RING_START + position % RING)
-                matches = matches & ((is_compared == 0) | (expected == token))
-            token_ids = tl.load(tokens + end - 1, mask=matches, other=-1)
-            _forbid(logits, adjusted, token_ids, first_token, matches, VOCAB)
+            token_ids = _ends_of_bad_words(line, ends, num_words, num_output, context_len, MAX_WORDS)
+            _forbid(logits, adjusted, token_ids, first_token, token_ids >= 0, VOCAB)
 
 
 _adjust_kernel = Kernel(_adjust)
@@ -218,10 +232,10 @@ def adjust_logits(
     kept = (state.seen, state.masks, state.notes)
     pdl = supports_pdl(logits.device)
     _adjust_kernel(
-        (triton.cdiv(num_tokens, CHUNK), len(indices), 1), *common, *kept, *strides,
+        (max(triton.cdiv(num_tokens, CHUNK), 1), len(indices), 1), *common, *kept, *strides,
         VOCAB=num_tokens, CHUNK=CHUNK, PDL=pdl,
     )  # fmt: skip
     _adjust_listed_kernel(
         (len(indices), 1, 1), *common, options["min_tokens"], *kept, *strides,
-        VOCAB=num_tokens, MAX_BIASES=MAX_BIASES, MAX_STOPS=MAX_STOPS, MAX_BAD_WORDS=MAX_BAD_WORDS, PDL=pdl,
+        VOCAB=num_tokens, MAX_BIASES=MAX_BIASES, MAX_STOPS=MAX_STOPS, MAX_WORDS=MAX_WORDS, PDL=pdl,
     )  # fmt: skip

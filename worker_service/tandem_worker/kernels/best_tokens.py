@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tandem_shared.step_plan import FAULT_NAN_LOGITS, FAULT_NO_TOKEN
 from tandem_worker.kernels.gdc import wait_for_predecessor
 from tandem_worker.kernels.gumbel import gumbel, noise_key, pair_bits
 from tandem_worker.kernels.launcher import Kernel
@@ -29,10 +30,10 @@ FORBIDDEN = tl.constexpr(-3.4028234663852886e38)
 """The logit of a forbidden token: the smallest finite float32, which no bfloat16 is. Possible tokens' logits are above
 it.
 """
-NAN_LOGITS = tl.constexpr(-1)
-"""What is sampled, in a token's place, for a row whose own logits hold NaN or nothing finite: -FAULT_NAN_LOGITS"""
-NO_TOKEN = tl.constexpr(-3)
-"""What is sampled for a row to which nothing is allowed: -FAULT_NO_TOKEN"""
+NAN_LOGITS = tl.constexpr(-FAULT_NAN_LOGITS)
+"""What is sampled, in a token's place, for a row whose own logits hold NaN or nothing finite"""
+NO_TOKEN = tl.constexpr(-FAULT_NO_TOKEN)
+"""What is sampled for a row to which nothing is allowed"""
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ class LogprobKernels:
 
     def __init__(self, max_slots: int, vocab_size: int, num_top: int, num_requested: int, device: torch.device) -> None:
         """num_top likeliest tokens are reported of every slot, and num_requested that its row asks for."""
+        assert max(num_top, num_requested) <= MOST_TOP
         self.num_top, self._num_requested = min(num_top, vocab_size), num_requested
         self._vocab_size = vocab_size
         self._num_chunks = triton.cdiv(vocab_size, CHUNK)
