@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.structured_output import StructuredOutput
+from tandem.structured_output import StructuredOutput, shown
 from tandem.v1 import inference_pb2
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import FLOAT32_MAX, REQUEST_FIELDS, UINT32_MAX, SamplingField
@@ -96,7 +96,7 @@ def _whole(minimum: int, maximum: float = UINT32_MAX, hint: str = "") -> Callabl
     def check(value: Any) -> str:
         if _is_whole(value) and minimum <= value <= maximum:
             return ""
-        return f"must be a whole number from {minimum} to {maximum}{hint}, is {value!r}"
+        return f"must be a whole number from {minimum} to {maximum}{hint}, is {shown(value)}"
 
     return _unless_none(check)
 
@@ -110,13 +110,13 @@ def _number(field: SamplingField) -> Callable[[Any], str]:
     )
 
     def check(value: Any) -> str:
-        return "" if _is_number(value) and field.allows(value) else f"must be {text}, is {value!r}"
+        return "" if _is_number(value) and field.allows(value) else f"must be {text}, is {shown(value)}"
 
     return _unless_none(check)
 
 
 def _flag(value: Any) -> str:
-    return "" if isinstance(value, bool) else f"must be True, False or None, is {value!r}"
+    return "" if isinstance(value, bool) else f"must be True, False or None, is {shown(value)}"
 
 
 def _stop(value: Any) -> str:
@@ -126,16 +126,16 @@ def _stop(value: Any) -> str:
 def _texts(value: Any, what: str = "a list of strings") -> str:
     for text in value if isinstance(value, list | tuple) else [None]:
         if not isinstance(text, str) or not text:
-            return f"must be {what}, none of them empty, is {value!r}"
+            return f"must be {what}, none of them empty, is {shown(value)}"
         if not _is_unicode(text):
-            return f"must be Unicode without lone surrogates, is {text!r}"
+            return f"must be Unicode without lone surrogates, is {shown(text)}"
     return ""
 
 
 def _token_ids(value: Any) -> str:
     if isinstance(value, list | tuple) and all(_is_whole(each) and 0 <= each <= UINT32_MAX for each in value):
         return ""
-    return f"must be a list of token ids, is {value!r}"
+    return f"must be a list of token ids, is {shown(value)}"
 
 
 def _allowed(value: Any) -> str:
@@ -145,17 +145,17 @@ def _allowed(value: Any) -> str:
 def _bias(value: Any) -> str:
     problem = f"must be a mapping of token ids to numbers in [-{BIAS_LIMIT:g}, {BIAS_LIMIT:g}]"
     if not isinstance(value, Mapping):
-        return f"{problem}, is {value!r}"
+        return f"{problem}, is {shown(value)}"
     for token_id, bias in value.items():
         is_digits = isinstance(token_id, str) and token_id.isascii() and token_id.isdigit() and len(token_id) <= 10
         is_id = (is_digits or _is_whole(token_id)) and 0 <= int(token_id) <= UINT32_MAX
         if not (is_id and _is_number(bias) and -BIAS_LIMIT <= bias <= BIAS_LIMIT):
-            return f"{problem}, has {token_id!r:.40}: {bias!r:.40}"
+            return f"{problem}, has {shown(token_id)}: {shown(bias)}"
     return "" if len(set(map(int, value))) == len(value) else "has a token twice"
 
 
 def _form(value: Any) -> str:
-    return "" if isinstance(value, StructuredOutput) else f"must be a StructuredOutput or None, is {value!r}"
+    return "" if isinstance(value, StructuredOutput) else f"must be a StructuredOutput or None, is {shown(value)}"
 
 
 def _is_number(value: Any) -> bool:

@@ -10,6 +10,8 @@ from tandem.v1 import inference_pb2
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.sampling_fields import UINT32_MAX
 
+MAX_SHOWN_CHARACTERS = 80
+
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
 
@@ -61,7 +63,7 @@ class StructuredOutput:
             "regex": _text_problem(self.regex),
             "choice": self._choice_problem(),
             "grammar": _text_problem(self.grammar),
-            "start_after_token_id": "" if id_ is None or is_id else f"must be a token id, is {id_!r}",
+            "start_after_token_id": "" if id_ is None or is_id else f"must be a token id, is {shown(id_)}",
             "structured_outputs": "" if num_set == 1 else f"must have exactly one of {', '.join(KINDS)}, has {num_set}",
         }
 
@@ -81,6 +83,16 @@ class StructuredOutput:
         if is_right and all(isinstance(text, str) and text and not _text_problem(text) for text in self.choice):
             return ""
         return "must be a list of texts, none of them empty"
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut to a length that can be read."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python makes no text of numbers with thousands of digits.
+        return f"a long {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def _text_problem(text: Any) -> str:

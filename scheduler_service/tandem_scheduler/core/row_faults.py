@@ -5,7 +5,10 @@ from tandem_shared.step_plan import FAULT_GRAMMAR, FAULT_NAN_LOGITS, FAULT_NO_TO
 
 REQUEST_FAULTS = {
     FAULT_GRAMMAR: ("structured_output", "the grammar failed or needed more than its limits"),
-    FAULT_NO_TOKEN: ("sampling", "allowed_token_ids, bad_words, logit_bias and min_tokens leave no token to choose"),
+    FAULT_NO_TOKEN: (
+        "sampling",
+        "allowed_token_ids, bad_words, min_tokens and structured_output leave no token to choose",
+    ),
 }
 """The faults that a request brings on itself, by code: the request's field, and the error. The row's KV is sound."""
 

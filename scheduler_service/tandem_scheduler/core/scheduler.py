@@ -276,7 +276,7 @@ class Scheduler:
         residency = self._residency
         for sequence, token_id in zip(sequences, token_ids, strict=True):
             state = sequence.state
-            if sequence.is_finished:
+            if state is SequenceState.FINISHED:
                 self.counters.num_overshoot_tokens += 1
                 continue
             sequence.token_ids.append(token_id)

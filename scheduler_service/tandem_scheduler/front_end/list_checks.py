@@ -130,7 +130,7 @@ async def _read_bad_words(
 
 
 def _check_length(field: str, length: int, most: int, violations: Violations) -> bool:
-    return violations.check(length <= most, field, f"must be {most} at most")
+    return violations.check(length <= most, field, f"must have {most} entries at most")
 
 
 def _check_strings(field: str, texts: Sequence[str], most: int, longest: int, violations: Violations) -> None:

@@ -35,14 +35,18 @@ BAD: list[tuple[str, Any]] = [
     ("bad_words", "a"), ("bad_words", [""]), ("bad_words", ["\ud800"]), ("bad_words", [5]),
     ("allowed_token_ids", []), ("allowed_token_ids", ()), ("allowed_token_ids", [-1]), ("logprob_token_ids", [1.5]),
     ("structured_outputs", {"regex": "a"}), ("structured_outputs", "a"),
+    ("top_k", 10**5000), ("temperature", 10**5000), ("stop_token_ids", [10**5000]), ("logit_bias", {10**5000: 1}),
+    ("temperature", "x" * 5000), ("stop_token_ids", [*range(5000), "x"]), ("stop", ["x" * 5000, ""]),
+    ("stop", "x" * 5000 + "\ud800"), ("ignore_eos", "x" * 5000), ("structured_outputs", "x" * 5000),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value"), BAD)
+@pytest.mark.parametrize(("field", "value"), BAD, ids=range(len(BAD)))
 def test_a_value_that_no_server_takes_is_refused_by_its_field(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=rf"^{field}: must be") as caught:
         SamplingParams(**{field: value})
     assert [violation.field for violation in caught.value.violations] == [field]
+    assert len(str(caught.value)) < 300
 
 
 def test_every_wrong_field_is_named_at_once() -> None:
