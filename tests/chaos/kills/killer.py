@@ -1,4 +1,4 @@
-"""Kills of an engine's worker, and how long a worker takes to start."""
+"""Kills of an engine's worker and of what renders its chats, and how long a worker takes to start."""
 
 import contextlib
 import math
@@ -8,6 +8,7 @@ from collections import Counter
 
 import psutil
 
+from tandem_scheduler.front_end.chat.chat_renderer import MODULE as RENDERER
 from tests.e2e.services import Engine
 from tests.e2e.waiting import POLL_INTERVAL_S, WAIT_S
 
@@ -25,7 +26,7 @@ class Killer:
 
     def kill_within(self, least_s: float, most_s: float) -> None:
         """Waits for a random time between the two, then kills the serving process, in half of the cases with its
-        supervisor.
+        supervisor. All renderers of chats are killed too.
         """
         # The logarithm of the wait is uniform, so that many kills come soon, while a worker starts.
         self.tend(math.exp(self._random.uniform(math.log(least_s), math.log(most_s))))
@@ -39,6 +40,7 @@ class Killer:
             self.times.append(time.monotonic())
             process.kill()
         self.counts["supervisor" if is_whole else "process"] += 1
+        self._kill_renderers()
 
     def tend(self, duration_s: float) -> None:
         """Waits, and starts the service again if its supervisor gives up, as it does when three workers were killed
@@ -52,6 +54,13 @@ class Killer:
                     self.faults.append("the supervisor gave up on a worker that has served")
                 self._engine.worker.start()
             time.sleep(min(left_s, POLL_INTERVAL_S))
+
+    def _kill_renderers(self) -> None:
+        for process in psutil.Process(self._engine.scheduler.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if RENDERER in process.cmdline():
+                    process.kill()
+                    self.counts["renderer"] += 1
 
     def _serving(self) -> psutil.Process:
         """The serving process. Waits for one while the supervisor is starting it."""

@@ -33,8 +33,8 @@ def kill_rows(pieces: Sequence[Found]) -> list[Row]:
     return [
         Row(
             "A killed worker ends no stream, and loses, doubles or changes no token",
-            f"{num_kills} kills at random moments, {kills['supervisor']} of them with the supervisor, under "
-            f"{_streams(pieces)}",
+            f"{num_kills} kills at random moments, {kills['supervisor']} of them with the supervisor, and "
+            f"{kills['renderer']} of processes that render chats, under {_streams(pieces)}",
             f"{_outcome(pieces)}; {num_sessions} of the kills ended a session, the others hit a starting worker",
             # More losses than kills would mean that Tandem lost sessions by itself.
             0 < num_sessions <= num_kills and all(_is_undisturbed(piece) for piece in pieces),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_shared.structured_output import json_schema_grammar
+from tests.chaos.messages.chats import chat_request
 from tests.chaos.messages.hostile_bytes import draw, hostile, swept
 from tests.chaos.messages.hostile_sessions import RPC as EXECUTE_STEPS
 from tests.chaos.messages.statuses import ATTACH, SERVICES, request_class
@@ -108,12 +109,16 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
     alive = engine_pb2.AttachRequest(alive=engine_pb2.Alive(process_id=1))
     detokenize = inference_pb2.DetokenizeRequest(token_ids=[1, 2, 3], skip_special_tokens=False)
     return {
-        inference_pb2.GenerateStreamRequest: [generate, generate_form],
+        inference_pb2.GenerateStreamRequest: [generate, generate_form, chat_request],
         inference_pb2.GenerateRequest: [
             lambda: inference_pb2.GenerateRequest.FromString(generate().SerializeToString()),
             lambda: inference_pb2.GenerateRequest.FromString(generate_form().SerializeToString()),
+            lambda: inference_pb2.GenerateRequest.FromString(chat_request().SerializeToString()),
         ],
-        inference_pb2.TokenizeRequest: [lambda: inference_pb2.TokenizeRequest(text="Hello, world <|im_end|>")],
+        inference_pb2.TokenizeRequest: [
+            lambda: inference_pb2.TokenizeRequest(text="Hello, world <|im_end|>"),
+            lambda: inference_pb2.TokenizeRequest(chat=chat_request().prompt.chat),
+        ],
         inference_pb2.DetokenizeRequest: [lambda: copy.deepcopy(detokenize)],
         control_pb2.AbortRequest: [lambda: control_pb2.AbortRequest(request_id="nobody")],
         engine_pb2.AttachRequest: [

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_shared.rpc import reflection
+from tests.chaos.messages.chats import may_be_right
 
 FILES = (inference_pb2, control_pb2, engine_pb2, worker_pb2, health_pb2, reflection, reflection_pb2, channelz_pb2)
 SERVICES: dict[str, ServiceDescriptor] = {
@@ -110,12 +111,13 @@ def refusal_of(message: Message, model: Any) -> bool | None:
 def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None:
     prompt, sampling, stopping, output = request.prompt, request.sampling, request.stopping, request.output
     ids, stops = prompt.token_ids.ids, stopping.stop_strings
-    has_ids = prompt.HasField("token_ids")
+    has_ids, has_chat = prompt.HasField("token_ids"), prompt.HasField("chat")
     max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else model.max_model_len - len(ids)
     is_right = (
-        prompt.HasField("text") != has_ids
+        prompt.HasField("text") + has_ids + has_chat == 1
         and (not has_ids or (0 < len(ids) < model.max_model_len and max(ids) < model.vocab_size))
-        and (has_ids or prompt.text != "")
+        and (has_ids or has_chat or prompt.text != "")
+        and (not has_chat or may_be_right(prompt.chat))
         and 0 <= sampling.temperature < math.inf
         and (not sampling.HasField("top_p") or 0 < sampling.top_p <= 1)
         and 0 <= sampling.min_p <= 1
@@ -140,8 +142,8 @@ def _refusal_of_generate(request: AnyGenerateRequest, model: Any) -> bool | None
     )
     if not is_right:
         return True
-    # The number of tokens in a text is not known here, nor the size of a unary reply, nor whether a grammar is right,
-    # nor whether a token is left where only some are allowed.
+    # The number of tokens in a text or a conversation is not known here, nor the size of a unary reply, nor whether a
+    # grammar is right, nor whether a token is left where only some are allowed.
     is_known = has_ids and all(len(word.encode()) < 32 for word in sampling.bad_words)
     is_bounded = request.HasField("structured_output") or bool(sampling.allowed_token_ids)
     is_stream = isinstance(request, inference_pb2.GenerateStreamRequest)

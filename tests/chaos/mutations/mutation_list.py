@@ -222,6 +222,12 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("messages", "tandem_scheduler/front_end/list_checks.py"): (
         ("is_length = 1 <= len(text) <= longest", "is_length = len(text) <= longest"),
     ),
+    ("messages", "tandem_scheduler/front_end/chat/rendering.py"): (
+        ("    except (ValueError, RecursionError) as error:", "    except ZeroDivisionError as error:"),
+    ),
+    ("kills", "tandem_scheduler/front_end/chat/chat_renderer.py"): (
+        ("        for _ in range(2):\n            try:", "        for _ in range(1):\n            try:"),
+    ),
     ("messages", "tandem_shared/rpc/wire_fields.py"): (("    raise TooManyFields", "    raise IndexError"),),
     ("messages", "tandem_shared/rpc/error_interceptor.py"): (("except DecodeError:", "except KeyError:"),),
     ("messages", "tandem_worker/service/servicer.py"): (

@@ -22,7 +22,7 @@ from tandem_shared.rpc.rich_status import error_of
 from tests.chaos.support.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 
-KINDS = ("greedy", "seeded", "two choices", "log-probabilities", "penalties", "bias and bad words", "grammar")
+KINDS = ("greedy", "seeded", "two choices", "log-probabilities", "penalties", "bias and bad words", "grammar", "chat")
 LOGPROB_TOLERANCE = 1e-5
 """Log-probabilities are float32 on the wire, and the order of their sums depends on the batch."""
 PAUSE_S = 0.1
@@ -114,6 +114,10 @@ def make_request(number: int, num_tokens: int) -> inference_pb2.GenerateStreamRe
     if kind == "bias and bad words":
         request.sampling.logit_bias[number % 500] = 3.0
         request.sampling.bad_words.extend(["the", "and"])
+    if kind == "chat":
+        said = [("system", f"You are ROMEO, number {number}."), ("user", "What hour is it? " * (number % 40 + 1))]
+        chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role=role, content=text) for role, text in said])
+        request.prompt.CopyFrom(inference_pb2.Prompt(chat=chat))
     if kind == "grammar":
         # As end-of-sequence tokens are ignored, it has no end either.
         request.structured_output.regex = "([a-z]+ )*"
