@@ -100,6 +100,23 @@ def test_a_generation_streams_text(engine: Engine) -> None:
     assert whole["choices"][0]["text"] == "".join(message.get("text_delta", "") for message in messages)
 
 
+def test_a_chat_is_answered_and_its_turn_ends(engine: Engine) -> None:
+    messages = [{"role": "system", "content": "You are ROMEO."}, {"role": "user", "content": "Who are you?"}]
+    request = {
+        "prompt": {"chat": {"messages": messages}},
+        "sampling": {"temperature": 0},
+        "stopping": {"max_tokens": 200},
+    }
+    [reply] = json_stream(grpcurl(engine.scheduler.address, f"{INFERENCE}/Generate", data=json.dumps(request)))
+    [choice] = reply["choices"]
+    assert choice["finish"]["reason"] == "FINISH_REASON_STOP"
+    said = "<|im_start|>system\nYou are ROMEO.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
+    rendered = f"{said}<|im_start|>assistant\n"
+    same = {**request, "prompt": {"text": rendered}}
+    [expected] = json_stream(grpcurl(engine.scheduler.address, f"{INFERENCE}/Generate", data=json.dumps(same)))
+    assert choice["text"].strip() and choice == expected["choices"][0]
+
+
 def test_a_bad_request_is_refused_with_its_fields(engine: Engine) -> None:
     request = {"prompt": {"text": "To be"}, "sampling": {"top_p": 1.5}, "stopping": {"max_tokens": 0}}
     with pytest.raises(GrpcurlError) as caught:

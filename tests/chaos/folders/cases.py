@@ -11,6 +11,7 @@ from tests.chaos.folders.changes import (
     CONFIG,
     GENERATION,
     INDEX,
+    TEMPLATE,
     TOKENIZER,
     TOKENIZER_CONFIG,
     WEIGHTS,
@@ -192,11 +193,22 @@ def text_cases() -> Iterator[Case]:
         yield Case(f"tokenizer_config: eos_token {value}", edit, (TOKENIZER_CONFIG, "eos_token"))
 
 
+def template_cases() -> Iterator[Case]:
+    """Chat templates that can't be read. What is wrong in a template is told to whoever sends a chat."""
+    for value in (5, {}, [5], [{"name": "default"}], [{"name": 5, "template": "x"}], "x" * (2**20 + 1)):
+        edit = rewrite_json(TOKENIZER_CONFIG, lambda c, v=value: c.update(chat_template=v))  # type: ignore[misc]
+        yield Case(f"tokenizer_config: chat_template {str(value)[:30]}", edit, (TOKENIZER_CONFIG, "chat_template"))
+    files = {"not UTF-8": rewrite(TEMPLATE, b"\xff\xfe"), "2 MB": rewrite(TEMPLATE, b"x" * 2**21)}
+    for title, change in {**files, **no_real_file(TEMPLATE)}.items():
+        yield Case(f"template: {title}", change, (TEMPLATE,))
+
+
 def fixed_cases() -> list[Case]:
     return [
         *weight_cases(),
         *config_cases(),
         *index_cases(),
         *text_cases(),
+        *template_cases(),
         *(case for name in (CONFIG, TOKENIZER, GENERATION, TOKENIZER_CONFIG, INDEX) for case in json_cases(name)),
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 Change = Callable[[Path], None]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tandem_scheduler.front_end.chat.template_folder import read_chat_templates
 from tandem_scheduler.front_end.front_end import FrontEnd
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_scheduler.model_check import ModelCheck
@@ -34,6 +35,7 @@ def start_worker(folder: Path) -> None:
 
 def start_scheduler(folder: Path) -> None:
     FrontEnd(load_tokenizer(folder), _ignore_readiness)
+    read_chat_templates(folder)
     ModelCheck(SchedulerSettings(model=str(folder)), folder)
 
 

@@ -84,7 +84,7 @@ def _sources_of(value: object, path: Path) -> dict[str, str]:
 
 def _checked(template: str, path: Path) -> str:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise ModelError(f"{path}: a chat template has more than {MAX_TEMPLATE_CHARACTERS} characters")
+        raise ModelError(f"{path}: {KEY} has more than {MAX_TEMPLATE_CHARACTERS} characters")
     return template
 
 
