@@ -1,35 +1,55 @@
-"""A client of a scheduler service. It returns tandem.v1 messages and raises the errors of tandem_shared.errors."""
+"""A client of a scheduler service. It returns tandem.v1 messages and raises the errors of tandem_shared.errors.
 
+tandem/async_client.py has the same for asyncio.
+"""
+
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
+from tandem.calls import (
+    DEFAULT_MAX_RETRIES,
+    REPLY_LIMIT,
+    ArrayOfIds,
+    Attempts,
+    Metadata,
+    Prompt,
+    build,
+    metadata_of,
+    request_fields,
+    token_ids_of,
+)
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from tandem_shared.errors import FieldViolation, InvalidRequest
-from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
-from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, client_options
-from tandem_shared.rpc.rich_status import error_of
-
-Prompt = str | Sequence[int]
-"""Text, or the ids of its tokens."""
+from tandem_shared.rpc.grpc_options import client_options
 
 T = TypeVar("T")
-
-Metadata = tuple[tuple[str, str], ...]
-
-REPLY_LIMIT: Metadata = ((MAX_REPLY_BYTES_KEY, str(MAX_MESSAGE_BYTES)),)
-"""Tells the server how large a reply this client takes; without it, servers keep to gRPC's default of 4 MiB."""
 
 
 class TandemClient:
     """One connection to a server. Threads may share it. A request that the server refuses raises the TandemError that
     the server sent; failures of the transport, passed deadlines among them, raise grpc.RpcError.
+
+    A call is repeated if the server refuses it for a while (RetryLater) or its connection fails, and nothing of its
+    answer has been seen; so a stream is repeated only before its first message. Aborting, draining and resetting are
+    not repeated. If a connection was lost, the repeated call of a request_id may end RequestIdInUse, as long as the
+    server has not noticed the loss.
     """
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """address is HOST:PORT. With credentials the connection uses TLS. Connects when first used."""
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        *,
+        metadata: Metadata = (),
+        max_retries: int = DEFAULT_MAX_RETRIES,
+    ) -> None:
+        """address is HOST:PORT. With credentials the connection uses TLS. metadata is sent with every call, for example
+        (("authorization", "Bearer KEY"),). max_retries is how often a failed call is repeated at most. Connects when
+        first used.
+        """
         options = client_options(address)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, options)
@@ -37,6 +57,8 @@ class TandemClient:
             self._channel = grpc.secure_channel(address, credentials, options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+        self._metadata = metadata
+        self._max_retries = max_retries
 
     def __enter__(self) -> "TandemClient":
         return self
@@ -57,17 +79,16 @@ class TandemClient:
         priority: int | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
     ) -> inference_pb2.GenerateResponse:
         """Returns the whole output of a prompt. After timeout_s seconds the server drops the request. A request of a
         lower priority number is served earlier. Only requests with an equal cache_salt share cached prefixes.
         """
-        fields = _fields(prompt, params, request_id, priority, cache_salt)
-        return _call(self._inference.Generate, inference_pb2.GenerateRequest(**fields), timeout_s, REPLY_LIMIT)
-
-    def start_generate(self, prompt: Prompt, params: SamplingParams | None = None) -> "PendingReply":
-        """Starts a generation and returns at once. The reply is fetched from what this returns."""
-        request = inference_pb2.GenerateRequest(**_fields(prompt, params, None, None, None))
-        return PendingReply(self._inference.Generate.future(request, metadata=REPLY_LIMIT))
+        request = build(
+            inference_pb2.GenerateRequest, **request_fields(prompt, params, request_id, priority, cache_salt)
+        )
+        metadata = metadata_of(REPLY_LIMIT, metadata)
+        return self._call(self._inference.Generate, request, timeout_s=timeout_s, metadata=metadata)
 
     def generate_stream(
         self,
@@ -78,102 +99,75 @@ class TandemClient:
         priority: int | None = None,
         cache_salt: str | None = None,
         timeout_s: float | None = None,
+        metadata: Metadata = (),
     ) -> Iterator[inference_pb2.GenerateStreamResponse]:
         """Yields the output while it is generated. Closing the iterator aborts the request."""
-        fields = _fields(prompt, params, request_id, priority, cache_salt)
-        call = self._inference.GenerateStream(inference_pb2.GenerateStreamRequest(**fields), timeout=timeout_s)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise error_of(error) from error
-        finally:
-            call.cancel()
+        request = build(
+            inference_pb2.GenerateStreamRequest, **request_fields(prompt, params, request_id, priority, cache_salt)
+        )
+        attempts = Attempts(self._max_retries, timeout_s)
+        while True:
+            call = self._inference.GenerateStream(
+                request, timeout=attempts.time_left_s(), metadata=metadata_of(self._metadata, metadata)
+            )
+            try:
+                for delta in call:
+                    attempts.end()
+                    yield delta
+                return
+            except grpc.RpcError as failure:
+                pause_s = attempts.pause_after(failure)
+            finally:
+                call.cancel()
+            time.sleep(pause_s)
 
-    def tokenize(self, text: str) -> list[int]:
-        return list(_call(self._inference.Tokenize, inference_pb2.TokenizeRequest(text=text)).token_ids)
+    def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
+        """The token ids of a text, with the special tokens that the tokenizer puts around one unless add_special_tokens
+        is False.
+        """
+        request = build(inference_pb2.TokenizeRequest, text=text, add_special_tokens=add_special_tokens)
+        return list(self._call(self._inference.Tokenize, request).token_ids)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
-        return _call(self._inference.Detokenize, request, metadata=REPLY_LIMIT).text
+    def detokenize(self, token_ids: Sequence[int] | ArrayOfIds, *, skip_special_tokens: bool | None = None) -> str:
+        """The text of token ids. Special tokens are left out unless skip_special_tokens is False."""
+        ids = token_ids_of(token_ids)
+        request = build(inference_pb2.DetokenizeRequest, token_ids=ids, skip_special_tokens=skip_special_tokens)
+        return self._call(self._inference.Detokenize, request, metadata=REPLY_LIMIT).text
 
     def model_info(self) -> inference_pb2.GetModelInfoResponse:
-        return _call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest())
+        return self._call(self._inference.GetModelInfo, inference_pb2.GetModelInfoRequest())
 
     def server_info(self) -> control_pb2.GetServerInfoResponse:
-        return _call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
+        return self._call(self._control.GetServerInfo, control_pb2.GetServerInfoRequest())
 
     def load(self) -> control_pb2.GetLoadResponse:
-        return _call(self._control.GetLoad, control_pb2.GetLoadRequest())
+        return self._call(self._control.GetLoad, control_pb2.GetLoadRequest())
 
     def abort(self, request_id: str) -> None:
-        _call(self._control.Abort, control_pb2.AbortRequest(request_id=request_id))
+        self._call(self._control.Abort, build(control_pb2.AbortRequest, request_id=request_id), max_retries=0)
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Makes the server refuse new requests, and returns once the running ones have ended."""
-        _call(self._control.Drain, control_pb2.DrainRequest(), timeout_s)
+        self._call(self._control.Drain, control_pb2.DrainRequest(), timeout_s=timeout_s, max_retries=0)
 
     def reset_prefix_cache(self) -> int:
         """Empties the server's prefix cache; returns the number of KV blocks that were in it."""
-        response = _call(self._control.ResetPrefixCache, control_pb2.ResetPrefixCacheRequest())
-        return response.num_forgotten_blocks
+        request = control_pb2.ResetPrefixCacheRequest()
+        return self._call(self._control.ResetPrefixCache, request, max_retries=0).num_forgotten_blocks
 
-
-class PendingReply:
-    """A generation under way on the server."""
-
-    def __init__(self, call: Any) -> None:
-        """call is a grpc.Future of the reply."""
-        self._call = call
-
-    def result(self) -> inference_pb2.GenerateResponse:
-        """Waits for the reply and returns it; raises what generate() raises."""
-        try:
-            response: inference_pb2.GenerateResponse = self._call.result()
-        except grpc.RpcError as error:
-            raise error_of(error) from error
-        return response
-
-    def cancel(self) -> None:
-        """Aborts the request, unless it has ended."""
-        self._call.cancel()
-
-    def add_done_callback(self, callback: Callable[[], object]) -> None:
-        """Calls callback once, in another thread, when the request has ended, whether with a reply or an error."""
-        self._call.add_done_callback(lambda _: callback())
-
-
-def _fields(
-    prompt: Prompt,
-    params: SamplingParams | None,
-    request_id: str | None,
-    priority: int | None,
-    cache_salt: str | None,
-) -> dict[str, Any]:
-    """The fields that both generate requests have. Raises InvalidRequest for a value that its field can't hold."""
-    params = params or SamplingParams()
-    fields = {
-        "prompt": {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": prompt}},
-        "sampling": params.sampling(),
-        "stopping": params.stopping(),
-        "output": params.output(),
-        "structured_output": params.structured_output(),
-        "num_choices": params.n,
-        "request_id": request_id,
-        "priority": priority,
-        "cache_salt": cache_salt,
-    }
-    for name, value in fields.items():
-        try:
-            inference_pb2.GenerateRequest(**{name: value})  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(FieldViolation(name, str(error))) from error
-    return fields
-
-
-def _call(
-    method: Callable[..., T], request: object, timeout_s: float | None = None, metadata: Metadata | None = None
-) -> T:
-    try:
-        return method(request, timeout=timeout_s, metadata=metadata)
-    except grpc.RpcError as error:
-        raise error_of(error) from error
+    def _call(
+        self,
+        method: Callable[..., T],
+        request: object,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        max_retries: int | None = None,
+    ) -> T:
+        attempts = Attempts(self._max_retries if max_retries is None else max_retries, timeout_s)
+        while True:
+            try:
+                return method(request, timeout=attempts.time_left_s(), metadata=metadata_of(self._metadata, metadata))
+            except grpc.RpcError as failure:
+                pause_s = attempts.pause_after(failure)
+            time.sleep(pause_s)

@@ -1,48 +1,94 @@
-"""Use without a server: LLM runs both services as child processes and sends them requests."""
+"""Use without a server: LLM runs both services as child processes and sends them requests. It can use a running server
+too.
+"""
 
+import os
+import random
 import tempfile
-import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable
+from typing import IO, Any
 
-from tandem.client import PendingReply, Prompt, TandemClient
+import grpc
+
+from tandem.async_client import AsyncTandemClient
+from tandem.batch import Progress, run_batch
+from tandem.calls import ArrayOfIds, Metadata
+from tandem.client import TandemClient
+from tandem.loop_thread import LoopThread
+from tandem.outputs import PromptsFailed, RequestOutput
 from tandem.processes import ServiceFailed, Services
-from tandem.sampling_params import SamplingParams
-from tandem.v1 import inference_pb2
-from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem.prompts import ParamsForm, PromptForm, is_single, read_items
+from tandem.tokenizer import Tokenizer
+from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings
+from tandem_shared.errors import ConfigError, FieldViolation, InvalidRequest
 from tandem_shared.options import split_keywords
 
-MAX_CONCURRENT_REQUESTS = 256
 STARTUP_TIMEOUT_S = 600.0
+MIN_REQUESTS_AT_ONCE = 256
+"""The number of requests that generate() has open at once, or twice max_num_seqs if that is more."""
 
 
 class LLM:
-    """A model to generate with. Leaving it as a context manager, or close(), stops the services. On Linux they also
-    stop when the thread that made this object ends.
+    """A model to generate with. Leaving it as a context manager, close(), or the end of the program stops the services.
+    On Linux they also stop when the thread that made this object ends. Threads may share it.
     """
 
-    def __init__(self, model: str = "embedded", **settings: object) -> None:
-        """model is a folder, a hub id, or "embedded" for the package's own model. settings are fields of WorkerSettings
-        and SchedulerSettings, by name; environment variables are not read.
+    address: str
+    """The HOST:PORT of the server."""
+    client: TandemClient
+    """A client of the server, for what LLM has no method for."""
 
-        Raises ConfigError for an unknown setting, and where the extra tandem-llm[worker] is not installed. Raises
-        ServiceFailed, with what the services logged, if they do not start.
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        address: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+        seed: int | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Starts the services for a model, or uses the server at an address.
+
+        model is a folder, a hub id, or "embedded" for the package's own model, which is the default. settings are
+        fields of WorkerSettings and SchedulerSettings (tandem_shared/config.py), by name or by the name that vLLM or
+        nano-vllm has for the same, such as tensor_parallel_size; environment variables are not read.
+        address is the HOST:PORT of a running server, which has a model and settings of its own, so that neither can be
+        given; credentials and metadata are as TandemClient takes them.
+        seed makes the outputs of params without a seed repeatable: the first prompt that this object gets always has
+        the same seed, and so on. trust_remote_code is there because vLLM has it; Tandem never runs code of a model's
+        folder.
+
+        Raises ConfigError for a wrong or unknown setting, and where the extra tandem-llm[worker] is not installed.
+        Raises ServiceFailed, with what the services logged, if they do not start.
         """
-        worker, scheduler = split_keywords({"model": model, "port": 0, **settings}, WorkerSettings, SchedulerSettings)
-        # The services log to this file, which is shown only if they fail.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
-        self._services = Services(worker, scheduler, self._log)
-        try:
-            self._services.__enter__()
-            self._services.wait_until_ready(STARTUP_TIMEOUT_S)
-        except BaseException as error:
-            self._services.stop()
-            self._log.seek(0)
-            log = self._log.read()
-            self._log.close()
-            if isinstance(error, ServiceFailed):
-                raise ServiceFailed(f"{error}\n{log}") from error
-            raise
-        self.client = TandemClient(self._services.address)
+        self._seeds = None if seed is None else random.Random(seed)
+        services: Services | None = None
+        log: IO[str] | None = None
+        if address is None:
+            if credentials is not None or metadata:
+                raise ConfigError("credentials and metadata are for a server's address, and none is given")
+            if model is not None:
+                settings["model"] = os.fspath(model)
+            if settings.get("num_kvcache_blocks") == -1:
+                # It stands for as many as the memory allows in nano-vllm.
+                settings["num_kvcache_blocks"] = None
+            worker, scheduler = split_keywords({"port": 0, **settings}, WorkerSettings, SchedulerSettings, SYNONYMS)
+            self._num_at_once = max(MIN_REQUESTS_AT_ONCE, 2 * scheduler.max_num_seqs)
+            services, log = _start(worker, scheduler)
+            address = services.address
+        else:
+            if model is not None or settings:
+                raise ConfigError(f"model and settings are those of the server at {address}; give neither")
+            self._num_at_once = MIN_REQUESTS_AT_ONCE
+        self.address = address
+        self.client = TandemClient(address, credentials, metadata=metadata)
+        self._loop = LoopThread()
+        self._async_client = self._loop.run(_connect(address, credentials, metadata))
+        # Called by close(), when nothing refers to this object any more, or else at the end of the program.
+        self._close = weakref.finalize(self, _close, self.client, self._async_client, self._loop, services, log)
 
     def __enter__(self) -> "LLM":
         return self
@@ -51,29 +97,99 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stops the services."""
-        self.client.close()
-        try:
-            self._services.stop()
-        finally:
-            self._log.close()
+        """Stops the services, if this object started them. Further calls do nothing."""
+        self._close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
-    ) -> list[inference_pb2.GenerateResponse]:
-        """Returns one reply for each prompt, in the order of the prompts. A prompt is text or a sequence of token ids.
-        If one fails, or at an interrupt, all others are aborted.
+        self,
+        prompts: PromptForm | Iterable[PromptForm] | None = None,
+        sampling_params: ParamsForm = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        prompt_token_ids: Iterable[int] | Iterable[Iterable[int]] | ArrayOfIds | None = None,
+    ) -> list[RequestOutput]:
+        """Returns one output for each prompt, in the order of the prompts.
+
+        prompts is one prompt or several. A prompt is text, token ids (a list, or an array of numpy's), or a dict with
+        "prompt" or "prompt_token_ids". prompt_token_ids may be given in place of prompts, for prompts of token ids.
+        sampling_params is for all prompts, or a list with those of each.
+        use_tqdm shows a progress bar with the rates of prefill and decode; a function that makes the bar may be given.
+
+        Raises InvalidRequest, before anything is generated, for what can be no prompt. If the server refuses one prompt
+        of a list, or fails on it, the others are completed. Then PromptsFailed is raised, which has their outputs, and
+        the errors by the prompts' indices. The error of a prompt that was not in a list is raised itself. A server that
+        has too many requests is waited for. At an interrupt all requests are aborted.
         """
-        is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        every: Sequence[Prompt] = [prompts] if is_one else prompts  # type: ignore[list-item, assignment]
-        free_places = threading.Semaphore(MAX_CONCURRENT_REQUESTS)
-        pending: list[PendingReply] = []
+        if (prompts is None) == (prompt_token_ids is None):
+            raise InvalidRequest(FieldViolation("prompts", "give either prompts or prompt_token_ids"))
+        given: Any = prompt_token_ids if prompts is None else prompts
+        single = is_single(given)
+        items = read_items([given] if single else given, sampling_params, self._seeds)
+        progress = _progress(use_tqdm, len(items))
         try:
-            for prompt in every:
-                free_places.acquire()
-                pending.append(self.client.start_generate(prompt, params))
-                pending[-1].add_done_callback(free_places.release)
-            return [each.result() for each in pending]
+            result = self._loop.run(run_batch(self._async_client, items, self._num_at_once, progress))
         finally:
-            for each in pending:
-                each.cancel()
+            if progress is not None:
+                progress.close()
+        if result.errors and single:
+            raise result.errors[0]
+        if result.errors:
+            raise PromptsFailed(result.errors, result.outputs)
+        return [output for output in result.outputs if output is not None]
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which asks the server."""
+        return Tokenizer(self.client)
+
+
+def _start(worker: WorkerSettings, scheduler: SchedulerSettings) -> tuple[Services, IO[str]]:
+    """Starts the services, which log to a file that is shown only if they fail. Returns both."""
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by _close())
+    services = Services(worker, scheduler, log)
+    try:
+        services.__enter__()
+        services.wait_until_ready(STARTUP_TIMEOUT_S)
+    except BaseException as error:
+        services.stop()
+        log.seek(0)
+        text = log.read()
+        log.close()
+        if isinstance(error, ServiceFailed):
+            raise ServiceFailed(f"{error}\n{text}") from error
+        raise
+    return services, log
+
+
+async def _connect(address: str, credentials: grpc.ChannelCredentials | None, metadata: Metadata) -> AsyncTandemClient:
+    return AsyncTandemClient(address, credentials, metadata=metadata)
+
+
+def _progress(use_tqdm: bool | Callable[..., Any], num_prompts: int) -> Progress | None:
+    if not use_tqdm:
+        return None
+    if callable(use_tqdm):
+        return Progress(use_tqdm(total=num_prompts, desc="prompts"))
+    # Imported here because most programs never show a bar.
+    from tqdm.auto import tqdm
+
+    return Progress(tqdm(total=num_prompts, desc="prompts", dynamic_ncols=True))
+
+
+def _close(
+    client: TandemClient,
+    async_client: AsyncTandemClient,
+    loop: LoopThread,
+    services: Services | None,
+    log: IO[str] | None,
+) -> None:
+    try:
+        client.close()
+        loop.run(async_client.close())
+        loop.close()
+    finally:
+        try:
+            if services is not None:
+                services.stop()
+        finally:
+            if log is not None:
+                log.close()

@@ -2,7 +2,8 @@
 
 import time
 
-from tandem.client import Prompt, TandemClient
+from tandem.calls import Prompt
+from tandem.client import TandemClient
 from tandem.sampling_params import SamplingParams
 
 

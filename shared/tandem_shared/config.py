@@ -57,6 +57,14 @@ class ServiceSettings:
     )
 
 
+SYNONYMS = {
+    "tensor_parallel_size": "tp_size",
+    "kvcache_block_size": "block_size",
+    "num_gpu_blocks_override": "num_blocks",
+    "num_kvcache_blocks": "num_blocks",
+}
+"""Names that vLLM and nano-vllm have for settings of ours."""
+
 T = TypeVar("T", bound=ServiceSettings)
 
 

@@ -8,6 +8,7 @@ variable counts as not set.
 import argparse
 import dataclasses
 import difflib
+import numbers
 import re
 import types
 import typing
@@ -143,26 +144,59 @@ def _convert(raw: str, source: str, value_type: type, metadata: Mapping[str, Any
         value = value_type(raw)
     except ValueError:
         raise ConfigError(f"{source} must be of type {value_type.__name__}, is {raw!r}") from None
+    _check(value, raw, source, value_type, metadata)
+    return value
+
+
+def _check(value: Any, shown: object, source: str, value_type: type, metadata: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value outside the field's limits. It names the source, and the value as shown."""
     minimum, maximum, choices = metadata["minimum"], metadata["maximum"], metadata["choices"]
     if value_type is not str and maximum is None:
         maximum = MAX_NUMBER
     # Written so that NaN fails too.
     if minimum is not None and not value >= minimum:
-        raise ConfigError(f"{source} must be at least {minimum}, is {raw}")
+        raise ConfigError(f"{source} must be at least {minimum}, is {shown}")
     if maximum is not None and not value <= maximum:
-        raise ConfigError(f"{source} must be at most {maximum}, is {raw}")
+        raise ConfigError(f"{source} must be at most {maximum}, is {shown}")
     if choices and value not in choices:
-        raise ConfigError(f"{source} must be one of {', '.join(choices)}, is {raw!r}")
-    return value
+        raise ConfigError(f"{source} must be one of {', '.join(choices)}, is {shown!r}")
 
 
-def split_keywords(values: Mapping[str, object], first: type[T], second: type[U]) -> tuple[T, U]:
-    """Makes two settings of keyword arguments, each of the fields that it has. Raises ConfigError for a keyword that
-    neither has.
+def split_keywords(
+    values: Mapping[str, object], first: type[T], second: type[U], synonyms: Mapping[str, str] | None = None
+) -> tuple[T, U]:
+    """Makes two settings of keyword arguments, each of the fields that it has. synonyms: other names -> fields. Raises
+    ConfigError for a keyword that neither has, for one that is given twice, and for a value that its field can't have.
     """
+    synonyms = synonyms or {}
     fields = [{field.name for field in dataclasses.fields(cls)} for cls in (first, second)]  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields[0] | fields[1]:
-            raise ConfigError(f"unknown setting {name}")
-    one, other = ({name: value for name, value in values.items() if name in known} for known in fields)
-    return first(**one), second(**other)
+    known = fields[0] | fields[1]
+    renamed: dict[str, object] = {}
+    for name, value in values.items():
+        own_name = synonyms.get(name, name)
+        if own_name not in known:
+            near = difflib.get_close_matches(name, [*known, *synonyms], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown setting {name}{hint} (known: {', '.join(sorted([*known, *synonyms]))})")
+        if own_name in renamed:
+            raise ConfigError(f"{name}: is given twice, as {own_name} is the same")
+        renamed[own_name] = value
+    one, other = (
+        cls(**{name: _taken(cls, name, value) for name, value in renamed.items() if name in names})
+        for cls, names in zip((first, second), fields, strict=True)
+    )
+    return typing.cast(T, one), typing.cast(U, other)
+
+
+def _taken(settings_class: type, name: str, value: object) -> object:
+    """A value as its field has it. Raises ConfigError."""
+    [field] = (field for field in dataclasses.fields(settings_class) if field.name == name)
+    if value is None and field.default is None:
+        return None
+    value_type = _value_type(settings_class, name)
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(value_type, value_type)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and value_type is not bool):
+        raise ConfigError(f"{name} must be of type {value_type.__name__}, is {value!r}")
+    taken = value_type(value)
+    _check(taken, value, name, value_type, field.metadata)
+    return taken

@@ -32,7 +32,7 @@ async def call(services: Services, use: Callable[[TandemClient], T]) -> T:
     """Calls the synchronous client in a thread, as the services run in this event loop."""
 
     def in_thread() -> T:
-        with TandemClient(services.address) as client:
+        with TandemClient(services.address, max_retries=0) as client:
             return use(client)
 
     return await asyncio.to_thread(in_thread)

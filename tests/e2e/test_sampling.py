@@ -27,7 +27,7 @@ def tokenizer() -> Tokenizer:
 
 
 def choice_of(llm: LLM, params: SamplingParams, prompt: str | list[int] = PROMPT) -> inference_pb2.Choice:
-    return llm.generate(prompt, params)[0].choices[0]
+    return llm.client.generate(prompt, params).choices[0]
 
 
 def test_a_reports_bytes_join_to_the_text_and_ranks_are_places(llm: LLM) -> None:
@@ -74,7 +74,7 @@ def test_penalties_choose_what_the_models_own_distribution_says(llm: LLM) -> Non
 def test_a_prompts_log_probabilities_are_those_that_it_had_as_an_output(llm: LLM, tokenizer: Tokenizer) -> None:
     choice = choice_of(llm, SamplingParams(seed=5, max_tokens=60, ignore_eos=True, logprobs=3))
     ids = tokenizer.encode(PROMPT).ids
-    reply = llm.generate([*ids, *choice.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=3))[0]
+    reply = llm.client.generate([*ids, *choice.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=3))
     assert [report.token_id for report in reply.prompt_logprobs] == [*ids[1:], *choice.token_ids]
     for told, expected in zip(reply.prompt_logprobs[len(ids) - 1 :], choice.logprobs, strict=True):
         assert (told.rank, told.token_bytes, told.text) == (expected.rank, expected.token_bytes, expected.text)

@@ -101,7 +101,7 @@ def test_llm_runs_beside_folders_of_the_users(with_worker: Installation) -> None
 import tandem, tandem_scheduler, tandem_shared, tandem_worker
 from tandem import LLM, SamplingParams
 with LLM("embedded") as llm:
-    print(len(llm.generate("ROMEO:", SamplingParams(max_tokens=5, ignore_eos=True))[0].choices[0].token_ids))
+    print(len(llm.generate("ROMEO:", SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]))
 for package in (tandem, tandem_scheduler, tandem_shared, tandem_worker):
     print(package.__file__)
 """
@@ -113,14 +113,25 @@ for package in (tandem, tandem_scheduler, tandem_shared, tandem_worker):
 def test_types_are_seen_by_mypy(with_worker: Installation) -> None:
     source = with_worker.project / "typed.py"
     source.write_text(
-        "from tandem import TandemClient\n"
+        "import tandem\n"
+        "from tandem import LLM, AsyncTandemClient, PromptsFailed, SamplingParams, TandemClient\n"
         "from tandem_shared.errors import InvalidRequest\n"
         "reveal_type(TandemClient('x').load().num_running_sequences)\n"
         "reveal_type(InvalidRequest().violations)\n"
+        "reveal_type(tandem.__version__)\n"
+        "output = LLM('x', tensor_parallel_size=1).generate(['a', [1, 2]], SamplingParams(top_k=1))[0]\n"
+        "reveal_type(output.outputs[0].text)\n"
+        "reveal_type(PromptsFailed({}, []).outputs)\n"
+        "async def use(client: AsyncTandemClient) -> None:\n"
+        "    reveal_type((await client.generate('a')).choices[0].text)\n"
+        "    async for delta in client.generate_stream([1]):\n"
+        "        reveal_type(delta.text_delta)\n"
     )
     mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", with_worker.bin / "python", "typed.py"]
     revealed = re.findall(r'Revealed type is "(.*)"', run(mypy, cwd=with_worker.project).stdout)
-    assert [re.sub(r"\w+\.", "", name) for name in revealed] == ["int", "tuple[FieldViolation, ...]"]
+    assert [re.sub(r"\w+\.", "", name) for name in revealed] == [
+        "int", "tuple[FieldViolation, ...]", "str", "str", "list[RequestOutput | None]", "str", "str",
+    ]  # fmt: skip
 
 
 def test_the_client_alone_generates(client_alone: Installation) -> None:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tandem_shared import VERSION
 from tandem_shared.extras import MODULES_OF_EXTRA
 from tests.support.requirements import declared_requirements
 
@@ -24,7 +25,7 @@ import sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 
 class OnlyBase:
-    allowed = {"google", "grpc", "tandem", "tandem_shared", "typing_extensions", *sys.stdlib_module_names}
+    allowed = {"google", "grpc", "tandem", "tandem_shared", "tqdm", "typing_extensions", *sys.stdlib_module_names}
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -52,10 +53,16 @@ def test_the_check_of_an_extra_knows_what_the_extra_installs(extra: str) -> None
 
 def test_the_base_install_is_what_the_client_imports() -> None:
     named = {requirement.partition(">=")[0] for requirement in declared_requirements()}
-    assert named == {"googleapis-common-protos", "grpcio", "protobuf"}
-    code = "from tandem import LLM, SamplingParams, TandemClient; TandemClient('127.0.0.1:1').close(); print('made')"
+    assert named == {"googleapis-common-protos", "grpcio", "protobuf", "tqdm"}
+    code = """
+import tandem
+from tandem import *
+TandemClient('127.0.0.1:1').close()
+LLM(address='127.0.0.1:1').close()
+print('made', tandem.__version__)
+"""
     done = run_without_extras(code)
-    assert (done.stdout, done.stderr) == ("made\n", "")
+    assert (done.stdout, done.stderr) == (f"made {VERSION}\n", "")
 
 
 def test_generate_needs_no_extra() -> None:

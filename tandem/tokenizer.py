@@ -1,0 +1,35 @@
+"""A tokenizer that asks the server, so it needs no file of the model and no library."""
+
+from collections.abc import Sequence
+
+from tandem.calls import ArrayOfIds
+from tandem.client import TandemClient
+
+
+class Tokenizer:
+    """The served model's tokenizer, with the names that transformers has for the same.
+
+    It has what is here and no more. Where more is needed, transformers' AutoTokenizer reads the model's folder. Each
+    method is a call to the server, and raises what TandemClient's calls raise.
+    """
+
+    def __init__(self, client: TandemClient) -> None:
+        self._client = client
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text."""
+        return self._client.tokenize(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int] | ArrayOfIds, *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        return self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this number."""
+        return self._client.model_info().vocab_size
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end an output."""
+        return list(self._client.model_info().eos_token_ids)
