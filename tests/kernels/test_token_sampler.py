@@ -245,7 +245,7 @@ def check_reports(simulation: Simulation, rows: np.ndarray, sampled: list[int], 
         )
 
 
-@pytest.mark.parametrize("num_steps", [1, slow_in_interpreter(8)])
+@pytest.mark.parametrize("num_steps", [1, slow_in_interpreter(3)])
 def test_ranks_sample_the_tokens_of_one(device: torch.device, num_steps: int) -> None:
     vocab_size, num_ranks = 300, 2
     exchange = Exchange(num_ranks)
