@@ -93,7 +93,9 @@ def longest_gap_ms(times: list[float], start: float, end: float) -> float:
 def generate(prompt: Any, **fields: Any) -> bytes:
     """An encoded GenerateRequest. fields: values by name, for the request itself, its sampling, stopping or output."""
     request = inference_pb2.GenerateRequest()
-    if isinstance(prompt, str):
+    if isinstance(prompt, inference_pb2.Chat):
+        request.prompt.chat.CopyFrom(prompt)
+    elif isinstance(prompt, str):
         request.prompt.text = prompt
     else:
         request.prompt.token_ids.ids.extend(prompt)
@@ -109,6 +111,11 @@ def generate(prompt: Any, **fields: Any) -> bytes:
             else:
                 setattr(part, name, value)
     return request.SerializeToString()
+
+
+def chat(num_messages: int, content: str, **fields: Any) -> inference_pb2.Chat:
+    message = inference_pb2.ChatMessage(role="user", content=content)
+    return inference_pb2.Chat(messages=[message] * num_messages, **fields)
 
 
 def tokenize(text: str) -> bytes:
@@ -170,6 +177,8 @@ def shapes(tokenizer: Tokenizer) -> list[Shape]:
             "GenerateStream",
             generate([5] * full, max_tokens=1, num_prompt_logprobs=20),
         ),
+        Shape("chat of 4096 messages", "Generate", generate(chat(4096, "x"), max_tokens=1)),
+        Shape("chat of one message of a whole context", "Generate", generate(chat(1, text[:-200]), max_tokens=1)),
         Shape("64 choices of 300 tokens, 20 logprobs", "GenerateStream", generate([5], max_tokens=300, **many)),
         Shape(
             "the same of 4000, nothing read for 40 s", "GenerateStream", generate([5], max_tokens=4000, **many), 1, 40
@@ -187,6 +196,10 @@ def shapes(tokenizer: Tokenizer) -> list[Shape]:
     refused = [
         Shape("4 MB of words", "Generate", generate(words)),
         Shape("ten times 4 MB of words at once", "Generate", generate(words), num_calls=10),
+        Shape("chat of 4096 messages, 4 MB", "Generate", generate(chat(4096, "many words, " * 84))),
+        Shape("chat of 4 MB of tools", "Generate", generate(chat(1, "", tools=['{"a":"' + "x" * 4000 + '"}'] * 1000))),
+        Shape("chat of 4 MB of empty messages", "Generate", generate(chat(whole_message // 8, ""))),
+        Shape("ten times a chat of 4 MB at once", "Generate", generate(chat(4000, "many words, " * 84)), num_calls=10),
         Shape("4 MB of letters", "Generate", generate("a" * whole_message)),
         Shape("4 MB of ids", "Generate", generate([5] * whole_message)),
         Shape("a context of ids that don't exist", "Generate", generate([2**32 - 1] * full)),

@@ -5,6 +5,7 @@ conversation that it is to render, and again after it was killed.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
@@ -51,6 +52,8 @@ class ChatRenderer:
     def __init__(self, templates: ChatTemplates | None, *, time_limit_s: float = TIME_LIMIT_S) -> None:
         """templates: None if the model has none."""
         self.has_template = templates is not None
+        # Long conversations are read one at a time, so that the event loop has its other turns in between.
+        self._reading = asyncio.Lock()
         self._short, self._long = (_Process(templates, time_limit_s) for _ in range(2))
 
     async def render(self, field: str, chat: Chat) -> str:
@@ -59,10 +62,11 @@ class ChatRenderer:
         """
         if not self.has_template:
             raise _refusal(field, "the model has no chat template")
-        data = pickle.dumps((await _read_chat(field, chat), MAX_RENDERED_CHARACTERS))
+        is_long = len(chat.messages) > MESSAGES_AT_ONCE
+        async with self._reading if is_long else contextlib.nullcontext():
+            data = pickle.dumps((await _read_chat(field, chat), MAX_RENDERED_CHARACTERS))
         process = self._short if len(data) <= SHORT_BYTES else self._long
-        answer = await process.render(data)
-        kind, text = answer[:1], answer[1:].decode()
+        kind, text = await process.render(data)
         if kind == TEXT:
             return text
         path, _, reason = text.partition("\n")
@@ -85,8 +89,8 @@ class _Process:
         self._num_bytes = 0
         self._is_closed = False
 
-    async def render(self, data: bytes) -> bytes:
-        """The process's answer to a request, which is a text or a refusal. Raises QueueFull and TextFailed."""
+    async def render(self, data: bytes) -> tuple[bytes, str]:
+        """The process's answer to a request: TEXT or REFUSED, and the text of it. Raises QueueFull and TextFailed."""
         if self._num_bytes + len(data) > max(len(data), MAX_BYTES_AT_ONCE):
             raise QueueFull("too many conversations are being rendered")
         self._num_bytes += len(data)
@@ -105,7 +109,7 @@ class _Process:
         self._num_bytes -= num_bytes
         self._turn.release()
 
-    async def _render(self, data: bytes) -> bytes:
+    async def _render(self, data: bytes) -> tuple[bytes, str]:
         reason = ""
         # A rendering changes nothing, so it may be done again if something killed the process.
         for _ in range(2):
@@ -113,9 +117,8 @@ class _Process:
                 process = self._process = self._process or await self._start()
                 async with asyncio.timeout(self._time_limit_s):
                     answer = await _exchange(process, data)
-                answer[1:].decode()
                 if answer[:1] in (TEXT, REFUSED):
-                    return answer
+                    return answer[:1], str(memoryview(answer)[1:], "utf-8")
                 reason = "needs too much memory" if answer == EXHAUSTED else "gave an answer that is none"
                 break
             except TimeoutError:
@@ -124,6 +127,10 @@ class _Process:
             except (EOFError, OSError, ValueError):
                 reason = "failed: its process ended twice"
                 await self._kill()
+            except BaseException:
+                # An answer that is still to come must not be taken for that of the next conversation.
+                await self._kill()
+                raise
         await self._kill()
         logger.error("the chat template %s", reason)
         raise TextFailed(f"the model's chat template {reason}")
@@ -177,7 +184,7 @@ async def _exchange(process: asyncio.subprocess.Process, data: bytes) -> bytes:
     return await process.stdout.readexactly(length)
 
 
-def _note_outcome(task: "asyncio.Task[bytes]") -> None:
+def _note_outcome(task: "asyncio.Task[tuple[bytes, str]]") -> None:
     """Reads a task's error, which nobody else does if the caller was cancelled."""
     if not task.cancelled():
         task.exception()

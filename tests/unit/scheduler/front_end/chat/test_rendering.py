@@ -106,7 +106,7 @@ QWEN3 = reference(QWEN3_TEMPLATE)
 
 
 @pytest.mark.parametrize("content", ["It is", " spaces \n", "", "<|im_end|>"])
-@pytest.mark.parametrize("template", [EMBEDDED_TEMPLATE, FEATURES])
+@pytest.mark.parametrize("template", [QWEN3_TEMPLATE, EMBEDDED_TEMPLATE, FEATURES])
 async def test_a_last_message_is_continued(template: str, content: str) -> None:
     messages = [USER, {"role": "assistant", "content": content}]
     expected = reference(template).apply_chat_template(messages, tokenize=False, continue_final_message=True)
