@@ -82,7 +82,7 @@ def problems(lists: SamplingLists, vocab_size: int) -> Iterator[str]:
     ids = [*lists.stop_token_ids, *lists.allowed_token_ids, *lists.logprob_token_ids]
     ids += [token_id for token_id, _ in lists.logit_bias]
     ids += [token_id for word in lists.bad_words for token_id in word]
-    if any(not 0 <= token_id < vocab_size for token_id in ids):
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         yield "a list has a token id outside the vocabulary"
     if any(not -BIAS_LIMIT <= bias <= BIAS_LIMIT for _, bias in lists.logit_bias):
         yield f"logit_bias has a bias outside [-{BIAS_LIMIT:g}, {BIAS_LIMIT:g}]"

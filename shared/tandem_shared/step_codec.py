@@ -60,23 +60,49 @@ def unpack_floats(data: bytes) -> Float32Array:
 
 
 def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
-    return worker_pb2.StepPlan(
+    message = worker_pb2.StepPlan(
         step_id=plan.step_id,
         removed_rows=plan.removed_rows.tolist(),
-        added_rows=[_encode_row(row) for row in plan.added_rows],
         appended_block_rows=plan.appended_block_rows.tolist(),
         appended_block_ids=plan.appended_block_ids.tolist(),
         chunk_rows=plan.chunk_rows.tolist(),
         chunk_num_tokens=plan.chunk_num_tokens.tolist(),
     )
+    # The choices of a request have the same lists, which may be long, so they are encoded once.
+    encoded_lists: dict[int, worker_pb2.SamplingLists] = {}
+    for row in plan.added_rows:
+        added = message.added_rows.add(
+            row=row.row,
+            sequence_id=row.sequence_id,
+            token_ids=pack_ids(row.token_ids),
+            num_prompt_tokens=row.num_prompt_tokens,
+            num_computed_tokens=row.num_computed_tokens,
+            num_cached_tokens=row.num_cached_tokens,
+            block_ids=pack_ids(row.block_ids),
+        )
+        encode_sampling(row.sampling, added.sampling)
+        if (encoded := encoded_lists.get(id(row.lists))) is not None:
+            added.lists.CopyFrom(encoded)
+        elif row.lists is not NO_LISTS and row.lists:
+            encode_lists(row.lists, added.lists)
+            encoded_lists[id(row.lists)] = added.lists
+    return message
 
 
 def decode_plan(message: worker_pb2.StepPlan) -> StepPlan:
-    """Raises InvalidPlan if the bytes of its ids are not a whole number of ids."""
+    """Neighbouring rows of equal lists, such as a request's choices, get the same object. Raises InvalidPlan if the
+    bytes of ids are not a whole number of ids, or lists do not fit each other.
+    """
+    rows: list[NewRow] = []
+    for each in message.added_rows:
+        is_like_previous = (
+            bool(rows) and each.HasField("lists") and each.lists == message.added_rows[len(rows) - 1].lists
+        )
+        rows.append(_decode_row(each, rows[-1].lists if is_like_previous else None))
     return StepPlan(
         step_id=message.step_id,
         removed_rows=_ints(message.removed_rows),
-        added_rows=tuple(map(_decode_row, message.added_rows)),
+        added_rows=tuple(rows),
         appended_block_rows=_ints(message.appended_block_rows),
         appended_block_ids=_ints(message.appended_block_ids),
         chunk_rows=_ints(message.chunk_rows),
@@ -272,24 +298,11 @@ def decode_lists(message: worker_pb2.SamplingLists) -> SamplingLists:
     )
 
 
-def _encode_row(row: NewRow) -> worker_pb2.NewRow:
-    message = worker_pb2.NewRow(
-        row=row.row,
-        sequence_id=row.sequence_id,
-        token_ids=pack_ids(row.token_ids),
-        num_prompt_tokens=row.num_prompt_tokens,
-        num_computed_tokens=row.num_computed_tokens,
-        num_cached_tokens=row.num_cached_tokens,
-        block_ids=pack_ids(row.block_ids),
-    )
-    encode_sampling(row.sampling, message.sampling)
-    if row.lists is not NO_LISTS and row.lists:
-        encode_lists(row.lists, message.lists)
-    return message
-
-
-def _decode_row(message: worker_pb2.NewRow) -> NewRow:
+def _decode_row(message: worker_pb2.NewRow, lists: SamplingLists | None) -> NewRow:
+    """lists: those of the row, if they are known."""
     try:
+        if lists is None:
+            lists = decode_lists(message.lists) if message.HasField("lists") else NO_LISTS
         return NewRow(
             row=message.row,
             sequence_id=message.sequence_id,
@@ -299,7 +312,7 @@ def _decode_row(message: worker_pb2.NewRow) -> NewRow:
             num_cached_tokens=message.num_cached_tokens,
             block_ids=unpack_ids(message.block_ids),
             sampling=decode_sampling(message.sampling),
-            lists=decode_lists(message.lists) if message.HasField("lists") else NO_LISTS,
+            lists=lists,
         )
     except ProtocolError as error:
         raise InvalidPlan(f"added row {message.row}: {error}") from error

@@ -155,6 +155,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ),
     ("simulation", "tandem_scheduler/front_end/logprob_buffer.py"): (
         ("        self._ranks.append(report.rank)", "        self._ranks.append(1)"),
+        (
+            "        self._ranks.frombytes(report.ranks.tobytes())",
+            "        self._ranks.frombytes(report.ranks[::-1].tobytes())",
+        ),
     ),
     ("simulation", "tandem_scheduler/front_end/live_request.py"): (
         ("                del self.token_ids[position + 1 :]", "                del self.token_ids[position + 2 :]"),

@@ -1,5 +1,7 @@
 """Plans, results and infos survive the wire, byte for byte of real protobuf."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan, ProtocolError
 from tandem_shared.sampling_fields import RowSampling
-from tandem_shared.sampling_lists import Grammar, SamplingLists
+from tandem_shared.sampling_lists import NO_LISTS, Grammar, SamplingLists
 from tandem_shared.step_codec import (
     decode_info,
     decode_plan,
@@ -172,6 +174,18 @@ def test_ids_are_four_bytes_each_whatever_they_are() -> None:
     ids = np.full(40_000, 151_935, np.int32)
     assert pack_ids(ids) == ids.tobytes()
     assert unpack_ids(pack_ids(ids)).tolist() == ids.tolist()
+
+
+def test_the_lists_of_a_requests_choices_are_read_once() -> None:
+    """A request of 64 choices with the longest lists held up the step that it entered for 200 ms."""
+    long, other = SamplingLists(allowed_token_ids=(1, 2)), SamplingLists(allowed_token_ids=(3,))
+    row = NewRow(0, 0, np.ones(1, np.int32), 1, 0, 0, np.ones(1, np.int32), RowSampling())
+    kinds = [NO_LISTS, long, long, NO_LISTS, long, SamplingLists(allowed_token_ids=(1, 2)), other, other, NO_LISTS]
+    plan = StepPlan(1, added_rows=tuple(dataclasses.replace(row, row=i, lists=each) for i, each in enumerate(kinds)))
+    decoded = decode_plan(worker_pb2.StepPlan.FromString(encode_plan(plan).SerializeToString())).added_rows
+    assert [each.lists for each in decoded] == kinds
+    shared = [index for index in range(1, len(kinds)) if decoded[index].lists is decoded[index - 1].lists]
+    assert shared == [2, 5, 7]
 
 
 @pytest.mark.parametrize("field", ["token_ids", "block_ids"])

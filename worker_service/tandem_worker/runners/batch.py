@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.sampling_fields import fields_out_of_range
-from tandem_shared.sampling_lists import problems
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists, problems
 from tandem_shared.step_plan import PADDING_BLOCK, Int32Array, NewRow, StepPlan
 
 
@@ -137,13 +137,16 @@ class Batch:
         _require(bool(self.is_present[removed].all()), f"removed rows {removed.tolist()} are not all present")
         present = self.is_present.copy()
         present[removed] = False
+        sound_lists = NO_LISTS
         for new in plan.added_rows:
             _require(0 <= new.row < self.num_rows, f"added row {new.row} is not a row of the batch")
             _require(not present[new.row], f"added row {new.row} is taken")
             present[new.row] = True
-            self._check_new_row(new)
+            self._check_new_row(new, sound_lists)
+            sound_lists = new.lists
 
-    def _check_new_row(self, new: NewRow) -> None:
+    def _check_new_row(self, new: NewRow, sound_lists: SamplingLists) -> None:
+        """sound_lists: lists that were found right. A request's choices, which are neighbours, have the same."""
         where = f"added row {new.row} ({new.sequence_id})"
         num_tokens, num_computed, num_cached = len(new.token_ids), new.num_computed_tokens, new.num_cached_tokens
         _require(1 <= num_tokens <= self.max_model_len, f"{where} has {num_tokens} tokens")
@@ -155,7 +158,8 @@ class Batch:
         num_needed = -(-num_tokens // self.block_size)
         _require(num_needed <= len(new.block_ids) <= self.block_tables.shape[1], f"{where}: block table's length")
         wrong = [f"{field.name} {getattr(new.sampling, field.name)}" for field in fields_out_of_range(new.sampling)]
-        wrong += problems(new.lists, self.vocab_size)
+        if new.lists is not sound_lists:
+            wrong += problems(new.lists, self.vocab_size)
         _require(not wrong, f"{where}: {', '.join(wrong)}")
 
     def _check_appended(self, plan: StepPlan) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tandem_shared.errors import InvalidPlan
 from tandem_shared.sampling_fields import RowSampling
+from tandem_shared.sampling_lists import NO_LISTS, SamplingLists
 from tandem_shared.step_plan import NewRow, StepPlan
 from tandem_worker.runners.batch import Batch
 
@@ -129,3 +130,13 @@ def test_an_impossible_plan_is_refused_and_changes_nothing(plan: StepPlan, probl
         batch.apply(plan)
     assert not batch.is_present.any()
     assert batch.apply(first_plan()).sampling_rows.tolist() == [1]
+
+
+def test_wrong_lists_are_found_wherever_they_are_among_the_rows() -> None:
+    right, wrong = SamplingLists(allowed_token_ids=(99,)), SamplingLists(allowed_token_ids=(99, 100))
+    for lists in ((wrong,), (wrong, wrong), (right, wrong), (right, right, wrong), (right, NO_LISTS, wrong, right)):
+        rows = tuple(new_row(row, lists=each) for row, each in enumerate(lists))
+        with pytest.raises(InvalidPlan, match=rf"added row {lists.index(wrong)} .*outside the vocabulary"):
+            make_batch().apply(StepPlan(1, added_rows=rows))
+    rows = tuple(new_row(row, lists=right) for row in range(4))
+    make_batch().apply(StepPlan(1, added_rows=rows, chunk_rows=ints(0), chunk_num_tokens=ints(6)))
