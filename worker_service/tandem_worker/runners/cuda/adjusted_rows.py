@@ -4,6 +4,7 @@ From then on the kernels (kernels/adjust_logits.py) keep it themselves, by the t
 preempted and enters again, with all its tokens, goes on as it would have.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -53,17 +54,19 @@ class AdjustedRowsState:
         asking = [new for new in new_rows if adjusts_logits(new.sampling, new.lists)]
         if not asking:
             return
-        lines = [_line(new) for new in asking]
+        # A request's choices, which are neighbours, have the same lists, which may be long.
+        by_lists = [list(rows) for _, rows in itertools.groupby(asking, lambda new: id(new.lists))]
+        lines = [line for rows in by_lists for line in _lines(rows)]
         notes = np.zeros((len(lines), max(map(len, lines))), np.int32)
         for target, line in zip(notes, lines, strict=True):
             target[: len(line)] = line
         rows = to_device(np.array([new.row for new in asking]), self._device)
         self.rows.notes[:, : notes.shape[1]].index_copy_(0, rows, to_device(notes, self._device))
         self._count([new for new in asking if _has_penalty(new)])
+        for same in by_lists:
+            if allowed := same[0].lists.allowed_token_ids:
+                self._allowed |= dict.fromkeys([new.row for new in same], _bitmap(allowed, self._num_words))
         masked = [new for new in asking if _has_mask(new)]
-        for new in masked:
-            if new.lists.allowed_token_ids:
-                self._allowed[new.row] = _bitmap(new.lists.allowed_token_ids, self._num_words)
         if masked:
             nothing = np.zeros(self._num_words, np.int32)
             bits = [nothing if new.lists.grammar else self._allowed[new.row] for new in masked]
@@ -112,28 +115,35 @@ def _has_mask(new: NewRow) -> bool:
     return bool(new.lists.allowed_token_ids) or new.lists.grammar is not None
 
 
-def _line(new: NewRow) -> Int32Array:
-    """The row's line of AdjustedRows.notes."""
-    lists = new.lists
+def _lines(new_rows: Sequence[NewRow]) -> list[Int32Array]:
+    """The lines of AdjustedRows.notes for rows that have the same lists."""
+    lists = new_rows[0].lists
     ids = [token_id for token_id, _ in lists.logit_bias]
     biases = np.array([bias for _, bias in lists.logit_bias], np.float32).view(np.int32)
     # A complete grammar allows end-of-sequence tokens alone, so the masks of grammars heed min_tokens themselves.
     stops = () if lists.grammar else lists.stop_token_ids
     lengths = [len(word) for word in lists.bad_words]
+    tokens = [token_id for word in lists.bad_words for token_id in word]
+    parts: list[Iterable[int]] = [ids, biases, stops, np.cumsum(lengths, dtype=np.int32), tokens]
+    tail = np.concatenate([np.asarray(part, np.int32) for part in parts])
     header = np.zeros(LISTS_START, np.int32)
-    header[adjust_logits.NUM_PROMPT.value] = new.num_prompt_tokens
-    header[adjust_logits.NUM_KNOWN.value] = len(new.token_ids)
     header[adjust_logits.NUM_BIASES.value] = len(ids)
     header[adjust_logits.NUM_STOPS.value] = len(stops)
     header[adjust_logits.NUM_BAD_WORDS.value] = len(lengths)
     header[adjust_logits.LONGEST_BAD_WORD.value] = max(lengths, default=1)
+    return [np.concatenate([_header(header, new), tail]) for new in new_rows]
+
+
+def _header(of_lists: Int32Array, new: NewRow) -> Int32Array:
+    """What stands before the lists in a row's line. of_lists: the same without what only this row has."""
+    header = of_lists.copy()
+    header[adjust_logits.NUM_PROMPT.value] = new.num_prompt_tokens
+    header[adjust_logits.NUM_KNOWN.value] = len(new.token_ids)
     header[adjust_logits.HAS_PENALTY.value] = _has_penalty(new)
     header[adjust_logits.HAS_MASK.value] = _has_mask(new)
     last = new.token_ids[-RING:]
     header[RING_START + np.arange(len(new.token_ids) - len(last), len(new.token_ids)) % RING] = last
-    tokens = [token_id for word in lists.bad_words for token_id in word]
-    parts: list[Iterable[int]] = [header, ids, biases, stops, np.cumsum(lengths, dtype=np.int32), tokens]
-    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+    return header
 
 
 def _bitmap(token_ids: Sequence[int], num_words: int) -> Int32Array:
