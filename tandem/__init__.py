@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tandem.async_client import AsyncTandemClient
+    from tandem.chat import Chat
     from tandem.client import TandemClient
     from tandem.llm import LLM
     from tandem.outputs import CompletionOutput, Logprob, PromptsFailed, RequestOutput
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         Draining,
         FieldViolation,
         InvalidRequest,
+        ModelError,
         OutputTooLarge,
         ProtocolError,
         QueueFull,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncTandemClient",
+    "Chat",
     "CompletionOutput",
     "ConfigError",
     "DeadlinePassed",
@@ -42,6 +45,7 @@ __all__ = [
     "FieldViolation",
     "InvalidRequest",
     "Logprob",
+    "ModelError",
     "OutputTooLarge",
     "PromptsFailed",
     "ProtocolError",
@@ -64,6 +68,7 @@ __all__ = [
 
 _MODULES = {
     "AsyncTandemClient": "tandem.async_client",
+    "Chat": "tandem.chat",
     "CompletionOutput": "tandem.outputs",
     "LLM": "tandem.llm",
     "Logprob": "tandem.outputs",

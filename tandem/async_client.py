@@ -18,6 +18,7 @@ from tandem.calls import (
     request_fields,
     token_ids_of,
 )
+from tandem.chat import Chat
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tandem_shared.rpc.grpc_options import client_options
@@ -111,11 +112,12 @@ class AsyncTandemClient:
                 call.cancel()
             await asyncio.sleep(pause_s)
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
-        """The token ids of a text, with the special tokens that the tokenizer puts around one unless add_special_tokens
-        is False.
+    async def tokenize(self, text: str | Chat, *, add_special_tokens: bool | None = None) -> list[int]:
+        """The token ids of a text or a conversation. Around a text the tokenizer puts its special tokens, unless
+        add_special_tokens is False; a conversation has them from the model's chat template.
         """
-        request = build(inference_pb2.TokenizeRequest, text=text, add_special_tokens=add_special_tokens)
+        fields = {"chat": text.message} if isinstance(text, Chat) else {"text": text}
+        request = build(inference_pb2.TokenizeRequest, **fields, add_special_tokens=add_special_tokens)
         return list((await self._call(self._inference.Tokenize, request)).token_ids)
 
     async def detokenize(

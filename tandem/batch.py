@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 
 from tandem.async_client import AsyncTandemClient
+from tandem.chat import Chat
 from tandem.outputs import RequestOutput, read_reply
 from tandem.prompts import Item
 from tandem.v1 import inference_pb2
@@ -90,7 +91,10 @@ async def run_batch(
 async def _generate(client: AsyncTandemClient, item: Item) -> tuple[RequestOutput, inference_pb2.Usage]:
     prompt, params = item.prompt, item.params
     text = prompt if isinstance(prompt, str) else None
-    ids: Any = await _until_taken(lambda: client.tokenize(prompt)) if isinstance(prompt, str) else prompt
+    ids: Any = prompt
+    if isinstance(prompt, str | Chat):
+        # A call of its own tells the prompt's ids, which an output has.
+        ids = await _until_taken(lambda: client.tokenize(prompt))
     wants_prompt = params.prompt_logprobs is not None
     if wants_prompt or params.logprobs is not None or params.logprob_token_ids:
         # A reply has a limit, which log-probabilities may exceed.

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from tandem.chat import Chat
 from tandem.sampling_params import SamplingParams
 from tandem_shared.errors import FieldViolation, InvalidRequest, RetryLater
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
@@ -23,8 +24,8 @@ class ArrayOfIds(Protocol):
     def tolist(self) -> Any: ...
 
 
-Prompt: TypeAlias = str | Sequence[int] | ArrayOfIds
-"""Text, or the ids of its tokens."""
+Prompt: TypeAlias = str | Sequence[int] | ArrayOfIds | Chat
+"""A text, the ids of its tokens, or a conversation."""
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 """Names and values that are sent beside a request. The value of a name that ends with -bin is bytes."""
@@ -126,4 +127,6 @@ def token_ids_of(ids: Sequence[int] | ArrayOfIds) -> Any:
 
 
 def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
-    return {"text": prompt} if isinstance(prompt, str) else {"token_ids": {"ids": token_ids_of(prompt)}}
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    return {"chat": prompt.message} if isinstance(prompt, Chat) else {"token_ids": {"ids": token_ids_of(prompt)}}

@@ -21,6 +21,7 @@ from tandem.calls import (
     request_fields,
     token_ids_of,
 )
+from tandem.chat import Chat
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tandem_shared.rpc.grpc_options import client_options
@@ -121,11 +122,12 @@ class TandemClient:
                 call.cancel()
             time.sleep(pause_s)
 
-    def tokenize(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
-        """The token ids of a text, with the special tokens that the tokenizer puts around one unless add_special_tokens
-        is False.
+    def tokenize(self, text: str | Chat, *, add_special_tokens: bool | None = None) -> list[int]:
+        """The token ids of a text or a conversation. Around a text the tokenizer puts its special tokens, unless
+        add_special_tokens is False; a conversation has them from the model's chat template.
         """
-        request = build(inference_pb2.TokenizeRequest, text=text, add_special_tokens=add_special_tokens)
+        fields = {"chat": text.message} if isinstance(text, Chat) else {"text": text}
+        request = build(inference_pb2.TokenizeRequest, **fields, add_special_tokens=add_special_tokens)
         return list(self._call(self._inference.Tokenize, request).token_ids)
 
     def detokenize(self, token_ids: Sequence[int] | ArrayOfIds, *, skip_special_tokens: bool | None = None) -> str:

@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import grpc
@@ -14,6 +14,7 @@ import grpc
 from tandem.async_client import AsyncTandemClient
 from tandem.batch import Progress, run_batch
 from tandem.calls import ArrayOfIds, Metadata
+from tandem.chat import Chat
 from tandem.client import TandemClient
 from tandem.loop_thread import LoopThread
 from tandem.outputs import PromptsFailed, RequestOutput
@@ -110,8 +111,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Returns one output for each prompt, in the order of the prompts.
 
-        prompts is one prompt or several. A prompt is text, token ids (a list, or an array of numpy's), or a dict with
-        "prompt" or "prompt_token_ids". prompt_token_ids may be given in place of prompts, for prompts of token ids.
+        prompts is one prompt or several. A prompt is text, token ids (a list, or an array of numpy's), a Chat, or a
+        dict with "prompt" or "prompt_token_ids". prompt_token_ids may be given in place of prompts, if all are token
+        ids.
         sampling_params is for all prompts, or a list with those of each.
         use_tqdm shows a progress bar with the rates of prefill and decode; a function that makes the bar may be given.
 
@@ -136,6 +138,34 @@ class LLM:
         if result.errors:
             raise PromptsFailed(result.errors, result.outputs)
         return [output for output in result.outputs if output is not None]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: ParamsForm = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Returns the output of a conversation, or of each of several, as generate() does for prompts. The arguments
+        but the first three are those of Chat, for all conversations.
+        """
+        options = (tools, add_generation_prompt, enable_thinking, chat_template_kwargs, continue_final_message)
+        if len(messages) == 0 or isinstance(messages[0], Mapping):
+            return self.generate(Chat(messages, *options), sampling_params, use_tqdm)  # type: ignore[arg-type]
+        chats = []
+        for index, each in enumerate(messages):
+            try:
+                chats.append(Chat(each, *options))  # type: ignore[arg-type]
+            except InvalidRequest as error:
+                raise InvalidRequest(
+                    *(FieldViolation(f"conversations[{index}].{v.field}", v.description) for v in error.violations)
+                ) from error
+        return self.generate(chats, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer, which asks the server."""

@@ -23,7 +23,7 @@ from tandem_shared.options import to_arguments
 
 INFERENCE_SERVICE = "tandem.v1.InferenceService"
 START_TIMEOUT_S = 4 * 3600.0
-"""How long a service may take until it listens: a large model may have to be downloaded first."""
+"""How long a service may take until it listens: reading a large model from a slow disk takes long."""
 STOP_TIMEOUT_S = 40.0
 """How long a service may take to end. Longer than a worker of several ranks, and its supervisor, wait before they
 kill what is left.
@@ -63,18 +63,17 @@ class Services:
         # Unless the settings name a file for the secret, it is in a folder that only this process's user can read.
         named = worker.session_secret_file or scheduler.session_secret_file
         self.session_secret_file = named or str(self._folder.path / "session-secret")
-        self._worker_settings, self._scheduler_settings = (
-            to_arguments(replace(settings, session_secret_file=self.session_secret_file))
-            for settings in (worker, scheduler)
-        )
+        self._worker_settings = replace(worker, session_secret_file=self.session_secret_file)
+        self._scheduler_settings = replace(scheduler, session_secret_file=self.session_secret_file)
         self.worker: subprocess.Popen[bytes] | None = None
         self.scheduler: subprocess.Popen[bytes] | None = None
         self.worker_address = ""
         self.address = ""
 
     def __enter__(self) -> "Services":
-        """Returns once both services listen. Raises ServiceFailed if one does not."""
+        """Returns once both services listen. Raises ServiceFailed if one does not, ModelError for no model."""
         try:
+            self._find_model()
             self._start_worker()
             self._start_scheduler()
         except BaseException:
@@ -123,13 +122,24 @@ class Services:
             if left:
                 raise ServiceFailed(f"processes do not end, even killed: {left}")
 
+    def _find_model(self) -> None:
+        """Downloads a model of the hub in this process, where its progress is seen, for both services."""
+        # Needs a package that a client alone does not have.
+        from tandem_shared.model_folder import ALL_FILES, is_hub_id, resolve_model
+
+        worker, scheduler = self._worker_settings, self._scheduler_settings
+        if is_hub_id(worker.model):
+            folder = str(resolve_model(worker.model, ALL_FILES, worker.revision))
+            self._worker_settings = replace(worker, model=folder, revision="")
+            self._scheduler_settings = replace(scheduler, model=folder, revision="")
+
     def _start_worker(self) -> None:
         module, *first = self._worker_program
-        self.worker, port = self._start(module, [*first, *self._worker_settings])
+        self.worker, port = self._start(module, [*first, *to_arguments(self._worker_settings)])
         self.worker_address = f"{self._worker_host}:{port}"
 
     def _start_scheduler(self) -> None:
-        arguments = [*self._scheduler_settings, "--worker-address", self.worker_address]
+        arguments = [*to_arguments(self._scheduler_settings), "--worker-address", self.worker_address]
         self.scheduler, port = self._start("tandem_scheduler", arguments)
         self.address = f"{self._scheduler_host}:{port}"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from tandem.calls import Prompt
+from tandem.chat import Chat
 from tandem.sampling_params import SamplingParams
 from tandem_shared.errors import FieldViolation, InvalidRequest
 
@@ -17,7 +18,7 @@ PromptForm: TypeAlias = Prompt | Mapping[str, Any]
 ParamsForm: TypeAlias = SamplingParams | Sequence[SamplingParams] | None
 
 KEYS = ("prompt", "prompt_token_ids", "cache_salt")
-FORMS = 'a text, token ids, or a dict with "prompt" or "prompt_token_ids"'
+FORMS = 'a text, token ids, a Chat, or a dict with "prompt" or "prompt_token_ids"'
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Item:
 
 def is_single(prompts: Any) -> bool:
     """Whether this is one prompt, not a list of prompts."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping | Chat):
         return True
     if hasattr(prompts, "ndim"):
         return bool(prompts.ndim == 1)
@@ -75,7 +76,7 @@ def _read(prompt: Any, params: SamplingParams, index: int) -> Item:
             raise _refusal(field, 'must have exactly one of "prompt" and "prompt_token_ids"')
         cache_salt = prompt.get("cache_salt")
         [prompt] = given
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | Chat):
         return Item(prompt, params, cache_salt)
     ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not isinstance(ids, Sequence) or isinstance(ids, bytes) or not all(map(_is_id, ids)):

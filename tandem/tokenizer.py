@@ -1,8 +1,10 @@
 """A tokenizer that asks the server, so it needs no file of the model and no library."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tandem.calls import ArrayOfIds
+from tandem.chat import Chat
 from tandem.client import TandemClient
 
 
@@ -23,6 +25,29 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int] | ArrayOfIds, *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
         return self._client.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        enable_thinking: bool | None = None,
+        **chat_template_kwargs: Any,
+    ) -> list[int] | str:
+        """The token ids of a conversation, or its text if tokenize is False."""
+        chat = Chat(
+            conversation,
+            tools,
+            add_generation_prompt,
+            enable_thinking,
+            chat_template_kwargs or None,
+            continue_final_message,
+        )
+        ids = self._client.tokenize(chat)
+        return ids if tokenize else self.decode(ids)
 
     @property
     def vocab_size(self) -> int:

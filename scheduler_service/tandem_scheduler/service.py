@@ -73,7 +73,7 @@ class SchedulerService:
         )
         self._recorder: RecordingScheduler | None = None
         self._hub = EngineHub(observer)
-        self._tokenizer_folder = resolve_model(settings.tokenizer or settings.model, TOKENIZER_FILES)
+        self._tokenizer_folder = _tokenizer_folder(settings)
         self.step_loop = StepLoop(
             self._client,
             _core_config(settings),
@@ -153,6 +153,12 @@ def default_num_front_ends() -> int:
         return 0
     num_cpus = len(os.sched_getaffinity(0))
     return 0 if num_cpus < MIN_CPUS_FOR_PROCESSES else min(num_cpus // CPUS_PER_FRONT_END, MAX_DEFAULT_FRONT_ENDS)
+
+
+def _tokenizer_folder(settings: SchedulerSettings) -> Path:
+    if settings.tokenizer:
+        return resolve_model(settings.tokenizer, TOKENIZER_FILES)
+    return resolve_model(settings.model, TOKENIZER_FILES, settings.revision)
 
 
 def _core_config(settings: SchedulerSettings) -> SchedulerConfig:

@@ -33,6 +33,7 @@ class ServiceSettings:
     model: str = option(
         "embedded", "model to serve: a folder, a Hugging Face hub id, or 'embedded' for the small model in the package"
     )
+    revision: str = option("", "branch, tag or commit of a hub id's repository; its main branch if not given")
     served_model_name: str = option(
         "", "name under which clients know the model; if not given, the last part of the folder or hub id"
     )

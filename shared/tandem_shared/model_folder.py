@@ -32,29 +32,40 @@ take many times its size in memory.
 ALL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 
-def resolve_model(name: str, files: list[str]) -> Path:
+def resolve_model(name: str, files: list[str], revision: str = "") -> Path:
     """The folder of a model. `name` is a folder, "embedded", or a hub id, of which `files` (names and patterns) are
-    downloaded.
+    downloaded, with a progress bar, unless the hub's cache has them. revision is a branch, tag or commit of a hub id.
+    If the hub can't be reached, what the cache has is taken.
 
-    Raises ModelError if there is no such folder and no such model on the hub.
+    Raises ModelError if there is no such folder and no such model on the hub, and for a revision of a folder.
     """
-    folder = Path(name)
+    if is_hub_id(name):
+        return _download(name, files, revision)
+    if revision:
+        raise ModelError(f"{name[:200]}: is no hub id, so it has no revision {revision[:200]}")
+    return Path(str(importlib.resources.files("tandem"))) / "embedded_model" if name == EMBEDDED_MODEL else Path(name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model is on the hub, not in a folder or the package. Raises ModelError if it can be neither."""
     try:
-        is_folder = name != "" and folder.is_dir()
+        is_folder = name != "" and Path(name).is_dir()
     except OSError as error:
         raise ModelError(f"{name[:200]}: {error.strerror}") from error
-    if is_folder:
-        return folder
-    if name == EMBEDDED_MODEL:
-        return Path(str(importlib.resources.files("tandem"))) / "embedded_model"
+    if is_folder or name == EMBEDDED_MODEL:
+        return False
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name[:200] or repr(name)}: no such folder, and no hub id of the form OWNER/NAME")
+    return True
+
+
+def _download(name: str, files: list[str], revision: str) -> Path:
     # Imported here because the import is slow and most models are folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{name}: no such folder, and the hub gave nothing: {error}") from error
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from tandem import LLM, ConfigError, InvalidRequest, PromptsFailed, RequestOutput, SamplingParams
+from tandem import LLM, Chat, ConfigError, InvalidRequest, PromptsFailed, RequestOutput, SamplingParams
 from tandem_shared.model_folder import resolve_model
+from tests.support.chats import CALLS, RESULTS, SYSTEM, TOOLS, USER
 from tests.support.tokenizers import embedded
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -128,6 +130,35 @@ def test_the_tokenizer_is_the_models(llm: LLM) -> None:
     )
     assert tokenizer.vocab_size == 1024
     assert truth.token_to_id("<|im_end|>") in tokenizer.eos_token_ids
+
+
+def test_a_chat_is_what_transformers_makes_of_it(llm: LLM) -> None:
+    truth = PreTrainedTokenizerFast.from_pretrained(resolve_model("embedded", []))
+    chats: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": "Who are you?"}],
+        [SYSTEM, USER, CALLS, *RESULTS],
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=60)
+    outputs = llm.chat(chats, [params, params], False, tools=TOOLS)
+    expected = [
+        truth.apply_chat_template(each, tools=TOOLS, add_generation_prompt=True, return_dict=False) for each in chats
+    ]
+    assert [output.prompt_token_ids for output in outputs] == expected
+    [alone] = llm.chat(chats[0], params, use_tqdm=False)
+    assert alone.outputs[0].finish_reason == "stop" and alone["text"]
+    assert alone["text"] == llm.client.generate(Chat(chats[0]), params).choices[0].text
+    tokenizer = llm.get_tokenizer()
+    for options in ({}, {"add_generation_prompt": True}):
+        assert tokenizer.apply_chat_template(chats[1], TOOLS, **options) == truth.apply_chat_template(
+            chats[1], tools=TOOLS, return_dict=False, **options
+        )
+        assert tokenizer.apply_chat_template(chats[0], tokenize=False, **options) == truth.apply_chat_template(
+            chats[0], tokenize=False, **options
+        )
+    with pytest.raises(InvalidRequest, match=r"^conversations\[1\]\.messages\[0\]\.content: must be a text, is 5"):
+        llm.chat([chats[0], [{"role": "user", "content": 5}]], params)
+    with pytest.raises(InvalidRequest, match=r"^chat\.messages"):
+        llm.chat([], params, use_tqdm=False)
 
 
 @pytest.mark.parametrize(

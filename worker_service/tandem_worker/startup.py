@@ -40,7 +40,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
     communicator: the rank's; without one the model is loaded whole.
     """
     communicator = communicator or Communicator()
-    folder = resolve_model(settings.model, ALL_FILES)
+    folder = resolve_model(settings.model, ALL_FILES, settings.revision)
     device, dtype = device_of(settings), dtype_of(settings)
     # The ranks of one host share its CPUs. A launcher that does not tell their number is taken
     # to have started one on each host.
@@ -90,7 +90,8 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
 
 def check_model(settings: WorkerSettings) -> None:
     """Raises ModelError or ConfigError where --tp-size ranks can't divide the model. build_runner does not check it."""
-    Shard(0, settings.tp_size).check(read_model_config(resolve_model(settings.model, ALL_FILES)))
+    folder = resolve_model(settings.model, ALL_FILES, settings.revision)
+    Shard(0, settings.tp_size).check(read_model_config(folder))
 
 
 def _max_model_len(settings: WorkerSettings, config: ModelConfig) -> int:
