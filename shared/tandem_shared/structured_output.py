@@ -17,6 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,7 +39,7 @@ MAX_ITEMS_IN_ROW = 500
 """The most parser states after one byte. Ambiguous grammars reach any limit; the last mask before the default of 2,000
 took 1 s, before this one 15 ms."""
 MAX_LEXER_STATES = 20_000
-"""The most states of all regular expressions of a matcher, of 1 to 2 kB each. Every row has its own."""
+"""The most states of all regular expressions of a matcher and its copies, of 1 to 2 kB each."""
 MAX_GRAMMAR_SIZE = 10_000
 """The most symbols of a grammar's rules. A JSON schema of 1,000 properties has fewer and compiles in 60 ms; one of
 2,000, which has more, would take 400 ms."""
@@ -47,7 +48,11 @@ MAX_MULTIPLE_OF = 10_000
 llguidance makes a state for each remainder and has no limit of its own: 10,007 takes 20 ms, 9,999,991 over a minute.
 """
 
-MAX_CACHED_GRAMMARS = 32
+MAX_COPIES = 4
+"""The most matchers that are copies of one compiled grammar. llguidance's copies share a lock, so their masks are
+computed one after the other, and they share the limit on lexer states. So all rows of a batch must not be copies of one.
+"""
+MAX_CACHED_GRAMMARS = 64
 MAX_CACHED_CHARACTERS = 1 << 20
 """The limit of the texts of all cached grammars together."""
 MAX_REASON_CHARACTERS = 200
@@ -100,8 +105,17 @@ def _wrapped(lark: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
 
 
+@dataclass
+class _Compiled:
+    """A grammar that is compiled, or being compiled."""
+
+    matcher: "Future[Matcher]"
+    """A matcher at the grammar's start, which is copied"""
+    num_copies: int = 0
+
+
 class GrammarCompiler:
-    """Makes matchers for one vocabulary, and keeps those of the latest grammars. Its methods may be called from several
+    """Makes matchers for one vocabulary, and keeps what it has compiled last. Its methods may be called from several
     threads.
     """
 
@@ -127,31 +141,33 @@ class GrammarCompiler:
         )
         self._lock = threading.Lock()
         # The latest used one comes last.
-        self._compiled: OrderedDict[str, Future[Matcher]] = OrderedDict()
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
 
     def check(self, text: str) -> None:
         """Compiles a grammar and computes its first mask. Raises GrammarError."""
-        self._get(text)
+        self._get(text, num_copies=0)
 
     def matcher(self, text: str) -> Matcher:
         """A new matcher at the grammar's start. Raises GrammarError."""
-        return self._get(text).deep_copy()
+        return self._get(text, num_copies=1).deep_copy()
 
-    def _get(self, text: str) -> Matcher:
-        """The grammar's first matcher, compiled once however many threads ask for it."""
+    def _get(self, text: str, num_copies: int) -> Matcher:
+        """The compiled grammar, of which so many copies will be made. However many threads ask, one compiles it."""
         with self._lock:
             compiled = self._compiled.pop(text, None)
             is_new = compiled is None
-            compiled = compiled or Future()
-            self._compiled[text] = compiled
+            compiled = compiled or _Compiled(Future())
+            compiled.num_copies += num_copies
+            if compiled.num_copies < MAX_COPIES:
+                self._compiled[text] = compiled
             while self._is_over_limit():
                 self._compiled.popitem(last=False)
         if is_new:
             try:
-                compiled.set_result(self._compile(text))
+                compiled.matcher.set_result(self._compile(text))
             except BaseException as error:
-                compiled.set_exception(error)
-        return compiled.result()
+                compiled.matcher.set_exception(error)
+        return compiled.matcher.result()
 
     def _is_over_limit(self) -> bool:
         num_characters = sum(map(len, self._compiled))
@@ -162,7 +178,7 @@ class GrammarCompiler:
     def _compile(self, text: str) -> Matcher:
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if not matcher.is_error():
-            # Copies have the states that this makes, and a grammar whose first mask needs too much fails here.
+            # A grammar whose first mask needs too much fails here, and the others have it ready.
             matcher.compute_bitmask()
         if matcher.is_error():
             raise GrammarError(reason_of(matcher))

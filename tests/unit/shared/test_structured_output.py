@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 
 from tandem_shared import structured_output
 from tandem_shared.structured_output import (
+    MAX_COPIES,
     GrammarCompiler,
     GrammarError,
+    MatcherThreads,
     choice_grammar,
     json_object_grammar,
     json_schema_grammar,
@@ -218,7 +220,8 @@ def test_usual_multiples_are_accepted(multiple: str) -> None:
     COMPILER.check(json_schema_grammar(f'{{"type": "number", "multipleOf": {multiple}}}'))
 
 
-def test_a_grammar_is_compiled_once_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_compiled_once_for_a_few_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads ask for them at once."""
     compiler = GrammarCompiler(EMBEDDED.read_bytes(), VOCAB, EOS)
     compiled = []
     compile_one = compiler._compile
@@ -230,16 +233,42 @@ def test_a_grammar_is_compiled_once_for_all_threads(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(compiler, "_compile", slow)
     grammar, matchers = regex_grammar("ab?"), []
-    threads = [threading.Thread(target=lambda: matchers.append(compiler.matcher(grammar))) for _ in range(8)]
+    for _ in range(20):
+        compiler.check(grammar)
+    threads = [
+        threading.Thread(target=lambda: matchers.append(compiler.matcher(grammar))) for _ in range(2 * MAX_COPIES)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert compiled == [grammar]
-    # Each has its own.
+    assert compiled == [grammar] * 2
+    # Each has a place of its own in the grammar.
     matchers[0].consume_token(TOKENIZER.token_to_id("a"))
     assert allowed(matchers[0]) == {TOKENIZER.token_to_id("b"), *EOS}
     assert all(TOKENIZER.token_to_id("a") in allowed(matcher) for matcher in matchers[1:])
+
+
+def test_a_limit_that_one_output_reaches_is_not_reached_by_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a grammar whose outputs each need some hundred states."""
+    monkeypatch.setattr(structured_output, "MAX_LEXER_STATES", 3000)
+    compiler = GrammarCompiler(EMBEDDED.read_bytes(), VOCAB, EOS)
+    grammar, rng = regex_grammar("(.*a.{18}|.*b.{18}|.*c.{18})"), np.random.default_rng(0)
+    for _ in range(12):
+        matcher = compiler.matcher(grammar)
+        for _ in range(150):
+            matcher.consume_token(int(rng.choice(sorted(allowed(matcher) - {*EOS}))))
+
+
+def test_threads_serve_matchers_at_once() -> None:
+    threads = MatcherThreads(2)
+    matchers = [COMPILER.matcher(regex_grammar(regex)) for regex in ("ab?", "ba", "c+")]
+    threads.consume([(matcher, TOKENIZER.token_to_id(token)) for matcher, token in zip(matchers, "abc", strict=True)])
+    bits = np.zeros((4, -(-PADDED // 32)), np.uint32)
+    threads.fill([(matcher, place) for place, matcher in enumerate(matchers, 1)], bits)
+    sets = np.unpackbits(bits.view(np.uint8), axis=1, count=PADDED, bitorder="little")
+    assert [set(np.flatnonzero(line).tolist()) for line in sets] == [set(), *map(allowed, matchers)]
+    assert allowed(matchers[0]) == {TOKENIZER.token_to_id("b"), *EOS}
 
 
 def test_few_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ Sampled tokens may come late: on a GPU the next plan, which may give a row's num
 before they are on the host. So accept() moves those grammars on whose masks were computed last, whoever has their rows
 by then.
 
-A matcher's state is a function of the row's tokens. Only where a limit of structured_output.py is reached may depend on
-the row's history, as a mask that is computed leaves states behind that count.
+A matcher's place in its grammar is a function of the row's tokens. Only where a limit of structured_output.py is reached
+may depend on more, as a mask that is computed leaves states behind that count.
 """
 
 import logging
@@ -27,7 +27,7 @@ from tandem_worker.runners.logits_stage import GrammarMasks
 
 logger = logging.getLogger(__name__)
 
-NUM_COMPILING_THREADS = 2
+NUM_COMPILING_THREADS = 4
 MAX_MASK_THREADS = 16
 """More threads were not measured."""
 
@@ -197,6 +197,8 @@ class GrammarRows:
 
 
 def num_mask_threads(num_ranks_here: int) -> int:
-    """The threads that compute a rank's masks, where so many ranks share the host's CPUs."""
+    """The threads that compute a rank's masks, where so many ranks share the host's CPUs. One is left to the rank's
+    other threads.
+    """
     num_cpus = len(os.sched_getaffinity(0))
-    return max(1, min(MAX_MASK_THREADS, num_cpus // num_ranks_here))
+    return max(1, min(MAX_MASK_THREADS, num_cpus // num_ranks_here - 1))

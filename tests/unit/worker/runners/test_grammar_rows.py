@@ -20,7 +20,14 @@ TOKENIZER = embedded()
 A, B, C = (TOKENIZER.token_to_id(token) for token in "abc")
 PROMPT = [A, A, A]
 PERSON = json_schema_grammar(
-    json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, "required": ["name"]})
+    json.dumps(
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 9}},
+            "required": ["name"],
+            "additionalProperties": False,
+        }
+    )
 )
 
 
