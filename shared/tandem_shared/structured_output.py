@@ -50,7 +50,8 @@ llguidance makes a state for each remainder and has no limit of its own: 10,007 
 
 MAX_COPIES = 4
 """The most matchers that are copies of one compiled grammar. llguidance's copies share a lock, so their masks are
-computed one after the other, and they share the limit on lexer states. So all rows of a batch must not be copies of one.
+computed one after the other, and they share the limit on lexer states. So all rows of a batch must not be copies of
+one.
 """
 MAX_CACHED_GRAMMARS = 64
 MAX_CACHED_CHARACTERS = 1 << 20

@@ -7,8 +7,8 @@ Sampled tokens may come late: on a GPU the next plan, which may give a row's num
 before they are on the host. So accept() moves those grammars on whose masks were computed last, whoever has their rows
 by then.
 
-A matcher's place in its grammar is a function of the row's tokens. Only where a limit of structured_output.py is reached
-may depend on more, as a mask that is computed leaves states behind that count.
+A matcher's place in its grammar is a function of the row's tokens. Only where a limit of structured_output.py is
+reached may depend on more, as a mask that is computed leaves states behind that count.
 """
 
 import logging
