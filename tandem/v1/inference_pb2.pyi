@@ -135,9 +135,9 @@ class Chat(_message.Message):
     enable_thinking: _builtins.bool
     """Whether the model is to think before it answers, for templates that ask. Default: the template's own."""
     chat_template_kwargs: _builtins.str
-    """Further variables of the template, as a JSON object. It is JSON text, not a google.protobuf.Struct, because a Struct
-    makes all numbers doubles and has no order. It can't set what has a field of its own here, nor chat_template.
-    Default: none.
+    """Further variables of the template, as a JSON object. It is JSON text, not a google.protobuf.Struct, because a
+    Struct makes all numbers doubles and has no order. It can't set what has a field of its own here, nor
+    chat_template. Default: none.
     """
     continue_final_message: _builtins.bool
     """Whether the text ends within the last message, which the model is to continue. Not together with
@@ -276,7 +276,8 @@ Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 @_typing.final
 class SamplingParams(_message.Message):
     """How the next token is chosen. A field that is left out has the model's own default (in its generation_config.json)
-    if there is one, and otherwise the default stated here.
+    if there is one, and otherwise the default stated here. Where allowed_token_ids, bad_words, min_tokens and a
+    structured_output together leave no token, the request ends with INVALID_ARGUMENT, a stream after what it has sent.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -407,14 +408,14 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
-    """A form that the output must have. Exactly one of json_schema, json_object, regex, choice and lark must be set. They are
-    not a oneof, so that a request with two can be refused instead of silently losing one.
+    """A form that the output must have. Exactly one of json_schema, json_object, regex, choice and lark must be set. They
+    are not a oneof, so that a request with two can be refused instead of silently losing one.
 
     The form is a grammar over the output's text: in each place only tokens that can still lead to a complete text are
-    possible, and once the text is complete and nothing can follow, only the model's end-of-sequence tokens are. The output
-    then ends with FINISH_REASON_STOP, whatever ignore_eos and min_tokens say. A grammar that is wrong, or too costly, is
-    INVALID_ARGUMENT with the reason. One that turns out to be too costly later ends the request with INVALID_ARGUMENT too.
-    All grammars have at most 131072 characters.
+    possible, and once the text is complete and nothing can follow, only the model's end-of-sequence tokens are. The
+    output then ends with FINISH_REASON_STOP, whatever ignore_eos and min_tokens say. A grammar that is wrong, or too
+    costly, is INVALID_ARGUMENT with the reason. One that turns out to be too costly later ends the request with
+    INVALID_ARGUMENT too. All grammars have at most 131072 characters.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -530,7 +531,8 @@ class StoppingCriteria(_message.Message):
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings of which the first to appear in the text ends the output. The match is not part of the text, unless
-        include_stop_string says so; its tokens are among the token ids. At most 64, of 1 to 1024 characters each, 8192 characters together. Default: none.
+        include_stop_string says so; its tokens are among the token ids. At most 64, of 1 to 1024 characters each, 8192
+        characters together. Default: none.
         """
 
     @_builtins.property

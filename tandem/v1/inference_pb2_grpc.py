@@ -98,8 +98,8 @@ class InferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
-        INVALID_ARGUMENT.
+        """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
+        that is more, is INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

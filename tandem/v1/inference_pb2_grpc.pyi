@@ -54,8 +54,8 @@ class InferenceServiceStub:
     furthest behind when all readers together hold too much back.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
-    """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
-    INVALID_ARGUMENT.
+    """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
+    that is more, is INVALID_ARGUMENT.
     """
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
@@ -90,8 +90,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     furthest behind when all readers together hold too much back.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
-    INVALID_ARGUMENT.
+    """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
+    that is more, is INVALID_ARGUMENT.
     """
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
@@ -141,8 +141,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
-        """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if that is more, is
-        INVALID_ARGUMENT.
+        """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
+        that is more, is INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod

@@ -288,8 +288,8 @@ class AttachResponse(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequencePromptLogprobs]:
-        """The log-probabilities of prompt tokens, for sequences that asked for them. They come before the first token of their
-        sequence, or with it.
+        """The log-probabilities of prompt tokens, for sequences that asked for them. They come before the first token of
+        their sequence, or with it.
         """
 
     def __init__(

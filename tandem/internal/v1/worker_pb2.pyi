@@ -546,8 +546,8 @@ class RowSampling(_message.Message):
     num_logprobs: _builtins.int
     """If set, the row's log-probabilities are reported, with those of this many likeliest tokens, 0 to 20."""
     num_prompt_logprobs: _builtins.int
-    """If set, the log-probabilities of the prompt's tokens but the first are reported by the steps that compute the tokens
-    before them, each with those of this many likeliest tokens, 0 to 20.
+    """If set, the log-probabilities of the prompt's tokens but the first are reported by the steps that compute the
+    tokens before them, each with those of this many likeliest tokens, 0 to 20.
     """
     def __init__(
         self,
@@ -583,8 +583,8 @@ Global___RowSampling: _TypeAlias = RowSampling  # noqa: Y015
 @_typing.final
 class SamplingLists(_message.Message):
     """What a row asks of sampling beside numbers. Where token ids are bytes, they are int32, little-endian. Logits are
-    changed in this order: tokens that are not allowed, by allowed_token_ids or the grammar, become impossible; so do those
-    that would complete a bad word, and stop tokens before min_tokens; the bias is added; then come the penalties.
+    changed in this order: tokens that are not allowed, by allowed_token_ids or the grammar, become impossible; so do
+    those that would complete a bad word, and stop tokens before min_tokens; the bias is added; then come the penalties.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -641,8 +641,8 @@ Global___SamplingLists: _TypeAlias = SamplingLists  # noqa: Y015
 
 @_typing.final
 class Grammar(_message.Message):
-    """What a row's output must match. Where it is complete, only end-of-sequence tokens are possible. The state of a grammar
-    follows from the row's tokens alone.
+    """What a row's output must match. Where it is complete, only end-of-sequence tokens are possible. The state of a
+    grammar follows from the row's tokens alone.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
