@@ -17,7 +17,7 @@ from tests.chaos.kills.killer import Killer, starts_alone
 from tests.chaos.kills.rows import rows
 from tests.chaos.kills.waits import next_token_at, waits
 from tests.chaos.support.engines import running_engine
-from tests.chaos.support.load import Load
+from tests.chaos.support.load import KINDS, Load
 from tests.chaos.support.poisoned_worker import FAILS, VANISHES, poisonous_prompt
 from tests.e2e.services import Engine, generate_request, wait_ready
 from tests.e2e.waiting import POLL_INTERVAL_S, WAIT_S
@@ -101,6 +101,7 @@ def run(
             books = engine.load()
     return {
         **load.found,
+        "kinds": list(KINDS),
         "faults": load.faults + killer.faults,
         "kills": dict(killer.counts),
         "start_s": [round(each, 3) for each in starts],

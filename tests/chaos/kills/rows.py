@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.common import percentiles
 from tests.chaos.harness.definitions import Found, Row
-from tests.chaos.support.load import KINDS
 from tests.chaos.support.poisoned_worker import FAILS, VANISHES
 
 MAX_LOSSES = {FAILS: 4, VANISHES: 6}
 """The most workers that a poisonous request may take down, by docs/decisions/0002-suspects.md."""
+KINDS_BEFORE = ("greedy", "seeded", "two choices", "log-probabilities")
+"""The kinds of streams in findings that do not name theirs."""
 MAX_STARTS, MARGIN_S = 2.0, 3.0
 """The median time from a kill to the next token may be MAX_STARTS times as long as an undisturbed worker takes to
 start, and MARGIN_S longer.
@@ -30,11 +31,12 @@ def kill_rows(pieces: Sequence[Found]) -> list[Row]:
     num_overtaken = sum(piece["overtaken"] for piece in pieces)
     median_start = statistics.median(starts)
     wait = percentiles(seconds, digits=1)
+    renderers = f" and {kills['renderer']} of processes that render chats," if kills["renderer"] else ""
     return [
         Row(
             "A killed worker ends no stream, and loses, doubles or changes no token",
-            f"{num_kills} kills at random moments, {kills['supervisor']} of them with the supervisor, and "
-            f"{kills['renderer']} of processes that render chats, under {_streams(pieces)}",
+            f"{num_kills} kills at random moments, {kills['supervisor']} of them with the supervisor,{renderers} under "
+            f"{_streams(pieces)}",
             f"{_outcome(pieces)}; {num_sessions} of the kills ended a session, the others hit a starting worker",
             # More losses than kills would mean that Tandem lost sessions by itself.
             0 < num_sessions <= num_kills and all(_is_undisturbed(piece) for piece in pieces),
@@ -85,8 +87,9 @@ def _is_undisturbed(piece: Found) -> bool:
 
 def _streams(pieces: Sequence[Found]) -> str:
     answers, tokens = (sum(piece[name] for piece in pieces) for name in ("answers", "tokens"))
+    kinds = dict.fromkeys(kind for piece in pieces for kind in piece.get("kinds", KINDS_BEFORE))
     return (
-        f"{max(piece['streams'] for piece in pieces)} streams ({', '.join(KINDS)}; "
+        f"{max(piece['streams'] for piece in pieces)} streams ({', '.join(kinds)}; "
         f"float64): {answers:,} answers, {tokens:,} tokens"
     )
 

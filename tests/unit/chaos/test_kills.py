@@ -39,6 +39,7 @@ POISON = {"kind": "fails", "num_outputs": 3, "losses": 4, "code": "INTERNAL"}
 POISON["details"] = "the worker was lost 2 times while it computed this sequence apart from unproven others"
 FOUND = {
     "streams": 2,
+    "kinds": ["greedy", "chat"],
     "answers": 5,
     "tokens": 500,
     "longest_gap_s": 4.0,
@@ -60,6 +61,7 @@ def test_good_findings_meet_the_promises() -> None:
     assert kills.is_met and time.is_met and poison.is_met
     assert "6 kills" in kills.tried and "10 answers" in kills.tried
     assert "p50 4.0 s" in time.found and "2 that another loss" in time.tried
+    assert "(greedy, chat; float64)" in kills.tried
     assert "5 answers" in poison.tried and "1 ended INTERNAL" in poison.found
 
 
