@@ -193,6 +193,18 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("kills", "tandem_worker/runners/logits_stage.py"): (
         ("np.split(new.token_ids, [new.num_prompt_tokens])", "np.split(new.token_ids, [len(new.token_ids)])"),
     ),
+    ("kills", "tandem_worker/runners/grammar_rows.py"): (
+        (
+            "            ready=self._compiling.submit(self._prepare, grammar.text, read),",
+            "            ready=self._compiling.submit(self._prepare, grammar.text, []),",
+        ),
+    ),
+    ("messages", "tandem_scheduler/front_end/grammar_check.py"): (
+        (
+            "        except GrammarError as error:\n            violations",
+            "        except KeyError as error:\n            violations",
+        ),
+    ),
     ("kills", "tandem_shared/host/supervisor.py"): (
         ("if self._is_stopping or status == 0:", "if self._is_stopping or status <= 0:"),
     ),
