@@ -214,8 +214,7 @@ def _close(
 ) -> None:
     try:
         client.close()
-        loop.run(async_client.close())
-        loop.close()
+        loop.close(async_client.close())
     finally:
         try:
             if services is not None:

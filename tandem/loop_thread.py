@@ -26,8 +26,15 @@ class LoopThread:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """Ends the thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def close(self, last: Coroutine[Any, Any, object]) -> None:
+        """Runs a last coroutine, and then ends the thread.
+
+        It may be called in the thread itself, if a finalizer calls it and the garbage is collected there. Then it can't
+        wait for the end.
+        """
+        future = asyncio.run_coroutine_threadsafe(last, self._loop)
+        future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+        if threading.current_thread() is not self._thread:
+            future.result()
+            self._thread.join()
+            self._loop.close()

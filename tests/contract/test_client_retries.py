@@ -72,6 +72,11 @@ class Caller:
         return await asyncio.to_thread(in_thread)
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.calls.FIRST_PAUSE_S", 0.01)
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[tuple[FailingServer, str]]:
     servicer, server = FailingServer(), grpc.aio.server()

@@ -1,8 +1,9 @@
-"""Programs that call LLM as nano-vllm's example.py and bench.py do, with only the import changed.
+"""A program that calls LLM as nano-vllm's example.py and then its bench.py do, with only the import changed.
 
     python tests/e2e/nano_vllm_programs.py MODEL_FOLDER
 
-What differs is the size: the embedded model has a context of 2048 tokens and a vocabulary of 1024.
+What differs is the size: the embedded model has a context of 2048 tokens and a vocabulary of 1024. Both programs make
+an LLM of their own; here one serves both, with the settings of both.
 """
 
 import sys
@@ -14,9 +15,8 @@ from transformers import AutoTokenizer
 from tandem import LLM, SamplingParams
 
 
-def example(path: str) -> None:
+def example(path: str, llm: LLM) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
-    llm = LLM(path, enforce_eager=True, tensor_parallel_size=1)
     params = SamplingParams(temperature=0.6, max_tokens=32)
     questions = ["introduce yourself", "list all prime numbers within 100"]
     prompts = [
@@ -30,9 +30,8 @@ def example(path: str) -> None:
         print(f"Completion: {output['text']!r}")
 
 
-def bench(path: str) -> None:
+def bench(llm: LLM) -> None:
     seed(0)
-    llm = LLM(path, enforce_eager=False, max_model_len=128, gpu_memory_utilization=0.8)
     prompts = [[randint(0, 1000) for _ in range(randint(20, 100))] for _ in range(32)]
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=randint(2, 20)) for _ in prompts]
     llm.generate(["Benchmark: "], SamplingParams())
@@ -44,5 +43,6 @@ def bench(path: str) -> None:
 
 
 if __name__ == "__main__":
-    example(sys.argv[1])
-    bench(sys.argv[1])
+    made = LLM(sys.argv[1], enforce_eager=True, max_model_len=256, tensor_parallel_size=1, gpu_memory_utilization=0.8)
+    example(sys.argv[1], made)
+    bench(made)
