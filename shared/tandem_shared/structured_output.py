@@ -49,10 +49,11 @@ llguidance makes a state for each remainder and has no limit of its own: 10,007 
 """
 
 MAX_COPIES = 4
-"""The most matchers that are copies of one compiled grammar. llguidance's copies share a lock, so their masks are
-computed one after the other, and they share the limit on lexer states. So all rows of a batch must not be copies of
-one.
+"""The most matchers that are copies of one long grammar. llguidance's copies share a lock, so their masks are computed
+one after the other, and they share the limit on lexer states. So all rows of a batch must not be copies of one.
 """
+MAX_OWN_CHARACTERS = 8192
+"""The longest grammar that is compiled for each matcher. That takes a few milliseconds, and nothing is shared then."""
 MAX_CACHED_GRAMMARS = 64
 MAX_CACHED_CHARACTERS = 1 << 20
 """The limit of the texts of all cached grammars together."""
@@ -159,7 +160,7 @@ class GrammarCompiler:
             is_new = compiled is None
             compiled = compiled or _Compiled(Future())
             compiled.num_copies += num_copies
-            if compiled.num_copies < MAX_COPIES:
+            if compiled.num_copies < (1 if len(text) <= MAX_OWN_CHARACTERS else MAX_COPIES):
                 self._compiled[text] = compiled
             while self._is_over_limit():
                 self._compiled.popitem(last=False)

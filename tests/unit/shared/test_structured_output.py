@@ -220,8 +220,12 @@ def test_usual_multiples_are_accepted(multiple: str) -> None:
     COMPILER.check(json_schema_grammar(f'{{"type": "number", "multipleOf": {multiple}}}'))
 
 
-def test_a_grammar_is_compiled_once_for_a_few_matchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many threads ask for them at once."""
+@pytest.mark.parametrize(("is_long", "num_compiled"), [(True, 2), (False, 2 * MAX_COPIES)])
+def test_a_long_grammar_is_compiled_once_for_a_few_matchers(
+    is_long: bool, num_compiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many threads ask for them at once. A short one is compiled for each."""
+    monkeypatch.setattr(structured_output, "MAX_OWN_CHARACTERS", 0 if is_long else 1000)
     compiler = GrammarCompiler(EMBEDDED.read_bytes(), VOCAB, EOS)
     compiled = []
     compile_one = compiler._compile
@@ -242,7 +246,7 @@ def test_a_grammar_is_compiled_once_for_a_few_matchers(monkeypatch: pytest.Monke
         thread.start()
     for thread in threads:
         thread.join()
-    assert compiled == [grammar] * 2
+    assert compiled == [grammar] * num_compiled
     # Each has a place of its own in the grammar.
     matchers[0].consume_token(TOKENIZER.token_to_id("a"))
     assert allowed(matchers[0]) == {TOKENIZER.token_to_id("b"), *EOS}

@@ -8,7 +8,8 @@ before they are on the host. So accept() moves those grammars on whose masks wer
 by then.
 
 A matcher's place in its grammar is a function of the row's tokens. Only where a limit of structured_output.py is
-reached may depend on more, as a mask that is computed leaves states behind that count.
+reached may depend on more, as a mask that is computed leaves states behind that count, and rows with the same long
+grammar share them.
 """
 
 import logging
@@ -34,6 +35,25 @@ MAX_MASK_THREADS = 16
 Words = npt.NDArray[np.uint32]
 
 
+@dataclass(frozen=True, eq=False)
+class _Hidden:
+    """Tokens that are possible only where no other is."""
+
+    mask: Words
+    """(ceil(vocab_size / 32),)"""
+    places: npt.NDArray[np.intp]
+    """The words of the mask that are not 0. They are few, so a look at them tells which masks have such a token."""
+
+    def hide(self, bits: Words, lines: list[int]) -> None:
+        """Takes the tokens out of these lines of masks (n, ceil(vocab_size / 32))."""
+        places = np.array(lines)
+        has_any = (bits[np.ix_(places, self.places)] & self.mask[self.places]).any(axis=1)
+        for line in places[has_any].tolist():
+            rest = bits[line] & ~self.mask
+            if rest.any():
+                bits[line] = rest
+
+
 @dataclass
 class _Row:
     """A row that has a grammar."""
@@ -43,13 +63,32 @@ class _Row:
     num_output_tokens: int
     allowed: Words | None
     """The request's allowed tokens, as a mask; None for all"""
-    stops: Words | None
-    """The tokens that are hidden before min_tokens, as a mask; None if there are none"""
+    hidden: _Hidden | None
+    """What is hidden always"""
+    hidden_early: _Hidden | None
+    """What is hidden before min_tokens"""
     ready: "Future[Matcher]"
-    """The matcher, at the row's place in the grammar"""
+    """The matcher, at the row's place in the grammar, which is in `matcher` once it has been waited for"""
     is_waiting: bool
     """Whether the token that starts the grammar has yet to come"""
+    matcher: Matcher | None = None
     failure: str = ""
+
+    @property
+    def hidden_now(self) -> _Hidden | None:
+        return self.hidden_early if self.num_output_tokens < self.new.sampling.min_tokens else self.hidden
+
+    def wait(self) -> None:
+        """Waits for the matcher, which is None if it could not be made."""
+        try:
+            self.matcher = self.ready.result()
+        except GrammarError as error:
+            self.fail(str(error))
+
+    def check(self) -> None:
+        assert self.matcher is not None
+        if self.matcher.is_error():
+            self.fail(reason_of(self.matcher))
 
     def fail(self, reason: str) -> None:
         if not self.failure:
@@ -72,7 +111,10 @@ class GrammarRows:
         self._num_words = -(-vocab_size // 32)
         self._num_threads = num_threads
         self._all = self._mask_of(range(vocab_size))
-        self._eos = self._mask_of(eos_token_ids)
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._eos = self._to_hide(self._eos_token_ids)
+        # The masks that were computed last. The memory is kept, as new memory costs time in every step.
+        self._bits = np.empty((0, self._num_words), np.uint32)
         self._rows: dict[int, _Row] = {}
         # Those whose masks were computed last, by their numbers then.
         self._sampling: dict[int, _Row] = {}
@@ -93,9 +135,11 @@ class GrammarRows:
         states = {
             row: state
             for row, state in self._sampling.items()
-            if not state.is_waiting or self._hidden(state) is not None or state.allowed is not None
+            if not state.is_waiting or state.hidden_now is not None or state.allowed is not None
         }
-        bits = np.zeros((len(states), self._num_words), np.uint32)
+        if len(states) > len(self._bits):
+            self._bits = np.empty((len(states), self._num_words), np.uint32)
+        bits = self._bits[: len(states)]
         self._compute(list(states.values()), bits)
         return GrammarMasks(
             np.array(list(states), np.int32),
@@ -119,8 +163,9 @@ class GrammarRows:
                 state.is_waiting = False
         if moving:
             assert self._matchers is not None, "these rows had masks"
-            self._matchers.consume([(state.ready.result(), token_id) for state, token_id in moving])
-            self._check([state for state, _ in moving])
+            self._matchers.consume([(matcher, token_id) for state, token_id in moving if (matcher := state.matcher)])
+            for state, _ in moving:
+                state.check()
 
     def _start(self, new: NewRow, grammar: Grammar) -> _Row:
         output = new.token_ids[new.num_prompt_tokens :].tolist()
@@ -129,13 +174,18 @@ class GrammarRows:
         read = [] if is_waiting else output if start is None else output[output.index(start) + 1 :]
         if self._compiling is None:
             self._compiling = ThreadPoolExecutor(NUM_COMPILING_THREADS, "grammars")
-        lists, sampling = new.lists, new.sampling
+        lists = new.lists
+        hidden = self._eos if grammar.ignore_eos else None
+        hidden_early = hidden
+        if new.sampling.min_tokens and lists.stop_token_ids:
+            hidden_early = self._to_hide([*lists.stop_token_ids, *(self._eos_token_ids if grammar.ignore_eos else ())])
         return _Row(
             new=new,
             grammar=grammar,
             num_output_tokens=len(output),
             allowed=self._mask_of(lists.allowed_token_ids) if lists.allowed_token_ids else None,
-            stops=self._mask_of(lists.stop_token_ids) if sampling.min_tokens and lists.stop_token_ids else None,
+            hidden=hidden,
+            hidden_early=hidden_early,
             ready=self._compiling.submit(self._prepare, grammar.text, read),
             is_waiting=is_waiting,
         )
@@ -150,44 +200,36 @@ class GrammarRows:
         return matcher
 
     def _compute(self, states: list[_Row], bits: Words) -> None:
-        """Fills in the masks (n, words), which are all 0. That of a failed row stays so."""
+        """Fills in the masks (n, words). That of a failed row is all 0."""
         running: list[tuple[_Row, int]] = []
-        for place, state in enumerate(states):
-            try:
-                state.ready.result()
-            except GrammarError as error:
-                state.fail(str(error))
+        for line, state in enumerate(states):
+            if state.matcher is None and not state.failure:
+                state.wait()
             if not state.failure and state.is_waiting:
-                bits[place] = self._all
+                bits[line] = self._all
             elif not state.failure:
-                running.append((state, place))
+                running.append((state, line))
         if running:
             self._matchers = self._matchers or MatcherThreads(self._num_threads)
-            self._matchers.fill([(state.ready.result(), place) for state, place in running], bits)
-            self._check([state for state, _ in running])
-        for state, mask in zip(states, bits, strict=True):
+            self._matchers.fill([(matcher, line) for state, line in running if (matcher := state.matcher)], bits)
+            for state, _ in running:
+                state.check()
+        lines_to_hide: dict[_Hidden, list[int]] = {}
+        for line, state in enumerate(states):
             if state.failure:
                 # The matcher itself allows the end-of-sequence token then.
-                mask[:] = 0
+                bits[line] = 0
                 continue
             if state.allowed is not None:
-                mask &= state.allowed
-            if (hidden := self._hidden(state)) is not None and (rest := mask & ~hidden).any():
-                mask[:] = rest
+                bits[line] &= state.allowed
+            if (hidden := state.hidden_now) is not None:
+                lines_to_hide.setdefault(hidden, []).append(line)
+        for hidden, lines in lines_to_hide.items():
+            hidden.hide(bits, lines)
 
-    def _check(self, states: list[_Row]) -> None:
-        for state in states:
-            matcher = state.ready.result()
-            if matcher.is_error():
-                state.fail(reason_of(matcher))
-
-    def _hidden(self, state: _Row) -> Words | None:
-        """The tokens that are possible only where no other is."""
-        is_early = state.stops is not None and state.num_output_tokens < state.new.sampling.min_tokens
-        hidden = state.stops if is_early else None
-        if state.grammar.ignore_eos:
-            return self._eos if hidden is None else self._eos | hidden
-        return hidden
+    def _to_hide(self, token_ids: Sequence[int]) -> _Hidden:
+        mask = self._mask_of(token_ids)
+        return _Hidden(mask, np.flatnonzero(mask))
 
     def _mask_of(self, token_ids: Sequence[int]) -> Words:
         ids = np.array(token_ids, np.uint32)
