@@ -113,9 +113,10 @@ bench-sampling: $(STAMP) $(BENCH_MODELS)  ## What rows cost that ask more of sam
 ifneq ($(GPU),)
 	for model in $(MODELS); do \
 		$(BIN)/python -m benchmarks.sampling_costs $$model $(BENCH_FLAGS) \
-			--out benchmarks/results/sampling_costs_$$(basename $$model).json && \
-		$(BIN)/python -m benchmarks.structured_output $$model --sampling $(SAMPLING) $(BENCH_FLAGS) \
-			--out benchmarks/results/structured_output_$$(basename $$model).json || exit 1; done
+			--out benchmarks/results/sampling_costs_$$(basename $$model).json || exit 1; \
+		for schema in array short_strings; do \
+			$(BIN)/python -m benchmarks.structured_output $$model --schema $$schema --sampling $(SAMPLING) $(BENCH_FLAGS) \
+				--out benchmarks/results/structured_output_$$(basename $$model)_$$schema.json || exit 1; done; done
 else
 	$(BIN)/python -m benchmarks.sampling_costs embedded --batches 16 --context 64 --steps 16 --pairs 3 $(BENCH_FLAGS) \
 		--out benchmarks/results/sampling_costs_cpu.json

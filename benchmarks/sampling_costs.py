@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.common import header, setting, shape_of, write_json
 from benchmarks.step_driver import RowAsks, StepDriver
-from benchmarks.workloads import ENDLESS_ARRAY
+from benchmarks.workloads import SCHEMAS
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.options import split_keywords
 from tandem_shared.sampling_fields import RowSampling
@@ -82,7 +82,7 @@ def lists(row: int, vocab_size: int) -> RowAsks:
     return RowAsks(RowSampling(seed=row), asked)
 
 
-ARRAY_GRAMMAR = Grammar(json_schema_grammar(json.dumps(ENDLESS_ARRAY)), ignore_eos=True)
+ARRAY_GRAMMAR = Grammar(json_schema_grammar(json.dumps(SCHEMAS["array"])), ignore_eos=True)
 ASKED: dict[str, Callable[[int, int], RowAsks]] = {
     "penalties": penalties,
     "grammar": grammar,
@@ -115,7 +115,7 @@ class Case:
     def limit(self) -> float | None:
         """The ratio that is not to be exceeded, if any."""
         if self.num_asking < self.num_rows:
-            return LIMIT_OF_FEW
+            return None if self.asks == MIXTURE else LIMIT_OF_FEW
         return LIMIT_OF_ALL if self.num_rows <= LIMITED_IN_ALL.get(self.asks, 0) else None
 
     def rows(self, vocab_size: int) -> Rows:

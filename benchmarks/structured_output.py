@@ -1,8 +1,8 @@
 """How fast rows are whose output must match a JSON schema, through gRPC, beside the same batch without one.
 
-Usage: python -m benchmarks.structured_output MODEL [--rows 64] [--pairs 5] [--out OUT_JSON]
+Usage: python -m benchmarks.structured_output MODEL [--schema array] [--rows 64] [--pairs 5] [--out OUT_JSON]
 
-The schema is that of an array without an end (workloads.py), so every row makes all of its tokens. Scheduler and
+The schemas (workloads.py) are those of arrays without an end, so every row makes all of its tokens. Scheduler and
 worker are processes, and the worker records the times of its steps (traced_worker.py). A plain batch and one with the
 schema go through the public API in pairs, one right after the other. Tokens per second are those of a whole batch, with
 its prompts and the compilation of its grammars. A step's time is the interval between two results by the worker's
@@ -31,7 +31,7 @@ from benchmarks.common import (
 )
 from benchmarks.gaps import Stretch, full_stretches, pairs
 from benchmarks.traced_worker import TracedStep, read_trace
-from benchmarks.workloads import ENDLESS_ARRAY, fixed, reduced
+from benchmarks.workloads import SCHEMAS, fixed, reduced
 from tandem.v1 import inference_pb2
 
 PROMPT_LEN, OUTPUT_LEN = 128, 256
@@ -46,7 +46,7 @@ async def generate(
 ) -> dict[str, list[tuple[float, range]]]:
     """Runs the pairs, after one of each to warm up. Returns each batch's seconds and the ids of its steps."""
     prompt_len, output_len = reduced(PROMPT_LEN, arguments.scale), 1 + reduced(OUTPUT_LEN - 1, arguments.scale)
-    schema = inference_pb2.StructuredOutput(json_schema=json.dumps(ENDLESS_ARRAY))
+    schema = inference_pb2.StructuredOutput(json_schema=json.dumps(SCHEMAS[arguments.schema]))
     runs: dict[str, list[tuple[float, range]]] = {"plain": [], "schema": []}
     async with UnaryClient(engine.services.address, arguments.connections, arguments.sampling) as client:
         for pair in range(arguments.pairs + 1):
@@ -118,8 +118,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         kind: stretches_of(steps, [ids for _, ids in batches], num_rows, margin) for kind, batches in runs.items()
     }
     num_tokens = num_rows * (1 + reduced(OUTPUT_LEN - 1, arguments.scale))
-    report = engine.description | {"num_rows": num_rows, "num_tokens": num_tokens, "schema": ENDLESS_ARRAY}
-    report |= {name: getattr(arguments, name) for name in ("sampling", "scale", "connections", "pairs")}
+    report = engine.description | {"num_rows": num_rows, "num_tokens": num_tokens}
+    report |= {name: getattr(arguments, name) for name in ("schema", "sampling", "scale", "connections", "pairs")}
     report |= speeds({kind: [seconds for seconds, _ in batches] for kind, batches in runs.items()}, num_tokens)
     return report | {"steps": step_times(**stretches)}
 
@@ -137,6 +137,7 @@ def table(report: dict[str, Any]) -> str:
 def main(command_line: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
+    parser.add_argument("--schema", choices=SCHEMAS, default="array")
     parser.add_argument("--rows", type=int, default=64, help="sequences at once")
     parser.add_argument("--pairs", type=int, default=5, help="how often both kinds of batches run")
     parser.add_argument("--out", type=Path)

@@ -1,6 +1,7 @@
 """The workloads: prompts as token ids, and output lengths, which are exact since each request ignores EOS."""
 
 from random import Random
+from typing import Any
 
 MAX_TOKEN_ID = 10_000
 """Well below the special tokens at the end of a real vocabulary."""
@@ -45,21 +46,25 @@ def _prompt(rng: Random, length: int, vocab_size: int) -> list[int]:
     return [rng.randint(0, MAX_TOKEN_ID) % vocab_size for _ in range(length)]
 
 
-# With 100,000 items to come an output never ends by itself. Strings are short, so that outputs reach all parts of an
-# item.
-ENDLESS_ARRAY = {
-    "type": "array",
-    "minItems": 100_000,
-    "items": {
+def array_schema(name_limits: dict[str, int], tag_limits: dict[str, int]) -> dict[str, Any]:
+    """A JSON schema of an array of objects. The limits are further keywords of two of its strings.
+
+    With 100,000 items to come an output never ends by itself.
+    """
+    properties = {
+        "name": {"type": "string", **name_limits},
+        "count": {"type": "integer", "minimum": 0},
+        "kind": {"enum": ["tragedy", "comedy", "history"]},
+        "tags": {"type": "array", "items": {"type": "string", **tag_limits}, "maxItems": 4},
+    }
+    item = {
         "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 16},
-            "count": {"type": "integer", "minimum": 0},
-            "kind": {"enum": ["tragedy", "comedy", "history"]},
-            "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "maxItems": 4},
-        },
-        "required": ["name", "count", "kind", "tags"],
+        "properties": properties,
+        "required": list(properties),
         "additionalProperties": False,
-    },
-}
-"""A JSON schema of an array of objects."""
+    }
+    return {"type": "array", "minItems": 100_000, "items": item}
+
+
+SCHEMAS = {"array": array_schema({}, {}), "short_strings": array_schema({"maxLength": 16}, {"maxLength": 8})}
+"""Masks within strings of a limited length are costly, as each number of characters left is a state of its own."""

@@ -38,7 +38,7 @@ def test_the_limits_are_those_of_few_rows_and_of_all() -> None:
 
     assert [limit("penalties", count, 64) for count in (1, 16, 64)] == [1.03, 1.03, 1.08]
     assert [limit("logprobs", count, count) for count in (64, 256)] == [1.08, None]
-    assert limit("top_p", 256, 256) == 1.08 and limit("lists", 64, 64) is None
+    assert limit("top_p", 256, 256) == 1.08 and limit("lists", 64, 64) is limit("mixture", 4, 64) is None
 
 
 def test_a_run_is_the_mean_of_its_steps_without_the_first() -> None:

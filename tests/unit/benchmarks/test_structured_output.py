@@ -42,10 +42,11 @@ def test_steps_count_where_all_rows_decode() -> None:
 
 def test_it_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    flags = [*common_flags(16), "--set", "api_server_count=0", "--pairs", "2"]
+    flags = [*common_flags(16), "--set", "api_server_count=0", "--pairs", "2", "--schema", "short_strings"]
     structured_output.main(["embedded", *flags, "--out", str(out)])
     report = json.loads(out.read_text())
     assert (report["commit"], report["device"], report["num_rows"], report["num_tokens"]) == ("abc", "cpu", 4, 64)
+    assert report["schema"] == "short_strings"
     assert report["plain_tok_s"] > 0 and report["schema_tok_s"] > 0 and len(report["ratios"]) == 2
     assert report["steps"]["added_ms"]["worst"] >= report["steps"]["added_ms"]["mean"]
     assert structured_output.table(report) in capsys.readouterr().out
