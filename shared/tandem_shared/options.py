@@ -165,8 +165,9 @@ def _check(value: Any, shown: object, source: str, value_type: type, metadata: M
 def split_keywords(
     values: Mapping[str, object], first: type[T], second: type[U], synonyms: Mapping[str, str] | None = None
 ) -> tuple[T, U]:
-    """Makes two settings of keyword arguments, each of the fields that it has. synonyms: other names -> fields. Raises
-    ConfigError for a keyword that neither has, for one that is given twice, and for a value that its field can't have.
+    """Makes two settings of keyword arguments, each of the fields that it has. None stands for a field's default.
+    synonyms: other names -> fields. Raises ConfigError for a keyword that neither has, for one that is given twice, and
+    for a value that its field can't have.
     """
     synonyms = synonyms or {}
     fields = [{field.name for field in dataclasses.fields(cls)} for cls in (first, second)]  # type: ignore[arg-type]
@@ -182,7 +183,9 @@ def split_keywords(
             raise ConfigError(f"{name}: is given twice, as {own_name} is the same")
         renamed[own_name] = value
     one, other = (
-        cls(**{name: _taken(cls, name, value) for name, value in renamed.items() if name in names})
+        cls(
+            **{name: _taken(cls, name, value) for name, value in renamed.items() if name in names and value is not None}
+        )
         for cls, names in zip((first, second), fields, strict=True)
     )
     return typing.cast(T, one), typing.cast(U, other)
@@ -191,8 +194,6 @@ def split_keywords(
 def _taken(settings_class: type, name: str, value: object) -> object:
     """A value as its field has it. Raises ConfigError."""
     [field] = (field for field in dataclasses.fields(settings_class) if field.name == name)
-    if value is None and field.default is None:
-        return None
     value_type = _value_type(settings_class, name)
     accepted = {int: numbers.Integral, float: numbers.Real}.get(value_type, value_type)
     if not isinstance(value, accepted) or (isinstance(value, bool) and value_type is not bool):

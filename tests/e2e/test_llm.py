@@ -35,6 +35,8 @@ def llm() -> Iterator[LLM]:
         max_num_seqs=np.int64(8),
         gpu_memory_utilization=0.8,
         dtype="float64",
+        revision=None,
+        max_chunk_tokens=None,
         trust_remote_code=True,
     ) as llm:
         yield llm
