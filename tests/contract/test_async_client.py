@@ -1,4 +1,4 @@
-"""AsyncTandemClient, and LLM over it, against real services. What it shares with TandemClient is tested there."""
+"""AsyncTandemClient against real services. What it shares with TandemClient is tested there."""
 
 import asyncio
 import inspect
@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from tandem import (
-    LLM,
     AsyncTandemClient,
     InvalidRequest,
     RequestNotFound,
-    RequestOutput,
     SamplingParams,
     TandemClient,
 )
@@ -94,17 +92,6 @@ async def test_a_cancelled_task_and_a_closed_stream_abort_their_requests(
     with pytest.raises(asyncio.CancelledError):
         await task
     await services.wait_load(lambda load: load.num_running_sequences == 0, "both have gone")
-
-
-async def test_llm_waits_for_a_full_server() -> None:
-    def generate(address: str) -> list[RequestOutput]:
-        with LLM(address=address) as llm:
-            return llm.generate([[1], [2], [3], [4]], SamplingParams(max_tokens=20, ignore_eos=True), use_tqdm=False)
-
-    async with Services(max_num_seqs=1, max_num_waiting=1) as services:
-        services.runner.delay_s = 0.01
-        outputs = await asyncio.to_thread(generate, services.address)
-    assert [len(output["token_ids"]) for output in outputs] == [20] * 4
 
 
 async def test_a_deadline_is_the_transports_error(services: Services, client: AsyncTandemClient) -> None:

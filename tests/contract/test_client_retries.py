@@ -1,4 +1,4 @@
-"""Both clients against a server that fails as told: what they repeat, and the metadata that they send."""
+"""Both clients, and LLM, against a server that fails as told: what they repeat, and the metadata that they send."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tandem import AsyncTandemClient, TandemClient
+from tandem import LLM, AsyncTandemClient, RequestOutput, TandemClient
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tandem_shared.errors import InvalidRequest, QueueFull, TandemError
 from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
@@ -146,3 +146,16 @@ async def test_metadata_is_sent_with_each_call(server: tuple[FailingServer, str]
     assert all(each["authorization"] == "Bearer A" for each in servicer.calls)
     assert servicer.calls[0]["x-request-id"] == "1" and "tandem-max-reply-bytes" in servicer.calls[0]
     assert servicer.calls[1]["x-bin"] == b"\0"
+
+
+async def test_llm_waits_for_a_full_server_as_long_as_it_takes(server: tuple[FailingServer, str]) -> None:
+    servicer, address = server
+    servicer.failures = [FULL] * 20
+
+    def generate() -> list[RequestOutput]:
+        with LLM(address=address) as llm:
+            return llm.generate([[1], [2]], use_tqdm=False)
+
+    outputs = await asyncio.to_thread(generate)
+    assert [output.request_id for output in outputs] == ["well"] * 2
+    assert len(servicer.calls) == 22
