@@ -12,6 +12,7 @@ RUN /opt/tandem/bin/pip install --no-cache-dir --no-deps --index-url "${TORCH_IN
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY tandem tandem
+COPY gateway_service gateway_service
 COPY scheduler_service scheduler_service
 COPY worker_service worker_service
 RUN /opt/tandem/bin/pip install --no-cache-dir -c constraints.txt ".[worker]"

@@ -20,6 +20,7 @@ from tandem.structured_output import StructuredOutput
 from tandem.terminal import stream_text
 from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
 from tandem_shared.errors import ConfigError, TandemError
+from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.options import add_options, option_names, read_settings, refuse_unknown_variables
 from tandem_shared.sampling_fields import REQUEST_FIELDS
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _build_parser()
     options = parser.parse_args(arguments)
     try:
-        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings))
+        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
         return int(options.run(options))
     except ConfigError as error:
         print(f"tandem {options.command}: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
+from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 
@@ -193,7 +194,7 @@ def read_command_line(
     add_options(parser, settings_class)
     namespace = parser.parse_args(arguments)
     try:
-        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings))
+        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
         settings = read_settings(settings_class, namespace, os.environ)
         check_tls(settings)
         if extra is not None:

@@ -19,8 +19,14 @@ _SCHEDULER_MODULES = (
     "tokenizers",
     "xxhash",
 )
-MODULES_OF_EXTRA = {"scheduler": _SCHEDULER_MODULES, "worker": (*_SCHEDULER_MODULES, "safetensors", "torch")}
-"""The modules that each extra brings: those of the packages that pyproject.toml lists for it."""
+MODULES_OF_EXTRA = {
+    "gateway": ("fastapi", "uvicorn", "uvloop"),
+    "scheduler": _SCHEDULER_MODULES,
+    "worker": (*_SCHEDULER_MODULES, "safetensors", "torch"),
+}
+"""The modules that the service of each extra needs: those of the packages that pyproject.toml lists for it. The extra
+worker, which is all of Tandem, brings the gateway's too.
+"""
 
 
 def require_extra(extra: str) -> None:

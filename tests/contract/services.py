@@ -120,6 +120,10 @@ class Services:
         await self.service.stop(0)
         await self.stop_worker()
 
+    @property
+    def worker_address(self) -> str:
+        return f"{HOST}:{self._worker_port}"
+
     async def drain(self) -> None:
         await self.control.Drain(control_pb2.DrainRequest())
 

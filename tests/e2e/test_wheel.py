@@ -20,8 +20,17 @@ from tests.support.requirements import ROOT, declared_requirements, link_package
 
 pytestmark = pytest.mark.slow
 
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "tandem", "shared", "scheduler_service", "worker_service")
-FOLDERS_OF_THE_USER = ("shared", "scheduler_service", "worker_service", "protos")
+SOURCES = (
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "tandem",
+    "shared",
+    "gateway_service",
+    "scheduler_service",
+    "worker_service",
+)
+FOLDERS_OF_THE_USER = ("shared", "gateway_service", "scheduler_service", "worker_service", "protos")
 TIMEOUT_S = 120
 
 

@@ -19,7 +19,7 @@ TIMEOUT_S = 600.0
 """The time limit of a run. The tests' own timeouts notice a build that hangs long before."""
 FAILED = 1
 """pytest's exit status where tests ran and failed."""
-SOURCE_FOLDERS = (".", "shared", "scheduler_service", "worker_service")
+SOURCE_FOLDERS = (".", "shared", "gateway_service", "scheduler_service", "worker_service")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "results")
 
 

@@ -27,7 +27,7 @@ from tandem_shared.sampling_fields import (
 from tandem_worker.checkpoint.generation_config import IGNORED
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-SOURCE_FOLDERS = ("tandem", "shared", "scheduler_service", "worker_service", "protos", "tools")
+SOURCE_FOLDERS = ("tandem", "shared", "gateway_service", "scheduler_service", "worker_service", "protos", "tools")
 
 WIRE_TYPES = {
     (float, 3.4028234663852886e38): FieldDescriptor.TYPE_FLOAT,

@@ -1,0 +1,136 @@
+"""The HTTP application: its routes, and what happens to every request."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse
+
+from tandem.v1 import control_pb2, inference_pb2
+from tandem_gateway import chat, completions
+from tandem_gateway.connection import BoundedRequests, metadata_of, while_connected
+from tandem_gateway.conversation import chat_of
+from tandem_gateway.engine import Engine
+from tandem_gateway.errors import ApiError, add_error_handlers, error_response, refuse
+from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
+from tandem_shared import VERSION
+from tandem_shared.gateway_settings import GatewaySettings
+
+PAGE = Path(__file__).parent / "page.html"
+
+
+def make_app(settings: GatewaySettings) -> FastAPI:
+    """The application of one process. It connects to the scheduler once it serves."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.engine = Engine(settings)
+        try:
+            yield
+        finally:
+            await app.state.engine.close()
+
+    app = FastAPI(title="Tandem", version=VERSION, lifespan=lifespan)
+    add_error_handlers(app)
+    app.add_middleware(
+        BoundedRequests, max_body_bytes=settings.http_max_body_bytes, body_timeout_s=settings.http_body_timeout_s
+    )
+    _add_generation(app)
+    _add_models(app)
+    _add_tokens(app)
+    _add_state(app)
+    return app
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+def _add_generation(app: FastAPI) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def create_completion(request: Request, body: CompletionBody) -> Any:
+        return await completions.create(_engine(request), request, body)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def create_chat_completion(request: Request, body: ChatBody) -> Any:
+        return await chat.create(_engine(request), request, body)
+
+
+def _add_models(app: FastAPI) -> None:
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [await _model(request)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def retrieve_model(request: Request, name: str) -> dict[str, Any]:
+        model = await _model(request)
+        if model["id"] != name:
+            message = f"model: is not served; the served model is {model['id']!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return model
+
+
+async def _model(request: Request) -> dict[str, Any]:
+    info = await _engine(request).model_info(metadata_of(request))
+    # max_model_len is vLLM's.
+    common = {"object": "model", "created": int(time.time()), "owned_by": "tandem"}
+    return {"id": info.model, **common, "root": info.model, "max_model_len": info.max_model_len}
+
+
+def _add_tokens(app: FastAPI) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
+        body.check_unknown()
+        if (body.prompt is None) == (body.messages is None):
+            raise refuse("prompt", "exactly one of prompt and messages must be given")
+        message = inference_pb2.TokenizeRequest(model=body.model, add_special_tokens=body.add_special_tokens)
+        if body.messages is None:
+            message.text = body.prompt or ""
+        else:
+            options = ChatOptions(
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                chat_template_kwargs=body.chat_template_kwargs,
+            )
+            message.chat.CopyFrom(chat_of(body.messages, body.tools or (), options))
+        metadata = metadata_of(request)
+        ids = await while_connected(request, _engine(request).tokenize(message, metadata))
+        info = await _engine(request).model_info(metadata)
+        return {"count": len(ids), "max_model_len": info.max_model_len, "tokens": ids}
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, Any]:
+        body.check_unknown()
+        try:
+            # As in vLLM, special tokens stay.
+            message = inference_pb2.DetokenizeRequest(
+                token_ids=body.tokens, model=body.model, skip_special_tokens=False
+            )
+        except (TypeError, ValueError) as error:
+            raise refuse("tokens", str(error)) from error
+        work = _engine(request).detokenize(message, metadata_of(request))
+        return {"prompt": await while_connected(request, work)}
+
+
+def _add_state(app: FastAPI) -> None:
+    @app.get("/health", response_model=None)
+    async def health(request: Request) -> Any:
+        """200 if a request would be run now, else 503."""
+        info = await _engine(request).server_info(metadata_of(request))
+        if info.draining:
+            return error_response(ApiError(503, "the scheduler is draining"))
+        if info.worker_state != control_pb2.WORKER_STATE_READY:
+            return error_response(ApiError(503, "the scheduler has no worker"))
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html")

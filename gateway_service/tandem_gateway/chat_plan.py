@@ -1,0 +1,120 @@
+"""What a chat asks of the scheduler, and how its output is read: for /v1/chat/completions and /v1/responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem.structured_output import StructuredOutput
+from tandem_gateway.conversation import chat_of, enable_thinking
+from tandem_gateway.engine import Engine, Fields, Metadata
+from tandem_gateway.errors import refuse
+from tandem_gateway.generation import form_of, request_fields
+from tandem_gateway.output_parser import END_THINK, CallStart, Content, OutputParser, Piece, Reasoning
+from tandem_gateway.protocol import ChatOptions, Message, NamedToolChoice, Tool
+from tandem_gateway.tools import TAGS, after_thinking, calls_grammar
+
+
+@dataclass(frozen=True)
+class ChatPlan:
+    fields: Fields
+    """The gRPC request."""
+    reasoning: str
+    """How OutputParser is to look for reasoning."""
+    has_tools: bool
+    is_single_call: bool
+    """Whether calls after the first are left out, as parallel_tool_calls=false wants it."""
+
+    def reader(self) -> "OutputReader":
+        """A reader of one choice's text."""
+        return OutputReader(OutputParser(reasoning=self.reasoning, has_tools=self.has_tools), self.is_single_call)
+
+
+class OutputReader:
+    """Reads one choice's text, and keeps what was found."""
+
+    def __init__(self, parser: OutputParser, is_single_call: bool) -> None:
+        self._parser = parser
+        self._is_single_call = is_single_call
+        self.reasoning = ""
+        self.content = ""
+        self.calls: list[tuple[str, str]] = []
+        """Name and arguments of each call."""
+
+    def read(self, text: str, *, is_last: bool) -> list[Piece]:
+        pieces = self._parser.feed(text)
+        if is_last:
+            pieces += self._parser.finish()
+        kept = []
+        for piece in pieces:
+            if isinstance(piece, Reasoning):
+                self.reasoning += piece.text
+            elif isinstance(piece, Content):
+                self.content += piece.text
+            elif self._is_single_call and piece.index > 0:
+                continue
+            elif isinstance(piece, CallStart):
+                self.calls.append((piece.name, ""))
+            else:
+                name, arguments = self.calls[piece.index]
+                self.calls[piece.index] = (name, arguments + piece.text)
+            kept.append(piece)
+        return kept
+
+
+async def plan_chat(
+    engine: Engine,
+    metadata: Metadata,
+    options: ChatOptions,
+    messages: Sequence[Message],
+    request_id: str,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> ChatPlan:
+    """Raises ApiError or InvalidRequest for what can't be asked."""
+    options.check_unknown()
+    tools = list(options.tools or ())
+    choice = options.tool_choice if options.tool_choice is not None else "auto"
+    # A model that is not to call tools does not see them.
+    seen = [] if choice == "none" else tools
+    reasoning = engine.reasoning
+    if enable_thinking(options) is False and reasoning == "opened":
+        reasoning = "think"
+    form = form_of(options)
+    if choice == "required" or isinstance(choice, NamedToolChoice):
+        if form is not None:
+            raise refuse("tool_choice", "can't demand a call where the output has another form")
+        form = await _calls(engine, metadata, options, tools, reasoning)
+    elif form is not None:
+        thinking = await _thinking(engine, metadata, options, reasoning)
+        form = after_thinking(form, thinking=thinking)
+    prompt = {"chat": chat_of(messages, seen, options)}
+    fields = request_fields(options, prompt, request_id, max_tokens=max_tokens, logprobs=logprobs, form=form)
+    return ChatPlan(fields, reasoning, bool(seen), options.parallel_tool_calls is False)
+
+
+async def _calls(
+    engine: Engine, metadata: Metadata, options: ChatOptions, tools: list[Tool], reasoning: str
+) -> StructuredOutput:
+    functions = [tool.function for tool in tools]
+    if isinstance(options.tool_choice, NamedToolChoice):
+        name = options.tool_choice.function.name
+        functions = [each for each in functions if each.name == name]
+        if not functions:
+            raise refuse("tool_choice", f"names {name[:100]!r}, which is not among the tools")
+    elif not functions:
+        raise refuse("tool_choice", "is required, but there are no tools")
+    is_single = isinstance(options.tool_choice, NamedToolChoice) or options.parallel_tool_calls is False
+    thinking = await _thinking(engine, metadata, options, reasoning)
+    tokens = await engine.tokens_among(TAGS, metadata)
+    return calls_grammar(functions, is_single=is_single, thinking=thinking, tokens=tokens)
+
+
+async def _thinking(engine: Engine, metadata: Metadata, options: ChatOptions, reasoning: str) -> str:
+    """Whether the output may begin with a thought: "no", "may", or "opened" if it begins within one."""
+    kwargs = options.chat_template_kwargs or {}
+    continues = options.continue_final_message or kwargs.get("continue_final_message")
+    if reasoning == "none" or enable_thinking(options) is False or continues:
+        return "no"
+    if END_THINK not in await engine.tokens_among(TAGS, metadata):
+        return "no"
+    return "opened" if reasoning == "opened" else "may"

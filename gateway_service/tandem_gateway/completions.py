@@ -1,0 +1,122 @@
+"""/v1/completions: one or several prompts, each a text or token ids."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from tandem.v1 import inference_pb2
+from tandem_gateway.connection import (
+    EventStream,
+    event,
+    events_or_error,
+    metadata_of,
+    request_id_of,
+    while_connected,
+    with_first,
+)
+from tandem_gateway.engine import Engine, Fields
+from tandem_gateway.errors import refuse
+from tandem_gateway.generation import FINISH_REASONS, form_of, request_fields, stop_reason_of, usage_of
+from tandem_gateway.logprobs import completion_logprobs, prompt_logprobs
+from tandem_gateway.protocol import CompletionBody
+
+MAX_PROMPTS = 256
+"""The most prompts of one request."""
+
+
+@dataclass
+class Completions:
+    """One request: what its answers have in common."""
+
+    body: CompletionBody
+    request_id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def requests(self) -> list[Fields]:
+        """A gRPC request for each prompt."""
+        body = self.body
+        body.check_unknown()
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise refuse("best_of", "is not supported, unless it is n")
+        form = form_of(body)
+        prompts = _prompts(body.prompt)
+        ids = [self.request_id] if len(prompts) == 1 else [f"{self.request_id}-{i}" for i in range(len(prompts))]
+        return [
+            request_fields(body, prompt, id_, max_tokens=body.max_tokens, logprobs=body.logprobs, form=form)
+            for prompt, id_ in zip(prompts, ids, strict=True)
+        ]
+
+    def answer(self, model: str, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+        common = {"id": f"cmpl-{self.request_id}", "object": "text_completion", "created": self.created}
+        return {**common, "model": model, "choices": choices, **fields}
+
+    def choice(self, index: int, text: str, finish: inference_pb2.Finish | None) -> dict[str, Any]:
+        reason = None if finish is None else FINISH_REASONS.get(finish.reason)
+        stop_reason = None if finish is None else stop_reason_of(finish, self.body)
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": stop_reason}
+
+
+async def create(engine: Engine, request: Request, body: CompletionBody) -> Any:
+    completions = Completions(body, body.request_id or request_id_of(request))
+    requests, metadata = completions.requests(), metadata_of(request)
+    if body.stream:
+        model = body.model or await engine.model_name(metadata)
+        stream = engine.stream(requests, metadata)
+        items = await with_first(stream, request, stream.cancel)
+        return EventStream(events_or_error(_events(completions, model, items)), stream.cancel)
+    calls = asyncio.gather(*(engine.generate(fields, metadata) for fields in requests))
+    return _whole(completions, await while_connected(request, calls))
+
+
+def _whole(completions: Completions, responses: list[inference_pb2.GenerateResponse]) -> dict[str, Any]:
+    body = completions.body
+    choices = []
+    for number, response in enumerate(responses):
+        for each in response.choices:
+            index = number * (body.n or 1) + each.choice_index
+            choice = completions.choice(index, each.text, each.finish)
+            if body.logprobs is not None:
+                choice["logprobs"] = completion_logprobs(each.logprobs, 0)
+            if body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(response.prompt_logprobs)
+            choices.append(choice)
+    return completions.answer(responses[0].model, choices, usage=usage_of([response.usage for response in responses]))
+
+
+async def _events(
+    completions: Completions, model: str, items: "AsyncIterator[tuple[int, inference_pb2.GenerateStreamResponse]]"
+) -> AsyncIterator[bytes]:
+    body = completions.body
+    usages: list[inference_pb2.Usage] = []
+    offsets: dict[int, int] = {}
+    with_prompt: set[int] = set()
+    usage_field = {"usage": None} if body.includes_usage() else {}
+    async for number, message in items:
+        index = number * (body.n or 1) + message.choice_index
+        finish = message.finish if message.HasField("finish") else None
+        choice = completions.choice(index, message.text_delta, finish)
+        if body.logprobs is not None and message.logprobs:
+            choice["logprobs"] = completion_logprobs(message.logprobs, offsets.get(index, 0))
+            offsets[index] = offsets.get(index, 0) + sum(len(each.text) for each in message.logprobs)
+        if message.prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs(message.prompt_logprobs, is_start=number not in with_prompt)
+            with_prompt.add(number)
+        if message.HasField("usage"):
+            usages.append(message.usage)
+        yield event(completions.answer(model, [choice], **usage_field))
+    if body.includes_usage():
+        yield event(completions.answer(model, [], usage=usage_of(usages)))
+
+
+def _prompts(prompt: str | list[Any]) -> list[Fields]:
+    if isinstance(prompt, str):
+        return [{"text": prompt}]
+    if prompt and isinstance(prompt[0], int):
+        return [{"token_ids": {"ids": prompt}}]
+    if not 1 <= len(prompt) <= MAX_PROMPTS:
+        raise refuse("prompt", f"must have 1 to {MAX_PROMPTS} prompts, has {len(prompt)}")
+    return [{"text": each} if isinstance(each, str) else {"token_ids": {"ids": each}} for each in prompt]

@@ -1,0 +1,162 @@
+"""The scheduler service as the gateway sees it: calls of the gRPC API, whose errors are those of tandem_shared.errors
+where the server sent one, and grpc.RpcError otherwise.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from tandem.calls import REPLY_LIMIT, build
+from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tandem_shared.errors import ConfigError
+from tandem_shared.gateway_settings import GatewaySettings
+from tandem_shared.rpc.grpc_options import client_options
+from tandem_shared.rpc.rich_status import error_of
+
+Metadata = tuple[tuple[str, str], ...]
+Fields = dict[str, Any]
+"""The fields of a GenerateRequest, and of a GenerateStreamRequest, which are the same."""
+
+T = TypeVar("T")
+
+NUM_CHANNELS = 4
+"""The kernel deals out connections, not calls, to the scheduler's front-end processes, of which there are 4 at most by
+default."""
+
+INFO_TIMEOUT_S = 5.0
+
+
+class Engine:
+    """Connections to one scheduler service, used in one event loop."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        """Connects when first used. Raises ConfigError for a file of a certificate that can't be read."""
+        # Without a pool of its own, equal channels would share one connection.
+        options = [*client_options(settings.scheduler_address), ("grpc.use_local_subchannel_pool", 1)]
+        credentials = _credentials(settings)
+        self._channels = [
+            grpc.aio.secure_channel(settings.scheduler_address, credentials, options)
+            if credentials
+            else grpc.aio.insecure_channel(settings.scheduler_address, options)
+            for _ in range(NUM_CHANNELS)
+        ]
+        stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
+        self._stubs = itertools.cycle(stubs)
+        self.reasoning = settings.reasoning_parser
+        self._is_token: dict[str, bool] = {}
+        self._control = control_pb2_grpc.ControlServiceStub(self._channels[0])
+
+    async def close(self) -> None:
+        """Ends the calls that are under way."""
+        for channel in self._channels:
+            await channel.close()
+
+    async def generate(self, fields: Fields, metadata: Metadata) -> inference_pb2.GenerateResponse:
+        """The whole output. Cancelling the task cancels the call."""
+        request = build(inference_pb2.GenerateRequest, **fields)
+        return await _call(next(self._stubs).Generate, request, metadata=(*metadata, *REPLY_LIMIT))
+
+    def stream(self, requests: Sequence[Fields], metadata: Metadata) -> "OutputStream":
+        """The outputs of several prompts, as they are made."""
+        messages = [build(inference_pb2.GenerateStreamRequest, **fields) for fields in requests]
+        return OutputStream([next(self._stubs).GenerateStream(message, metadata=metadata) for message in messages])
+
+    async def tokenize(self, request: inference_pb2.TokenizeRequest, metadata: Metadata) -> list[int]:
+        return list((await _call(next(self._stubs).Tokenize, request, metadata=metadata)).token_ids)
+
+    async def detokenize(self, request: inference_pb2.DetokenizeRequest, metadata: Metadata) -> str:
+        response = await _call(next(self._stubs).Detokenize, request, metadata=(*metadata, *REPLY_LIMIT))
+        return str(response.text)
+
+    async def model_info(self, metadata: Metadata) -> inference_pb2.GetModelInfoResponse:
+        request = inference_pb2.GetModelInfoRequest()
+        return await _call(next(self._stubs).GetModelInfo, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
+
+    async def model_name(self, metadata: Metadata) -> str:
+        """The served model's name, which an answer has even if its request names no model."""
+        return str((await self.model_info(metadata)).model)
+
+    async def tokens_among(self, texts: Sequence[str], metadata: Metadata) -> frozenset[str]:
+        """Those of the texts that are one token of the model. The answers are kept, as a scheduler has one model."""
+        for text in texts:
+            if text not in self._is_token:
+                request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=False)
+                self._is_token[text] = len(await self.tokenize(request, metadata)) == 1
+        return frozenset(text for text in texts if self._is_token[text])
+
+    async def server_info(self, metadata: Metadata) -> control_pb2.GetServerInfoResponse:
+        request = control_pb2.GetServerInfoRequest()
+        return await _call(self._control.GetServerInfo, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
+
+
+class OutputStream:
+    """The streams of several calls as one, whose items are the index of the call and its message."""
+
+    def __init__(self, calls: Sequence[Any]) -> None:
+        self._calls = calls
+        self._pumps: list[asyncio.Task[None]] = []
+
+    def cancel(self) -> None:
+        """Aborts what still runs."""
+        for each in (*self._calls, *self._pumps):
+            each.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, inference_pb2.GenerateStreamResponse]]:
+        if len(self._calls) == 1:
+            try:
+                async for message in self._calls[0]:
+                    yield 0, message
+            except grpc.RpcError as error:
+                raise error_of(error) from error
+            return
+        # With a queue this short, a slow reader makes the calls wait, and the server is told so.
+        queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(len(self._calls))
+        self._pumps = [asyncio.create_task(_pump(index, call, queue)) for index, call in enumerate(self._calls)]
+        num_open = len(self._calls)
+        while num_open:
+            index, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
+
+
+async def _pump(index: int, call: Any, queue: "asyncio.Queue[tuple[int, Any]]") -> None:
+    """Puts a call's messages into the queue, and then None, or the error that ended it."""
+    last: Exception | None = None
+    try:
+        async for message in call:
+            await queue.put((index, message))
+    except grpc.RpcError as error:
+        last = error_of(error)
+    await queue.put((index, last))
+
+
+async def _call(method: Callable[..., Awaitable[T]], request: object, **options: Any) -> T:
+    try:
+        return await method(request, **options)
+    except grpc.RpcError as error:
+        raise error_of(error) from error
+
+
+def _credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
+    if not settings.scheduler_ca:
+        return None
+    ca, key, chain = (
+        _read(name) if name else None
+        for name in (settings.scheduler_ca, settings.scheduler_tls_key, settings.scheduler_tls_cert)
+    )
+    return grpc.ssl_channel_credentials(ca, key, chain)
+
+
+def _read(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror}") from error

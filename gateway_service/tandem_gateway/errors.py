@@ -1,0 +1,174 @@
+"""Errors of every kind as OpenAI's API has them: a status and {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+import math
+import re
+from typing import Any
+
+import grpc
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from tandem_shared.errors import FieldViolation, InvalidRequest, OutputTooLarge, RetryLater, TandemError
+from tandem_shared.rpc.rich_status import code_of
+
+logger = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+"""nginx's status of a request whose client closed the connection. Nobody reads it but logs and tests."""
+
+HTTP_STATUSES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.OUT_OF_RANGE: 400,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.ABORTED: 409,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.CANCELLED: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+"""gRPC status -> HTTP status. The others are 500."""
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+"""HTTP status -> OpenAI's type of error. Others are invalid_request_error below 500 and server_error above."""
+
+PARAMS = {
+    "stop_strings": "stop",
+    "include_stop_string": "include_stop_str_in_output",
+    "num_logprobs": "logprobs",
+    "num_prompt_logprobs": "prompt_logprobs",
+    "num_choices": "n",
+    "structured_output": "response_format",
+}
+"""The gRPC API's names of fields that HTTP has under another name."""
+
+
+class ApiError(Exception):
+    """An error of the gateway's own."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+class ClientGone(ApiError):
+    """The client closed the connection before its answer was complete."""
+
+    def __init__(self) -> None:
+        super().__init__(CLIENT_GONE, "the client closed the connection")
+
+
+def refuse(param: str, description: str) -> ApiError:
+    """An error of the request's field `param`."""
+    return ApiError(400, f"{param}: {description}", param=param)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """The JSON object of an error, which ends a stream too."""
+    return _body(*_described(error))
+
+
+def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    type_ = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    described = _described(error)
+    status = described[0]
+    headers = {}
+    if status in (429, 503):
+        # Clients try again after whole seconds, by the header's definition.
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)) if isinstance(error, RetryLater) else 1)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if status == 405 and isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    return JSONResponse(_body(*described), status, headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    for each in (ApiError, TandemError, grpc.RpcError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(each, answer)
+
+
+def _described(error: Exception) -> tuple[int, str, str | None, str | None]:
+    """Status, message, param and code."""
+    if isinstance(error, ApiError):
+        return error.status, str(error), error.param, error.code
+    if isinstance(error, InvalidRequest):
+        return _invalid_request(error)
+    if isinstance(error, OutputTooLarge):
+        return 400, str(error), None, "output_too_large"
+    if isinstance(error, TandemError):
+        return HTTP_STATUSES.get(code_of(error), 500), str(error), None, None
+    if isinstance(error, grpc.aio.AioRpcError):
+        return _grpc_error(error)
+    if isinstance(error, RequestValidationError):
+        return _validation_error(error)
+    if isinstance(error, HTTPException):
+        return error.status_code, str(error.detail), None, None
+    logger.error("a request failed", exc_info=error)
+    return 500, "an internal error of the gateway", None, None
+
+
+def _invalid_request(error: InvalidRequest) -> tuple[int, str, str | None, str | None]:
+    violations = [FieldViolation(param_of(each.field), each.description) for each in error.violations]
+    message = "; ".join(f"{each.field}: {each.description}" if each.field else each.description for each in violations)
+    param = violations[0].field if violations else None
+    if param == "model":
+        return 404, message, param, "model_not_found"
+    return 400, message, param or None, None
+
+
+def _grpc_error(error: grpc.aio.AioRpcError) -> tuple[int, str, str | None, str | None]:
+    """An error that is not one of Tandem's: gRPC's own, or one of a proxy or interceptor before the scheduler."""
+    status = HTTP_STATUSES.get(error.code(), 500)
+    message = error.details() or error.code().name
+    if status == 401:
+        return status, message, None, "invalid_api_key"
+    if status == 503:
+        return status, f"the scheduler can't be reached: {message}", None, None
+    return status, message, None, None
+
+
+def _validation_error(error: RequestValidationError) -> tuple[int, str, str | None, str | None]:
+    """The first ten problems of a body that has the wrong types."""
+    problems = [(_path(each["loc"][1:]), str(each["msg"])) for each in error.errors()[:10]]
+    message = "; ".join(f"{path}: {text}" if path else text for path, text in problems)
+    return 400, message or "the body is not valid", problems[0][0] or None if problems else None, None
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")[:200]
+
+
+def param_of(field: str) -> str:
+    """The HTTP API's name of a field of the gRPC API, such as "top_p" of "sampling.top_p"."""
+    field = re.sub(r"^(sampling|stopping|output|prompt\.chat)\.", "", field)
+    name = re.match(r"\w*", field)
+    assert name is not None
+    return PARAMS.get(name[0], name[0]) + field[name.end() :]

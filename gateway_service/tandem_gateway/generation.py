@@ -1,0 +1,105 @@
+"""The fields of a gRPC request made from the body of an HTTP request: what completions and chats have in common."""
+
+import json
+from typing import Any
+
+from tandem.sampling_params import SamplingParams
+from tandem.structured_output import StructuredOutput
+from tandem.v1 import inference_pb2
+from tandem_gateway.engine import Fields
+from tandem_gateway.errors import refuse
+from tandem_gateway.protocol import GenerationBody, ResponseFormat
+from tandem_shared.sampling_fields import REQUEST_FIELDS
+
+SAME_NAMES = (
+    *(field.name for field in REQUEST_FIELDS),
+    "n", "logit_bias", "bad_words", "allowed_token_ids", "min_tokens", "stop", "stop_token_ids",
+    "include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "skip_special_tokens",
+)  # fmt: skip
+"""The fields of bodies that SamplingParams has under the same name."""
+
+FINISH_REASONS = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_ABORT: "abort",
+}
+
+
+def request_fields(
+    body: GenerationBody,
+    prompt: Fields,
+    request_id: str,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    form: StructuredOutput | None,
+) -> Fields:
+    """Raises InvalidRequest, naming the fields, for values that no server takes."""
+    values: dict[str, Any] = {name: getattr(body, name) for name in SAME_NAMES}
+    # vLLM and OpenAI take an empty list for none.
+    values["allowed_token_ids"] = values["allowed_token_ids"] or None
+    params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=form)
+    return {
+        "model": body.model,
+        "prompt": prompt,
+        "sampling": params.sampling(),
+        "stopping": params.stopping(),
+        "output": params.output(),
+        "structured_output": params.structured_output(),
+        "num_choices": params.n,
+        "request_id": request_id,
+        "priority": body.priority,
+        "cache_salt": body.cache_salt,
+    }
+
+
+def form_of(body: GenerationBody) -> StructuredOutput | None:
+    """The form that the body asks for, by whichever name. Raises ApiError if it asks for several."""
+    forms: dict[str, dict[str, Any]] = {}
+    if (given := body.structured_outputs) is not None:
+        values = {"json": given.json_, **given.model_dump(exclude={"json_"})}
+        forms["structured_outputs"] = values
+    for name, field in (
+        ("guided_json", "json"),
+        ("guided_regex", "regex"),
+        ("guided_choice", "choice"),
+        ("guided_grammar", "grammar"),
+    ):
+        if getattr(body, name) is not None:
+            forms[name] = {field: getattr(body, name)}
+    if body.response_format is not None and body.response_format.type != "text":
+        forms["response_format"] = _response_form(body.response_format)
+    if len(forms) > 1:
+        raise refuse(list(forms)[1], f"is one form too many beside {next(iter(forms))}")
+    return StructuredOutput(**next(iter(forms.values()))) if forms else None
+
+
+def _response_form(wanted: ResponseFormat) -> dict[str, Any]:
+    if wanted.type == "json_object":
+        return {"json_object": True}
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise refuse("response_format.json_schema.schema", "is required with the type json_schema")
+    return {"json": json.dumps(wanted.json_schema.schema_)}
+
+
+def usage_of(usages: list[inference_pb2.Usage]) -> dict[str, Any]:
+    """OpenAI's usage of one request, which may have several prompts."""
+    num_prompt = sum(each.num_prompt_tokens for each in usages)
+    num_output = sum(each.num_output_tokens for each in usages)
+    # OpenAI counts a prompt once; the gRPC API counts cached tokens for each choice.
+    num_cached = sum(min(each.num_cached_tokens, each.num_prompt_tokens) for each in usages)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def stop_reason_of(finish: inference_pb2.Finish, body: GenerationBody) -> str | int | None:
+    """vLLM's stop_reason: the stop string, or the one of stop_token_ids, that ended the output. Else None."""
+    if finish.HasField("stop_string"):
+        return str(finish.stop_string)
+    if finish.HasField("stop_token_id") and finish.stop_token_id in (body.stop_token_ids or ()):
+        return int(finish.stop_token_id)
+    return None

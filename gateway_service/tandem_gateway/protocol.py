@@ -1,0 +1,239 @@
+"""The bodies of requests, as OpenAI's API has them, with vLLM's further fields.
+
+Fields that are unknown here are ignored, as in vLLM, and logged once each. Fields whose effect Tandem does not have are
+refused unless they ask for nothing (UNSUPPORTED). docs/http.md lists both.
+"""
+
+import logging
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tandem_gateway.errors import refuse
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default of /v1/completions, and vLLM's."""
+
+MAX_LOGGED_NAMES = 1000
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "background": (None, False),
+    "beam_width": (None, 1),
+    "conversation": (None,),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "modalities": (None, ["text"]),
+    "previous_response_id": (None,),
+    "prompt_embeds": (None,),
+    "suffix": (None, ""),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "web_search_options": (None,),
+}
+"""Field -> the values that ask for nothing. Others are refused."""
+
+WITHOUT_EFFECT = {
+    "include", "metadata", "moderation", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "text_verbosity", "truncation", "user", "verbosity",
+}  # fmt: skip
+"""Fields of OpenAI's that say nothing of the output here. They are ignored, and not logged."""
+
+_logged: set[str] = set()
+
+
+class Body(BaseModel):
+    """The base class of bodies, which keep fields that are unknown for check_unknown()."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    def check_unknown(self) -> None:
+        """Raises ApiError for a field that asks for what Tandem does not do; logs fields that it does not know."""
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED:
+                if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):
+                    raise refuse(name, "is not supported")
+            elif name not in WITHOUT_EFFECT and name not in _logged and len(_logged) < MAX_LOGGED_NAMES:
+                _logged.add(name)
+                logger.warning("unknown field %r of %s is ignored", name[:100], type(self).__name__)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class JsonSchema(BaseModel):
+    """A schema of response_format."""
+
+    name: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's structured_outputs."""
+
+    model_config = ConfigDict(extra="forbid")
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class GenerationBody(Body):
+    """What completions and chats have in common. A field that is None has the model's default, or the API's."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # Of vLLM from here.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
+
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
+    logprobs: int | None = None
+    best_of: int | None = None
+
+
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(BaseModel):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TextPart(BaseModel):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class RefusalPart(BaseModel):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+
+
+class Message(BaseModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Function(BaseModel):
+    """A tool that the model may call. `parameters` is a JSON schema."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatOptions(GenerationBody):
+    """What chats and responses have in common beside the conversation."""
+
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatBody(ChatOptions):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    reasoning_effort: str | None = None
+
+
+class TokenizeBody(Body):
+    """vLLM's /tokenize: a text or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[int]

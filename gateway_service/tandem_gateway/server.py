@@ -1,0 +1,94 @@
+"""The HTTP server of the gateway, in this process or in several that share a listening socket."""
+
+import functools
+import os
+import signal
+import socket
+import ssl
+import sys
+from pathlib import Path
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from tandem_gateway.app import make_app
+from tandem_shared.errors import ConfigError
+from tandem_shared.gateway_settings import GatewaySettings
+from tandem_shared.host.log import configure_logging
+from tandem_shared.host.process import end_with_parent, raise_descriptor_limit
+
+BACKLOG = 2048
+STOP_GRACE_S = 30
+"""How long running requests may go on after SIGTERM."""
+KEEP_ALIVE_S = 75
+"""How long a connection may be idle between requests: longer than common proxies and clients keep theirs."""
+
+
+def serve(settings: GatewaySettings) -> None:
+    """Serves until a signal says otherwise. Raises ConfigError if the port can't be taken."""
+    raise_descriptor_limit()
+    listener = _listen(settings)
+    if settings.port_file:
+        write_port(settings.port_file, listener.getsockname()[1])
+    config = server_config(settings)
+    # uvicorn ends in order at these signals, and then raises them again.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    if settings.http_workers == 1:
+        uvicorn.Server(config).run([listener])
+    else:
+        # Its processes inherit the listener, and are started again when they end.
+        Multiprocess(config, sockets=[listener]).run()
+
+
+def server_config(settings: GatewaySettings) -> uvicorn.Config:
+    """The HTTP server. It can be pickled, as each process loads the application itself."""
+    return uvicorn.Config(
+        functools.partial(load_app, settings, os.getpid()),
+        factory=True,
+        loop="uvloop",
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        workers=settings.http_workers,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=STOP_GRACE_S,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+        ssl_ca_certs=settings.tls_client_ca or None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+    )
+
+
+def load_app(settings: GatewaySettings, main_pid: int) -> object:
+    """The application, in the process that serves it: the process main_pid or a child of it, which ends with it."""
+    if sys.platform == "linux" and os.getpid() != main_pid:
+        end_with_parent(main_pid)
+    configure_logging(settings.log_level)
+    return make_app(settings)
+
+
+def _listen(settings: GatewaySettings) -> socket.socket:
+    """Raises ConfigError if the port can't be taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.http_port))
+    except OSError as error:
+        raise ConfigError(f"can't listen on {settings.host}:{settings.http_port}: {error.strerror}") from error
+    listener.listen(BACKLOG)
+    listener.set_inheritable(True)
+    return listener
+
+
+def write_port(name: str, port: int) -> None:
+    """Writes the port into a file, which is whole from the moment that it exists."""
+    part = Path(f"{name}.part")
+    part.write_text(str(port))
+    part.replace(name)
