@@ -22,6 +22,7 @@ _SCHEDULER_MODULES = (
 MODULES_OF_EXTRA = {
     "gateway": ("fastapi", "uvicorn", "uvloop"),
     "scheduler": _SCHEDULER_MODULES,
+    "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),
     "worker": (*_SCHEDULER_MODULES, "safetensors", "torch"),
 }
 """The modules that the service of each extra needs: those of the packages that pyproject.toml lists for it. The extra

@@ -17,6 +17,7 @@ MODULES = {
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
     "huggingface_hub": "huggingface-hub",
+    "smg_grpc_proto": "smg-grpc-proto",
 }
 """The packages whose modules are not called as they are."""
 
@@ -44,7 +45,7 @@ def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("extra", ["gateway", "scheduler", "worker"])
+@pytest.mark.parametrize("extra", ["gateway", "scheduler", "smg", "worker"])
 def test_the_check_of_an_extra_knows_what_the_extra_installs(extra: str) -> None:
     brought = set(declared_requirements(extra)) - set(declared_requirements())
     named = {requirement.partition(">=")[0] for requirement in brought}
