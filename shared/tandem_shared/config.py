@@ -15,7 +15,7 @@ from typing import TypeVar
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
 from tandem_shared.gateway_settings import GatewaySettings
-from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables
+from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 
 MAX_PORT = 65535
@@ -172,7 +172,7 @@ class WorkerSettings(ServiceSettings):
         choices=("auto", "nccl"),
     )
     enforce_eager: bool = option(
-        False, "whether every kernel is launched by itself, without CUDA graphs (true or false)"
+        False, "whether every kernel is launched by itself, without CUDA graphs (true or false; the flag alone is true)"
     )
     num_threads: int | None = option(
         None, "CPU threads that compute a forward pass; torch's choice if not given", minimum=1, maximum=4096
@@ -191,8 +191,9 @@ def read_command_line(
     wrong, or if the extra of the package that the program needs is not installed.
     """
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
-    add_options(parser, settings_class)
-    namespace = parser.parse_args(arguments)
+    add_options(parser, settings_class, synonyms=SYNONYMS)
+    given = sys.argv[1:] if arguments is None else arguments
+    namespace = parser.parse_args(spell_out_booleans(given, settings_class))
     try:
         refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
         settings = read_settings(settings_class, namespace, os.environ)

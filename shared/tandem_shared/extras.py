@@ -20,13 +20,14 @@ _SCHEDULER_MODULES = (
     "xxhash",
 )
 MODULES_OF_EXTRA = {
+    "cli": ("httpx2", "rich"),
     "gateway": ("fastapi", "uvicorn", "uvloop"),
     "scheduler": _SCHEDULER_MODULES,
     "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),
     "worker": (*_SCHEDULER_MODULES, "safetensors", "torch"),
 }
-"""The modules that the service of each extra needs: those of the packages that pyproject.toml lists for it. The extra
-worker, which is all of Tandem, brings the gateway's too.
+"""The modules that each extra is for: those of the packages that pyproject.toml lists for it. The extra worker, which
+is all of Tandem, brings those of cli and gateway too.
 """
 
 

@@ -8,11 +8,12 @@ variable counts as not set.
 import argparse
 import dataclasses
 import difflib
+import itertools
 import numbers
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from tandem_shared.errors import ConfigError
@@ -45,9 +46,17 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
-    """Adds a flag for each field except those in `without`. A field that two classes share is added once."""
+def add_options(
+    parser: argparse.ArgumentParser,
+    *classes: type,
+    without: Iterable[str] = (),
+    synonyms: Mapping[str, str] | None = None,
+) -> None:
+    """Adds a flag for each field except those in `without`, and one for each of its synonyms (other names -> fields). A
+    field that two classes share is added once.
+    """
     known = set(without)
+    synonyms = synonyms or {}
     for settings_class in classes:
         for field in dataclasses.fields(settings_class):
             if field.name in known:
@@ -55,11 +64,25 @@ def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterab
             known.add(field.name)
             parser.add_argument(
                 flag_of(field.name),
+                *(flag_of(other) for other, name in synonyms.items() if name == field.name),
                 default=None,
                 dest=field.name,
                 metavar=_value_type(settings_class, field.name).__name__.upper(),
                 help=_help_of(field).replace("%", "%%"),
             )
+
+
+def spell_out_booleans(arguments: Sequence[str], *classes: type) -> list[str]:
+    """The arguments with a value for each flag of a field that is true or false: --enforce-eager becomes
+    --enforce-eager=true, and --no-enforce-eager becomes --enforce-eager=false, unless true or false follows.
+    """
+    names = {field.name for cls in classes for field in dataclasses.fields(cls) if _value_type(cls, field.name) is bool}
+    values = {flag_of(name): f"{flag_of(name)}=true" for name in names}
+    values |= {flag_of(f"no_{name}"): f"{flag_of(name)}=false" for name in names}
+    return [
+        argument if next_one.lower() in ("true", "false") else values.get(argument, argument)
+        for argument, next_one in itertools.pairwise([*arguments, ""])
+    ]
 
 
 def _help_of(field: "dataclasses.Field[Any]") -> str:

@@ -45,11 +45,15 @@ def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("extra", ["gateway", "scheduler", "smg", "worker"])
+@pytest.mark.parametrize("extra", ["cli", "gateway", "scheduler", "smg", "worker"])
 def test_the_check_of_an_extra_knows_what_the_extra_installs(extra: str) -> None:
     brought = set(declared_requirements(extra)) - set(declared_requirements())
     named = {requirement.partition(">=")[0] for requirement in brought}
-    modules = {*MODULES_OF_EXTRA[extra], *(MODULES_OF_EXTRA["gateway"] if extra == "worker" else ())}
+    modules = {
+        module
+        for each in ([extra, "cli", "gateway"] if extra == "worker" else [extra])
+        for module in MODULES_OF_EXTRA[each]
+    }
     assert {MODULES.get(module, module) for module in modules} == named
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.cli import _build_parser
+from tandem.cli import build_parser
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import inference_pb2
@@ -55,7 +55,7 @@ def main() -> None:
     with pytest.raises(InvalidPlan, match=r"typical_p -2\.5"):
         batch.apply(plan(RowSampling(typical_p=-2.5)))
 
-    options = _build_parser().parse_args(["generate", "text", "--typical-p", "-1.5"])
+    options = build_parser().parse_args(["generate", "text", "--typical-p", "-1.5"])
     asked = check(SamplingParams(typical_p=options.typical_p).sampling()).sampling
     assert asked.typical_p == -1.5
     assert check(inference_pb2.SamplingParams()).sampling.typical_p == 0

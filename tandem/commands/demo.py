@@ -1,9 +1,13 @@
 """The command `tandem demo`: starts both services on free ports, streams one generation to the terminal, stops them."""
 
+import argparse
+import signal
+from typing import Any
+
 from tandem.client import TandemClient
+from tandem.commands.terminal import stream_text
 from tandem.processes import Services
 from tandem.sampling_params import SamplingParams
-from tandem.terminal import stream_text
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 
 PROMPT = "ROMEO:\n"
@@ -11,8 +15,17 @@ MAX_TOKENS = 200
 STARTUP_TIMEOUT_S = 120.0
 
 
-def run_demo() -> None:
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo", help="start both services, stream text from the package's own model, stop them"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
     """Prints the services' addresses, the generated text and its speed. Raises what Services raises."""
+    # SIGTERM, like Ctrl-C, stops the services and removes their temporary folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     services = Services(WorkerSettings(port=0, log_level="warning"), SchedulerSettings(port=0, log_level="warning"))
     print("starting the worker and the scheduler service with the embedded model ...", flush=True)
     with services:
@@ -28,3 +41,4 @@ def run_demo() -> None:
             print(PROMPT, end="", flush=True)
             print(f"\n\n{stream_text(client, PROMPT, params)}", flush=True)
     print("both services are stopped")
+    return 0

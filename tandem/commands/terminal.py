@@ -7,11 +7,13 @@ from tandem.client import TandemClient
 from tandem.sampling_params import SamplingParams
 
 
-def stream_text(client: TandemClient, prompt: Prompt, params: SamplingParams) -> str:
-    """Prints the output's text as it arrives; returns a line that says how fast it came."""
+def stream_text(client: TandemClient, prompt: Prompt, params: SamplingParams, timeout_s: float | None = None) -> str:
+    """Prints the output's text as it arrives; returns a line that says how fast it came. After timeout_s seconds the
+    server drops the request.
+    """
     started = first_at = last_at = time.perf_counter()
     num_tokens = num_first = 0
-    for delta in client.generate_stream(prompt, params):
+    for delta in client.generate_stream(prompt, params, timeout_s=timeout_s):
         last_at = time.perf_counter()
         if not num_tokens:
             first_at, num_first = last_at, len(delta.token_ids)

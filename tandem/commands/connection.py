@@ -1,0 +1,51 @@
+"""The flags that say which server a command calls, and the client that they make."""
+
+import argparse
+from pathlib import Path
+
+import grpc
+
+from tandem.calls import DEFAULT_MAX_RETRIES
+from tandem.client import TandemClient
+from tandem_shared.errors import ConfigError
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", help=f"HOST:PORT of the server; default {DEFAULT_ADDRESS}")
+    parser.add_argument("--tls", action="store_true", help="speak TLS, and trust the authorities that gRPC trusts")
+    parser.add_argument("--ca", metavar="FILE", help="speak TLS, and trust the authorities in this PEM file")
+    parser.add_argument(
+        "--client-cert", metavar="FILE", help="PEM file of the certificate chain that is shown to the server"
+    )
+    parser.add_argument("--client-key", metavar="FILE", help="PEM file of that certificate's private key")
+
+
+def connect(options: argparse.Namespace, *, max_retries: int = DEFAULT_MAX_RETRIES) -> TandemClient:
+    """A client of the server that the flags name. Raises ConfigError."""
+    return TandemClient(options.address or DEFAULT_ADDRESS, credentials_of(options), max_retries=max_retries)
+
+
+def credentials_of(options: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    """The credentials of a connection with TLS, None without. Raises ConfigError for flags that need each other, and
+    for files that can't be read.
+    """
+    if bool(options.client_cert) != bool(options.client_key):
+        raise ConfigError("--client-cert and --client-key go together")
+    if not (options.tls or options.ca):
+        if options.client_cert:
+            raise ConfigError("--client-cert needs --tls or --ca")
+        return None
+    return grpc.ssl_channel_credentials(
+        root_certificates=_read("--ca", options.ca),
+        private_key=_read("--client-key", options.client_key),
+        certificate_chain=_read("--client-cert", options.client_cert),
+    )
+
+
+def _read(flag: str, file: str | None) -> bytes | None:
+    try:
+        return None if file is None else Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag}: {error}") from error

@@ -1,0 +1,27 @@
+"""The flags of commands that run the services on this machine: the settings of both."""
+
+import argparse
+import os
+
+from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_tls
+from tandem_shared.options import add_options, option_names, read_settings
+
+NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
+PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
+"""Settings that are for the scheduler alone. The worker's only client is the scheduler beside it, so the worker takes a
+free port and no TLS.
+"""
+
+
+def add_service_flags(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """Adds the flags of both services' settings, but for some of them."""
+    add_options(parser, SchedulerSettings, WorkerSettings, without=(*NOT_FOR_USERS, *without), synonyms=SYNONYMS)
+
+
+def read_service_flags(options: argparse.Namespace) -> tuple[WorkerSettings, SchedulerSettings]:
+    """The settings of a worker, and of a scheduler beside it. options.model is the model. Raises ConfigError."""
+    scheduler = read_settings(SchedulerSettings, options, os.environ)
+    check_tls(scheduler)
+    worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in PRIVATE}, port="0")
+    environment = {name: value for name, value in os.environ.items() if name not in option_names(PRIVATE)}
+    return read_settings(WorkerSettings, worker_options, environment), scheduler
