@@ -1,4 +1,4 @@
-"""Both services as child processes of this one: starts them, waits until they are ready, stops them.
+"""The services as child processes of this one: starts them, waits until they are ready, stops them.
 
 The worker's process is a supervisor, which starts the worker service again whenever it ends. The services listen on
 free ports, which they write into files. They get their settings as flags alone; whoever made the settings has read the
@@ -17,6 +17,7 @@ from typing import IO, NoReturn
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import TandemError
 from tandem_shared.extras import require_extra
+from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import child_environment, die_with_parent
 from tandem_shared.options import to_arguments
@@ -48,12 +49,15 @@ class Services:
         log: IO[str] | None = None,
         worker_program: Sequence[str] = ("tandem_worker",),
         start_timeout_s: float = START_TIMEOUT_S,
+        gateway: GatewaySettings | None = None,
     ) -> None:
         """log is a file for what both services print; None is this process's stderr. worker_program is a module that
         takes the worker's flags, and the arguments that come before those. start_timeout_s is how long each service
-        may take until it listens. Raises ConfigError where the extra that the services need is not installed.
+        may take until it listens. gateway: the settings of an HTTP gateway before the scheduler, if there is to be one.
+        Raises ConfigError where the extra that the services need is not installed.
         """
         require_extra("worker")
+        self._gateway_settings = gateway
         self._worker_program = worker_program
         self._worker_host, self._scheduler_host = _connectable(worker.host), _connectable(scheduler.host)
         self._drain_grace_s = scheduler.drain_grace_s
@@ -67,15 +71,19 @@ class Services:
         self._scheduler_settings = replace(scheduler, session_secret_file=self.session_secret_file)
         self.worker: subprocess.Popen[bytes] | None = None
         self.scheduler: subprocess.Popen[bytes] | None = None
+        self.gateway: subprocess.Popen[bytes] | None = None
         self.worker_address = ""
         self.address = ""
+        self.http_address = ""
 
     def __enter__(self) -> "Services":
-        """Returns once both services listen. Raises ServiceFailed if one does not, ModelError for no model."""
+        """Returns once the services listen. Raises ServiceFailed if one does not, ModelError for no model."""
         try:
             self._find_model()
             self._start_worker()
             self._start_scheduler()
+            if self._gateway_settings:
+                self._start_gateway(self._gateway_settings)
         except BaseException:
             self.stop()
             raise
@@ -104,20 +112,33 @@ class Services:
                 raise ServiceFailed(f"the {name} ended with status {process.returncode}")
 
     def wait(self) -> NoReturn:
-        """Waits until a service ends by itself, and then raises ServiceFailed."""
+        """Waits until a service ends by itself, and then raises ServiceFailed. A gateway that ends is started again, as
+        the scheduler's other clients need not know of it.
+        """
         while True:
             self.check_alive()
+            if self.gateway is not None and self.gateway.poll() is not None:
+                status = self.gateway.returncode
+                print(f"tandem: the gateway ended with status {status}; starting it again", file=sys.stderr)
+                assert self._gateway_settings is not None
+                port = int(self.http_address.rpartition(":")[2])
+                self._start_gateway(replace(self._gateway_settings, http_port=port))
             time.sleep(POLL_S)
 
     def stop(self) -> None:
         """Stops the scheduler, which first finishes the running requests, and then the worker. An interrupt meanwhile
         ends the requests at once; a second one kills the processes.
         """
+        processes = (self.gateway, self.scheduler, self.worker)
         try:
+            if self.gateway is not None:
+                # It finishes its requests, as the scheduler does meanwhile, and takes no new ones.
+                self.gateway.send_signal(signal.SIGTERM)
             _end(self.scheduler, self._drain_grace_s + STOP_TIMEOUT_S)
+            _end(self.gateway, STOP_TIMEOUT_S)
             _end(self.worker, STOP_TIMEOUT_S)
         finally:
-            left = [process.pid for process in (self.scheduler, self.worker) if process and not _kill(process)]
+            left = [process.pid for process in processes if process and not _kill(process)]
             self._folder.close()
             if left:
                 raise ServiceFailed(f"processes do not end, even killed: {left}")
@@ -142,6 +163,12 @@ class Services:
         arguments = [*to_arguments(self._scheduler_settings), "--worker-address", self.worker_address]
         self.scheduler, port = self._start("tandem_scheduler", arguments)
         self.address = f"{self._scheduler_host}:{port}"
+
+    def _start_gateway(self, settings: GatewaySettings) -> None:
+        (self._folder.path / "tandem_gateway.port").unlink(missing_ok=True)
+        arguments = to_arguments(replace(settings, scheduler_address=self.address))
+        self.gateway, port = self._start("tandem_gateway", arguments)
+        self.http_address = f"{_connectable(settings.host)}:{port}"
 
     def _start(self, module: str, arguments: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
         """Starts a service; returns its process and the port that it listens on."""

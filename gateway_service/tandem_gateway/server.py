@@ -1,6 +1,7 @@
 """The HTTP server of the gateway, in this process or in several that share a listening socket."""
 
 import functools
+import math
 import os
 import signal
 import socket
@@ -18,8 +19,6 @@ from tandem_shared.host.log import configure_logging
 from tandem_shared.host.process import end_with_parent, raise_descriptor_limit
 
 BACKLOG = 2048
-STOP_GRACE_S = 30
-"""How long running requests may go on after SIGTERM."""
 KEEP_ALIVE_S = 75
 """How long a connection may be idle between requests: longer than common proxies and clients keep theirs."""
 
@@ -57,7 +56,7 @@ def server_config(settings: GatewaySettings) -> uvicorn.Config:
         workers=settings.http_workers,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=STOP_GRACE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_grace_s),
         ssl_certfile=settings.tls_cert or None,
         ssl_keyfile=settings.tls_key or None,
         ssl_ca_certs=settings.tls_client_ca or None,

@@ -44,6 +44,7 @@ class GatewaySettings:
         " prompt already ends with <think>; none leaves all text as it is",
         choices=("think", "opened", "none"),
     )
+    drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
     port_file: str = option("", "file that the port is written to once the service listens")
     tls_cert: str = option("", "PEM file of the server's certificate chain; if given, the server speaks only TLS")
     tls_key: str = option("", "PEM file of the certificate's private key")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,14 +27,15 @@ MAX_RESTARTS = 5
 STREAM_TIMEOUT_S = 120
 NUM_TOKENS = 400
 NUM_TOKENS_BEFORE_KILL = 40
-SERVICES = ("worker", "scheduler")
+SERVICES = ("worker", "scheduler", "gateway")
 
 
 class Deployment:
-    """The two containers, and a client of theirs on this machine."""
+    """The containers, and a client of theirs on this machine."""
 
-    def __init__(self, engine: Engine, address: str) -> None:
+    def __init__(self, engine: Engine, address: str, http_address: str) -> None:
         self.engine = engine
+        self.http_address = http_address
         self.address = address
         self._channel = grpc.insecure_channel(address)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
@@ -104,6 +106,11 @@ def check_health(deployment: Deployment) -> None:
         assert deployment.engine.is_healthy(service), service
 
 
+def check_http(deployment: Deployment) -> None:
+    with urllib.request.urlopen(f"http://{deployment.http_address}/v1/models", timeout=30) as answer:
+        assert json.load(answer)["data"][0]["id"] == "embedded"
+
+
 def check_not_root(deployment: Deployment) -> None:
     for service in SERVICES:
         user = deployment.engine.podman("exec", deployment.engine.container(service), "id", "-un")
@@ -156,6 +163,7 @@ def check_crashed_worker_container(deployment: Deployment) -> None:
 
 CHECKS = (
     check_health,
+    check_http,
     check_not_root,
     check_no_cuda_packages,
     check_grpcurl_lists,
@@ -184,13 +192,13 @@ def tear_down(engine: Engine) -> None:
     assert not engine.leftovers(), engine.leftovers()
 
 
-def run_checks(engine: Engine, address: str) -> list[bool]:
+def run_checks(engine: Engine, address: str, http_address: str) -> list[bool]:
     def bring_up() -> None:
         engine.compose("build", timeout_s=500)
         engine.compose("up", "--detach", timeout_s=90)
         deployment.wait_healthy()
 
-    deployment = Deployment(engine, address)
+    deployment = Deployment(engine, address, http_address)
     passed = [report("bring_up", bring_up)]
     if all(passed):
         passed += [report(check.__name__, lambda check=check: check(deployment)) for check in CHECKS]
@@ -204,13 +212,19 @@ def run_checks(engine: Engine, address: str) -> list[bool]:
 def main() -> int:
     install_missing_tools()
     with tempfile.TemporaryDirectory(prefix="tandem-compose-") as folder:
-        port = free_port()
-        variables = {"PORT": str(port), "DTYPE": "float64", "MODEL": "embedded", "MODEL_DIR": "models"}
+        port, http_port = free_port(), free_port()
+        variables = {
+            "PORT": str(port),
+            "HTTP_PORT": str(http_port),
+            "DTYPE": "float64",
+            "MODEL": "embedded",
+            "MODEL_DIR": "models",
+        }
         bare = Engine("tandem", Path(folder), {})
         engine = Engine(f"tandem-test-{os.getpid()}", Path(folder), {**variables, "BASE_IMAGE": bare.base_image()})
         passed: list[bool] = []
         try:
-            passed += run_checks(engine, f"127.0.0.1:{port}")
+            passed += run_checks(engine, f"127.0.0.1:{port}", f"127.0.0.1:{http_port}")
         finally:
             passed.append(report("tear_down", lambda: tear_down(engine)))
     print(f"{sum(passed)} passed, {len(passed) - sum(passed)} failed")

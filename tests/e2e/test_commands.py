@@ -46,7 +46,7 @@ def test_the_demo_streams_text_and_leaves_nothing_behind(tmp_path: Path) -> None
 @contextmanager
 def serving(*flags: str) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
     """Runs tandem serve with the embedded model; gives its process and the scheduler's address."""
-    command = [*TANDEM, "serve", "embedded", "--port", "0", "--dtype", "float64", *flags]
+    command = [*TANDEM, "serve", "embedded", "--port", "0", "--dtype", "float64", "--http-port", "0", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         try:

@@ -1,6 +1,9 @@
 """OpenAI's own Python client against real services with the embedded model, and Qwen3's chat template."""
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +11,13 @@ from typing import Any
 
 import jsonschema
 import openai
+import psutil
 import pytest
 
 from tests.e2e.conftest import StartEngine
 from tests.e2e.gateway import GatewayProcess, forced
 from tests.e2e.services import Engine
+from tests.e2e.waiting import WAIT_S, wait_until
 from tests.support.chats import QWEN3_TEMPLATE
 from tests.support.tokenizers import EMBEDDED
 
@@ -163,6 +168,25 @@ def test_a_worker_killed_under_http_streams_loses_nothing(engine: Engine, client
         reader.join(60)
     assert texts == truth
     assert engine.load().num_worker_losses >= 1
+
+
+def test_serve_has_http_and_starts_it_again(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    log_file = tmp_path / "log"
+    command = [sys.executable, "-m", "tandem.cli", "serve", "embedded", "--port", "0", "--http-port", str(port)]
+    with log_file.open("wb") as log, subprocess.Popen(command, stderr=log) as process:
+        try:
+            wait_until(lambda: f"HTTP on http://127.0.0.1:{port}" in log_file.read_text(), "HTTP is on")
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=9) as client:
+                assert client.completions.create(model=MODEL, prompt="ROMEO:", max_tokens=3).usage
+                for child in psutil.Process(process.pid).children():
+                    if "tandem_gateway" in child.cmdline():
+                        child.kill()
+                assert client.completions.create(model=MODEL, prompt="ROMEO:", max_tokens=3).usage
+        finally:
+            process.terminate()
+            assert process.wait(WAIT_S) == 0, log_file.read_text()
 
 
 def test_several_processes_share_the_port_and_end_in_order(engine: Engine, tmp_path: Path) -> None:

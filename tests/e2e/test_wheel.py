@@ -89,7 +89,7 @@ def with_worker(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Instal
 def test_the_wheel_installs_nothing_but_tandem(wheel: Path) -> None:
     names = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
     packages = {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")}
-    assert packages == {"tandem", "tandem_scheduler", "tandem_shared", "tandem_worker"}
+    assert packages == {"tandem", "tandem_gateway", "tandem_scheduler", "tandem_shared", "tandem_worker"}
     assert {name.parent.name for name in names if name.name == "py.typed"} == packages
 
 
@@ -107,11 +107,11 @@ def test_the_demo_runs_beside_folders_of_the_users(with_worker: Installation) ->
 
 def test_llm_runs_beside_folders_of_the_users(with_worker: Installation) -> None:
     code = """
-import tandem, tandem_scheduler, tandem_shared, tandem_worker
+import tandem, tandem_gateway, tandem_scheduler, tandem_shared, tandem_worker
 from tandem import LLM, SamplingParams
 with LLM("embedded") as llm:
     print(len(llm.generate("ROMEO:", SamplingParams(max_tokens=5, ignore_eos=True))[0]["token_ids"]))
-for package in (tandem, tandem_scheduler, tandem_shared, tandem_worker):
+for package in (tandem, tandem_gateway, tandem_scheduler, tandem_shared, tandem_worker):
     print(package.__file__)
 """
     num_tokens, *files = with_worker.run("python", "-c", code).stdout.split()
