@@ -42,7 +42,9 @@ def test_texts_and_dicts_of_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompts", [[], ["a"], [[1]], [np.array([1])], np.array([[1, 2], [3, 4]]), [{"prompt": "a"}], iter(["a"])], ids=str
+    "prompts",
+    [[], ["a"], [[1]], [np.array([1])], np.array([[1, 2], [3, 4]]), [{"prompt": "a"}], iter(["a"])],
+    ids=["empty", "text", "ids", "array of ids", "array of prompts", "dict", "iterator"],
 )
 def test_lists_are_not_taken_for_one_prompt(prompts: Any) -> None:
     assert not is_single(prompts)
