@@ -21,6 +21,9 @@ BENCH_FLAGS ?=
 SCALING_MODELS ?= build/models/8b build/models/32b
 TP_SIZES ?= 1 2 4 8
 
+# The processes that share the tests. A file's tests are run by one of them.
+TEST_PROCESSES ?= 2
+
 .PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-sampling bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
@@ -58,7 +61,7 @@ demo: $(DEMO_STAMP)  ## Both services on this machine, streaming text from the e
 	$(BIN)/tandem demo
 
 test: check  ## The checks, then the tests (10 minutes at most on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(STAMP)  ## The long tests (40 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -m slow

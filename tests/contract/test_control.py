@@ -44,6 +44,7 @@ async def test_server_and_model_info() -> None:
         vocab_size=VOCAB_SIZE,
         max_model_len=4096,
         eos_token_ids=[0, 7],
+        has_chat_template=True,
     )
 
 

@@ -148,11 +148,11 @@ async def test_no_worker_in_time_ends_all_with_advice_and_a_later_worker_serves_
 
 
 async def test_a_long_step_that_gets_on_is_no_loss() -> None:
-    """A step that takes ten times both limits, the scheduler's and the worker's own, brings its tokens in the end."""
-    async with Services(gated_runner(0), step_timeout_s=0.3, worker_step_timeout_s=0.3) as services:
+    """A step that takes five times both limits, the scheduler's and the worker's own, brings its tokens in the end."""
+    async with Services(gated_runner(0), step_timeout_s=0.8, worker_step_timeout_s=0.8) as services:
         streams = await Streams.mid_way(services, make_requests(3))
         assert isinstance(services.runner, FakeRunner)
-        for _ in range(60):
+        for _ in range(80):
             await asyncio.sleep(0.05)
             services.runner.progress += 1
         assert (await services.load()).num_worker_losses == services.num_failures == 0
