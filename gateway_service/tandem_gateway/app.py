@@ -10,12 +10,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse
 
 from tandem.v1 import control_pb2, inference_pb2
-from tandem_gateway import chat, completions
+from tandem_gateway import chat, completions, responses
 from tandem_gateway.connection import BoundedRequests, metadata_of, while_connected
 from tandem_gateway.conversation import chat_of
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import ApiError, add_error_handlers, error_response, refuse
 from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
+from tandem_gateway.responses_protocol import ResponseBody
 from tandem_shared import VERSION
 from tandem_shared.gateway_settings import GatewaySettings
 
@@ -58,6 +59,10 @@ def _add_generation(app: FastAPI) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(request: Request, body: ChatBody) -> Any:
         return await chat.create(_engine(request), request, body)
+
+    @app.post("/v1/responses", response_model=None)
+    async def create_response(request: Request, body: ResponseBody) -> Any:
+        return await responses.create(_engine(request), request, body)
 
 
 def _add_models(app: FastAPI) -> None:

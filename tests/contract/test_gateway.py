@@ -194,6 +194,11 @@ WRONG_BODIES: list[tuple[str, Any, int, str | None]] = [
         400,
         None,
     ),
+    ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, 400, None),
+    ("/v1/responses", {"input": "a", "n": 2}, 400, "n"),
+    ("/v1/responses", {"input": "a", "seed": "x"}, 400, "seed"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_tokens"),
+    ("/v1/responses", {"input": "a", "include": ["message.output_text.logprobs"]}, 400, "include"),
     ("/tokenize", {}, 400, "prompt"),
     ("/detokenize", {"tokens": [2**40]}, 400, "tokens"),
     ("/v1/nothing", {}, 404, None),
@@ -334,6 +339,7 @@ async def test_hostile_bodies_end_with_an_answer_in_the_right_form(gateway: Gate
     valid: list[tuple[str, dict[str, Any]]] = [
         ("/v1/completions", {"prompt": PROMPT, "max_tokens": 2, "stop": ["a"], "logprobs": 1, "stream": False}),
         ("/v1/chat/completions", {"messages": [USER], "max_tokens": 2, "tools": TOOLS, "tool_choice": "auto", "n": 1}),
+        ("/v1/responses", {"input": [USER], "tools": [], "max_output_tokens": 2, "text": {}, "reasoning": {}}),
         ("/tokenize", {"prompt": PROMPT}),
         ("/detokenize", {"tokens": [1, 2]}),
     ]

@@ -143,6 +143,45 @@ def test_json_follows_its_schema_after_a_thought_or_without_one(client: openai.O
         jsonschema.validate(json.loads(choice.message.content), schema)
 
 
+def test_responses_have_items_and_events(client: openai.OpenAI) -> None:
+    function = {"type": "function", **WEATHER["function"]}
+    asked: dict[str, Any] = {
+        "model": MODEL, "instructions": "Be brief.", "input": USER["content"], "tools": [function],
+        "extra_body": forced(OUTPUT),
+    }  # fmt: skip
+    whole = client.responses.create(**asked)
+    assert (whole.status, whole.output_text) == ("completed", "Let me look.")
+    assert [item.type for item in whole.output] == ["reasoning", "message", "function_call", "function_call"]
+    assert whole.output[0].content[0].text == THOUGHT
+    assert (whole.output[2].name, whole.output[2].arguments) == ("get_weather", ARGUMENTS)
+    assert whole.usage is not None and whole.usage.output_tokens > 20
+
+    def bare(items: Any) -> list[dict[str, Any]]:
+        kept = ("type", "status", "role", "name", "arguments")
+        return [{k: v for k, v in item.to_dict().items() if k in kept} for item in items]
+
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert bare(final.output) == bare(whole.output)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == "Let me look." and len(deltas) > 1
+    arguments = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(arguments) == ARGUMENTS + "{}"
+
+    calls = [item for item in whole.output if item.type == "function_call"]
+    results = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls]
+    conversation = [USER, *(item.to_dict() for item in whole.output), *results]
+    second = client.responses.create(**{**asked, "input": conversation, "extra_body": forced("It is sunny.")})
+    assert second.output_text == "It is sunny."
+    short = client.responses.create(model=MODEL, input="Speak.", max_output_tokens=3, temperature=0)
+    assert short.status == "incomplete" and short.incomplete_details is not None
+    assert short.incomplete_details.reason == "max_output_tokens"
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model=MODEL, input="Go on.", previous_response_id=whole.id)
+
+
 @pytest.mark.slow
 def test_a_worker_killed_under_http_streams_loses_nothing(engine: Engine, client: openai.OpenAI) -> None:
     requests: list[dict[str, Any]] = [
