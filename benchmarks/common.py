@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-import numpy as np
 
 from benchmarks.workloads import Workload
 from tandem.client import TandemClient
@@ -211,13 +210,6 @@ def modelless_worker(**fields: Any) -> WorkerInfo:
         "max_num_batched_tokens": 8192,
     }
     return WorkerInfo(**(defaults | fields))
-
-
-def percentiles(values: Iterable[float], digits: int = 3) -> dict[str, float]:
-    array = np.fromiter(values, dtype=float)
-    if not len(array):
-        return {}
-    return {f"p{q}": round(float(np.percentile(array, q)), digits) for q in (50, 90, 99)}
 
 
 def header(what: str, commit: str | None = None) -> dict[str, Any]:

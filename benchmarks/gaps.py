@@ -26,12 +26,12 @@ from benchmarks.common import (
     UnaryClient,
     add_engine_options,
     header,
-    percentiles,
     running_engine,
     write_json,
 )
 from benchmarks.traced_worker import TracedStep, read_trace
 from benchmarks.workloads import fixed, reduced
+from tandem.latency import percentiles
 
 PROMPT_LEN, OUTPUT_LEN = 512, 257
 MEASURED_RUNS = 2

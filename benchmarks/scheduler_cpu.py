@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS, header, modelless_worker, percentiles, write_json
+from benchmarks.common import RESULTS, header, modelless_worker, write_json
 from tandem.internal.v1 import worker_pb2
+from tandem.latency import percentiles
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
 from tandem_shared.sampling_fields import RowSampling

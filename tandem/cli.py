@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from tandem.commands import demo, generate, serve
+from tandem.commands import bench, chat, demo, generate, serve, top
 from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError, TandemError
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tandem", description="An LLM inference engine in two gRPC services.")
     parser.add_argument("--version", action="version", version=f"tandem {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (serve, generate, demo):
+    for command in (serve, generate, chat, bench, top, demo):
         command.add(commands)
     return parser
 

@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.common import percentiles
+from tandem.latency import percentiles
 from tests.chaos.harness.definitions import Found, Row
 from tests.chaos.support.poisoned_worker import FAILS, VANISHES
 

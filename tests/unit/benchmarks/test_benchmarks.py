@@ -17,11 +17,12 @@ import pytest
 from benchmarks import plot, serve, throughput
 from benchmarks.anchors import ANCHORS, FLOOR, NANO_VLLM, VLLM
 from benchmarks.checkpoint import COMMON, SIZES, write_checkpoint
-from benchmarks.common import SAMPLINGS, BenchmarkError, check_usage, percentiles, request_fields, setting, shape_of
+from benchmarks.common import SAMPLINGS, BenchmarkError, check_usage, request_fields, setting, shape_of
 from benchmarks.latency import LoadSample, Stream, saturated_part, step_seconds, summarize
 from benchmarks.stream_clients import Arrival, parse
 from benchmarks.throughput import TTFT_RUNS, Bench, decode_ms, prefill_rate, ttft_ms
 from benchmarks.workloads import Workload, fixed, nano256, shortened
+from tandem.latency import percentiles
 from tandem.v1 import inference_pb2
 from tandem_shared.model_folder import EMBEDDED_MODEL, TOKENIZER_FILES, resolve_model
 
