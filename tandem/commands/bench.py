@@ -19,6 +19,10 @@ MAX_TOKEN_ID = 10_000
 """Well below the special tokens at the end of a real vocabulary."""
 
 
+MAX_DEFAULT_CLIENTS = 8
+"""One client process takes roughly 10,000 messages a second over HTTP."""
+
+
 def add(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure a running server", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--base-url", metavar="URL", help="a server with OpenAI's HTTP API, such as http://HOST:8000")
@@ -56,7 +60,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.6, help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts, lengths and times; default %(default)s")
     parser.add_argument("--num-warmups", type=int, default=8, help="requests before, unmeasured; default %(default)s")
-    parser.add_argument("--clients", type=_count, default=2, help="client processes; default %(default)s")
+    parser.add_argument(
+        "--clients",
+        type=_count,
+        default=max(1, min(MAX_DEFAULT_CLIENTS, (os.cpu_count() or 1) // 2)),
+        help=f"client processes; default: one for two CPUs, at most {MAX_DEFAULT_CLIENTS}, here %(default)s",
+    )
     parser.add_argument(
         "--slo-ttft-ms", type=float, default=500.0, help="the TTFT up to which a request is good; default %(default)s"
     )
