@@ -34,7 +34,8 @@ def make_app(settings: GatewaySettings) -> FastAPI:
         finally:
             await app.state.engine.close()
 
-    app = FastAPI(title="Tandem", version=VERSION, lifespan=lifespan)
+    # The pages of documentation would load scripts from elsewhere. /openapi.json stays.
+    app = FastAPI(title="Tandem", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     app.add_middleware(
         BoundedRequests, max_body_bytes=settings.http_max_body_bytes, body_timeout_s=settings.http_body_timeout_s

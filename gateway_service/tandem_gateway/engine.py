@@ -4,6 +4,7 @@ where the server sent one, and grpc.RpcError otherwise.
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,9 @@ default."""
 
 INFO_TIMEOUT_S = 5.0
 
+TOKENS_KEPT_S = 60.0
+"""How long it is remembered which tags are tokens: the scheduler may be started again with another model."""
+
 
 class Engine:
     """Connections to one scheduler service, used in one event loop."""
@@ -48,6 +52,7 @@ class Engine:
         self._stubs = itertools.cycle(stubs)
         self.reasoning = settings.reasoning_parser
         self._is_token: dict[str, bool] = {}
+        self._forget_tokens_at = 0.0
         self._control = control_pb2_grpc.ControlServiceStub(self._channels[0])
 
     async def close(self) -> None:
@@ -81,12 +86,15 @@ class Engine:
         return str((await self.model_info(metadata)).model)
 
     async def tokens_among(self, texts: Sequence[str], metadata: Metadata) -> frozenset[str]:
-        """Those of the texts that are one token of the model. The answers are kept, as a scheduler has one model."""
+        """Those of the texts that are one token of the model. The answers are kept for a while."""
+        if time.monotonic() > self._forget_tokens_at:
+            self._is_token.clear()
+            self._forget_tokens_at = time.monotonic() + TOKENS_KEPT_S
         for text in texts:
             if text not in self._is_token:
                 request = inference_pb2.TokenizeRequest(text=text, add_special_tokens=False)
                 self._is_token[text] = len(await self.tokenize(request, metadata)) == 1
-        return frozenset(text for text in texts if self._is_token[text])
+        return frozenset(text for text in texts if self._is_token.get(text))
 
     async def server_info(self, metadata: Metadata) -> control_pb2.GetServerInfoResponse:
         request = control_pb2.GetServerInfoRequest()

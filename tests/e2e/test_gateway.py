@@ -105,7 +105,7 @@ def test_without_tools_a_call_is_text(client: openai.OpenAI) -> None:
         assert (choice.message.content, choice.finish_reason, choice.message.tool_calls) == (text, "stop", None)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_call_that_is_required_is_made(client: openai.OpenAI, seed: int) -> None:
     asked: dict[str, Any] = {
         "model": MODEL, "messages": [USER], "tools": [WEATHER, CLOCK], "seed": seed, "max_tokens": 200,
@@ -122,6 +122,7 @@ def test_a_call_that_is_required_is_made(client: openai.OpenAI, seed: int) -> No
         assert choice == "required" or call.function.name == "get_weather"
 
 
+@pytest.mark.slow
 def test_a_round_trip_of_a_tool_is_a_conversation(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "tools": [WEATHER, CLOCK]}
     first = client.chat.completions.create(messages=[USER], extra_body=forced(OUTPUT), **asked).choices[0].message
@@ -209,6 +210,7 @@ def test_a_worker_killed_under_http_streams_loses_nothing(engine: Engine, client
     assert engine.load().num_worker_losses >= 1
 
 
+@pytest.mark.slow
 def test_serve_has_http_and_starts_it_again(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -228,6 +230,7 @@ def test_serve_has_http_and_starts_it_again(tmp_path: Path) -> None:
             assert process.wait(WAIT_S) == 0, log_file.read_text()
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_port_and_end_in_order(engine: Engine, tmp_path: Path) -> None:
     gateway = GatewayProcess(engine.scheduler.address, tmp_path, "--http-workers", "2")
     with gateway.client() as client:
