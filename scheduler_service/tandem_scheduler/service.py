@@ -25,6 +25,7 @@ from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
 from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings
 from tandem_shared.errors import ConfigError, WorkerUnavailable
+from tandem_shared.extras import require_extra
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem_shared.rpc.server import read_pem
 from tandem_shared.rpc.session_secret import read_secret
@@ -123,6 +124,8 @@ class SchedulerService:
 
     def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
         settings = self._settings
+        if settings.vllm_engine_service:
+            require_extra("smg")
         control = ControlServicer(self._hub, VERSION)
         count = settings.api_server_count
         if count is None:

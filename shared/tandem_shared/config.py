@@ -120,6 +120,11 @@ class SchedulerSettings(ServiceSettings):
         minimum=0,
         maximum=64,
     )
+    vllm_engine_service: bool = option(
+        False,
+        "whether the gateway SMG may use this server as it uses vLLM, through vllm.grpc.engine.VllmEngine; needs the"
+        " extra smg (true or false)",
+    )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
     record: str = option("", "file that the scheduler's events and plans are recorded in, for replay")
 

@@ -21,10 +21,10 @@ from tandem_scheduler.front_end.text.encoder import TextEncoder
 from tandem_scheduler.front_end.text.splitter import token_lengths
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
 from tandem_scheduler.front_end.validation import GenerationRequest
-from tandem_shared.errors import Draining, TandemError
+from tandem_shared.errors import Draining, TandemError, WorkerUnavailable
 from tandem_shared.sampling_fields import MAX_LOGPROBS
 from tandem_shared.sampling_lists import MAX_LOGPROB_TOKEN_IDS
-from tandem_shared.step_plan import PromptLogprobs
+from tandem_shared.step_plan import PromptLogprobs, WorkerInfo
 
 MAX_UNREAD_BYTES = 256 * 1024 * 1024
 """The limit of all buffers together. Past it the request that holds most ends."""
@@ -72,6 +72,14 @@ class FrontEnd:
     def engine(self) -> Engine:
         assert self._engine is not None, "connect() comes first"
         return self._engine
+
+    @property
+    def worker(self) -> WorkerInfo:
+        """The last worker that was seen. Raises WorkerUnavailable if there was none yet."""
+        worker = self.engine.state.worker
+        if worker is None:
+            raise WorkerUnavailable("no worker has been seen yet")
+        return worker
 
     def refuse_if_draining(self) -> None:
         if self.engine.state.is_draining:

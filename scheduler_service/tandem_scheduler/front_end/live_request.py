@@ -43,6 +43,7 @@ class ChoiceEnd:
     reason: FinishReason
     stop_string: str | None = None
     stop_token_id: int | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -164,7 +165,7 @@ class Choice:
         stop_string = self._detokenizer.matched_stop
         # A stop string ends the choice with STOP, whatever the engine made of the tokens past it.
         reason = end.reason if stop_string is None else FinishReason.STOP
-        return ChoiceEnd(reason, stop_string, end.stop_token_id)
+        return ChoiceEnd(reason, stop_string, end.stop_token_id, end.num_cached_tokens)
 
 
 class LiveRequest:

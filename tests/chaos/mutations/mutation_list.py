@@ -284,7 +284,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("admission", "tandem_scheduler/engine/step_loop.py"): (
         ("if expired := self.scheduler.expire(time.monotonic()):", "if expired := []:"),
     ),
-    ("admission", "tandem_scheduler/front_end/grpc_api/inference_servicer.py"): (
+    ("admission", "tandem_scheduler/front_end/grpc_api/request_codec.py"): (
         ("return None if left_s is None else time.monotonic() + left_s", "return None"),
     ),
     ("admission", "tandem_scheduler/engine/hub.py"): (

@@ -1,6 +1,5 @@
 """The public inference RPCs: validate, submit, stream. A cancelled call aborts its request."""
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -9,7 +8,13 @@ import grpc
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd
 from tandem_scheduler.front_end.grpc_api.reply_codec import stream_message, whole_reply
-from tandem_scheduler.front_end.grpc_api.request_codec import AnyGenerateRequest, chat_of, params_of, reply_limit
+from tandem_scheduler.front_end.grpc_api.request_codec import (
+    AnyGenerateRequest,
+    chat_of,
+    deadline_of,
+    params_of,
+    reply_limit,
+)
 from tandem_scheduler.front_end.grpc_api.wire_limits import (
     TooLargeToDecode,
     bounded_detokenize,
@@ -20,8 +25,7 @@ from tandem_scheduler.front_end.list_checks import check_token_ids
 from tandem_scheduler.front_end.live_request import LiveRequest, reply_too_large
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
 from tandem_scheduler.front_end.validation import check_model, check_request
-from tandem_shared.errors import FieldViolation, InvalidRequest, WorkerUnavailable
-from tandem_shared.step_plan import WorkerInfo
+from tandem_shared.errors import FieldViolation, InvalidRequest
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -43,9 +47,9 @@ class InferenceServicer:
     def add_to(self, server: grpc.aio.Server) -> None:
         pb = inference_pb2
         unary, streaming = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        generate = bounded_generate(pb.GenerateRequest.FromString, self._token_limit)
-        generate_stream = bounded_generate(pb.GenerateStreamRequest.FromString, self._token_limit)
-        detokenize = bounded_detokenize(pb.DetokenizeRequest.FromString, self._token_limit)
+        generate = bounded_generate(pb.GenerateRequest.FromString, self.token_limit)
+        generate_stream = bounded_generate(pb.GenerateStreamRequest.FromString, self.token_limit)
+        detokenize = bounded_detokenize(pb.DetokenizeRequest.FromString, self.token_limit)
         tokenize = bounded_tokenize(pb.TokenizeRequest.FromString)
         encoded = pb.GenerateStreamResponse.SerializeToString
         handlers: dict[str, Any] = {
@@ -92,7 +96,7 @@ class InferenceServicer:
             field, text = "chat", await self._front_end.chats.render("chat", chat_of(request.chat))
         add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else not has_chat
         ids = await self._front_end.encoder.encode(
-            field, text, max_tokens=self._token_limit(), add_special_tokens=add_special_tokens
+            field, text, max_tokens=self.token_limit(), add_special_tokens=add_special_tokens
         )
         return inference_pb2.TokenizeResponse(token_ids=ids.tolist())
 
@@ -104,7 +108,7 @@ class InferenceServicer:
         check_model(request.model, self._served_model)
         decoder, limit = self._front_end.decoder, reply_limit(context.invocation_metadata())
         vocab_size = decoder.tokenizer.get_vocab_size()
-        ids = await check_token_ids("token_ids", request.token_ids, self._token_limit(), vocab_size)
+        ids = await check_token_ids("token_ids", request.token_ids, self.token_limit(), vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         if decoder.min_text_bytes(ids, skip_special_tokens=skip) > limit:
             raise reply_too_large(limit)
@@ -120,7 +124,7 @@ class InferenceServicer:
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: Context
     ) -> inference_pb2.GetModelInfoResponse:
-        worker = self._worker()
+        worker = self._front_end.worker
         defaults = worker.sampling_defaults
         return inference_pb2.GetModelInfoResponse(
             model=self._served_model,
@@ -139,26 +143,15 @@ class InferenceServicer:
         if isinstance(request, TooLargeToDecode):
             raise request.error
         self._front_end.refuse_if_draining()
-        params = params_of(request, max_reply_bytes, _deadline_of(context))
+        params = params_of(request, max_reply_bytes, deadline_of(context))
         front_end = self._front_end
-        worker = self._worker()
+        worker = self._front_end.worker
         checked = await check_request(
             params, front_end.encoder, worker, self._served_model, front_end.grammars, front_end.chats
         )
         return await front_end.open(checked)
 
-    def _worker(self) -> WorkerInfo:
-        worker = self._front_end.engine.state.worker
-        if worker is None:
-            raise WorkerUnavailable("no worker has been seen yet")
-        return worker
-
-    def _token_limit(self) -> int:
+    def token_limit(self) -> int:
+        """The most tokens that Tokenize returns and Detokenize accepts, and that a prompt may have to be decoded."""
         worker = self._front_end.engine.state.worker
         return max(MIN_TOKEN_LIMIT, worker.max_model_len if worker is not None else 0)
-
-
-def _deadline_of(context: Context) -> float | None:
-    """When the call's deadline passes, in seconds of time.monotonic(); None if it has no deadline."""
-    left_s = context.time_remaining()
-    return None if left_s is None else time.monotonic() + left_s

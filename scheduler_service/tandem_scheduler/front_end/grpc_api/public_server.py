@@ -16,7 +16,7 @@ from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.grpc_api.inference_servicer import SERVICE_NAME, InferenceServicer
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import SchedulerSettings, model_name
-from tandem_shared.rpc.server import Server, server_credentials
+from tandem_shared.rpc.server import Register, Server, server_credentials
 
 CONTROL_SERVICE = "tandem.v1.ControlService"
 
@@ -47,12 +47,25 @@ class PublicServer:
         grammars = GrammarChecker(tokenizer_folder, tokenizer)
         self.front_end = FrontEnd(tokenizer, self._set_ready, grammars, self._chats)
         inference = InferenceServicer(self.front_end, model_name(settings))
+        services: dict[str, Register] = {
+            SERVICE_NAME: inference.add_to,
+            CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
+        }
+        small_calls = [CONTROL_SERVICE, f"{SERVICE_NAME}/GetModelInfo"]
+        self._inference_services = [SERVICE_NAME]
+        if settings.vllm_engine_service:
+            # Its messages come with an extra.
+            from tandem_scheduler.front_end.grpc_api import vllm_engine_servicer as vllm
+
+            servicer = vllm.VllmEngineServicer(
+                self.front_end, control, settings, tokenizer_folder, inference.token_limit
+            )
+            services[vllm.SERVICE_NAME] = servicer.add_to
+            small_calls += [f"{vllm.SERVICE_NAME}/{method}" for method in vllm.SMALL_METHODS]
+            self._inference_services.append(vllm.SERVICE_NAME)
         self._server = Server(
-            {
-                SERVICE_NAME: inference.add_to,
-                CONTROL_SERVICE: lambda s: control_pb2_grpc.add_ControlServiceServicer_to_server(control, s),
-            },
-            small_calls=[CONTROL_SERVICE, f"{SERVICE_NAME}/GetModelInfo"],
+            services,
+            small_calls=small_calls,
             interceptors=interceptors,
             credentials=server_credentials(settings),
             shares_port=shares_port,
@@ -75,4 +88,4 @@ class PublicServer:
         await self._chats.close()
 
     async def _set_ready(self, is_ready: bool) -> None:
-        await self._server.set_ready([SERVICE_NAME], is_ready)
+        await self._server.set_ready(self._inference_services, is_ready)

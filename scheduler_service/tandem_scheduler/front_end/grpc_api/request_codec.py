@@ -1,7 +1,10 @@
 """Turns generate requests of the gRPC API into GenerationParams. Checks nothing and copies no repeated field."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, overload
+
+import grpc
 
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.generation_params import (
@@ -129,3 +132,9 @@ def reply_limit(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
                 raise InvalidRequest(FieldViolation(MAX_REPLY_BYTES_KEY, "must be a number of bytes"))
             return min(int(value), MAX_REPLY_BYTES)
     return DEFAULT_REPLY_BYTES
+
+
+def deadline_of(context: "grpc.aio.ServicerContext[Any, Any]") -> float | None:
+    """When the call's deadline passes, in seconds of time.monotonic(); None if it has no deadline."""
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s

@@ -101,7 +101,7 @@ def bounded_detokenize(
     def decode_bounded(data: bytes) -> T | TooLargeToDecode:
         limit = max_num_ids()
         if len(data) > MAX_PLAIN_OTHER_BYTES + limit * MAX_ID_BYTES:
-            return TooLargeToDecode(_too_many("token_ids", limit))
+            return TooLargeToDecode(too_many_ids("token_ids", limit))
         violation = _violation_beside(data, DETOKENIZE_IDS_TAG, "ids")
         return decode(data) if violation is None else TooLargeToDecode(violation)
 
@@ -124,10 +124,10 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
     try:
         for tag, start, end in fields(data, 0, len(data), MAX_FIELDS):
             if tag == PROMPT_TAG:
-                num_id_bytes += _num_bytes_beside((TEXT_TAG, CHAT_TAG), data, start, end)
+                num_id_bytes += num_bytes_beside((TEXT_TAG, CHAT_TAG), data, start, end)
                 chat.add_all(CHAT_TAG, data, start, end)
             elif tag == FORM_TAG:
-                num_other += _num_bytes_beside(GRAMMAR_TAGS, data, start, end)
+                num_other += num_bytes_beside(GRAMMAR_TAGS, data, start, end)
             else:
                 num_other += end - start
     except TooManyFields:
@@ -135,22 +135,22 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
     if chat.has_too_many_fields:
         return _too_many_chat_fields("prompt.chat")
     if num_other + chat.num_other_bytes > MAX_OTHER_BYTES:
-        return _beside(MAX_OTHER_BYTES, "prompt and the grammar")
+        return too_many_bytes_beside(MAX_OTHER_BYTES, "prompt and the grammar")
     has_too_many = num_id_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
-    return _too_many("prompt.token_ids", max_num_ids) if has_too_many else None
+    return too_many_ids("prompt.token_ids", max_num_ids) if has_too_many else None
 
 
 def _violation_of_tokenize(data: bytes) -> FieldViolation | None:
     chat = _ChatMeasure()
     try:
-        num_other = _num_bytes_beside((TOKENIZE_TEXT_TAG, TOKENIZE_CHAT_TAG), data, 0, len(data))
+        num_other = num_bytes_beside((TOKENIZE_TEXT_TAG, TOKENIZE_CHAT_TAG), data, 0, len(data))
         chat.add_all(TOKENIZE_CHAT_TAG, data, 0, len(data))
     except TooManyFields:
         num_other = len(data)
     if chat.has_too_many_fields:
         return _too_many_chat_fields("chat")
     is_right = num_other + chat.num_other_bytes <= MAX_PLAIN_OTHER_BYTES
-    return None if is_right else _beside(MAX_PLAIN_OTHER_BYTES, "text")
+    return None if is_right else too_many_bytes_beside(MAX_PLAIN_OTHER_BYTES, "text")
 
 
 class _ChatMeasure:
@@ -187,24 +187,24 @@ def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None
     if len(data) <= MAX_PLAIN_OTHER_BYTES:
         return None
     try:
-        num_other = _num_bytes_beside((tag,), data, 0, len(data))
+        num_other = num_bytes_beside((tag,), data, 0, len(data))
     except TooManyFields:
         num_other = len(data)
-    return _beside(MAX_PLAIN_OTHER_BYTES, name) if num_other > MAX_PLAIN_OTHER_BYTES else None
+    return too_many_bytes_beside(MAX_PLAIN_OTHER_BYTES, name) if num_other > MAX_PLAIN_OTHER_BYTES else None
 
 
-def _num_bytes_beside(tags: tuple[int, ...], data: bytes, start: int, end: int) -> int:
+def num_bytes_beside(tags: tuple[int, ...], data: bytes, start: int, end: int, max_fields: int = MAX_FIELDS) -> int:
     """The size of the fields in data[start:end] that have other tags. Raises TooManyFields and DecodeError."""
-    return sum(stop - at for tag, at, stop in fields(data, start, end, MAX_FIELDS) if tag not in tags)
+    return sum(stop - at for tag, at, stop in fields(data, start, end, max_fields) if tag not in tags)
 
 
 def _too_many_chat_fields(field: str) -> FieldViolation:
     return FieldViolation(field, f"has more than {MAX_CHAT_FIELDS} messages, tools and their fields, all together")
 
 
-def _beside(limit: int, name: str) -> FieldViolation:
+def too_many_bytes_beside(limit: int, name: str) -> FieldViolation:
     return FieldViolation("", f"has more than {limit} bytes beside the {name}")
 
 
-def _too_many(field: str, max_num_ids: int) -> FieldViolation:
+def too_many_ids(field: str, max_num_ids: int) -> FieldViolation:
     return FieldViolation(field, f"has more bytes than {max_num_ids} ids")
