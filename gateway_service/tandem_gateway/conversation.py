@@ -21,9 +21,7 @@ def chat_of(messages: Sequence[Message], tools: Sequence[Tool], options: "ChatOp
     try:
         return inference_pb2.Chat(
             messages=[_message(each) for each in messages],
-            tools=[
-                json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False, allow_nan=False) for tool in tools
-            ],
+            tools=[json.dumps(tool.given(), ensure_ascii=False, allow_nan=False) for tool in tools],
             add_generation_prompt=kwargs.pop("add_generation_prompt", None),
             continue_final_message=kwargs.pop("continue_final_message", None),
             enable_thinking=thinking,

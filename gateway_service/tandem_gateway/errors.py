@@ -150,6 +150,9 @@ def _grpc_error(error: grpc.aio.AioRpcError) -> tuple[int, str, str | None, str 
     message = error.details() or error.code().name
     if status == 401:
         return status, message, None, "invalid_api_key"
+    if status == 429 and "larger than max" in message:
+        # gRPC's own refusal of a request above the scheduler's --max-request-bytes.
+        return 413, "the request is larger than the scheduler takes", None, None
     if status == 503:
         return status, f"the scheduler can't be reached: {message}", None, None
     return status, message, None, None

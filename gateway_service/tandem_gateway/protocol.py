@@ -7,7 +7,7 @@ refused unless they ask for nothing (UNSUPPORTED). docs/http.md lists both.
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from tandem_gateway.errors import refuse
 
@@ -188,6 +188,18 @@ class Function(BaseModel):
 class Tool(BaseModel):
     type: Literal["function"]
     function: Function
+    _given: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, data: Any, handler: ModelWrapValidatorHandler["Tool"]) -> "Tool":
+        tool = handler(data)
+        tool._given = data if isinstance(data, dict) else tool.model_dump(exclude_unset=True)
+        return tool
+
+    def given(self) -> dict[str, Any]:
+        """The tool as it was given, as the model sees its fields in their order."""
+        return self._given
 
 
 class FunctionName(BaseModel):

@@ -157,8 +157,8 @@ class ResponseBody(Body):
     def _tools(self) -> list[Tool] | None:
         if self.tools is None:
             return None
-        functions = [Function(**tool.model_dump(exclude={"type"}, exclude_unset=True)) for tool in self.tools]
-        return [Tool(type="function", function=function) for function in functions]
+        functions = [tool.model_dump(exclude={"type"}, exclude_unset=True) for tool in self.tools]
+        return [Tool.model_validate({"type": "function", "function": function}) for function in functions]
 
     def _tool_choice(self) -> str | NamedToolChoice | None:
         if isinstance(self.tool_choice, ResponseToolChoice):

@@ -7,12 +7,14 @@ from typing import Any
 
 import openai
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from tandem.v1 import inference_pb2
 from tests.contract.gateway.refusal import PROMPT, refusal
 from tests.contract.services import MODEL, WAIT_S, Services, set_field, stream_request
-from tests.support.chats import TOOLS, USER
+from tests.support.chats import CONVERSATIONS, QWEN3_TEMPLATE, TOOLS, USER
 from tests.support.gateway import Gateway, head, read_answer
+from tests.support.tokenizers import EMBEDDED
 
 
 async def test_completions_are_what_grpc_gives(services: Services, gateway: Gateway) -> None:
@@ -152,6 +154,17 @@ async def test_prompts_are_reported(services: Services, gateway: Gateway) -> Non
         assert entry[str(true.token_id)] == {"logprob": true.logprob, "rank": true.rank, "decoded_token": true.text}
 
 
+async def test_conversations_are_the_prompts_that_transformers_makes_of_them(gateway: Gateway) -> None:
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(EMBEDDED), chat_template=QWEN3_TEMPLATE)
+    for name, (messages, options) in CONVERSATIONS.items():
+        ids = reference.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+        body = {"messages": messages, "tools": options.get("tools")}
+        body["chat_template_kwargs"] = {key: value for key, value in options.items() if key != "tools"}
+        answer = await gateway.post("/tokenize", body)
+        assert answer.status == 200, (name, answer.body)
+        assert answer.json()["tokens"] == ids, name
+
+
 async def test_tokens_models_and_state(services: Services, gateway: Gateway) -> None:
     tokens = (await gateway.post("/tokenize", {"prompt": PROMPT})).json()
     direct = await services.inference.Tokenize(inference_pb2.TokenizeRequest(text=PROMPT))
@@ -159,6 +172,15 @@ async def test_tokens_models_and_state(services: Services, gateway: Gateway) -> 
     assert (await gateway.post("/detokenize", {"tokens": tokens["tokens"]})).json() == {"prompt": PROMPT}
     chat = (await gateway.post("/tokenize", {"messages": [USER], "tools": TOOLS})).json()
     assert chat["count"] > tokens["count"]
+
+    async def tokens_of(*messages: dict[str, Any]) -> list[int]:
+        ids: list[int] = (await gateway.post("/tokenize", {"messages": messages})).json()["tokens"]
+        return ids
+
+    # Templates know no developers, and texts only.
+    parts = [{"type": "text", "text": "To be,"}, {"type": "text", "text": "or not"}]
+    developer = {"role": "developer", "content": parts}
+    assert await tokens_of(developer, USER) == await tokens_of({"role": "system", "content": "To be,\nor not"}, USER)
     [model] = (await gateway.client.models.list()).data
     assert model.id == MODEL
     assert (await gateway.client.models.retrieve(MODEL)).id == MODEL

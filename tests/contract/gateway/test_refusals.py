@@ -211,6 +211,16 @@ async def test_bodies_are_bounded_in_size_and_time(services: Services) -> None:
         assert (await gateway.post("/v1/completions", {"prompt": "a", "max_tokens": 2})).status == 200
 
 
+async def test_a_request_that_the_scheduler_finds_too_large_is_413(folder: Path) -> None:
+    async with (
+        Services(tokenizer=str(folder), max_request_bytes=1024) as services,
+        Gateway(services.address) as gateway,
+    ):
+        for stream in (False, True):
+            answer = await gateway.post("/v1/completions", {"prompt": "a" * 3000, "stream": stream})
+            assert answer.status == 413 and "larger than the scheduler takes" in answer.error()["message"]
+
+
 async def test_hostile_bodies_end_with_an_answer_in_the_right_form(gateway: Gateway) -> None:
     source = random.Random(16)
     valid: list[tuple[str, dict[str, Any]]] = [
