@@ -63,7 +63,7 @@ class Attempts:
 
     def attempt(self, case: Case) -> None:
         callers = self._callers.get(case.rpc, self._scheduler)
-        is_of_both = callers is self._scheduler and not case.rpc.startswith("/tandem")
+        is_of_both = callers is self._scheduler and not case.rpc.startswith(("/tandem", "/vllm"))
         if is_of_both and sum(map(len, case.payloads)) % 3 == 0:
             callers = self._worker
         may_be = allowed(case.rpc, case.kind, case.payloads[0] if case.payloads else None, self.model)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 from hypothesis import strategies as st
+from smg_grpc_proto import vllm_engine_pb2
 
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
@@ -19,6 +20,8 @@ from tests.chaos.messages.statuses import ATTACH, SERVICES, request_class
 from tests.e2e.services import generate_request
 
 SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 3}}, "required": ["name"]}'
+FOR_SMG = "/vllm.grpc.engine.VllmEngine/Generate"
+ABORT_FOR_SMG = "/vllm.grpc.engine.VllmEngine/Abort"
 STREAM = "/tandem.v1.InferenceService/GenerateStream"
 
 
@@ -104,6 +107,20 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
         request.submit.lists.grammar.start_after_token_id = 9
         return request
 
+    def generate_for_smg() -> Message:
+        sampling = vllm_engine_pb2.SamplingParams(
+            temperature=0.8, top_k=5, max_tokens=4, min_tokens=1, stop=["never"], stop_token_ids=[9], n=2, logprobs=2,
+            seed=-3, logit_bias={8: 1.5},
+        )  # fmt: skip
+        prompt = vllm_engine_pb2.TokenizedInput(original_text="text", input_ids=[5, 6, 7])
+        request: Message = vllm_engine_pb2.GenerateRequest(tokenized=prompt, sampling_params=sampling, stream=True)
+        return request
+
+    def generate_form_for_smg() -> Message:
+        sampling = vllm_engine_pb2.SamplingParams(json_schema=SCHEMA, max_tokens=8, prompt_logprobs=1)
+        request: Message = vllm_engine_pb2.GenerateRequest(text="Hello", sampling_params=sampling)
+        return request
+
     stop = engine_pb2.AttachRequest(stop=engine_pb2.StopSequence(handle=1, num_output_tokens=2))
     close = engine_pb2.AttachRequest(close=engine_pb2.CloseRequest(first_handle=1))
     alive = engine_pb2.AttachRequest(alive=engine_pb2.Alive(process_id=1))
@@ -120,6 +137,8 @@ def right_messages(opening: worker_pb2.OpenSession, fingerprint: str) -> Makers:
             lambda: inference_pb2.TokenizeRequest(chat=chat_request().prompt.chat),
         ],
         inference_pb2.DetokenizeRequest: [lambda: copy.deepcopy(detokenize)],
+        vllm_engine_pb2.GenerateRequest: [generate_for_smg, generate_form_for_smg],
+        vllm_engine_pb2.AbortRequest: [lambda: vllm_engine_pb2.AbortRequest(request_ids=["nobody", "attached"])],
         control_pb2.AbortRequest: [lambda: control_pb2.AbortRequest(request_id="nobody")],
         engine_pb2.AttachRequest: [
             submit, submit_form, *(lambda m=m: copy.deepcopy(m) for m in (stop, close, alive)),
@@ -152,7 +171,8 @@ def cases_of(rpc: str, makers: Makers) -> st.SearchStrategy[Case]:
 
 def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> list[Case]:
     """`count` cases in random order. RPCs have equal shares, but those of inference, Attach and ExecuteSteps five times
-    as much. Requests to GenerateStream and Attach with one field at a limit are always among them.
+    as much. Requests to GenerateStream and Attach with one field at a limit are always among them, and right ones to
+    the RPCs that SMG calls.
     """
     at_limits = [
         Case(rpc, "at a limit", (payload,))
@@ -160,8 +180,14 @@ def draw_cases(rpcs: Sequence[str], makers: Makers, count: int, seed: int) -> li
         for _, payload in swept(makers[request][0])
         if rpc in rpcs
     ]
+    at_limits += [
+        *(Case(FOR_SMG, "right", (make().SerializeToString(),)) for make in makers[vllm_engine_pb2.GenerateRequest]),
+        *(Case(ABORT_FOR_SMG, "right", (make().SerializeToString(),)) for make in makers[vllm_engine_pb2.AbortRequest]),
+        # A field that comes very often.
+        Case(FOR_SMG, "at a limit", (vllm_engine_pb2.GenerateRequest(stream=True).SerializeToString() * 450_000,)),
+    ]
     count -= len(at_limits)
-    weights = {rpc: 5 if "Inference" in rpc or rpc in (ATTACH, EXECUTE_STEPS) else 1 for rpc in rpcs}
+    weights = {rpc: 5 if "Inference" in rpc or rpc in (ATTACH, EXECUTE_STEPS, FOR_SMG) else 1 for rpc in rpcs}
     unit = count / sum(weights.values())
     cases = [
         case

@@ -33,7 +33,8 @@ def run(*, num_messages: int, seed: int, front_ends: int) -> Found:
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(
             running_engine(
-                worker_flags=["--num-blocks", "1025"], scheduler_flags=["--api-server-count", str(front_ends)]
+                worker_flags=["--num-blocks", "1025"],
+                scheduler_flags=["--api-server-count", str(front_ends), "--vllm-engine-service", "true"],
             )
         )
         worker = Callers(engine.worker.address)

@@ -15,16 +15,32 @@ from grpc import StatusCode
 from grpc_channelz.v1 import channelz_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from smg_grpc_proto import vllm_engine_pb2
 
 from tandem.internal.v1 import engine_pb2, worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_shared.rpc import reflection
 from tests.chaos.messages.chats import may_be_right
 
-FILES = (inference_pb2, control_pb2, engine_pb2, worker_pb2, health_pb2, reflection, reflection_pb2, channelz_pb2)
+FILES = (
+    inference_pb2,
+    control_pb2,
+    engine_pb2,
+    worker_pb2,
+    health_pb2,
+    reflection,
+    reflection_pb2,
+    channelz_pb2,
+    vllm_engine_pb2,
+)
 SERVICES: dict[str, ServiceDescriptor] = {
     service.full_name: service for file in FILES for service in file.DESCRIPTOR.services_by_name.values()
 }
+
+LEFT_OUT = {
+    f"/vllm.grpc.engine.VllmEngine/{method}" for method in ("Embed", "StartProfile", "StopProfile", "SubscribeKvEvents")
+}
+"""RPCs that Tandem does not have."""
 
 ALWAYS = {StatusCode.OK, StatusCode.INVALID_ARGUMENT, StatusCode.RESOURCE_EXHAUSTED}
 """OK; bytes that are no message or break a rule; a message that is too large, or too many open calls."""
@@ -38,6 +54,14 @@ TABLE: dict[str, set[StatusCode]] = {
     "/tandem.v1.InferenceService/Tokenize": ALWAYS,
     "/tandem.v1.InferenceService/Detokenize": ALWAYS,
     "/tandem.v1.InferenceService/GetModelInfo": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/Generate": ALWAYS | DEADLINE | {StatusCode.ALREADY_EXISTS},
+    "/vllm.grpc.engine.VllmEngine/HealthCheck": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/FlushCache": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/Abort": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/GetModelInfo": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/GetServerInfo": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/GetLoads": ALWAYS,
+    "/vllm.grpc.engine.VllmEngine/GetTokenizer": ALWAYS,
     "/tandem.v1.ControlService/GetServerInfo": ALWAYS,
     "/tandem.v1.ControlService/GetLoad": ALWAYS,
     "/tandem.v1.ControlService/Abort": ALWAYS | NOT_FOUND,

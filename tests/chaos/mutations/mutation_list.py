@@ -238,6 +238,12 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("messages", "tandem_scheduler/front_end/list_checks.py"): (
         ("is_length = 1 <= len(text) <= longest", "is_length = len(text) <= longest"),
     ),
+    ("messages", "tandem_scheduler/front_end/grpc_api/vllm_engine_codec.py"): (
+        ("    except TooManyFields:", "    except KeyError:"),
+    ),
+    ("messages", "tandem_scheduler/front_end/grpc_api/vllm_engine_servicer.py"): (
+        ("            except RequestNotFound:", "            except KeyError:"),
+    ),
     ("messages", "tandem_scheduler/front_end/chat/rendering.py"): (
         ("    except (ValueError, RecursionError) as error:", "    except ZeroDivisionError as error:"),
     ),
