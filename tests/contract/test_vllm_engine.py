@@ -210,7 +210,7 @@ async def test_what_is_not_possible_is_refused_and_named(engine: Engine) -> None
 
 
 async def test_a_gateway_aborts_flushes_and_sees_loads(services: Services, engine: Engine) -> None:
-    request = vllm_request(max_tokens=4000)
+    request = vllm_request(range(10, 50), max_tokens=4000)
     request.request_id = "long"
     call = aiter(engine.stub.Generate(request))
     last = await anext(call)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from tandem_scheduler.engine import step_loop
-from tandem_scheduler.front_end.grpc_api import inference_servicer
+from tandem_scheduler.front_end.grpc_api import request_codec
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class _Clock:
 @contextlib.contextmanager
 def _virtual_modules() -> Iterator[None]:
     """Gives virtual time to the modules under simulation that import the time module."""
-    with patch.object(step_loop, "time", _Clock), patch.object(inference_servicer, "time", _Clock):
+    with patch.object(step_loop, "time", _Clock), patch.object(request_codec, "time", _Clock):
         yield
 
 
