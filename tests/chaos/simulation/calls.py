@@ -200,8 +200,12 @@ class Call:
         return not others and truth.num_counted is not None and self._choices[0].tokens == truth.tokens
 
     def check_beginning(self) -> None:
-        """Raises WrongAnswer if the text that came is not a beginning of the true text."""
+        """Raises WrongAnswer if the text that came is not a beginning of the true text. A choice that has ended was
+        checked then; if it was aborted, an incomplete character may be the end of its text.
+        """
         for choice, truth in zip(self._choices, self.asked.truths, strict=True):
+            if choice.finish is not None:
+                continue
             check(truth.text.startswith(choice.text), f"text {choice.text!r}, not {truth.text!r}")
 
     def _add_prompt(self, reports: Sequence[inference_pb2.TokenLogprob]) -> None:
