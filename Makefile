@@ -64,7 +64,7 @@ test: check  ## The checks, then the tests (10 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(STAMP)  ## The long tests (40 minutes at most on 2 cores)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
 
 check: $(STAMP)  ## Format, lint, types, import rules, protos
 	$(BIN)/ruff format --check .

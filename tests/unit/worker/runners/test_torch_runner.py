@@ -31,7 +31,7 @@ def plans(chunk: int) -> Iterator[StepPlan]:
         num_blocks = -(-(len(ids) + 200) // 16)
         blocks = np.arange(first, first + num_blocks, dtype=np.int32)
         sampling = RowSampling(temperature=0.0, num_logprobs=20)
-        added.append(NewRow(row, f"s{row}", ids, len(ids), 0, 0, blocks, sampling))
+        added.append(NewRow(row, row, ids, len(ids), 0, 0, blocks, sampling))
         first += num_blocks
     left = list(PROMPT_LENS)
     step_id = 0
