@@ -33,6 +33,8 @@ PROGRAM = Path(sys.executable).with_name("smg")
 MODEL = "shakespeare"
 WORDS = ["king", "queen", "thou", "love", "sword", "night", "crown", "Rome"]
 QUESTION = [{"role": "user", "content": "Hello"}]
+STREAM_TOKENS = 300
+"""So many that on a busy machine too no stream ends before the last one has begun."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -206,7 +208,7 @@ class LongStream:
     def _read(self) -> None:
         # A stream that breaks has no finish reason.
         with contextlib.suppress(OSError, http.client.HTTPException):
-            for message in self._gateway.stream(messages=self._question, max_tokens=100, ignore_eos=True):
+            for message in self._gateway.stream(messages=self._question, max_tokens=STREAM_TOKENS, ignore_eos=True):
                 for choice in message.get("choices", []):
                     self.text += choice["delta"].get("content") or ""
                     self.finish_reason = choice["finish_reason"] or self.finish_reason
