@@ -5,7 +5,7 @@ So a message that would take long to decode, or become much larger in memory, ca
 
 from collections.abc import Iterator
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 VARINT, LENGTH_DELIMITED = 0, 2
 FIXED_SIZES = {1: 8, 5: 4}
@@ -14,6 +14,11 @@ FIXED_SIZES = {1: 8, 5: 4}
 
 class TooManyFields(Exception):
     """A message has more fields than were asked for."""
+
+
+def tags(message: type[Message], *names: str) -> tuple[int, ...]:
+    """The tags of a message's fields of these names: texts, bytes, messages or packed numbers."""
+    return tuple(message.DESCRIPTOR.fields_by_name[name].number << 3 | LENGTH_DELIMITED for name in names)
 
 
 def fields(data: bytes, position: int, end: int, max_fields: int) -> Iterator[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tandem.internal.v1 import worker_pb2
 from tandem_shared.errors import InvalidPlan
-from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
+from tandem_shared.rpc.wire_fields import TooManyFields, fields, tags
 from tandem_shared.sampling_lists import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_TOKENS,
@@ -50,18 +50,18 @@ NUMBER_BYTES = 32
 compute.
 """
 
-PLAN_TAG = worker_pb2.ExecuteStepsRequest.PLAN_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-ADDED_ROWS_TAG = worker_pb2.StepPlan.ADDED_ROWS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-LISTS_TAG = worker_pb2.NewRow.LISTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+(PLAN_TAG,) = tags(worker_pb2.ExecuteStepsRequest, "plan")
+(ADDED_ROWS_TAG,) = tags(worker_pb2.StepPlan, "added_rows")
+(LISTS_TAG,) = tags(worker_pb2.NewRow, "lists")
 COPIED_LIST_TAGS = frozenset(
-    number << 3 | LENGTH_DELIMITED
-    for number in (
-        worker_pb2.SamplingLists.STOP_TOKEN_IDS_FIELD_NUMBER,
-        worker_pb2.SamplingLists.BIAS_TOKEN_IDS_FIELD_NUMBER,
-        worker_pb2.SamplingLists.ALLOWED_TOKEN_IDS_FIELD_NUMBER,
-        worker_pb2.SamplingLists.BAD_WORD_TOKEN_IDS_FIELD_NUMBER,
-        worker_pb2.SamplingLists.LOGPROB_TOKEN_IDS_FIELD_NUMBER,
-        worker_pb2.SamplingLists.GRAMMAR_FIELD_NUMBER,
+    tags(
+        worker_pb2.SamplingLists,
+        "stop_token_ids",
+        "bias_token_ids",
+        "allowed_token_ids",
+        "bad_word_token_ids",
+        "logprob_token_ids",
+        "grammar",
     )
 )
 

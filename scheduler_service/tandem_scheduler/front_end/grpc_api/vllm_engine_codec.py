@@ -33,7 +33,7 @@ from tandem_scheduler.front_end.live_request import ChoiceDelta, LiveRequest, re
 from tandem_scheduler.front_end.logprob_buffer import TokenReport
 from tandem_scheduler.front_end.violations import Violations
 from tandem_shared.errors import FieldViolation
-from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
+from tandem_shared.rpc.wire_fields import TooManyFields, fields, tags
 
 Request = Any
 """A vllm.grpc.engine.GenerateRequest. The package of its messages has no types."""
@@ -53,15 +53,9 @@ UNSUPPORTED = ("kv_transfer_params", "kv_transfer_params_json", "mm_inputs", "me
 
 T = TypeVar("T")
 
-
-def _tags(message: Any, *names: str) -> tuple[int, ...]:
-    numbers = (message.DESCRIPTOR.fields_by_name[name].number for name in names)
-    return tuple(number << 3 | LENGTH_DELIMITED for number in numbers)
-
-
-TOKENIZED_TAG, TEXT_TAG, SAMPLING_TAG = _tags(vllm_engine_pb2.GenerateRequest, "tokenized", "text", "sampling_params")
-ORIGINAL_TEXT_TAGS = _tags(vllm_engine_pb2.TokenizedInput, "original_text")
-GRAMMAR_TAGS = _tags(vllm_engine_pb2.SamplingParams, "json_schema", "regex", "grammar", "structural_tag")
+TOKENIZED_TAG, TEXT_TAG, SAMPLING_TAG = tags(vllm_engine_pb2.GenerateRequest, "tokenized", "text", "sampling_params")
+ORIGINAL_TEXT_TAGS = tags(vllm_engine_pb2.TokenizedInput, "original_text")
+GRAMMAR_TAGS = tags(vllm_engine_pb2.SamplingParams, "json_schema", "regex", "grammar", "structural_tag")
 
 
 def bounded_vllm_generate(

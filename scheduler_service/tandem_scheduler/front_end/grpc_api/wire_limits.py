@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tandem.v1 import inference_pb2
 from tandem_shared.errors import FieldViolation, InvalidRequest
-from tandem_shared.rpc.wire_fields import LENGTH_DELIMITED, TooManyFields, fields
+from tandem_shared.rpc.wire_fields import TooManyFields, fields, tags
 
 MAX_OTHER_BYTES = 800 * 1024
 """The limit of all fields together but the prompt and the text of a grammar. The longest choices of a structured output
@@ -39,32 +39,19 @@ a tool with its answer eleven. Counting so many takes 20 ms.
 Texts = dict[int, "Texts | None"]
 """The fields of a message that are texts of any length, or messages with such fields, by tag."""
 
-PROMPT_TAG = inference_pb2.GenerateRequest.PROMPT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-FORM_TAG = inference_pb2.GenerateRequest.STRUCTURED_OUTPUT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-GRAMMAR_TAGS = tuple(
-    number << 3 | LENGTH_DELIMITED
-    for number in (
-        inference_pb2.StructuredOutput.JSON_SCHEMA_FIELD_NUMBER,
-        inference_pb2.StructuredOutput.REGEX_FIELD_NUMBER,
-        inference_pb2.StructuredOutput.LARK_FIELD_NUMBER,
-    )
-)
-TEXT_TAG = inference_pb2.Prompt.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-CHAT_TAG = inference_pb2.Prompt.CHAT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+PROMPT_TAG, FORM_TAG = tags(inference_pb2.GenerateRequest, "prompt", "structured_output")
+GRAMMAR_TAGS = tags(inference_pb2.StructuredOutput, "json_schema", "regex", "lark")
+TEXT_TAG, CHAT_TAG = tags(inference_pb2.Prompt, "text", "chat")
+TOOLS_TAG, KWARGS_TAG, MESSAGES_TAG = tags(inference_pb2.Chat, "tools", "chat_template_kwargs", "messages")
+CONTENT_TAG, REASONING_TAG, CALLS_TAG = tags(inference_pb2.ChatMessage, "content", "reasoning_content", "tool_calls")
+(ARGUMENTS_TAG,) = tags(inference_pb2.ToolCall, "arguments")
 CHAT_TEXTS: Texts = {
-    inference_pb2.Chat.TOOLS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
-    inference_pb2.Chat.CHAT_TEMPLATE_KWARGS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
-    inference_pb2.Chat.MESSAGES_FIELD_NUMBER << 3 | LENGTH_DELIMITED: {
-        inference_pb2.ChatMessage.CONTENT_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
-        inference_pb2.ChatMessage.REASONING_CONTENT_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
-        inference_pb2.ChatMessage.TOOL_CALLS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: {
-            inference_pb2.ToolCall.ARGUMENTS_FIELD_NUMBER << 3 | LENGTH_DELIMITED: None,
-        },
-    },
+    TOOLS_TAG: None,
+    KWARGS_TAG: None,
+    MESSAGES_TAG: {CONTENT_TAG: None, REASONING_TAG: None, CALLS_TAG: {ARGUMENTS_TAG: None}},
 }
-TOKENIZE_CHAT_TAG = inference_pb2.TokenizeRequest.CHAT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-TOKENIZE_TEXT_TAG = inference_pb2.TokenizeRequest.TEXT_FIELD_NUMBER << 3 | LENGTH_DELIMITED
-DETOKENIZE_IDS_TAG = inference_pb2.DetokenizeRequest.TOKEN_IDS_FIELD_NUMBER << 3 | LENGTH_DELIMITED
+TOKENIZE_CHAT_TAG, TOKENIZE_TEXT_TAG = tags(inference_pb2.TokenizeRequest, "chat", "text")
+(DETOKENIZE_IDS_TAG,) = tags(inference_pb2.DetokenizeRequest, "token_ids")
 
 T = TypeVar("T")
 
