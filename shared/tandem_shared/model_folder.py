@@ -5,10 +5,11 @@ for a writer for ever, and reading a device may never end.
 """
 
 import importlib.resources
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -99,6 +100,25 @@ def read_json_bytes(path: Path) -> bytes:
     if len(contents) > MAX_JSON_BYTES:
         raise ModelError(f"{path}: is larger than {MAX_JSON_BYTES >> 20} MiB")
     return contents
+
+
+def read_json(path: Path, *, is_optional: bool = False) -> dict[str, Any]:
+    """The JSON object that one of a model's files holds. If is_optional, an empty one where there is no such file.
+    Raises ModelError, which names the file.
+    """
+    if is_optional and not exists(path):
+        return {}
+    try:
+        values = json.loads(read_json_bytes(path))
+    except RecursionError:
+        raise ModelError(f"{path}: is nested too deeply") from None
+    except MemoryError:
+        raise ModelError(f"{path}: there is too little memory to read it") from None
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds no JSON object")
+    return values
 
 
 def exists(path: Path) -> bool:

@@ -303,10 +303,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("        if not is_name or len(name) > MAX_NAME_CHARACTERS:", "        if not isinstance(name, str):"),
         ("        if tuple(shape) != target.shape:\n            raise", "        if False:\n            raise"),
     ),
-    ("folders", "tandem_worker/checkpoint/config_file.py"): (
+    ("folders", "tandem_shared/model_folder.py"): (
+        ("    if len(contents) > MAX_JSON_BYTES:", "    if not contents:"),
         ("    except RecursionError:", "    except ZeroDivisionError:"),
     ),
-    ("folders", "tandem_shared/model_folder.py"): (("    if len(contents) > MAX_JSON_BYTES:", "    if not contents:"),),
     ("drops", "tandem_shared/rpc/grpc_options.py"): (
         ("WORKER_KEEPALIVE_TIME_MS = 2_000", "WORKER_KEEPALIVE_TIME_MS = 20_000"),
     ),

@@ -1,5 +1,6 @@
-"""Model folders: which of their files are opened, and the tokenizer's digest."""
+"""Model folders: which of their files are opened, what JSON files hold, and the tokenizer's digest."""
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import xxhash
 
 from tandem_shared.errors import ModelError
-from tandem_shared.model_folder import open_regular, resolve_model, tokenizer_digest
+from tandem_shared.model_folder import open_regular, read_json, resolve_model, tokenizer_digest
 
 
 def make_special(path: Path, kind: str) -> Path:
@@ -70,3 +71,16 @@ def test_what_names_no_folder_is_a_model_error(name: str) -> None:
     with pytest.raises(ModelError) as caught:
         resolve_model(name, [])
     assert len(str(caught.value)) < 500
+
+
+def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    assert read_json(path, is_optional=True) == {}
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_json(path)
+    path.write_text(json.dumps({"model_type": "qwen3"}))
+    assert read_json(path) == read_json(path, is_optional=True) == {"model_type": "qwen3"}
+    for text in ("[]", "{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ModelError, match=r"config\.json"):
+            read_json(path, is_optional=True)

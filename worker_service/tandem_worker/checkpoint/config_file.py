@@ -1,13 +1,12 @@
-"""Reads the JSON files of a model folder. Whatever is wrong in a file is a ModelError that names file and key."""
+"""Reads the keys of a model folder's JSON files. What is wrong in a file is a ModelError that names file and key."""
 
-import json
 import math
 import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tandem_shared.errors import ModelError
-from tandem_shared.model_folder import read_json_bytes
+from tandem_shared.model_folder import read_json
 
 T = TypeVar("T", list[Any], dict[str, Any])
 
@@ -21,21 +20,6 @@ _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 200
 brief = _shortened.repr
 """Like repr(), but short however large or deep the value is."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that the file holds. Raises ModelError."""
-    try:
-        values = json.loads(read_json_bytes(path))
-    except RecursionError:
-        raise ModelError(f"{path}: is nested too deeply") from None
-    except MemoryError:
-        raise ModelError(f"{path}: there is too little memory to read it") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds no JSON object")
-    return values
 
 
 class ConfigFile:

@@ -4,13 +4,12 @@ The files are those that transformers reads, in its order: chat_template.jinja w
 or else chat_template in tokenizer_config.json. Last comes chat_template.json, where processors keep theirs.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem_shared.errors import ModelError
-from tandem_shared.model_folder import exists, read_json_bytes
+from tandem_shared.model_folder import exists, read_json, read_json_bytes
 
 DEFAULT = "default"
 TOOL_USE = "tool_use"
@@ -31,11 +30,12 @@ class ChatTemplates:
 def read_chat_templates(folder: Path) -> ChatTemplates | None:
     """None if the folder has no chat template. Raises ModelError, which names file and key, where one can't be read."""
     config_path = folder / "tokenizer_config.json"
-    config = _read_object(config_path)
+    config = read_json(config_path, is_optional=True)
+    processor_path = folder / "chat_template.json"
     sources = (
         _read_files(folder)
         or _sources_of(config.get(KEY), config_path)
-        or _sources_of(_read_object(folder / "chat_template.json").get(KEY), folder / "chat_template.json")
+        or _sources_of(read_json(processor_path, is_optional=True).get(KEY), processor_path)
     )
     return ChatTemplates(sources, _special_tokens_of(config)) if sources else None
 
@@ -51,19 +51,6 @@ def _read_files(folder: Path) -> dict[str, str]:
         except UnicodeDecodeError as error:
             raise ModelError(f"{path}: {error}") from error
     return sources
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; an empty one if there is no such file."""
-    if not exists(path):
-        return {}
-    try:
-        value = json.loads(read_json_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: is no JSON object")
-    return value
 
 
 def _sources_of(value: object, path: Path) -> dict[str, str]:

@@ -26,8 +26,8 @@ from tandem_scheduler.front_end.grpc_api.wire_limits import TooLargeToDecode
 from tandem_scheduler.front_end.validation import check_request
 from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, model_name
-from tandem_shared.errors import ModelError, RequestNotFound
-from tandem_shared.model_folder import exists, read_json_bytes
+from tandem_shared.errors import RequestNotFound
+from tandem_shared.model_folder import read_json
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Message: TypeAlias = Any
@@ -64,7 +64,7 @@ class VllmEngineServicer:
         self._settings = settings
         self._tokenizer_folder = tokenizer_folder
         self._token_limit = token_limit
-        self._model_config = _read_model_config(tokenizer_folder / "config.json")
+        self._model_config = read_json(tokenizer_folder / "config.json", is_optional=True)
         self._bundle: tuple[bytes, str] | None = None
         self._making_bundle = asyncio.Lock()
         self._started = time.monotonic()
@@ -196,18 +196,6 @@ class VllmEngineServicer:
             is_last = start + CHUNK_BYTES >= len(contents)
             data = contents[start : start + CHUNK_BYTES]
             yield common_pb2.GetTokenizerChunk(data=data, sha256=digest if is_last else "")
-
-
-def _read_model_config(path: Path) -> dict[str, Any]:
-    if not exists(path):
-        return {}
-    try:
-        config = json.loads(read_json_bytes(path))
-    except ValueError as error:
-        raise ModelError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: is no JSON object")
-    return config
 
 
 class _Rate:

@@ -1,16 +1,12 @@
 """Requests of vllm.grpc.engine.VllmEngine: measured before they are decoded, and what becomes of each field."""
 
-import json
-from pathlib import Path
-
 import pytest
 from smg_grpc_proto import vllm_engine_pb2
 
 from tandem_scheduler.front_end.generation_params import GenerationParams
 from tandem_scheduler.front_end.grpc_api.vllm_engine_codec import bounded_vllm_generate, vllm_params_of
-from tandem_scheduler.front_end.grpc_api.vllm_engine_servicer import _Rate, _read_model_config
+from tandem_scheduler.front_end.grpc_api.vllm_engine_servicer import _Rate
 from tandem_scheduler.front_end.grpc_api.wire_limits import MAX_OTHER_BYTES, TooLargeToDecode
-from tandem_shared.errors import ModelError
 
 Request, Sampling = vllm_engine_pb2.GenerateRequest, vllm_engine_pb2.SamplingParams
 MAX_NUM_IDS = 500_000
@@ -98,14 +94,3 @@ def test_the_rate_is_that_of_the_last_second_or_more() -> None:
     assert rate.update(1100, 52.0) == 50
     assert rate.update(2000, 52.5) == 50
     assert rate.update(1100, 53.0) == 0
-
-
-def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    assert _read_model_config(path) == {}
-    path.write_text(json.dumps({"model_type": "qwen3"}))
-    assert _read_model_config(path) == {"model_type": "qwen3"}
-    for text in ("[]", "{"):
-        path.write_text(text)
-        with pytest.raises(ModelError, match=r"config\.json"):
-            _read_model_config(path)
