@@ -22,12 +22,11 @@ from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.front_end.generation_params import GenerationParams, StructuredOutput
 from tandem_scheduler.front_end.grpc_api.wire_limits import (
     MAX_FIELDS,
-    MAX_ID_BYTES,
     MAX_OTHER_BYTES,
     TooLargeToDecode,
+    bounded,
     num_bytes_beside,
-    too_many_bytes_beside,
-    too_many_ids,
+    violation_of_sizes,
 )
 from tandem_scheduler.front_end.live_request import ChoiceDelta, LiveRequest, reply_too_large
 from tandem_scheduler.front_end.logprob_buffer import TokenReport
@@ -62,13 +61,7 @@ def bounded_vllm_generate(
     decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
 ) -> Callable[[bytes], T | TooLargeToDecode]:
     """A decoder of a GenerateRequest that measures it first. max_num_ids gives how many ids a prompt may have."""
-
-    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        # A message that is small as a whole needs no measuring.
-        violation = _violation(data, max_num_ids()) if len(data) > MAX_OTHER_BYTES else None
-        return decode(data) if violation is None else TooLargeToDecode(violation)
-
-    return decode_bounded
+    return bounded(decode, lambda data: _violation(data, max_num_ids()), MAX_OTHER_BYTES)
 
 
 def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
@@ -83,10 +76,7 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
                 num_other += end - start
     except TooManyFields:
         num_other = len(data)
-    if num_other > MAX_OTHER_BYTES:
-        return too_many_bytes_beside(MAX_OTHER_BYTES, "prompt and the grammar")
-    has_too_many = num_id_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
-    return too_many_ids("tokenized.input_ids", max_num_ids) if has_too_many else None
+    return violation_of_sizes(num_other, num_id_bytes, "tokenized.input_ids", max_num_ids)
 
 
 def vllm_params_of(request: Request, max_reply_bytes: int, deadline: float | None) -> GenerationParams:

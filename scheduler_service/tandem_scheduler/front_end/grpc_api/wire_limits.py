@@ -67,42 +67,35 @@ class TooLargeToDecode:
         return InvalidRequest(self.violation)
 
 
+def bounded(
+    decode: Callable[[bytes], T], violation_of: Callable[[bytes], FieldViolation | None], small_bytes: int
+) -> Callable[[bytes], T | TooLargeToDecode]:
+    """A decoder that measures a message first, unless it is small as a whole: small_bytes at most."""
+
+    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
+        violation = violation_of(data) if len(data) > small_bytes else None
+        return decode(data) if violation is None else TooLargeToDecode(violation)
+
+    return decode_bounded
+
+
 def bounded_generate(
     decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
 ) -> Callable[[bytes], T | TooLargeToDecode]:
     """A decoder of either generate request that measures it first. max_num_ids gives how many ids a prompt may have."""
-
-    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        # A message that is small as a whole needs no measuring.
-        violation = _violation(data, max_num_ids()) if len(data) > MAX_OTHER_BYTES else None
-        return decode(data) if violation is None else TooLargeToDecode(violation)
-
-    return decode_bounded
+    return bounded(decode, lambda data: _violation(data, max_num_ids()), MAX_OTHER_BYTES)
 
 
 def bounded_detokenize(
     decode: Callable[[bytes], T], max_num_ids: Callable[[], int]
 ) -> Callable[[bytes], T | TooLargeToDecode]:
     """A decoder of a request of ids and little else. The ids come packed, as protobuf clients send them."""
-
-    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        limit = max_num_ids()
-        if len(data) > MAX_PLAIN_OTHER_BYTES + limit * MAX_ID_BYTES:
-            return TooLargeToDecode(too_many_ids("token_ids", limit))
-        violation = _violation_beside(data, DETOKENIZE_IDS_TAG, "ids")
-        return decode(data) if violation is None else TooLargeToDecode(violation)
-
-    return decode_bounded
+    return bounded(decode, lambda data: _violation_of_detokenize(data, max_num_ids()), MAX_PLAIN_OTHER_BYTES)
 
 
 def bounded_tokenize(decode: Callable[[bytes], T]) -> Callable[[bytes], T | TooLargeToDecode]:
     """A decoder of a request of one text or conversation and little else."""
-
-    def decode_bounded(data: bytes) -> T | TooLargeToDecode:
-        violation = _violation_of_tokenize(data) if len(data) > MAX_PLAIN_OTHER_BYTES else None
-        return decode(data) if violation is None else TooLargeToDecode(violation)
-
-    return decode_bounded
+    return bounded(decode, _violation_of_tokenize, MAX_PLAIN_OTHER_BYTES)
 
 
 def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
@@ -121,10 +114,15 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
         num_other = len(data)
     if chat.has_too_many_fields:
         return _too_many_chat_fields("prompt.chat")
-    if num_other + chat.num_other_bytes > MAX_OTHER_BYTES:
-        return too_many_bytes_beside(MAX_OTHER_BYTES, "prompt and the grammar")
+    return violation_of_sizes(num_other + chat.num_other_bytes, num_id_bytes, "prompt.token_ids", max_num_ids)
+
+
+def violation_of_sizes(num_other: int, num_id_bytes: int, ids_field: str, max_num_ids: int) -> FieldViolation | None:
+    """What is wrong with a generate request of so many bytes beside the prompt and the grammar, and so many of ids."""
+    if num_other > MAX_OTHER_BYTES:
+        return _too_many_bytes_beside(MAX_OTHER_BYTES, "prompt and the grammar")
     has_too_many = num_id_bytes > MAX_OTHER_BYTES + max_num_ids * MAX_ID_BYTES
-    return too_many_ids("prompt.token_ids", max_num_ids) if has_too_many else None
+    return _too_many_ids(ids_field, max_num_ids) if has_too_many else None
 
 
 def _violation_of_tokenize(data: bytes) -> FieldViolation | None:
@@ -137,7 +135,17 @@ def _violation_of_tokenize(data: bytes) -> FieldViolation | None:
     if chat.has_too_many_fields:
         return _too_many_chat_fields("chat")
     is_right = num_other + chat.num_other_bytes <= MAX_PLAIN_OTHER_BYTES
-    return None if is_right else too_many_bytes_beside(MAX_PLAIN_OTHER_BYTES, "text")
+    return None if is_right else _too_many_bytes_beside(MAX_PLAIN_OTHER_BYTES, "text")
+
+
+def _violation_of_detokenize(data: bytes, max_num_ids: int) -> FieldViolation | None:
+    if len(data) > MAX_PLAIN_OTHER_BYTES + max_num_ids * MAX_ID_BYTES:
+        return _too_many_ids("token_ids", max_num_ids)
+    try:
+        num_other = num_bytes_beside((DETOKENIZE_IDS_TAG,), data, 0, len(data))
+    except TooManyFields:
+        num_other = len(data)
+    return _too_many_bytes_beside(MAX_PLAIN_OTHER_BYTES, "ids") if num_other > MAX_PLAIN_OTHER_BYTES else None
 
 
 class _ChatMeasure:
@@ -169,17 +177,6 @@ class _ChatMeasure:
                 self.num_other_bytes += stop - at
 
 
-def _violation_beside(data: bytes, tag: int, name: str) -> FieldViolation | None:
-    """What is wrong with a request that may be long only because of the one field that has this tag."""
-    if len(data) <= MAX_PLAIN_OTHER_BYTES:
-        return None
-    try:
-        num_other = num_bytes_beside((tag,), data, 0, len(data))
-    except TooManyFields:
-        num_other = len(data)
-    return too_many_bytes_beside(MAX_PLAIN_OTHER_BYTES, name) if num_other > MAX_PLAIN_OTHER_BYTES else None
-
-
 def num_bytes_beside(tags: tuple[int, ...], data: bytes, start: int, end: int, max_fields: int = MAX_FIELDS) -> int:
     """The size of the fields in data[start:end] that have other tags. Raises TooManyFields and DecodeError."""
     return sum(stop - at for tag, at, stop in fields(data, start, end, max_fields) if tag not in tags)
@@ -189,9 +186,9 @@ def _too_many_chat_fields(field: str) -> FieldViolation:
     return FieldViolation(field, f"has more than {MAX_CHAT_FIELDS} messages, tools and their fields, all together")
 
 
-def too_many_bytes_beside(limit: int, name: str) -> FieldViolation:
+def _too_many_bytes_beside(limit: int, name: str) -> FieldViolation:
     return FieldViolation("", f"has more than {limit} bytes beside the {name}")
 
 
-def too_many_ids(field: str, max_num_ids: int) -> FieldViolation:
+def _too_many_ids(field: str, max_num_ids: int) -> FieldViolation:
     return FieldViolation(field, f"has more bytes than {max_num_ids} ids")
