@@ -11,6 +11,7 @@ from tandem.v1 import inference_pb2
 from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.front_end.live_request import ChoiceDelta, ChoiceEnd, LiveRequest, reply_too_large
 from tandem_scheduler.front_end.logprob_buffer import TokenReport
+from tandem_shared.rpc.wire_fields import tags
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
@@ -25,7 +26,7 @@ TOKENS_AT_ONCE = 32
 """Tokens with log-probabilities that are encoded between two turns of the event loop; a millisecond. The step loop
 needs several turns for a step."""
 
-CHOICES_TAG = bytes([inference_pb2.GenerateResponse.CHOICES_FIELD_NUMBER << 3 | 2])
+CHOICES_TAG = bytes(tags(inference_pb2.GenerateResponse, "choices"))
 
 
 def stream_message(live: LiveRequest, delta: ChoiceDelta, *, is_last: bool) -> inference_pb2.GenerateStreamResponse:
