@@ -5,8 +5,7 @@ llguidance never raises for a grammar that is wrong or too costly. Its matchers 
 mask allows the end-of-sequence token. So each use of a matcher is followed by a look at is_error().
 
 All limits below count what llguidance does, not time, so that the front end and all ranks of a worker decide alike.
-Grammars that come near a limit were timed with Qwen3's vocabulary of 151,936 tokens, on one core of the machine that
-docs/decisions/0009-structured-output.md names.
+docs/performance-log.md, "what bounds a grammar", has the times that grammars near a limit take, and on which machine.
 
 Only this module uses llguidance. Knows no torch.
 """
@@ -36,16 +35,15 @@ WHITESPACE = r" |\n {0,40}"
 """What may stand between the parts of a JSON value. It is bounded, as a model that may go on with spaces may do so."""
 
 MAX_ITEMS_IN_ROW = 500
-"""The most parser states after one byte. Ambiguous grammars reach any limit; the last mask before the default of 2,000
-took 1 s, before this one 15 ms."""
+"""The most parser states after one byte. Ambiguous grammars reach any limit, and each mask before it takes longer than
+the one before: with llguidance's default of 2,000 far longer than a step."""
 MAX_LEXER_STATES = 20_000
 """The most states of all regular expressions of a matcher and its copies, of 1 to 2 kB each."""
 MAX_GRAMMAR_SIZE = 10_000
-"""The most symbols of a grammar's rules. A JSON schema of 1,000 properties has fewer and compiles in 60 ms; one of
-2,000, which has more, would take 400 ms."""
+"""The most symbols of a grammar's rules. A JSON schema of 1,000 properties has fewer, one of 2,000 has more."""
 MAX_MULTIPLE_OF = 10_000
 """The limit of the least common multiple of all `multipleOf` of a schema, without decimal point and trailing zeros.
-llguidance makes a state for each remainder and has no limit of its own: 10,007 takes 20 ms, 9,999,991 over a minute.
+llguidance makes a state for each remainder and has no limit of its own: with 9,999,991 it takes over a minute.
 """
 
 MAX_COPIES = 4
@@ -53,7 +51,7 @@ MAX_COPIES = 4
 one after the other, and they share the limit on lexer states. So all rows of a batch must not be copies of one.
 """
 MAX_OWN_CHARACTERS = 8192
-"""The longest grammar that is compiled for each matcher. That takes a few milliseconds, and nothing is shared then."""
+"""The longest grammar that is compiled for each matcher, so that nothing is shared. Longer ones take too long."""
 MAX_CACHED_GRAMMARS = 64
 MAX_CACHED_CHARACTERS = 1 << 20
 """The limit of the texts of all cached grammars together."""
@@ -122,8 +120,8 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer_json: bytes, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """Loads the vocabulary; that takes 0.8 s for Qwen3's, with the GIL held. vocab_size is the model's, which may
-        be more than the tokenizer has. Raises GrammarError where the tokenizer can't be used.
+        """Loads the vocabulary, which takes long and holds the GIL. vocab_size is the model's, which may be more than
+        the tokenizer has. Raises GrammarError where the tokenizer can't be used.
         """
         if not eos_token_ids:
             raise GrammarError("the model has no end-of-sequence token")

@@ -20,7 +20,8 @@ MAX_TOKEN_ID = 10_000
 
 
 MAX_DEFAULT_CLIENTS = 8
-"""One client process takes roughly 10,000 messages a second over HTTP."""
+"""The most client processes that are started unless the user says how many. docs/performance-log.md, "what an event
+costs the HTTP gateway and a client", has what one takes."""
 
 
 def add(commands: Any) -> None:

@@ -39,8 +39,8 @@ class GrammarChecker:
     """The checking of grammars, for all calls of a front end."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Loads the tokenizer of the folder once more, as llguidance needs it: 0.8 s and 130 MB for Qwen3's. That holds
-        the GIL, so it is not left to the first request. Raises ModelError.
+        """Loads the tokenizer of the folder once more, as llguidance needs it. That takes long and holds the GIL, so it
+        is not left to the first request. Raises ModelError.
         """
         self._digest = tokenizer_digest(folder)
         self._threads = PatientThreads(NUM_THREADS, "grammars")

@@ -33,15 +33,15 @@ MAX_ANSWER_BYTES = 4 * MAX_RENDERED_CHARACTERS + 1
 SHORT_BYTES = 64 * 1024
 """Conversations up to this size, as they are sent to the process, are short."""
 MESSAGES_AT_ONCE = 256
-"""Messages that are read between two turns of the event loop; a millisecond."""
+"""Messages that are read between two turns of the event loop."""
 MAX_BYTES_AT_ONCE = 16 * 1024 * 1024
 """The limit of the conversations that wait for one process or are being rendered, all together."""
 
 START_LIMIT_S = 30.0
-"""A process that has not started after this time is killed. It takes 0.1 s."""
+"""A process that has not started after this time is killed."""
 TIME_LIMIT_S = 5.0
-"""The time that a rendering may take, by the clock. Qwen3's template takes 0.2 ms for two messages, and 0.2 s for as
-many and as long messages as there may be."""
+"""The time that a rendering may take, by the clock: many times what Qwen3's template takes for as many and as long
+messages as there may be (docs/performance-log.md, "chat templates in processes of their own")."""
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from tandem_scheduler.front_end.chat.template_folder import ChatTemplates
 from tandem_shared.host.process import end_with_parent
 
 MAX_MEMORY_BYTES = 512 * 1024 * 1024
-"""The limit of the process's address space, on Linux. The process itself takes 30 MiB, and 130 MiB for the longest
-conversations with Qwen3's template or one that writes each message twice."""
+"""The limit of the process's address space, on Linux. It is a multiple of what the longest conversations take with
+Qwen3's template, or with one that writes each message twice."""
 
 NO_CHAT: dict[str, Any] = {
     "messages": [],

@@ -16,8 +16,8 @@ from tandem_shared.rpc.wire_fields import TooManyFields, fields, tags
 
 MAX_OTHER_BYTES = 800 * 1024
 """The limit of all fields together but the prompt and the text of a grammar. The longest choices of a structured output
-take 530 kB, bad words 130 kB, allowed tokens 80 kB, stop strings 30 kB, biases 15 kB, all else a few bytes. Decoding so
-many bytes takes 10 ms, if each pair of them is a field.
+take 530 kB, bad words 130 kB, allowed tokens 80 kB, stop strings 30 kB, biases 15 kB, all else a few bytes. So many
+bytes are decoded in milliseconds, even if each pair of them is a field.
 """
 
 MAX_PLAIN_OTHER_BYTES = 256 * 1024
@@ -33,7 +33,7 @@ in parts.
 
 MAX_CHAT_FIELDS = 16_384
 """The most fields on the wire of a conversation, if the request is not small: a usual message has three, and a call of
-a tool with its answer eleven. Counting so many takes 20 ms.
+a tool with its answer eleven. More would take too long to count.
 """
 
 Texts = dict[int, "Texts | None"]
