@@ -58,12 +58,14 @@ class SamplingLists:
 NO_LISTS = SamplingLists()
 
 
+def has_penalty(sampling: RowSampling) -> bool:
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
+
+
 def adjusts_logits(sampling: RowSampling, lists: SamplingLists) -> bool:
     """Whether a row's tokens are sampled from other logits than the model's."""
     return (
-        sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-        or sampling.repetition_penalty != 1
+        has_penalty(sampling)
         or (sampling.min_tokens > 0 and bool(lists.stop_token_ids))
         or bool(lists.logit_bias or lists.allowed_token_ids or lists.bad_words)
         or lists.grammar is not None

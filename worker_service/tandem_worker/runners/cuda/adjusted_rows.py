@@ -16,6 +16,7 @@ from tandem_shared.sampling_lists import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
     adjusts_logits,
+    has_penalty,
 )
 from tandem_shared.step_plan import Int32Array, NewRow
 from tandem_worker.kernels import adjust_logits
@@ -62,7 +63,7 @@ class AdjustedRowsState:
             target[: len(line)] = line
         rows = to_device(np.array([new.row for new in asking]), self._device)
         self.rows.notes[:, : notes.shape[1]].index_copy_(0, rows, to_device(notes, self._device))
-        self._count([new for new in asking if _has_penalty(new)])
+        self._count([new for new in asking if has_penalty(new.sampling)])
         for same in by_lists:
             if allowed := same[0].lists.allowed_token_ids:
                 self._allowed |= dict.fromkeys([new.row for new in same], _bitmap(allowed, self._num_words))
@@ -106,11 +107,6 @@ class AdjustedRowsState:
         )
 
 
-def _has_penalty(new: NewRow) -> bool:
-    sampling = new.sampling
-    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
-
-
 def _has_mask(new: NewRow) -> bool:
     return bool(new.lists.allowed_token_ids) or new.lists.grammar is not None
 
@@ -139,7 +135,7 @@ def _header(of_lists: Int32Array, new: NewRow) -> Int32Array:
     header = of_lists.copy()
     header[adjust_logits.NUM_PROMPT.value] = new.num_prompt_tokens
     header[adjust_logits.NUM_KNOWN.value] = len(new.token_ids)
-    header[adjust_logits.HAS_PENALTY.value] = _has_penalty(new)
+    header[adjust_logits.HAS_PENALTY.value] = has_penalty(new.sampling)
     header[adjust_logits.HAS_MASK.value] = _has_mask(new)
     last = new.token_ids[-RING:]
     header[RING_START + np.arange(len(new.token_ids) - len(last), len(new.token_ids)) % RING] = last
