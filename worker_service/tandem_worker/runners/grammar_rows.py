@@ -24,15 +24,13 @@ import numpy.typing as npt
 from tandem_shared.sampling_lists import Grammar
 from tandem_shared.step_plan import FAULT_GRAMMAR, Int32Array, NewRow
 from tandem_shared.structured_output import GrammarCompiler, GrammarError, Matcher, MatcherThreads, reason_of
-from tandem_worker.runners.logits_stage import GrammarMasks
+from tandem_worker.runners.logits_stage import GrammarMasks, Words, mask_of, num_mask_words
 
 logger = logging.getLogger(__name__)
 
 NUM_COMPILING_THREADS = 4
 MAX_MASK_THREADS = 16
 """More threads were not measured."""
-
-Words = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +106,9 @@ class GrammarRows:
     ) -> None:
         """Without a compiler every grammar fails. num_threads compute masks."""
         self._compiler = compiler
-        self._num_words = -(-vocab_size // 32)
+        self._vocab_size, self._num_words = vocab_size, num_mask_words(vocab_size)
         self._num_threads = num_threads
-        self._all = self._mask_of(range(vocab_size))
+        self._all = mask_of(range(vocab_size), vocab_size)
         self._eos_token_ids = tuple(eos_token_ids)
         self._eos = self._to_hide(self._eos_token_ids)
         # The masks that were computed last. The memory is kept, as new memory costs time in every step.
@@ -183,7 +181,7 @@ class GrammarRows:
             new=new,
             grammar=grammar,
             num_output_tokens=len(output),
-            allowed=self._mask_of(lists.allowed_token_ids) if lists.allowed_token_ids else None,
+            allowed=mask_of(lists.allowed_token_ids, self._vocab_size) if lists.allowed_token_ids else None,
             hidden=hidden,
             hidden_early=hidden_early,
             ready=self._compiling.submit(self._prepare, grammar.text, read),
@@ -228,14 +226,8 @@ class GrammarRows:
             hidden.hide(bits, lines)
 
     def _to_hide(self, token_ids: Sequence[int]) -> _Hidden:
-        mask = self._mask_of(token_ids)
+        mask = mask_of(token_ids, self._vocab_size)
         return _Hidden(mask, np.flatnonzero(mask))
-
-    def _mask_of(self, token_ids: Sequence[int]) -> Words:
-        ids = np.array(token_ids, np.uint32)
-        mask = np.zeros(self._num_words, np.uint32)
-        np.bitwise_or.at(mask, ids // 32, np.uint32(1) << ids % 32)
-        return mask
 
 
 def num_mask_threads(num_ranks_here: int) -> int:

@@ -18,6 +18,8 @@ from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import SamplingLists, adjusts_logits
 from tandem_shared.step_plan import FAULT_GRAMMAR, Int32Array, NewRow
 
+Words = npt.NDArray[np.uint32]
+
 
 @dataclass(frozen=True)
 class GrammarMasks:
@@ -109,8 +111,20 @@ class LogitsStage:
         constrained = [row for row in rows.tolist() if self._rows[row].lists.grammar is not None]
         if constrained and self._grammars is not None:
             return self._grammars.masks(np.array(constrained, np.int32))
-        bits = np.zeros((len(constrained), -(-self._vocab_size // 32)), np.int32)
+        bits = np.zeros((len(constrained), num_mask_words(self._vocab_size)), np.int32)
         return GrammarMasks(np.array(constrained, np.int32), bits, dict.fromkeys(constrained, FAULT_GRAMMAR))
+
+
+def num_mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
+
+
+def mask_of(token_ids: Sequence[int], vocab_size: int) -> Words:
+    """The mask that allows these tokens alone: a line of GrammarMasks.bits, unsigned."""
+    ids = np.array(token_ids, np.uint32)
+    mask = np.zeros(num_mask_words(vocab_size), np.uint32)
+    np.bitwise_or.at(mask, ids // 32, np.uint32(1) << ids % 32)
+    return mask
 
 
 def allowed_tokens(bits: Int32Array, vocab_size: int) -> torch.Tensor:

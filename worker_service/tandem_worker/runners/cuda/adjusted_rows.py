@@ -21,6 +21,7 @@ from tandem_shared.sampling_lists import (
 from tandem_shared.step_plan import Int32Array, NewRow
 from tandem_worker.kernels import adjust_logits
 from tandem_worker.kernels.adjust_logits import AdjustedRows
+from tandem_worker.runners.logits_stage import mask_of, num_mask_words
 from tandem_worker.runners.transfers import to_device
 
 LISTS_START, RING_START, RING = (
@@ -34,7 +35,7 @@ class AdjustedRowsState:
 
     def __init__(self, num_rows: int, vocab_size: int, part: slice, device: torch.device) -> None:
         """part: the ids of this rank's shard of the vocabulary."""
-        self._part, self._num_words = part, -(-vocab_size // 32)
+        self._part, self._vocab_size = part, vocab_size
         self._device = device
 
         def zeros(width: int) -> torch.Tensor:
@@ -42,7 +43,7 @@ class AdjustedRowsState:
 
         self.rows = AdjustedRows(
             seen=zeros(max(part.stop - part.start, 1)),
-            masks=zeros(self._num_words),
+            masks=zeros(num_mask_words(vocab_size)),
             notes=zeros(LISTS_START + MOST_LISTS),
         )
         # By row, for those that have allowed_token_ids.
@@ -66,10 +67,11 @@ class AdjustedRowsState:
         self._count([new for new in asking if has_penalty(new.sampling)])
         for same in by_lists:
             if allowed := same[0].lists.allowed_token_ids:
-                self._allowed |= dict.fromkeys([new.row for new in same], _bitmap(allowed, self._num_words))
+                mask = mask_of(allowed, self._vocab_size).view(np.int32)
+                self._allowed |= dict.fromkeys([new.row for new in same], mask)
         masked = [new for new in asking if _has_mask(new)]
         if masked:
-            nothing = np.zeros(self._num_words, np.int32)
+            nothing = np.zeros(num_mask_words(self._vocab_size), np.int32)
             bits = [nothing if new.lists.grammar else self._allowed[new.row] for new in masked]
             self._write_masks(np.array([new.row for new in masked]), np.stack(bits))
 
@@ -140,9 +142,3 @@ def _header(of_lists: Int32Array, new: NewRow) -> Int32Array:
     last = new.token_ids[-RING:]
     header[RING_START + np.arange(len(new.token_ids) - len(last), len(new.token_ids)) % RING] = last
     return header
-
-
-def _bitmap(token_ids: Sequence[int], num_words: int) -> Int32Array:
-    bits = np.zeros(32 * num_words, np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tandem_shared.step_plan import Int32Array, NewRow
-from tandem_worker.runners.logits_stage import Grammars
+from tandem_worker.runners.logits_stage import Grammars, num_mask_words
 
 SetMasks = Callable[[Int32Array, Int32Array], None]
 
@@ -34,7 +34,7 @@ class GrammarFeed:
         """set_masks(rows, bits) queues masks, as GrammarMasks has them, on their way to the device."""
         self._grammars = grammars
         self._set_masks = set_masks
-        self._num_words = -(-vocab_size // 32)
+        self._num_words = num_mask_words(vocab_size)
         self._has_grammar = np.zeros(num_rows, np.bool_)
         # Whether the mask that the device has of a row allows everything.
         self._is_open = np.zeros(num_rows, np.bool_)
