@@ -16,7 +16,7 @@ import torch
 
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.sampling_lists import SamplingLists, adjusts_logits
-from tandem_shared.step_plan import FAULT_GRAMMAR, Int32Array, NewRow
+from tandem_shared.step_plan import Int32Array, NewRow
 
 Words = npt.NDArray[np.uint32]
 
@@ -61,8 +61,7 @@ class RowTokens:
 class LogitsStage:
     """The rows that ask, by their number in the batch."""
 
-    def __init__(self, vocab_size: int, grammars: Grammars | None = None) -> None:
-        """Without `grammars`, a row that has a grammar can't sample."""
+    def __init__(self, vocab_size: int, grammars: Grammars) -> None:
         self._vocab_size = vocab_size
         self._grammars = grammars
         self._rows: dict[int, RowTokens] = {}
@@ -74,8 +73,7 @@ class LogitsStage:
             if adjusts_logits(new.sampling, new.lists):
                 prompt, output = np.split(new.token_ids, [new.num_prompt_tokens])
                 self._rows[new.row] = RowTokens(new.sampling, new.lists, prompt, output.tolist())
-        if self._grammars is not None:
-            self._grammars.add(new_rows)
+        self._grammars.add(new_rows)
 
     def adjust(self, rows: Int32Array, logits: torch.Tensor) -> tuple[torch.Tensor, Mapping[int, int]]:
         """The logits to sample from, and fault codes by row. logits (n, vocab_size) are those of `rows`, in float32 or
@@ -84,7 +82,8 @@ class LogitsStage:
         asking = [(place, row) for place, row in enumerate(rows.tolist()) if row in self._rows]
         if not asking:
             return logits, {}
-        masks = self._masks(np.array([row for _, row in asking], np.int32))
+        constrained = [row for _, row in asking if self._rows[row].lists.grammar is not None]
+        masks = self._grammars.masks(np.array(constrained, np.int32))
         allowed = dict(zip(masks.rows.tolist(), allowed_tokens(masks.bits, self._vocab_size), strict=True))
         adjusted = logits.clone()
         for place, row in asking:
@@ -104,15 +103,8 @@ class LogitsStage:
         for place, row in asking:
             self._rows[row].output.append(max(sampled[place], 0))
         constrained = [(place, row) for place, row in asking if self._rows[row].lists.grammar is not None]
-        if constrained and self._grammars is not None:
+        if constrained:
             self._grammars.accept([row for _, row in constrained], [sampled[place] for place, _ in constrained])
-
-    def _masks(self, rows: Int32Array) -> GrammarMasks:
-        constrained = [row for row in rows.tolist() if self._rows[row].lists.grammar is not None]
-        if constrained and self._grammars is not None:
-            return self._grammars.masks(np.array(constrained, np.int32))
-        bits = np.zeros((len(constrained), num_mask_words(self._vocab_size)), np.int32)
-        return GrammarMasks(np.array(constrained, np.int32), bits, dict.fromkeys(constrained, FAULT_GRAMMAR))
 
 
 def num_mask_words(vocab_size: int) -> int:

@@ -30,9 +30,7 @@ from tandem_worker.runners.transfers import to_host
 class TorchRunner:
     """A model, its KV pool and the persistent batch, on one device."""
 
-    def __init__(
-        self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo, grammars: Grammars | None = None
-    ) -> None:
+    def __init__(self, model: Model, cache: torch.Tensor, batch: Batch, info: WorkerInfo, grammars: Grammars) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim)"""
         self.info = info
         self.model = model

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from tandem_shared.sampling_fields import FLOAT32_MAX, RowSampling
 from tandem_shared.sampling_lists import NO_LISTS, Grammar, SamplingLists
 from tandem_shared.step_plan import FAULT_GRAMMAR, NewRow
+from tandem_worker.runners.grammar_rows import GrammarRows
 from tandem_worker.runners.logits_stage import GrammarMasks, LogitsStage, adjust, allowed_tokens
 from tandem_worker.runners.sampler import SamplingRows, sample
 from tests.support.transformers_sampling import adjusting_processors
 
 VOCAB = 40
+NO_GRAMMARS = GrammarRows(None, VOCAB, ())
 IDS = st.integers(0, VOCAB - 1)
 # Penalties and biases are float32 on the wire; these are float32 numbers.
 PENALTIES = st.integers(-16, 16).map(lambda number: number / 8)
@@ -120,7 +122,7 @@ def test_a_row_s_logits_follow_from_its_own_tokens(
     rows: list[tuple[RowSampling, SamplingLists]], data: st.DataObject
 ) -> None:
     """Rows are added, sample, and are sometimes preempted and come back with their tokens, in another place."""
-    stage, tokens, places = LogitsStage(VOCAB), {}, {}
+    stage, tokens, places = LogitsStage(VOCAB, NO_GRAMMARS), {}, {}
     for number in range(len(rows)):
         tokens[number] = [number, 1, 2]
     for step in range(6):
@@ -147,7 +149,7 @@ def test_a_row_s_logits_follow_from_its_own_tokens(
 
 
 def test_nothing_is_copied_if_no_row_asks() -> None:
-    stage = LogitsStage(VOCAB)
+    stage = LogitsStage(VOCAB, NO_GRAMMARS)
     stage.add([new_row(2, [1], 1, RowSampling(presence_penalty=1.0), NO_LISTS)])
     stage.add([new_row(0, [1], 1, RowSampling(top_k=3), NO_LISTS), new_row(2, [1], 1, RowSampling(), NO_LISTS)])
     logits = random_logits(0, 2, VOCAB)
@@ -192,7 +194,7 @@ def test_grammars_allow_what_their_masks_say() -> None:
 
 
 def test_a_row_whose_grammar_nobody_can_read_is_not_opened() -> None:
-    stage = LogitsStage(VOCAB)
+    stage = LogitsStage(VOCAB, NO_GRAMMARS)
     stage.add([new_row(1, [1], 1, RowSampling(), GRAMMAR)])
     adjusted, fault_codes = stage.adjust(np.array([1], np.int32), random_logits(0, 1, VOCAB))
     assert not adjusted.isfinite().any() and fault_codes == {1: FAULT_GRAMMAR}

@@ -43,7 +43,6 @@ from tandem_worker.runners.cuda.input_layout import InputLayout
 from tandem_worker.runners.cuda.packer import Packer
 from tandem_worker.runners.cuda.step_shapes import StepShapes
 from tandem_worker.runners.cuda.token_sampler import TokenSampler
-from tandem_worker.runners.grammar_rows import GrammarRows
 from tandem_worker.runners.logits_stage import Grammars
 from tandem_worker.runners.logprobs import QueuedPromptLogprobs, prompt_positions
 from tandem_worker.runners.row_options import RowOptions
@@ -60,13 +59,12 @@ class CudaRunner:
         cache: torch.Tensor,
         batch: Batch,
         info: WorkerInfo,
-        grammars: Grammars | None = None,
+        grammars: Grammars,
         *,
         use_graphs: bool = True,
     ) -> None:
         """cache (layers, 2, blocks, block_size, KV heads, head_dim). Captures the graphs if use_graphs; else steps run
-        the same kernels, padded to the same sizes, one launch after the other. Without `grammars`, a row that has a
-        grammar can't sample.
+        the same kernels, padded to the same sizes, one launch after the other.
         """
         self.info = info
         self.model = model
@@ -79,7 +77,6 @@ class CudaRunner:
         self._packer = Packer(batch, shapes, layout)
         self._state = DeviceState(model, batch, shapes, layout, cache.device)
         self._sampler = TokenSampler(model, self._state, self._options)
-        grammars = grammars or GrammarRows(None, info.vocab_size, info.eos_token_ids)
         self._grammars = GrammarFeed(grammars, self._sampler.set_masks, batch.num_rows, info.vocab_size)
         self._graphs = GraphRunner(ForwardPass(model, cache, self._state, layout), self._sampler, shapes)
         if use_graphs:
