@@ -17,6 +17,7 @@ import torch
 from tandem_shared.step_plan import Float32Array, Int32Array, PromptLogprobs, RowLogprobs
 from tandem_worker.runners.batch import Batch, StepWork
 from tandem_worker.runners.row_options import RowOptions
+from tandem_worker.runners.transfers import padded
 
 MAX_PROMPT_LOGITS = 256
 """The most positions of prompts whose logits are in memory at once."""
@@ -35,12 +36,14 @@ class LogprobRows:
     """The tokens that each row asks for"""
 
     @property
+    def most_requested(self) -> int:
+        """The largest number of tokens that a row requests"""
+        return max(map(len, self.requested))
+
+    @property
     def requested_ids(self) -> Int32Array:
         """(n, most requested) with 0 where a row requests fewer."""
-        ids = np.zeros((len(self.rows), max(map(len, self.requested))), np.int32)
-        for line, requested in zip(ids, self.requested, strict=True):
-            line[: len(requested)] = requested
-        return ids
+        return padded(self.requested, self.most_requested)
 
 
 def logprob_rows(rows: Int32Array, options: RowOptions) -> LogprobRows | None:
@@ -97,7 +100,7 @@ class QueuedLogprobs:
         """The reports of the rows that sampled, once the copy is there. token_ids has those of all the step's sampling
         rows, and is negative where a row could not sample.
         """
-        num_requested = max(map(len, self.asked.requested))
+        num_requested = self.asked.most_requested
         ranks, top_ids, logprobs = _unpack(self.packed, num_requested)
         first_requested = logprobs.shape[1] - num_requested
         return tuple(

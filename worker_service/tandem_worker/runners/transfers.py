@@ -2,8 +2,20 @@
 the stream has passed the copy.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+
+from tandem_shared.step_plan import Int32Array
+
+
+def padded(lines: Sequence[Sequence[int] | Int32Array], width: int) -> Int32Array:
+    """Lines of up to `width` numbers as one array (lines, width) for one copy. Zeros follow a shorter line."""
+    array = np.zeros((len(lines), width), np.int32)
+    for target, line in zip(array, lines, strict=True):
+        target[: len(line)] = line
+    return array
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

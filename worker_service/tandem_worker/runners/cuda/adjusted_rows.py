@@ -22,7 +22,7 @@ from tandem_shared.step_plan import Int32Array, NewRow
 from tandem_worker.kernels import adjust_logits
 from tandem_worker.kernels.adjust_logits import AdjustedRows
 from tandem_worker.runners.logits_stage import mask_of, num_mask_words
-from tandem_worker.runners.transfers import to_device
+from tandem_worker.runners.transfers import padded, to_device
 
 LISTS_START, RING_START, RING = (
     constant.value for constant in (adjust_logits.LISTS_START, adjust_logits.RING_START, adjust_logits.RING)
@@ -59,9 +59,7 @@ class AdjustedRowsState:
         # A request's choices, which are neighbours, have the same lists, which may be long.
         by_lists = [list(rows) for _, rows in itertools.groupby(asking, lambda new: id(new.lists))]
         lines = [line for rows in by_lists for line in _lines(rows)]
-        notes = np.zeros((len(lines), max(map(len, lines))), np.int32)
-        for target, line in zip(notes, lines, strict=True):
-            target[: len(line)] = line
+        notes = padded(lines, max(map(len, lines)))
         rows = to_device(np.array([new.row for new in asking]), self._device)
         self.rows.notes[:, : notes.shape[1]].index_copy_(0, rows, to_device(notes, self._device))
         self._count([new for new in asking if has_penalty(new.sampling)])

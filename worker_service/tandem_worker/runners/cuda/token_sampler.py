@@ -25,7 +25,7 @@ from tandem_worker.runners.cuda.device_state import DeviceState
 from tandem_worker.runners.cuda.selections import RowSelections, Selection, StepSampling
 from tandem_worker.runners.logprobs import MAX_PROMPT_LOGITS, PromptPositions, QueuedLogprobs, QueuedPromptLogprobs
 from tandem_worker.runners.row_options import RowOptions
-from tandem_worker.runners.transfers import copy_to, to_device, to_host
+from tandem_worker.runners.transfers import copy_to, padded, to_device, to_host
 
 
 class TokenSampler:
@@ -61,9 +61,7 @@ class TokenSampler:
         self._adjusted_rows.add(new_rows)
         asking = [new for new in new_rows if new.lists.logprob_token_ids]
         if asking:
-            ids = np.zeros((len(asking), MAX_LOGPROB_TOKEN_IDS), np.int32)
-            for line, new in zip(ids, asking, strict=True):
-                line[: len(new.lists.logprob_token_ids)] = new.lists.logprob_token_ids
+            ids = padded([new.lists.logprob_token_ids for new in asking], MAX_LOGPROB_TOKEN_IDS)
             rows = to_device(np.array([new.row for new in asking]), self._requested.device)
             self._requested.index_copy_(0, rows, to_device(ids, self._requested.device))
 
@@ -114,7 +112,7 @@ class TokenSampler:
         if asked is None:
             return None
         packed = to_host(self._reports.out[: len(asked.rows)])
-        width = 2 + 2 * self._reports.num_top + max(map(len, asked.requested))
+        width = 2 + 2 * self._reports.num_top + asked.most_requested
         return QueuedLogprobs(asked, packed[:, :width])
 
     def report_prompts(self, hidden: torch.Tensor, asked: PromptPositions) -> QueuedPromptLogprobs:
