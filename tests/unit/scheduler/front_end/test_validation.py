@@ -3,7 +3,6 @@
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,30 +17,11 @@ from tandem_shared.errors import InvalidRequest
 from tandem_shared.sampling_fields import RowSampling
 from tests.support.builders import create_request, worker_info
 from tests.support.tokenizers import WatchedTokenizer, embedded
+from tests.support.unreadable import Unreadable, UnreadableMapping
 
 WORKER = worker_info(vocab_size=1024, max_model_len=512)
 ENCODER = TextEncoder(embedded())
 GOOD = GenerationParams(prompt_token_ids=[1, 2, 3], max_tokens=8)
-
-
-class Unreadable(Sequence[Any]):
-    """A sequence that has a length and fails when an element is read."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        raise AssertionError("an element was read")
-
-    def __iter__(self) -> Iterator[Any]:
-        raise AssertionError("the elements were read")
-
-
-class UnreadableMapping(Unreadable):
-    items = keys = values = Unreadable.__iter__
 
 
 async def check(params: GenerationParams) -> GenerationRequest:

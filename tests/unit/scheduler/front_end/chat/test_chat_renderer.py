@@ -1,7 +1,6 @@
 """Renderers' processes bound what a template may take, and whatever a template does to one costs its own chat alone."""
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from tandem_scheduler.front_end.chat.template_folder import ChatTemplates
 from tandem_scheduler.front_end.generation_params import Chat, ChatMessage, ToolCall
 from tandem_shared.errors import InvalidRequest, QueueFull, TextFailed
 from tests.support.chats import USER, chat_of
+from tests.support.unreadable import Unreadable
 
 TIME_LIMIT_S = 1.0
 HOSTILE = """{%- set what = messages[0].content %}
@@ -169,19 +169,6 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {type(each) for each in outcomes} == {str, QueueFull}
     assert await chats.render("prompt.chat", said("y" * 5000)) == "y" * 5000
     await chats.close()
-
-
-class Unreadable(Sequence[Any]):
-    """A sequence that has a length and fails when an element is read."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        raise AssertionError("an element was read")
 
 
 @pytest.mark.parametrize(
