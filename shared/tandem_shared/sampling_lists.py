@@ -52,7 +52,8 @@ class SamplingLists:
     grammar: Grammar | None = None
 
     def __bool__(self) -> bool:
-        return self != NO_LISTS
+        # Nearly all rows have the very object, which spares the comparison of the fields.
+        return self is not NO_LISTS and self != NO_LISTS
 
 
 NO_LISTS = SamplingLists()

@@ -83,7 +83,7 @@ def encode_plan(plan: StepPlan) -> worker_pb2.StepPlan:
         encode_sampling(row.sampling, added.sampling)
         if (encoded := encoded_lists.get(id(row.lists))) is not None:
             added.lists.CopyFrom(encoded)
-        elif row.lists is not NO_LISTS and row.lists:
+        elif row.lists:
             encode_lists(row.lists, added.lists)
             encoded_lists[id(row.lists)] = added.lists
     return message
