@@ -14,11 +14,10 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
-from tandem_shared.gateway_settings import GatewaySettings
+from tandem_shared.gateway_settings import MAX_PORT, GatewaySettings
 from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 
-MAX_PORT = 65535
 STEP_TIMEOUT_S = 60.0
 """The default of --step-timeout-s of both services"""
 MAX_ROWS = 65536
