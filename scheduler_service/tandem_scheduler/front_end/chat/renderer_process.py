@@ -44,7 +44,7 @@ def main() -> None:
         end_with_parent(int(sys.argv[1]))
     # Imports that rendering would make later need files.
     warm_up = Renderer(ChatTemplates({"default": "{{ strftime_now('%d %b %Y') }}{{ nothing.at_all }}"}, {}))
-    try_to_render(warm_up, {**NO_CHAT, "messages": []}, 100)
+    try_to_render(warm_up, NO_CHAT, 100)
     for limit, most in (
         (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
         (resource.RLIMIT_CORE, 0),

@@ -142,12 +142,11 @@ class InferenceServicer:
     ) -> LiveRequest:
         if isinstance(request, TooLargeToDecode):
             raise request.error
-        self._front_end.refuse_if_draining()
-        params = params_of(request, max_reply_bytes, deadline_of(context))
         front_end = self._front_end
-        worker = self._front_end.worker
+        front_end.refuse_if_draining()
+        params = params_of(request, max_reply_bytes, deadline_of(context))
         checked = await check_request(
-            params, front_end.encoder, worker, self._served_model, front_end.grammars, front_end.chats
+            params, front_end.encoder, front_end.worker, self._served_model, front_end.grammars, front_end.chats
         )
         return await front_end.open(checked)
 
