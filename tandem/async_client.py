@@ -21,6 +21,7 @@ from tandem.calls import (
 from tandem.chat import Chat
 from tandem.sampling_params import SamplingParams
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tandem_shared.rpc.credentials import open_channel
 from tandem_shared.rpc.grpc_options import client_options
 
 T = TypeVar("T")
@@ -43,11 +44,7 @@ class AsyncTandemClient:
         (("authorization", "Bearer KEY"),). max_retries is how often a failed call is repeated at most. Connects when
         first used.
         """
-        options = client_options(address)
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, options)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, options)
+        self._channel = open_channel(address, credentials, client_options(address))
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._metadata = metadata

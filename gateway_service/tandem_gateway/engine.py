@@ -6,15 +6,14 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
 from tandem.calls import REPLY_LIMIT, build
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
+from tandem_shared.rpc.credentials import channel_credentials, open_channel
 from tandem_shared.rpc.grpc_options import client_options
 from tandem_shared.rpc.rich_status import error_of
 
@@ -42,12 +41,7 @@ class Engine:
         # Without a pool of its own, equal channels would share one connection.
         options = [*client_options(settings.scheduler_address), ("grpc.use_local_subchannel_pool", 1)]
         credentials = _credentials(settings)
-        self._channels = [
-            grpc.aio.secure_channel(settings.scheduler_address, credentials, options)
-            if credentials
-            else grpc.aio.insecure_channel(settings.scheduler_address, options)
-            for _ in range(NUM_CHANNELS)
-        ]
+        self._channels = [open_channel(settings.scheduler_address, credentials, options) for _ in range(NUM_CHANNELS)]
         stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._stubs = itertools.cycle(stubs)
         self.reasoning = settings.reasoning_parser
@@ -156,15 +150,8 @@ async def _call(method: Callable[..., Awaitable[T]], request: object, **options:
 def _credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
     if not settings.scheduler_ca:
         return None
-    ca, key, chain = (
-        _read(name) if name else None
-        for name in (settings.scheduler_ca, settings.scheduler_tls_key, settings.scheduler_tls_cert)
+    return channel_credentials(
+        ("--scheduler-ca", settings.scheduler_ca),
+        ("--scheduler-tls-key", settings.scheduler_tls_key),
+        ("--scheduler-tls-cert", settings.scheduler_tls_cert),
     )
-    return grpc.ssl_channel_credentials(ca, key, chain)
-
-
-def _read(name: str) -> bytes:
-    try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name}: {error.strerror}") from error

@@ -7,7 +7,6 @@ import signal
 import socket
 import ssl
 import sys
-from pathlib import Path
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -16,7 +15,7 @@ from tandem_gateway.app import make_app
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.log import configure_logging
-from tandem_shared.host.process import end_with_parent, raise_descriptor_limit
+from tandem_shared.host.process import end_with_parent, raise_descriptor_limit, write_port_file
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -27,8 +26,7 @@ def serve(settings: GatewaySettings) -> None:
     """Serves until a signal says otherwise. Raises ConfigError if the port can't be taken."""
     raise_descriptor_limit()
     listener = _listen(settings)
-    if settings.port_file:
-        write_port(settings.port_file, listener.getsockname()[1])
+    write_port_file(settings.port_file, listener.getsockname()[1])
     config = server_config(settings)
     # uvicorn ends in order at these signals, and then raises them again.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -84,10 +82,3 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     listener.listen(BACKLOG)
     listener.set_inheritable(True)
     return listener
-
-
-def write_port(name: str, port: int) -> None:
-    """Writes the port into a file, which is whole from the moment that it exists."""
-    part = Path(f"{name}.part")
-    part.write_text(str(port))
-    part.replace(name)

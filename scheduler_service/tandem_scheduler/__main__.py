@@ -7,7 +7,7 @@ import sys
 from tandem_shared.config import SchedulerSettings, read_command_line
 from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.host.log import configure_logging
-from tandem_shared.host.process import leave
+from tandem_shared.host.process import leave, write_port_file
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 async def serve(settings: SchedulerSettings) -> None:
     # Imported once main() has made sure that the packages of the extra are there.
     from tandem_scheduler.service import SchedulerService
-    from tandem_shared.rpc.server import StopSignals, write_port_file
+    from tandem_shared.rpc.server import StopSignals
 
     service = SchedulerService(settings, ends_process=True)
     signals = StopSignals()

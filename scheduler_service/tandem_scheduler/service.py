@@ -27,7 +27,7 @@ from tandem_shared.config import SchedulerSettings
 from tandem_shared.errors import ConfigError, WorkerUnavailable
 from tandem_shared.extras import require_extra
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
-from tandem_shared.rpc.server import read_pem
+from tandem_shared.rpc.credentials import channel_credentials
 from tandem_shared.rpc.session_secret import read_secret
 from tandem_shared.step_plan import WorkerInfo
 
@@ -180,8 +180,8 @@ def worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials |
     """Credentials for TLS to the worker, with the scheduler's own certificate if it has one. None without TLS."""
     if not settings.worker_ca:
         return None
-    authority, key, chain = read_pem("--worker-ca", settings.worker_ca), None, None
-    if settings.worker_tls_cert:
-        key = read_pem("--worker-tls-key", settings.worker_tls_key)
-        chain = read_pem("--worker-tls-cert", settings.worker_tls_cert)
-    return grpc.ssl_channel_credentials(authority, key, chain)
+    return channel_credentials(
+        ("--worker-ca", settings.worker_ca),
+        ("--worker-tls-key", settings.worker_tls_key),
+        ("--worker-tls-cert", settings.worker_tls_cert),
+    )

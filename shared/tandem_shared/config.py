@@ -1,4 +1,4 @@
-"""The settings of both services, with what --help says of them, and how a command reads them.
+"""The settings of scheduler and worker, with what --help says of them, and how a command reads them.
 
 A setting that vLLM has too has the name that it has there.
 """
@@ -66,7 +66,7 @@ SYNONYMS = {
 }
 """Names that vLLM and nano-vllm have for settings of ours."""
 
-T = TypeVar("T", bound=ServiceSettings)
+T = TypeVar("T", bound="ServiceSettings | GatewaySettings")
 
 
 @dataclass(frozen=True)
@@ -210,17 +210,19 @@ def read_command_line(
     return settings
 
 
-def check_tls(settings: ServiceSettings) -> None:
+def check_tls(settings: ServiceSettings | GatewaySettings) -> None:
     """Raises ConfigError if one of several settings that need each other is missing."""
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise ConfigError("--tls-cert and --tls-key go together")
     if settings.tls_client_ca and not settings.tls_cert:
         raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
-    if isinstance(settings, SchedulerSettings):
-        if bool(settings.worker_tls_cert) != bool(settings.worker_tls_key):
-            raise ConfigError("--worker-tls-cert and --worker-tls-key go together")
-        if settings.worker_tls_cert and not settings.worker_ca:
-            raise ConfigError("--worker-tls-cert needs --worker-ca")
+    for peer in ("worker", "scheduler"):
+        # The scheduler is a client of its worker, and the gateway of its scheduler.
+        cert, key, authority = (getattr(settings, f"{peer}_{name}", "") for name in ("tls_cert", "tls_key", "ca"))
+        if bool(cert) != bool(key):
+            raise ConfigError(f"--{peer}-tls-cert and --{peer}-tls-key go together")
+        if cert and not authority:
+            raise ConfigError(f"--{peer}-tls-cert needs --{peer}-ca")
 
 
 def model_name(settings: ServiceSettings) -> str:

@@ -1,13 +1,13 @@
 """The flags that say which server a command calls, and the client that they make."""
 
 import argparse
-from pathlib import Path
 
 import grpc
 
 from tandem.calls import DEFAULT_MAX_RETRIES
 from tandem.client import TandemClient
 from tandem_shared.errors import ConfigError
+from tandem_shared.rpc.credentials import channel_credentials
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -37,15 +37,6 @@ def credentials_of(options: argparse.Namespace) -> grpc.ChannelCredentials | Non
         if options.client_cert:
             raise ConfigError("--client-cert needs --tls or --ca")
         return None
-    return grpc.ssl_channel_credentials(
-        root_certificates=_read("--ca", options.ca),
-        private_key=_read("--client-key", options.client_key),
-        certificate_chain=_read("--client-cert", options.client_cert),
+    return channel_credentials(
+        ("--ca", options.ca), ("--client-key", options.client_key), ("--client-cert", options.client_cert)
     )
-
-
-def _read(flag: str, file: str | None) -> bytes | None:
-    try:
-        return None if file is None else Path(file).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{flag}: {error}") from error

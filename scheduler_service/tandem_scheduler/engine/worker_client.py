@@ -10,6 +10,7 @@ from google.rpc import status_pb2
 
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_shared.errors import InvalidPlan, ProtocolError, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
+from tandem_shared.rpc.credentials import open_channel
 from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS
 from tandem_shared.rpc.rich_status import error_of, read_status
 from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
@@ -58,11 +59,7 @@ class GrpcWorkerClient:
     ) -> None:
         self._address = address
         self._metadata = ((SECRET_METADATA_KEY, secret),) if secret else ()
-        self._channel = (
-            grpc.aio.insecure_channel(address, WORKER_CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, WORKER_CHANNEL_OPTIONS)
-        )
+        self._channel = open_channel(address, credentials, WORKER_CHANNEL_OPTIONS)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:

@@ -1,4 +1,6 @@
-"""How processes start, end with their parents, and leave. Functions that work on Linux alone say so."""
+"""How processes start, say on which port they listen, end with their parents, and leave. Functions that work on Linux
+alone say so.
+"""
 
 import ctypes
 import logging
@@ -6,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from tandem_shared.options import ENVIRONMENT_PREFIX
@@ -15,6 +18,16 @@ PR_SET_CHILD_SUBREAPER = 36
 
 MAX_DESCRIPTORS = 1 << 20
 """The number of file descriptors that stands for no limit."""
+
+
+def write_port_file(path: str, port: int) -> None:
+    """Writes the port to a file, if the path is not empty. The file appears with all of its contents, as other
+    processes may wait for it.
+    """
+    if path:
+        partial = Path(f"{path}.{os.getpid()}")
+        partial.write_text(f"{port}\n")
+        partial.replace(path)
 
 
 def child_environment() -> dict[str, str]:

@@ -7,10 +7,8 @@ process lives. Readiness is the health of each service's own name.
 import asyncio
 import gc
 import logging
-import os
 import signal
 from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
@@ -20,6 +18,7 @@ from tandem_shared.config import ServiceSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.host.process import raise_descriptor_limit
 from tandem_shared.rpc.call_gate import CallGate
+from tandem_shared.rpc.credentials import read_pem
 from tandem_shared.rpc.error_interceptor import CallLimits, ErrorInterceptor
 from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, server_options
 from tandem_shared.rpc.read_gate import ReadGate
@@ -165,24 +164,6 @@ def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials | No
     pair = (read_pem("--tls-key", settings.tls_key), read_pem("--tls-cert", settings.tls_cert))
     client_ca = read_pem("--tls-client-ca", settings.tls_client_ca) if settings.tls_client_ca else None
     return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
-
-
-def read_pem(flag: str, path: str) -> bytes:
-    """The contents of a PEM file. Raises ConfigError, which names the flag, if it can't be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{flag}: {error}") from error
-
-
-def write_port_file(path: str, port: int) -> None:
-    """Writes the port to a file, if the path is not empty. The file appears with all of its contents, as other
-    processes may wait for it.
-    """
-    if path:
-        partial = Path(f"{path}.{os.getpid()}")
-        partial.write_text(f"{port}\n")
-        partial.replace(path)
 
 
 class StopSignals:

@@ -13,6 +13,7 @@ from tandem.commands.connection import DEFAULT_ADDRESS, credentials_of
 from tandem.commands.load.target import Received, RequestFailed
 from tandem.commands.load.workload import Ask
 from tandem.v1 import inference_pb2
+from tandem_shared.rpc.credentials import open_channel
 from tandem_shared.rpc.grpc_options import client_options
 
 METHOD = "/tandem.v1.InferenceService/GenerateStream"
@@ -46,13 +47,7 @@ class GrpcTarget:
     async def connect(self) -> AsyncIterator["GrpcConnection"]:
         # Each process has its own connection, as the server deals out connections to its front ends.
         options = [*client_options(self._address), ("grpc.use_local_subchannel_pool", 1)]
-        credentials = credentials_of(self.options)
-        channel = (
-            grpc.aio.insecure_channel(self._address, options)
-            if credentials is None
-            else grpc.aio.secure_channel(self._address, credentials, options)
-        )
-        async with channel:
+        async with open_channel(self._address, credentials_of(self.options), options) as channel:
             yield GrpcConnection(channel.unary_stream(METHOD))
 
     def parse(self, received: Received) -> tuple[list[float], list[int]]:

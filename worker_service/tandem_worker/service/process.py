@@ -14,9 +14,9 @@ from typing import NoReturn
 from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.host.log import configure_logging
-from tandem_shared.host.process import leave
+from tandem_shared.host.process import leave, write_port_file
 from tandem_shared.host.supervisor import tell_supervisor
-from tandem_shared.rpc.server import Server, StopSignals, server_credentials, write_port_file
+from tandem_shared.rpc.server import Server, StopSignals, server_credentials
 from tandem_shared.rpc.session_secret import read_secret
 from tandem_worker import PARENT_PID
 from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
