@@ -94,17 +94,23 @@ def request_fields(
     cache_salt: str | None,
 ) -> dict[str, Any]:
     """The fields that both generate requests have."""
-    params = params or SamplingParams()
     return {
         "prompt": _prompt_fields(prompt),
+        **params_fields(params or SamplingParams()),
+        "request_id": request_id,
+        "priority": priority,
+        "cache_salt": cache_salt,
+    }
+
+
+def params_fields(params: SamplingParams) -> dict[str, Any]:
+    """Those fields of a generate request that say how to sample and when to stop."""
+    return {
         "sampling": params.sampling(),
         "stopping": params.stopping(),
         "output": params.output(),
         "structured_output": params.structured_output(),
         "num_choices": params.n,
-        "request_id": request_id,
-        "priority": priority,
-        "cache_salt": cache_salt,
     }
 
 

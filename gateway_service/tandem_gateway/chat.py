@@ -1,13 +1,13 @@
 """/v1/chat/completions."""
 
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 
+from tandem.outputs import FINISH_REASONS
 from tandem.v1 import inference_pb2
 from tandem_gateway.chat_plan import ChatPlan, OutputReader, plan_chat
 from tandem_gateway.connection import (
@@ -19,9 +19,10 @@ from tandem_gateway.connection import (
     while_connected,
     with_first,
 )
+from tandem_gateway.conversation import new_call_id
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import refuse
-from tandem_gateway.generation import FINISH_REASONS, stop_reason_of, usage_of
+from tandem_gateway.generation import stop_reason_of, usage_of
 from tandem_gateway.logprobs import chat_logprobs, prompt_logprobs
 from tandem_gateway.output_parser import CallStart, Content, Piece, Reasoning
 from tandem_gateway.protocol import ChatBody
@@ -149,8 +150,3 @@ def _delta(piece: Piece) -> dict[str, Any]:
         call = {"index": piece.index, "id": new_call_id(), "type": "function", "function": function}
         return {"tool_calls": [call]}
     return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
-
-
-def new_call_id() -> str:
-    """An id that no other call of any conversation has."""
-    return f"call_{uuid.uuid4().hex[:24]}"

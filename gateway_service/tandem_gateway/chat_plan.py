@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.structured_output import StructuredOutput
-from tandem_gateway.conversation import chat_of, enable_thinking
+from tandem.v1 import inference_pb2
+from tandem_gateway.conversation import chat_of
 from tandem_gateway.engine import Engine, Fields, Metadata
 from tandem_gateway.errors import refuse
 from tandem_gateway.generation import form_of, request_fields
 from tandem_gateway.output_parser import END_THINK, CallStart, Content, OutputParser, Piece, Reasoning
-from tandem_gateway.protocol import ChatOptions, Message, NamedToolChoice, Tool
+from tandem_gateway.protocol import ChatOptions, Message, NamedToolChoice
 from tandem_gateway.tools import TAGS, after_thinking, calls_grammar
 
 
@@ -72,30 +73,29 @@ async def plan_chat(
 ) -> ChatPlan:
     """Raises ApiError or InvalidRequest for what can't be asked."""
     options.check_unknown()
-    tools = list(options.tools or ())
     choice = options.tool_choice if options.tool_choice is not None else "auto"
     # A model that is not to call tools does not see them.
-    seen = [] if choice == "none" else tools
-    reasoning = engine.reasoning
-    if enable_thinking(options) is False and reasoning == "opened":
-        reasoning = "think"
+    seen = [] if choice == "none" else options.tools or []
     form = form_of(options)
+    chat = chat_of(messages, seen, options)
+    reasoning = engine.reasoning
+    if reasoning == "opened" and _may_not_think(chat):
+        reasoning = "think"
     if choice == "required" or isinstance(choice, NamedToolChoice):
         if form is not None:
             raise refuse("tool_choice", "can't demand a call where the output has another form")
-        form = await _calls(engine, metadata, options, tools, reasoning)
+        form = await _calls(engine, metadata, options, chat, reasoning)
     elif form is not None:
-        thinking = await _thinking(engine, metadata, options, reasoning)
+        thinking = await _thinking(engine, metadata, chat, reasoning)
         form = after_thinking(form, thinking=thinking)
-    prompt = {"chat": chat_of(messages, seen, options)}
-    fields = request_fields(options, prompt, request_id, max_tokens=max_tokens, logprobs=logprobs, form=form)
+    fields = request_fields(options, {"chat": chat}, request_id, max_tokens=max_tokens, logprobs=logprobs, form=form)
     return ChatPlan(fields, reasoning, bool(seen), options.parallel_tool_calls is False)
 
 
 async def _calls(
-    engine: Engine, metadata: Metadata, options: ChatOptions, tools: list[Tool], reasoning: str
+    engine: Engine, metadata: Metadata, options: ChatOptions, chat: inference_pb2.Chat, reasoning: str
 ) -> StructuredOutput:
-    functions = [tool.function for tool in tools]
+    functions = [tool.function for tool in options.tools or ()]
     if isinstance(options.tool_choice, NamedToolChoice):
         name = options.tool_choice.function.name
         functions = [each for each in functions if each.name == name]
@@ -104,17 +104,20 @@ async def _calls(
     elif not functions:
         raise refuse("tool_choice", "is required, but there are no tools")
     is_single = isinstance(options.tool_choice, NamedToolChoice) or options.parallel_tool_calls is False
-    thinking = await _thinking(engine, metadata, options, reasoning)
+    thinking = await _thinking(engine, metadata, chat, reasoning)
     tokens = await engine.tokens_among(TAGS, metadata)
     return calls_grammar(functions, is_single=is_single, thinking=thinking, tokens=tokens)
 
 
-async def _thinking(engine: Engine, metadata: Metadata, options: ChatOptions, reasoning: str) -> str:
+async def _thinking(engine: Engine, metadata: Metadata, chat: inference_pb2.Chat, reasoning: str) -> str:
     """Whether the output may begin with a thought: "no", "may", or "opened" if it begins within one."""
-    kwargs = options.chat_template_kwargs or {}
-    continues = options.continue_final_message or kwargs.get("continue_final_message")
-    if reasoning == "none" or enable_thinking(options) is False or continues:
+    if reasoning == "none" or _may_not_think(chat) or chat.continue_final_message:
         return "no"
     if END_THINK not in await engine.tokens_among(TAGS, metadata):
         return "no"
     return "opened" if reasoning == "opened" else "may"
+
+
+def _may_not_think(chat: inference_pb2.Chat) -> bool:
+    """Whether the conversation forbids it. Without the field, the model's template decides."""
+    return chat.HasField("enable_thinking") and not chat.enable_thinking

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request
 
+from tandem.outputs import FINISH_REASONS
 from tandem.v1 import inference_pb2
 from tandem_gateway.connection import (
     EventStream,
@@ -20,7 +21,7 @@ from tandem_gateway.connection import (
 )
 from tandem_gateway.engine import Engine, Fields
 from tandem_gateway.errors import refuse
-from tandem_gateway.generation import FINISH_REASONS, form_of, request_fields, stop_reason_of, usage_of
+from tandem_gateway.generation import form_of, request_fields, stop_reason_of, usage_of
 from tandem_gateway.logprobs import completion_logprobs, prompt_logprobs
 from tandem_gateway.protocol import CompletionBody
 

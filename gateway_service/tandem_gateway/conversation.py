@@ -1,6 +1,7 @@
 """Conversations as the gRPC API has them, made from HTTP's messages and tools."""
 
 import json
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ from tandem_gateway.errors import refuse
 from tandem_gateway.protocol import ChatOptions, Message, Tool, ToolCall
 
 
-def chat_of(messages: Sequence[Message], tools: Sequence[Tool], options: "ChatOptions | None") -> inference_pb2.Chat:
+def chat_of(messages: Sequence[Message], tools: Sequence[Tool], options: ChatOptions) -> inference_pb2.Chat:
     """tools: those that the model is to see. Raises ApiError for what can't be a conversation."""
-    kwargs = dict(options.chat_template_kwargs or {}) if options else {}
+    kwargs = dict(options.chat_template_kwargs or {})
     for name in ("add_generation_prompt", "continue_final_message"):
-        # vLLM takes them as fields of the body; transformers as variables beside the template's.
-        if options and getattr(options, name) is not None:
+        # vLLM takes these as fields of the body; transformers takes them beside the template's variables.
+        if getattr(options, name) is not None:
             kwargs[name] = getattr(options, name)
-    thinking = enable_thinking(options)
+    thinking = _enable_thinking(options)
     kwargs.pop("enable_thinking", None)
     try:
         return inference_pb2.Chat(
@@ -31,18 +32,21 @@ def chat_of(messages: Sequence[Message], tools: Sequence[Tool], options: "ChatOp
         raise refuse("messages", f"are no conversation: {error}") from error
 
 
-def enable_thinking(options: "ChatOptions | None") -> bool | None:
+def _enable_thinking(options: ChatOptions) -> bool | None:
     """Whether the model is to think, as a field of the body or of chat_template_kwargs. None is the template's default.
     Raises ApiError.
     """
-    if options is None:
-        return None
     given = options.enable_thinking
     if given is None:
         given = (options.chat_template_kwargs or {}).get("enable_thinking")
     if given is not None and not isinstance(given, bool):
         raise refuse("chat_template_kwargs.enable_thinking", "must be true or false")
     return given
+
+
+def new_call_id() -> str:
+    """An id that no other call of any conversation has."""
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def _message(message: Message) -> inference_pb2.ChatMessage:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from tandem.calls import params_fields
 from tandem.sampling_params import SamplingParams
 from tandem.structured_output import StructuredOutput
 from tandem.v1 import inference_pb2
@@ -17,12 +18,6 @@ SAME_NAMES = (
     "include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "skip_special_tokens",
 )  # fmt: skip
 """The fields of bodies that SamplingParams has under the same name."""
-
-FINISH_REASONS = {
-    inference_pb2.FINISH_REASON_STOP: "stop",
-    inference_pb2.FINISH_REASON_LENGTH: "length",
-    inference_pb2.FINISH_REASON_ABORT: "abort",
-}
 
 
 def request_fields(
@@ -42,11 +37,7 @@ def request_fields(
     return {
         "model": body.model,
         "prompt": prompt,
-        "sampling": params.sampling(),
-        "stopping": params.stopping(),
-        "output": params.output(),
-        "structured_output": params.structured_output(),
-        "num_choices": params.n,
+        **params_fields(params),
         "request_id": request_id,
         "priority": body.priority,
         "cache_salt": body.cache_salt,

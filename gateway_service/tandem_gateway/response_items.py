@@ -6,6 +6,7 @@ The items stand in the order in which the model wrote them: reasoning, a message
 import uuid
 from typing import Any
 
+from tandem_gateway.conversation import new_call_id
 from tandem_gateway.output_parser import CallArguments, CallStart, Piece, Reasoning
 
 Event = dict[str, Any]
@@ -23,7 +24,7 @@ class ResponseItems:
     def take(self, piece: Piece) -> list[Event]:
         """The events of a piece."""
         if isinstance(piece, CallStart):
-            call = {"call_id": f"call_{uuid.uuid4().hex[:24]}", "name": piece.name, "arguments": ""}
+            call = {"call_id": new_call_id(), "name": piece.name, "arguments": ""}
             return [*self.close("completed"), *self._open("function_call", "fc", call)]
         if isinstance(piece, CallArguments):
             return [self._delta("response.function_call_arguments.delta", piece.text)]
