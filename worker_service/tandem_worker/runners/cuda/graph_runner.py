@@ -64,7 +64,9 @@ class GraphRunner:
         self._mixed = Stage(forward.mixed)
         self._head = Stage(forward.head)
         self._adjust = Stage(sampler.adjust)
-        self._samplers = {selection: Stage(functools.partial(sampler.sample, selection)) for selection in SAMPLED}  # type: dict[Selection, Stage[int]]
+        self._samplers: dict[Selection, Stage[int]] = {
+            selection: Stage(functools.partial(sampler.sample, selection)) for selection in SAMPLED
+        }
         self._report = Stage(sampler.report)
 
     def run_forward(self, packed: PackedStep, num_sampling_rows: int) -> None:
