@@ -26,19 +26,22 @@ SMALL_BYTES = 16 * 1024
 """The size up to which a message is decoded without a look at its parts."""
 
 OTHER_FIELDS = 64
-"""The most fields of a plan beside its new rows. A plan has six, each of which may come in several parts."""
+"""The most fields of a plan beside its new rows, of a new row, and of its lists. Each message has nine at most, any of
+which may come in several parts.
+"""
 
 ROW_BYTES = 1024
 """The most bytes of a new row beside its token ids, block ids and lists."""
 
-LIST_BYTES = 4 * (
+GRAMMAR_BYTES = 4 * MAX_GRAMMAR_BYTES + 64
+"""The most bytes of a grammar: a character of its text has up to four, and there are a few beside the text."""
+
+LIST_BYTES = GRAMMAR_BYTES + 4 * (
     MAX_STOP_TOKEN_IDS
     + MAX_LOGIT_BIAS
     + MAX_ALLOWED_TOKEN_IDS
     + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS
     + MAX_LOGPROB_TOKEN_IDS
-    # A character has up to four bytes.
-    + MAX_GRAMMAR_BYTES
 )
 """The most bytes of those lists of a row that are copied: token ids and the grammar."""
 
@@ -113,5 +116,4 @@ def _is_row_too_large(data: bytes, start: int, end: int, max_bytes: int) -> bool
                 num_copied += part_stop - part_at
             else:
                 num_numbers += part_stop - part_at
-    # A grammar is a message of its own, with a few bytes beside its text.
-    return num_other > max_bytes or num_copied > LIST_BYTES + OTHER_FIELDS or num_numbers > LIST_NUMBER_BYTES
+    return num_other > max_bytes or num_copied > LIST_BYTES or num_numbers > LIST_NUMBER_BYTES
