@@ -72,7 +72,7 @@ class GrammarError(Exception):
 
 def json_schema_grammar(schema: str) -> str:
     """A JSON schema as llguidance's text. Raises GrammarError where it is no JSON object or needs too much."""
-    _check_multiples(_numbers_named(schema, 0, "multipleOf")[0])
+    _check_multiples(_read_multiples(schema, 0)[0])
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
     except ValueError as error:
@@ -95,7 +95,7 @@ def lark_grammar(lark: str) -> str:
     """Raises GrammarError where a JSON schema within the grammar needs too much."""
     start = 0
     while (start := lark.find("%json", start)) >= 0:
-        multiples, start = _numbers_named(lark, start + len("%json"), "multipleOf")
+        multiples, start = _read_multiples(lark, start + len("%json"))
         _check_multiples(multiples)
     return _wrapped(lark)
 
@@ -231,14 +231,14 @@ def _first_line(message: str) -> str:
     return lines[0].split(" (at ")[0][:MAX_REASON_CHARACTERS]
 
 
-def _numbers_named(text: str, start: int, name: str) -> tuple[list[Decimal], int]:
-    """The numbers that members of this name have, at any depth of the JSON object at `start`, and where it ends. Raises
+def _read_multiples(text: str, start: int) -> tuple[list[Decimal], int]:
+    """The numbers of all `multipleOf`, at any depth of the JSON value at `start`, and where that value ends. Raises
     GrammarError where no JSON value stands there.
     """
     numbers: list[Decimal] = []
 
     def read_object(members: list[tuple[str, Any]]) -> None:
-        numbers.extend(value for key, value in members if key == name and isinstance(value, Decimal))
+        numbers.extend(value for key, value in members if key == "multipleOf" and isinstance(value, Decimal))
 
     decoder = json.JSONDecoder(
         object_pairs_hook=read_object, parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant
