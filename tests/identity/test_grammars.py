@@ -70,11 +70,10 @@ class Truth:
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
     """The requests one by one, at depth 1."""
-    folder = save_random_model(tmp_path_factory.mktemp("model"), dtype="float64", seed=3, vocab_size=1024)
+    folder = save_random_model(
+        tmp_path_factory.mktemp("model"), dtype="float64", seed=3, vocab_size=1024, eos_token_id=EOS
+    )
     shutil.copy(EMBEDDED, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": EOS}))
-    (folder / "generation_config.json").unlink(missing_ok=True)
     requests = make_requests()
     return Truth(folder, requests, execute(folder, Case(), requests))
 
