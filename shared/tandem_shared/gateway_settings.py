@@ -11,7 +11,7 @@ DEFAULT_HTTP_PORT = 8000
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """A field that another service has too means the same there."""
+    """A field that another service also has means the same for both."""
 
     scheduler_address: str = option("127.0.0.1:50051", "HOST:PORT of the scheduler service")
     scheduler_ca: str = option(

@@ -215,7 +215,7 @@ def split_keywords(
 
 
 def _taken(settings_class: type, name: str, value: object) -> object:
-    """A value as its field has it. Raises ConfigError."""
+    """The value in its field's own type. Raises ConfigError if the field can't have it."""
     [field] = (field for field in dataclasses.fields(settings_class) if field.name == name)
     value_type = _value_type(settings_class, name)
     accepted = {int: numbers.Integral, float: numbers.Real}.get(value_type, value_type)

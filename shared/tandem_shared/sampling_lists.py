@@ -37,7 +37,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class SamplingLists:
-    """The defaults change nothing and report nothing."""
+    """The lists of a row. The defaults change nothing and report nothing."""
 
     stop_token_ids: tuple[int, ...] = ()
     """The tokens that are impossible before min_tokens"""

@@ -24,8 +24,8 @@ class PromptSpan:
 
 
 def span_of_chunk(sequence: Sequence, num_tokens: int) -> PromptSpan | None:
-    """What the step reports that computes the next num_tokens tokens of a sequence. Each position's report follows from
-    the token before it. None if there is nothing to report.
+    """The prompt positions that a step reports if it computes the next num_tokens tokens of a sequence: by computing a
+    token it learns the log-probabilities of the position after it. None if there is nothing to report.
     """
     if not sequence.reports_prompt:
         return None
@@ -36,7 +36,7 @@ def span_of_chunk(sequence: Sequence, num_tokens: int) -> PromptSpan | None:
 
 def why_unfit(spans: dict[int, PromptSpan], reports: Iterable[PromptLogprobs], faulty_rows: set[int]) -> str | None:
     """What is wrong with the reports of a step that must report `spans`, by row. A row may have several reports, one
-    after the other; one with a fault may lack some.
+    after the other; a row with a fault may lack some.
     """
     positions = {row: span.first for row, span in spans.items()}
     for report in reports:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
-    """The form that a request's output must have. Of the fields but the last exactly one has to be set."""
+    """The form that a request's output must have. Exactly one of the fields before the last has to be set."""
 
     json_schema: str | None = None
     json_object: bool = False

@@ -30,7 +30,7 @@ from tandem_shared.structured_output import (
 FIELD = "structured_output"
 MAX_CHOICES = 1024
 NUM_THREADS = 2
-"""More grammars that come at once wait in turn."""
+"""The threads that check grammars. Further grammars wait in turn."""
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "lark")
 
@@ -48,8 +48,8 @@ class GrammarChecker:
         self._reason = ""
         size = tokenizer.get_vocab_size()
         try:
-            # No worker is known yet. Which tokens end a sequence does not matter to what is checked here, if no text
-            # needs them. The last token is an added one, or a long word.
+            # No worker is known yet, and so no end-of-sequence token. For the check any token will do that texts can be
+            # written without. The last one is: it is an added token, or a long word.
             self._compiler = load_compiler(folder, size, [size - 1])
         except GrammarError as error:
             self._reason = str(error)

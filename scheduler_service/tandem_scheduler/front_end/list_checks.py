@@ -113,7 +113,7 @@ async def _read_bad_words(
     """The token sequences of the words, without a space before them and with one."""
     if not words:
         return ()
-    # A space that a word begins with is what this adds anyway. A word of nothing else is left as it is.
+    # Leading spaces are dropped, as the second spelling has one. A word of spaces alone stays as it is.
     bare = [word.lstrip(" ") or word for word in words]
     try:
         spelled = await encoder.encode_each("sampling.bad_words", [*bare, *(f" {word}" for word in bare)])

@@ -48,8 +48,8 @@ class ChoiceEnd:
 
 @dataclass(slots=True)
 class ChoiceDelta:
-    """The new output of one choice since its last delta. `end` comes with the last one. Or, if is_prompt, tokens of the
-    prompt and their log-probabilities, and nothing else.
+    """The new output of one choice since its last delta. `end` comes with the last one. A delta with is_prompt has
+    tokens of the prompt and their log-probabilities instead, and nothing else.
     """
 
     choice_index: int

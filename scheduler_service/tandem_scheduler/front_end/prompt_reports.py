@@ -29,7 +29,7 @@ class PromptReports:
         self._unread.extend(report)
 
     def take(self, max_tokens: int) -> tuple["array[int]", LogprobBuffer]:
-        """The tokens of the first reports, and these."""
+        """The tokens of the first max_tokens reports, and the reports."""
         logprobs = self._unread.take(max_tokens)
         start = self._next_position
         self._next_position += len(logprobs)

@@ -187,7 +187,7 @@ def _sampling_of(params: GenerationParams, worker: WorkerInfo) -> dict[str, Any]
 
 
 def _num_logprobs(params: GenerationParams) -> int | None:
-    """Who asks for log-probabilities of given tokens alone gets that of the sampled token too."""
+    """A request that asks for the log-probabilities of given tokens alone gets that of the sampled token too."""
     return 0 if params.num_logprobs is None and params.logprob_token_ids else params.num_logprobs
 
 

@@ -172,7 +172,7 @@ class SubmitRequest(_message.Message):
 
     @_builtins.property
     def lists(self) -> _worker_pb2.SamplingLists:
-        """What the sequences ask of sampling beside numbers. Absent if that is nothing."""
+        """What the sequences ask of sampling beside numbers. Absent if they ask nothing."""
 
     def __init__(
         self,

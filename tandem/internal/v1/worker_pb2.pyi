@@ -480,7 +480,7 @@ class NewRow(_message.Message):
 
     @_builtins.property
     def lists(self) -> Global___SamplingLists:
-        """What it asks of sampling beside numbers. Absent if that is nothing."""
+        """What the row asks of sampling beside numbers. Absent if it asks nothing."""
 
     def __init__(
         self,
@@ -542,7 +542,7 @@ class RowSampling(_message.Message):
     choice_index: _builtins.int
     """Which of a request's choices this is, from 0, so that choices with one seed differ."""
     min_tokens: _builtins.int
-    """Before the output has so many tokens, the stop_token_ids of SamplingLists are impossible."""
+    """While the output has fewer tokens than this, the stop_token_ids of SamplingLists are impossible."""
     num_logprobs: _builtins.int
     """If set, the row's log-probabilities are reported, with those of this many likeliest tokens, 0 to 20."""
     num_prompt_logprobs: _builtins.int
@@ -641,8 +641,8 @@ Global___SamplingLists: _TypeAlias = SamplingLists  # noqa: Y015
 
 @_typing.final
 class Grammar(_message.Message):
-    """What a row's output must match. Where it is complete, only end-of-sequence tokens are possible. The state of a
-    grammar follows from the row's tokens alone.
+    """What a row's output must match. Once the output is complete and nothing can follow, only end-of-sequence tokens are
+    possible. The state of a grammar follows from the row's tokens alone.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -708,9 +708,9 @@ class StepResult(_message.Message):
 
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptLogprobs]:
-        """The log-probabilities of prompt tokens, in ascending order of rows: of each row with num_prompt_logprobs, all whose
-        preceding token the step's chunk computes. A row may have several, one after the other. One with a fault may lack
-        them.
+        """The log-probabilities of prompt tokens, in ascending order of rows. A row with num_prompt_logprobs reports each
+        prompt token whose preceding token the step's chunk computes, in one message or in several, one after the other. A
+        row with a fault may lack some.
         """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Calls of clients in virtual time: random requests, their true answers, and checks of the answers that come.
 
-The true answers are computed here, from the fake worker's rule for the next token and the tokenizer's decode(), without
-any code of the scheduler.
+The true answers follow from the fake worker's rule for the next token and from truths.py, without any code of the
+scheduler.
 """
 
 import asyncio

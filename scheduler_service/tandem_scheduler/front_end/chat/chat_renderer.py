@@ -119,7 +119,7 @@ class _Process:
                     answer = await _exchange(process, data)
                 if answer[:1] in (TEXT, REFUSED):
                     return answer[:1], str(memoryview(answer)[1:], "utf-8")
-                reason = "needs too much memory" if answer == EXHAUSTED else "gave an answer that is none"
+                reason = "needs too much memory" if answer == EXHAUSTED else "ended with no valid answer"
                 break
             except TimeoutError:
                 reason = f"took more than {self._time_limit_s:g} s"

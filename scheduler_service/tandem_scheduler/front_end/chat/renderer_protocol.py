@@ -13,3 +13,4 @@ READY, TEXT, REFUSED, EXHAUSTED = b"S", b"T", b"R", b"X"
 did not suffice."""
 
 KWARGS = "chat_template_kwargs"
+"""The field of a conversation that has further variables of the template."""

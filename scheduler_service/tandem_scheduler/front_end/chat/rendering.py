@@ -18,8 +18,8 @@ OWN_FIELDS = ("messages", "tools", "add_generation_prompt", "continue_final_mess
 
 MAX_REASON_CHARACTERS = 500
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-"""Appended to the last message by those who continue it, to find its end in the text. It is transformers' own tag; the
-space at its end shows whether the template strips the message.
+"""Appended to a last message that the model is to continue, so that the end of the message is found in the text. It is
+transformers' own tag; the space at its end shows whether the template strips the message.
 """
 
 

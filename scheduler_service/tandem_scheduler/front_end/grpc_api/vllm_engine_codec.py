@@ -80,7 +80,7 @@ def _violation(data: bytes, max_num_ids: int) -> FieldViolation | None:
 
 
 def vllm_params_of(request: Request, max_reply_bytes: int, deadline: float | None) -> GenerationParams:
-    """max_reply_bytes counts if the output is not streamed. deadline is the call's, in seconds of time.monotonic().
+    """max_reply_bytes limits an output that is not streamed. deadline is the call's, in seconds of time.monotonic().
     Raises InvalidRequest for what Tandem does not do.
     """
     _check_supported(request)
@@ -149,7 +149,7 @@ def _form_of(sampling: Request) -> StructuredOutput | None:
 
 
 class VllmReplies:
-    """Makes the messages of one request of its deltas."""
+    """Makes the messages that answer one request from its deltas."""
 
     def __init__(self, live: LiveRequest, request: Request, max_reply_bytes: int) -> None:
         self._live = live

@@ -45,7 +45,7 @@ class TokenSpeller:
         """The size in bytes that no token exceeds."""
         self.spell = lru_cache(MAX_KEPT)(self._spell)
         """token id -> its bytes, and these as text, with U+FFFD for what is not UTF-8. Both are empty for an id that
-        has no token, as the padding of a model's vocabulary.
+        has no token, such as the padding of a model's vocabulary.
         """
 
     def _spell(self, token_id: int) -> tuple[bytes, str]:
