@@ -51,15 +51,15 @@ class _Lane:
         finally:
             self._leave(num_bytes)
 
-    async def call(self, function: Callable[..., T], text: str, *args: Any) -> T:
-        """Has the thread call function(text, *args). If this is cancelled meanwhile, the thread still reads the text to
-        its end, so the text counts until then, whatever becomes of the work that it was part of.
+    async def call(self, function: Callable[..., T], texts: Sequence[str], *args: Any) -> T:
+        """Has the thread call function(texts, *args). If this is cancelled meanwhile, the thread still reads the texts
+        to their end, so they count until then, whatever becomes of the work that they were part of.
         """
-        reading = await self._thread.start(function, text, *args)
+        reading = await self._thread.start(function, texts, *args)
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
-            num_bytes = len(text.encode())
+            num_bytes = sum(len(text.encode()) for text in texts)
             self._num_bytes += num_bytes
             reading.add_done_callback(lambda _: self._leave(num_bytes))
             raise
@@ -86,8 +86,8 @@ class TextEncoder:
         if len(text) <= INLINE_CHARACTERS:
             ids = self._encode_now(text, add_special_tokens)
         elif len(text) <= PIECE_CHARACTERS:
-            ids = await self._short_texts.run(
-                num_bytes, lambda lane: lane.call(self._encode_released, text, add_special_tokens)
+            [ids] = await self._short_texts.run(
+                num_bytes, lambda lane: lane.call(self._encode_released, [text], add_special_tokens)
             )
         else:
             ids = await self._long_texts.run(
@@ -103,11 +103,10 @@ class TextEncoder:
         """
         num_bytes = sum(_num_bytes(f"{field}[{index}]", text) for index, text in enumerate(texts))
         if num_bytes <= INLINE_CHARACTERS:
-            return self._encode_batch("", texts)
-        ids: list[list[int]] = await self._short_texts.run(
-            num_bytes, lambda lane: lane.call(self._encode_batch, "".join(texts), texts)
-        )
-        return ids
+            ids = self._encode_released(texts, False)
+        else:
+            ids = await self._short_texts.run(num_bytes, lambda lane: lane.call(self._encode_released, texts, False))
+        return [each.tolist() for each in ids]
 
     def _check_size(self, field: str, text: str, max_tokens: int) -> int:
         """The text's size in bytes. Raises InvalidRequest where that alone says that the text is too long."""
@@ -124,7 +123,8 @@ class TextEncoder:
         self, lane: _Lane, field: str, text: str, max_tokens: int, add_special_tokens: bool
     ) -> Int32Array:
         if not self._traits.can_split:
-            return await lane.call(self._encode_released, text, add_special_tokens)
+            [ids] = await lane.call(self._encode_released, [text], add_special_tokens)
+            return ids
         parts: list[Int32Array] = []
         num_tokens = 0
         for piece in pieces(text, PIECE_CHARACTERS, MAX_PIECE_CHARACTERS):
@@ -133,7 +133,7 @@ class TextEncoder:
                     f"has over {MAX_PIECE_CHARACTERS} characters without a space or a punctuation mark after a word"
                 )
                 raise InvalidRequest(FieldViolation(field, description))
-            parts.append(await lane.call(self._encode_released, piece, add_special_tokens))
+            parts += await lane.call(self._encode_released, [piece], add_special_tokens)
             num_tokens += len(parts[-1])
             if num_tokens > max_tokens:
                 break
@@ -145,21 +145,13 @@ class TextEncoder:
         except BaseException as error:
             raise text_failure("the tokenizer failed on the text", error) from error
 
-    def _encode_released(self, text: str, add_special_tokens: bool) -> Int32Array:
+    def _encode_released(self, texts: Sequence[str], add_special_tokens: bool) -> list[Int32Array]:
         """Tokenizes without holding the GIL, which only the library's batched calls release."""
         try:
-            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            return np.array(encoding.ids, np.int32)
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
         except BaseException as error:
             raise text_failure("the tokenizer failed on the text", error) from error
-
-    def _encode_batch(self, joined: str, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenizes several texts without holding the GIL. joined is all of them together; it is for the lane."""
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [encoding.ids for encoding in encodings]
-        except BaseException as error:
-            raise text_failure("the tokenizer failed on the texts", error) from error
 
 
 def _num_bytes(field: str, text: str) -> int:
