@@ -91,9 +91,8 @@ def draw(before: Look, after: Look) -> RenderableType:
     now = f"{cached / prompt:.0%} now, " if prompt else ""
     ever = f"{load.num_cached_prompt_tokens / load.num_prompt_tokens:.0%}" if load.num_prompt_tokens else "nothing"
     table.add_row("prefix cache hits", f"{now}{ever} since the start")
-    # GetLoad has no times of steps. While there is work, steps follow each other, and the interval tells.
-    mean = f", one every {1e3 * seconds / steps:.2f} ms" if steps and load.num_running_sequences else ""
-    table.add_row("steps", f"{steps / seconds:,.1f}/s{mean}; {load.num_steps_in_flight} in flight")
+    table.add_row("steps", f"{steps / seconds:,.1f}/s, {load.num_steps_in_flight} in flight")
+    table.add_row("step time", _step_time_text(old, load, seconds))
     table.add_row("overshoot", f"{overshoot / output:.1%} of the output" if output else "none")
     table.add_row("preemptions", f"{load.num_preemptions:,}")
     table.add_row("lost workers", f"{load.num_worker_losses:,}")
@@ -107,3 +106,17 @@ def _kv_text(load: control_pb2.GetLoadResponse) -> str:
         f"{load.num_used_blocks / total:.0%} used, {load.num_cached_blocks / total:.0%} cached, of "
         f"{load.num_total_blocks:,} blocks of {load.block_size_tokens} tokens"
     )
+
+
+def _step_time_text(old: control_pb2.GetLoadResponse, load: control_pb2.GetLoadResponse, seconds: float) -> str:
+    """The mean time of the steps that ended between two answers, seconds apart, and what share of the time that is."""
+    count = load.num_step_results - old.num_step_results
+    if not count:
+        return "no step has ended"
+    step_ns, gpu_ns, gap_ns = (
+        getattr(load, name) - getattr(old, name) for name in ("step_time_ns", "gpu_time_ns", "gpu_gap_ns")
+    )
+    gpu = f", {gpu_ns / count / 1e6:.2f} ms on the GPU" if gpu_ns else ""
+    gap = f", {gap_ns / count / 1e6:.2f} ms idle before" if gap_ns else ""
+    # A step counts when it ends, so a long one may have begun before the interval.
+    return f"{step_ns / count / 1e6:.2f} ms{gpu}{gap}; worker {min(step_ns / 1e9 / seconds, 1):.0%} busy"

@@ -145,6 +145,10 @@ class GetLoadResponse(_message.Message):
     NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_OVERSHOOT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_STEP_RESULTS_FIELD_NUMBER: _builtins.int
+    STEP_TIME_NS_FIELD_NUMBER: _builtins.int
+    GPU_TIME_NS_FIELD_NUMBER: _builtins.int
+    GPU_GAP_NS_FIELD_NUMBER: _builtins.int
     num_waiting_sequences: _builtins.int
     """Sequences that wait to be admitted to the batch, for the first time or again after a preemption."""
     num_running_sequences: _builtins.int
@@ -175,6 +179,21 @@ class GetLoadResponse(_message.Message):
     """Tokens generated and counted as output."""
     num_overshoot_tokens: _builtins.int
     """Tokens computed for sequences that had already ended, and thrown away."""
+    num_step_results: _builtins.int
+    """Steps whose results have come; the sums of times below are over these. num_steps also has the steps in flight and
+    those that were lost with their worker.
+    """
+    step_time_ns: _builtins.int
+    """The time in which the worker was at these steps, in nanoseconds, measured by it: for each, from the receipt of the
+    plan, or the end of the step before if that is later, until its tokens have reached the host. Of the time between
+    two calls, what this field does not grow by is time without a plan.
+    """
+    gpu_time_ns: _builtins.int
+    """The time from each step's first kernel to its last, in nanoseconds, by the GPU's clock. 0 on a CPU."""
+    gpu_gap_ns: _builtins.int
+    """The time for which the GPU idled between the steps, in nanoseconds, by its clock. Only the gaps before those steps
+    count whose plan was made while another was in flight, as other gaps may be time without any request. 0 on a CPU.
+    """
     def __init__(
         self,
         *,
@@ -193,10 +212,14 @@ class GetLoadResponse(_message.Message):
         num_cached_prompt_tokens: _builtins.int = ...,
         num_output_tokens: _builtins.int = ...,
         num_overshoot_tokens: _builtins.int = ...,
+        num_step_results: _builtins.int = ...,
+        step_time_ns: _builtins.int = ...,
+        gpu_time_ns: _builtins.int = ...,
+        gpu_gap_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "num_cached_blocks", b"num_cached_blocks", "num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_overshoot_tokens", b"num_overshoot_tokens", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running_sequences", b"num_running_sequences", "num_steps", b"num_steps", "num_steps_in_flight", b"num_steps_in_flight", "num_total_blocks", b"num_total_blocks", "num_used_blocks", b"num_used_blocks", "num_waiting_sequences", b"num_waiting_sequences", "num_worker_losses", b"num_worker_losses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "gpu_gap_ns", b"gpu_gap_ns", "gpu_time_ns", b"gpu_time_ns", "num_cached_blocks", b"num_cached_blocks", "num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_overshoot_tokens", b"num_overshoot_tokens", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running_sequences", b"num_running_sequences", "num_step_results", b"num_step_results", "num_steps", b"num_steps", "num_steps_in_flight", b"num_steps_in_flight", "num_total_blocks", b"num_total_blocks", "num_used_blocks", b"num_used_blocks", "num_waiting_sequences", b"num_waiting_sequences", "num_worker_losses", b"num_worker_losses", "step_time_ns", b"step_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,9 +1,13 @@
 """ControlService and health over real gRPC, and the service's own start and end."""
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -11,6 +15,7 @@ import pytest
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_shared import VERSION
 from tandem_shared.step_codec import PROTOCOL_VERSION
+from tandem_shared.step_plan import StepPlan, StepResult, StepTimes
 from tests.contract.services import (
     CONTROL,
     INFERENCE,
@@ -91,6 +96,48 @@ async def test_load_counts_what_runs_and_what_ran() -> None:
     assert load.num_used_blocks == 0 and load.num_cached_blocks > 0
     assert (load.num_prompt_tokens, load.num_output_tokens, load.num_worker_losses) == (60, 24, 0)
     assert load.num_steps > 0
+
+
+class TimedRunner(FakeRunner):
+    """Notes for each step when it was given to the runner and when it was sampled, in Unix nanoseconds. Its GPU takes
+    1000 ns for a step, and idles for 10 ns before the first, 20 ns before the second, and so on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(model_info())
+        self.spans: list[tuple[int, int]] = []
+
+    def execute(self, plan: StepPlan) -> Any:
+        given_ns = time.time_ns()
+        pending = super().execute(plan)
+
+        def wait() -> StepResult:
+            sampled_ns = time.time_ns()
+            self.spans.append((given_ns, sampled_ns))
+            times = StepTimes(sampled_ns=sampled_ns, gpu_duration_ns=1000, gpu_idle_ns=10 * plan.step_id)
+            return dataclasses.replace(pending.wait(), times=times)
+
+        return SimpleNamespace(wait=wait)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_load_has_the_times_of_steps(depth: int) -> None:
+    runner = TimedRunner()
+    async with Services(runner, max_plans_in_flight=depth) as services:
+        began = time.monotonic_ns()
+        await services.stream(stream_request(max_tokens=8))
+        await services.wait_load(lambda load: not load.num_steps_in_flight, "all results are there")
+        took_ns = time.monotonic_ns() - began
+        load = await services.load()
+    assert load.num_step_results == load.num_steps == len(runner.spans)
+    # The worker's service has a plan a little before the runner.
+    ends = [0, *(sampled for _, sampled in runner.spans)]
+    at_least = sum(sampled - max(given, end) for (given, sampled), end in zip(runner.spans, ends, strict=False))
+    assert at_least <= load.step_time_ns < took_ns
+    assert load.gpu_time_ns == 1000 * len(runner.spans)
+    # Every plan but the first is made while another is in flight, if more than one may be.
+    queued = range(2, len(runner.spans) + 1) if depth > 1 else ()
+    assert load.gpu_gap_ns == sum(10 * step_id for step_id in queued)
 
 
 async def test_abort_ends_all_choices_of_a_live_request() -> None:

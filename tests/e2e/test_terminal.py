@@ -115,7 +115,7 @@ def test_top_shows_a_load_until_it_is_interrupted(address: str) -> None:
         stream = client.generate_stream("x", SamplingParams(max_tokens=1500, ignore_eos=True))
         next(stream)
         terminal.read_until("1 running, 0 waiting")
-        terminal.read_until("one every")
+        terminal.read_until("% busy")
         stream.close()  # type: ignore[attr-defined]
         terminal.read_until("0 running, 0 waiting")
         terminal.write("\x03")

@@ -42,10 +42,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         )
 
     async def GetLoad(self, request: control_pb2.GetLoadRequest, context: Context) -> control_pb2.GetLoadResponse:
-        scheduler = self._hub.step_loop.scheduler
-        if scheduler is None:
+        step_loop = self._hub.step_loop
+        if step_loop.scheduler is None:
             return control_pb2.GetLoadResponse()
-        values = dataclasses.asdict(scheduler.load())
+        values = dataclasses.asdict(step_loop.scheduler.load()) | dataclasses.asdict(step_loop.step_sums)
         return control_pb2.GetLoadResponse(block_size_tokens=values.pop("block_size"), **values)
 
     async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:

@@ -17,9 +17,10 @@ from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_scheduler.engine.chunk_pace import ChunkPace
 from tandem_scheduler.engine.observer import Observer, PlanMade, StepDone, WorkerAttached, WorkerLost, guarded
+from tandem_scheduler.engine.step_sums import StepMeter, StepSums
 from tandem_scheduler.engine.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
 from tandem_shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
-from tandem_shared.step_plan import StepPlan, WorkerInfo
+from tandem_shared.step_plan import StepPlan, StepTimes, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +89,15 @@ class StepLoop:
         self._sent: deque[PlanMade] = deque()
         self._num_preemptions = 0
         self._pace: ChunkPace | None = None
+        self._meter = StepMeter()
         self._result_at = 0.0
         # The pause between sessions that bring no result, and the last reason for having no worker that was logged.
         self._backoff_s = 0.0
         self._last_reason = ""
+
+    @property
+    def step_sums(self) -> StepSums:
+        return self._meter.sums
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Queues sequences, all or none. Raises what Scheduler.add raises, DeadlinePassed and WorkerUnavailable."""
@@ -210,6 +216,7 @@ class StepLoop:
         """Runs until the worker is lost, and raises the reason."""
         self._sent.clear()
         self._result_at = 0.0
+        self._meter.start_session()
         self._has_news.set()
         parts: list[Coroutine[Any, Any, None]] = [
             self._receive(session),
@@ -233,7 +240,7 @@ class StepLoop:
         async for result in session.results():
             outputs = self.scheduler.update(result)
             plan = self._sent.popleft()
-            self._note_result(plan)
+            self._note_result(plan, result.times)
             # The front ends come first, with no await in between, so that none can close a sequence that these outputs
             # name. The worker has other plans meanwhile, and a stop that a front end finds here is in the next one.
             self._tell_outputs(outputs)
@@ -294,12 +301,13 @@ class StepLoop:
         if self._observe:
             self._observe(made)
 
-    def _note_result(self, plan: PlanMade) -> None:
+    def _note_result(self, plan: PlanMade, times: StepTimes) -> None:
         assert self._pace is not None
         now = time.monotonic()
         # The step may have waited for the one before it.
         self._pace.note(plan.num_prompt_tokens, now - max(plan.made_at, self._result_at))
         self._result_at = now
+        self._meter.note(times, round(1e9 * (now - plan.made_at)), is_queued=plan.num_in_flight > 1)
 
     async def _watch(self, session: WorkerSession) -> None:
         """Raises WorkerUnavailable when the oldest step has brought neither a result nor progress for too long."""

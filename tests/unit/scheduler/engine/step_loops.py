@@ -9,7 +9,7 @@ from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, StepO
 from tandem_scheduler.engine.hub import EngineHub
 from tandem_scheduler.engine.step_loop import Sink, StepLoop
 from tandem_shared.errors import WorkerUnavailable
-from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
+from tandem_shared.step_plan import StepPlan, StepResult, StepTimes, WorkerInfo
 from tests.support.builders import worker_info
 from tests.support.fake_worker import FakeRunner
 
@@ -17,11 +17,12 @@ from tests.support.fake_worker import FakeRunner
 class FlakySession:
     """Runs plans at once. After `num_sends` plans, sending fails; results of earlier plans still come."""
 
-    def __init__(self, info: WorkerInfo, num_sends: int | None) -> None:
+    def __init__(self, info: WorkerInfo, num_sends: int | None, times: dict[int, StepTimes]) -> None:
         self.info = info
         self.heard_at = 0.0
         self.chunks: list[int] = []
         self._runner = FakeRunner(self.info)
+        self._runner.times = times
         self._num_sends = num_sends
         self._results: asyncio.Queue[StepResult] = asyncio.Queue()
 
@@ -47,6 +48,8 @@ class FlakyClient:
         self.info = info or worker_info()
         self._sends: list[int | None] = [*sends, None]
         self.sessions: list[FlakySession] = []
+        # As FakeRunner has it, in every session.
+        self.times: dict[int, StepTimes] = {}
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:
         return self.info
@@ -54,7 +57,7 @@ class FlakyClient:
     async def open_session(
         self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
     ) -> FlakySession:
-        self.sessions.append(FlakySession(info, self._sends.pop(0)))
+        self.sessions.append(FlakySession(info, self._sends.pop(0), self.times))
         return self.sessions[-1]
 
     async def close(self) -> None:
