@@ -5,6 +5,7 @@ that name, which a text in quotes is not. A model that may think may also leave 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def after_thinking(form: StructuredOutput, *, thinking: str) -> StructuredOutput
     elif form.choice is not None:
         body = " | ".join(map(json.dumps, form.choice))
     elif form.regex is not None:
-        body = "/" + form.regex.replace("/", "\\/") + "/"
+        # A slash ends an expression in Lark's format, unless it is escaped, as it may be already.
+        body = "/" + re.sub(r"(\\.)|/", lambda match: match[1] or "\\/", form.regex, flags=re.DOTALL) + "/"
     else:
         raise refuse("structured_outputs.grammar", "needs enable_thinking to be false, as the model may think first")
     return StructuredOutput(grammar=f"{_start(thinking, 'answer')}answer: {body}\n")

@@ -10,6 +10,7 @@ docs/performance-log.md, "what bounds a grammar", has the times that grammars ne
 Only this module uses llguidance. Knows no torch.
 """
 
+import contextlib
 import json
 import math
 import threading
@@ -17,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,9 +71,13 @@ class GrammarError(Exception):
     """A grammar is wrong, or needs more than the limits. The text is the reason, for the user."""
 
 
+class _NoJson(GrammarError):
+    pass
+
+
 def json_schema_grammar(schema: str) -> str:
     """A JSON schema as llguidance's text. Raises GrammarError where it is no JSON object or needs too much."""
-    _check_multiples(_read_multiples(schema, 0)[0])
+    _check_multiples(_read_multiples(schema, 0))
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
     except ValueError as error:
@@ -95,8 +100,11 @@ def lark_grammar(lark: str) -> str:
     """Raises GrammarError where a JSON schema within the grammar needs too much."""
     start = 0
     while (start := lark.find("%json", start)) >= 0:
-        multiples, start = _read_multiples(lark, start + len("%json"))
-        _check_multiples(multiples)
+        # The next one may be within this one's value, if this one is part of a text.
+        start += len("%json")
+        # What is no JSON is part of a text, or llguidance refuses it.
+        with contextlib.suppress(_NoJson):
+            _check_multiples(_read_multiples(lark, start))
     return _wrapped(lark)
 
 
@@ -231,9 +239,9 @@ def _first_line(message: str) -> str:
     return lines[0].split(" (at ")[0][:MAX_REASON_CHARACTERS]
 
 
-def _read_multiples(text: str, start: int) -> tuple[list[Decimal], int]:
-    """The numbers of all `multipleOf`, at any depth of the JSON value at `start`, and where that value ends. Raises
-    GrammarError where no JSON value stands there.
+def _read_multiples(text: str, start: int) -> list[Decimal]:
+    """The numbers of all `multipleOf`, at any depth of the JSON value at `start`. Raises
+    _NoJson where no JSON value stands there, and GrammarError for one that is nested too deeply.
     """
     numbers: list[Decimal] = []
 
@@ -241,17 +249,24 @@ def _read_multiples(text: str, start: int) -> tuple[list[Decimal], int]:
         numbers.extend(value for key, value in members if key == "multipleOf" and isinstance(value, Decimal))
 
     decoder = json.JSONDecoder(
-        object_pairs_hook=read_object, parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant
+        object_pairs_hook=read_object, parse_int=Decimal, parse_float=_read_decimal, parse_constant=_refuse_constant
     )
     while start < len(text) and text[start] in " \t\r\n":
         start += 1
     try:
-        _, end = decoder.raw_decode(text, start)
+        decoder.raw_decode(text, start)
     except RecursionError as error:
         raise GrammarError("has JSON that is nested too deeply") from error
     except ValueError as error:
-        raise GrammarError(f"has JSON that can't be read: {_first_line(str(error))}") from error
-    return numbers, end
+        raise _NoJson(f"has JSON that can't be read: {_first_line(str(error))}") from error
+    return numbers
+
+
+def _read_decimal(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation as error:
+        raise ValueError("a number is out of range") from error
 
 
 def _refuse_constant(constant: str) -> Any:

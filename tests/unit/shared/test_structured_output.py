@@ -109,6 +109,11 @@ def test_a_lark_grammar_with_a_schema_in_it() -> None:
     assert not accepts(grammar, "result: x")
 
 
+@pytest.mark.parametrize("text", ["%json x", "%json 5", "%json {"])
+def test_a_lark_grammar_may_have_texts_that_name_a_schema(text: str) -> None:
+    assert accepts(lark_grammar(f"start: {json.dumps(text)} // {text}"), text)
+
+
 def test_a_complete_output_allows_all_end_of_sequence_tokens_and_nothing_else() -> None:
     matcher = COMPILER.matcher(regex_grammar("ab?"))
     first = allowed(matcher)
@@ -147,7 +152,7 @@ BAD = [
     (lark_grammar, "", "no start rule"),
     (lark_grammar, '{"grammars": []}', "expecting rule"),
     (lark_grammar, "start: start", "allows no text"),
-    (lark_grammar, 'start: %json "a', "JSON that can't be read"),
+    (lark_grammar, 'start: %json "a', 'failed to parse "%json"'),
 ]
 
 
@@ -202,6 +207,8 @@ def test_a_costly_grammar_works_or_fails_soon(grammar: str) -> None:
         '{"multipleOf": 9999991, "multipleOf": 1}',
         '{"multipleOf": 1.0000001}',
         '{"multipleOf": 3e-400}',
+        '{"multipleOf": 1e99999999999999999999}',
+        '{"multipleOf": 1e-99999999999999999999}',
         '{"allOf": [{"multipleOf": 311}, {"multipleOf": 317}]}',
         pytest.param('{"multipleOf": ' + "9" * 10_000 + "}", id="long number"),
         pytest.param(json.dumps({"properties": {f"p{n}": {"type": "null"} for n in range(4000)}}), id="4000 members"),
@@ -212,6 +219,13 @@ def test_a_hostile_schema_is_refused_at_once(schema: str) -> None:
     for convert, text in ((json_schema_grammar, schema), (lark_grammar, f"start: %json {schema}")):
         with pytest.raises(GrammarError):
             COMPILER.check(convert(text))
+    assert time.monotonic() - started < 3
+
+
+def test_a_schema_can_not_hide_behind_a_text() -> None:
+    started = time.monotonic()
+    with pytest.raises(GrammarError, match="too costly"):
+        COMPILER.check(lark_grammar('start: "%json" %json {"type": "integer", "multipleOf": 9999991} "x"'))
     assert time.monotonic() - started < 3
 
 
