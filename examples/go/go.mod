@@ -1,0 +1,3 @@
+module tandem-chat
+
+go 1.19
