@@ -1,6 +1,5 @@
 """/v1/completions: one or several prompts, each a text or token ids."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -69,8 +68,7 @@ async def create(engine: Engine, request: Request, body: CompletionBody) -> Any:
         stream = engine.stream(requests, metadata)
         items = await with_first(stream, request, stream.cancel)
         return EventStream(events_or_error(_events(completions, model, items)), stream.cancel)
-    calls = asyncio.gather(*(engine.generate(fields, metadata) for fields in requests))
-    return _whole(completions, await while_connected(request, calls))
+    return _whole(completions, await while_connected(request, engine.generate_all(requests, metadata)))
 
 
 def _whole(completions: Completions, responses: list[inference_pb2.GenerateResponse]) -> dict[str, Any]:

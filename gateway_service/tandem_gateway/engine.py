@@ -59,6 +59,17 @@ class Engine:
         request = build(inference_pb2.GenerateRequest, **fields)
         return await _call(next(self._stubs).Generate, request, metadata=(*metadata, *REPLY_LIMIT))
 
+    async def generate_all(
+        self, requests: Sequence[Fields], metadata: Metadata
+    ) -> list[inference_pb2.GenerateResponse]:
+        """The whole outputs of several prompts. Once one fails, or the task is cancelled, none goes on."""
+        tasks = [asyncio.ensure_future(self.generate(fields, metadata)) for fields in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
     def stream(self, requests: Sequence[Fields], metadata: Metadata) -> "OutputStream":
         """The outputs of several prompts, as they are made."""
         messages = [build(inference_pb2.GenerateStreamRequest, **fields) for fields in requests]

@@ -105,6 +105,21 @@ async def test_a_client_that_goes_away_ends_its_request(folder: Path) -> None:
         open_gate(runner)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_is_refused_ends_the_others_of_its_request(folder: Path, stream: bool) -> None:
+    runner = gated_runner(1, permits=1)
+    async with Services(runner, tokenizer=str(folder)) as services, Gateway(services.address) as gateway:
+        body = {"prompt": ["ROMEO", "a " * 9000], "max_tokens": 500, "ignore_eos": True, "stream": stream}
+        answer = await gateway.post("/v1/completions", body)
+        # In a stream it may come after something of the other prompt.
+        assert answer.status == 400 or (stream and b'data: {"error":' in answer.body)
+        open_gate(runner, 4)
+        await services.wait_load(
+            lambda load: load.num_running_sequences + load.num_waiting_sequences == 0, "neither is left"
+        )
+        open_gate(runner)
+
+
 async def test_a_full_queue_is_429_with_the_time_to_wait(folder: Path) -> None:
     runner = gated_runner(1)
     settings: dict[str, Any] = {"tokenizer": str(folder), "max_num_waiting": 1, "max_num_seqs": 1}
