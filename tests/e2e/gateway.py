@@ -18,7 +18,9 @@ class GatewayProcess:
 
     def __init__(self, scheduler_address: str, folder: Path, *flags: str) -> None:
         """folder is for the file with the port, and the log."""
+        self._asked = (scheduler_address, folder, *flags)
         port_file = folder / "gateway.port"
+        port_file.unlink(missing_ok=True)
         self.log_file = folder / "gateway.log"
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
@@ -30,7 +32,12 @@ class GatewayProcess:
             )  # fmt: skip
         wait_until(lambda: port_file.exists() or self.process.poll() is not None, "the gateway listens")
         assert self.process.poll() is None, self.log_file.read_text()
-        self.url = f"http://127.0.0.1:{int(port_file.read_text())}"
+        self.port = int(port_file.read_text())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def again(self) -> "GatewayProcess":
+        """Another one with the same flags on the same port, once this one has ended."""
+        return GatewayProcess(*self._asked, "--http-port", str(self.port))
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)

@@ -2,6 +2,7 @@
 
 from tests.chaos.admission import part as admission
 from tests.chaos.folders import part as folders
+from tests.chaos.gateways import part as gateways
 from tests.chaos.harness.definitions import Part
 from tests.chaos.intruders import part as intruders
 from tests.chaos.kills import part as kills
@@ -20,6 +21,7 @@ PARTS: tuple[Part, ...] = (
     silence.PART,
     drops.PART,
     restarts.PART,
+    gateways.PART,
     messages.PART,
     intruders.PART,
     overload.PART,

@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.e2e.conftest import VOCAB_SIZE
 from tests.e2e.services import Engine
+from tests.support.chats import QWEN3_TEMPLATE
 from tests.support.model_factory import save_random_model
 from tests.support.tokenizers import EMBEDDED, embedded
 
@@ -38,3 +39,12 @@ def running_engine(**settings: Any) -> Iterator[Engine]:
     """An engine that serves the random model. settings: keywords of Engine."""
     with random_model() as model, contextlib.closing(Engine(model, **settings)) as engine:
         yield engine
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """A new folder inside `folder` with the random model's tokenizer and Qwen3's chat template, which knows tools."""
+    made = folder / "tokenizer"
+    made.mkdir()
+    shutil.copy(EMBEDDED, made / "tokenizer.json")
+    (made / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
+    return made
