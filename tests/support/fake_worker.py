@@ -27,7 +27,6 @@ from tandem_shared.step_plan import (
     RowLogprobs,
     StepPlan,
     StepResult,
-    StepTimes,
     WorkerInfo,
 )
 from tests.support.builders import VOCAB_SIZE, prompt_logprobs, worker_info
@@ -183,8 +182,6 @@ class FakeRunner:
         self.fault_codes: dict[int, int] = {}
         self.num_steps = 0
         self.num_full_hits = 0
-        # By step id, what results say of the time; a step that is not there says nothing.
-        self.times: dict[int, StepTimes] = {}
         # Tests raise it to make a step look as if it made progress.
         self.progress = 0
         self.reset()
@@ -341,8 +338,7 @@ class FakeRunner:
                 top_logprobs = tuple(-0.5 - i for i in range(len(top)))
                 requested = requested_logprobs(row.lists)
                 logprobs.append(RowLogprobs(index, -0.5, top, top_logprobs, rank_of(token_id), requested))
-        reports = (tuple(faults), tuple(logprobs), tuple(prompt_logprobs))
-        return StepResult(step_id, counts, token_ids, *reports, self.times.get(step_id, StepTimes()))
+        return StepResult(step_id, counts, token_ids, tuple(faults), tuple(logprobs), tuple(prompt_logprobs))
 
     def _read(self, row: FakeRow) -> Chain:
         """The contents that the row's newest position attends to. Every slot must hold this row's own past."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, StepOutputs
@@ -22,7 +23,7 @@ class FlakySession:
         self.heard_at = 0.0
         self.chunks: list[int] = []
         self._runner = FakeRunner(self.info)
-        self._runner.times = times
+        self._times = times
         self._num_sends = num_sends
         self._results: asyncio.Queue[StepResult] = asyncio.Queue()
 
@@ -31,7 +32,8 @@ class FlakySession:
         if self._num_sends is not None and plan.step_id > self._num_sends:
             raise WorkerUnavailable("broken pipe")
         self.chunks.append(int(plan.chunk_num_tokens.sum()))
-        self._results.put_nowait(self._runner.execute(plan).wait())
+        result = self._runner.execute(plan).wait()
+        self._results.put_nowait(replace(result, times=self._times.get(plan.step_id, StepTimes())))
 
     async def results(self) -> AsyncIterator[StepResult]:
         while True:
@@ -48,7 +50,7 @@ class FlakyClient:
         self.info = info or worker_info()
         self._sends: list[int | None] = [*sends, None]
         self.sessions: list[FlakySession] = []
-        # As FakeRunner has it, in every session.
+        # By step id, what results of each session say of the time.
         self.times: dict[int, StepTimes] = {}
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:
