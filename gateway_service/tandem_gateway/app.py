@@ -3,11 +3,10 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_gateway import chat, completions, responses
@@ -15,12 +14,11 @@ from tandem_gateway.connection import BoundedRequests, metadata_of, while_connec
 from tandem_gateway.conversation import chat_of
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import ApiError, add_error_handlers, error_response, refuse
+from tandem_gateway.page import read_page
 from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
 from tandem_gateway.responses_protocol import ResponseBody
 from tandem_shared import VERSION
 from tandem_shared.gateway_settings import GatewaySettings
-
-PAGE = Path(__file__).parent / "page.html"
 
 
 def make_app(settings: GatewaySettings) -> FastAPI:
@@ -137,6 +135,8 @@ def _add_state(app: FastAPI) -> None:
     async def version() -> dict[str, str]:
         return {"version": VERSION}
 
+    page = read_page()
+
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html")
+    async def show_page() -> Response:
+        return page
