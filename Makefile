@@ -73,10 +73,12 @@ check: $(STAMP)  ## Format, lint, types, import rules, protos
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs --check
+	$(BIN)/python -m tools.api_reference --check
 
-protos: $(STAMP)  ## Generates the stubs in tandem from protos
+protos: $(STAMP)  ## Generates the stubs in tandem and docs/api.md from protos
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs
+	$(BIN)/python -m tools.api_reference
 
 ifneq ($(GPU),)
 BENCH_MODELS := $(MODELS:%=%/config.json)

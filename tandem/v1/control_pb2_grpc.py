@@ -84,7 +84,8 @@ class ControlServiceServicer(object):
 
     def Abort(self, request, context):
         """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
-        NOT_FOUND if no live request has the id.
+
+        Errors: INVALID_REQUEST, REQUEST_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

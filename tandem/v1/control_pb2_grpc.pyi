@@ -41,7 +41,8 @@ class ControlServiceStub:
     """Returns how busy the engine is, and what it has done so far."""
     Abort: _grpc.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]
     """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
-    NOT_FOUND if no live request has the id.
+
+    Errors: INVALID_REQUEST, REQUEST_NOT_FOUND.
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
     """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
@@ -63,7 +64,8 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Returns how busy the engine is, and what it has done so far."""
     Abort: _aio.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
-    NOT_FOUND if no live request has the id.
+
+    Errors: INVALID_REQUEST, REQUEST_NOT_FOUND.
     """
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
     """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
@@ -100,7 +102,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.AbortResponse, _abc.Awaitable[_control_pb2.AbortResponse]]:
         """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
-        NOT_FOUND if no live request has the id.
+
+        Errors: INVALID_REQUEST, REQUEST_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

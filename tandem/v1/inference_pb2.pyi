@@ -203,12 +203,12 @@ class ChatMessage(_message.Message):
     reasoning_content: _builtins.str
     """What the assistant thought before it spoke. Templates may leave it out. Default: none."""
     tool_call_id: _builtins.str
-    """For a tool's message: the id of the call that it answers."""
+    """For a tool's message: the id of the call that it answers. Default: none."""
     name: _builtins.str
-    """The name of the speaker, or of the tool."""
+    """The name of the speaker, or of the tool. Default: none."""
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
-        """The tools that the assistant called. At most 1024 in the whole conversation."""
+        """The tools that the assistant called. At most 1024 in the whole conversation. Default: none."""
 
     def __init__(
         self,
@@ -335,8 +335,8 @@ class SamplingParams(_message.Message):
     """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token -> what is added to its logit before the penalties, in [-100, 100]. At most 1024 tokens, all in the
-        vocabulary. Default: none.
+        """What is added to the logit of a token before the penalties, by token id: in [-100, 100]. At most 1024 tokens, all
+        in the vocabulary. Default: none.
         """
 
     @_builtins.property
@@ -408,8 +408,8 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
-    """A form that the output must have. Exactly one of json_schema, json_object, regex, choice and lark must be set. They
-    are not a oneof, so that a request with two can be refused instead of silently losing one.
+    """A form that the output must have. Exactly one of json_schema, json_object, `regex`, `choice` and `lark` must be
+    set. They are not a oneof, so that a request with two can be refused instead of silently losing one.
 
     The form is a grammar over the output's text: in each place only tokens that can still lead to a complete text are
     possible, and once the text is complete and nothing can follow, only the model's end-of-sequence tokens are. The
@@ -644,8 +644,8 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Names the request, for Abort: unlike that of any other live request, printable characters, 256 bytes at most.
-    Default (also for an empty one): made by the server.
+    """Names the request, for Abort: unlike that of any other live request, printable characters, 256 bytes at most;
+    empty as if left out. Default: made by the server.
     """
     model: _builtins.str
     """If given and not empty, it must be the served model's name. Default: the served model."""
@@ -821,8 +821,8 @@ class GenerateStreamRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Names the request, for Abort: unlike that of any other live request, printable characters, 256 bytes at most.
-    Default (also for an empty one): made by the server.
+    """Names the request, for Abort: unlike that of any other live request, printable characters, 256 bytes at most;
+    empty as if left out. Default: made by the server.
     """
     model: _builtins.str
     """If given and not empty, it must be the served model's name. Default: the served model."""

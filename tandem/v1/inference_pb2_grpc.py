@@ -31,6 +31,11 @@ class InferenceServiceStub(object):
     Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
     BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
     deadline passes, aborts its request.
+
+    Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
+    request does not arrive in time.
+
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
     """
 
     def __init__(self, channel):
@@ -72,6 +77,11 @@ class InferenceServiceServicer(object):
     Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
     BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
     deadline passes, aborts its request.
+
+    Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
+    request does not arrive in time.
+
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
     """
 
     def Generate(self, request, context):
@@ -82,6 +92,9 @@ class InferenceServiceServicer(object):
         request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
         INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
         reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+
+        Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+        SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +105,9 @@ class InferenceServiceServicer(object):
         reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
         request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
         furthest behind when all readers together hold too much back.
+
+        Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+        SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +116,8 @@ class InferenceServiceServicer(object):
     def Tokenize(self, request, context):
         """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
         that is more, is INVALID_ARGUMENT.
+
+        Errors: INVALID_REQUEST, QUEUE_FULL, TEXT_FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +126,8 @@ class InferenceServiceServicer(object):
     def Detokenize(self, request, context):
         """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
         INVALID_ARGUMENT. The reply's size is limited as Generate's is.
+
+        Errors: INVALID_REQUEST, TEXT_FAILED, OUTPUT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +135,8 @@ class InferenceServiceServicer(object):
 
     def GetModelInfo(self, request, context):
         """Returns which model is served. UNAVAILABLE until a worker has been seen.
+
+        Errors: WORKER_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +184,11 @@ class InferenceService(object):
     Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
     BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
     deadline passes, aborts its request.
+
+    Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
+    request does not arrive in time.
+
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
     """
 
     @staticmethod

@@ -32,6 +32,11 @@ class InferenceServiceStub:
     Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
     BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
     deadline passes, aborts its request.
+
+    Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
+    request does not arrive in time.
+
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
     """
 
     @_typing.overload
@@ -46,23 +51,36 @@ class InferenceServiceStub:
     request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
     INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
     reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+
+    Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+    SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
     """
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
     """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
     reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
     request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
     furthest behind when all readers together hold too much back.
+
+    Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+    SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
     that is more, is INVALID_ARGUMENT.
+
+    Errors: INVALID_REQUEST, QUEUE_FULL, TEXT_FAILED.
     """
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
     """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
     INVALID_ARGUMENT. The reply's size is limited as Generate's is.
+
+    Errors: INVALID_REQUEST, TEXT_FAILED, OUTPUT_TOO_LARGE.
     """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelInfoRequest, _inference_pb2.GetModelInfoResponse]
-    """Returns which model is served. UNAVAILABLE until a worker has been seen."""
+    """Returns which model is served. UNAVAILABLE until a worker has been seen.
+
+    Errors: WORKER_UNAVAILABLE.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -71,6 +89,11 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
     BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
     deadline passes, aborts its request.
+
+    Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
+    request does not arrive in time.
+
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -82,23 +105,36 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
     INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
     reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+
+    Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+    SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
     """
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Runs a request and streams its output as it is made. A message holds new output of one choice: one token when the
     reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
     request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
     furthest behind when all readers together hold too much back.
+
+    Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+    SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
     that is more, is INVALID_ARGUMENT.
+
+    Errors: INVALID_REQUEST, QUEUE_FULL, TEXT_FAILED.
     """
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
     INVALID_ARGUMENT. The reply's size is limited as Generate's is.
+
+    Errors: INVALID_REQUEST, TEXT_FAILED, OUTPUT_TOO_LARGE.
     """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelInfoRequest, _inference_pb2.GetModelInfoResponse]  # type: ignore[assignment]
-    """Returns which model is served. UNAVAILABLE until a worker has been seen."""
+    """Returns which model is served. UNAVAILABLE until a worker has been seen.
+
+    Errors: WORKER_UNAVAILABLE.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """The public API: text or token ids in, text and token ids out.
@@ -106,6 +142,11 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     Errors are gRPC statuses with google.rpc details, never fields of a reply: ErrorInfo with a reason of ErrorReason,
     BadRequest for INVALID_ARGUMENT, RetryInfo where trying again later helps. A client that cancels a call, or whose
     deadline passes, aborts its request.
+
+    Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
+    request does not arrive in time.
+
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
     """
 
     @_abc_1.abstractmethod
@@ -121,6 +162,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request whose max_tokens, or the log-probabilities of its prompt, let the reply grow past the limit is
         INVALID_ARGUMENT; the output's text is not counted, nor are the bytes and texts of tokens in log-probabilities. A
         reply that does grow past it ends RESOURCE_EXHAUSTED. GenerateStream has no such limit.
+
+        Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+        SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod
@@ -133,6 +177,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         reader keeps up, several when it is behind, 64 at most; fewer if their log-probabilities may take over 1 MiB. A
         request whose reader is 16 MiB of tokens and log-probabilities behind ends RESOURCE_EXHAUSTED; so may those
         furthest behind when all readers together hold too much back.
+
+        Errors: INVALID_REQUEST, REQUEST_ID_IN_USE, QUEUE_FULL, DRAINING, WORKER_UNAVAILABLE, DEADLINE_PASSED,
+        SEQUENCE_FAILED, TEXT_FAILED, OUTPUT_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod
@@ -143,6 +190,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Turns a text or a conversation into token ids. A text of more tokens than the model's context, or than 131072 if
         that is more, is INVALID_ARGUMENT.
+
+        Errors: INVALID_REQUEST, QUEUE_FULL, TEXT_FAILED.
         """
 
     @_abc_1.abstractmethod
@@ -153,6 +202,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
         """Turns token ids into text. More ids than the model's context, or than 131072 if that is more, are
         INVALID_ARGUMENT. The reply's size is limited as Generate's is.
+
+        Errors: INVALID_REQUEST, TEXT_FAILED, OUTPUT_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod
@@ -161,6 +212,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetModelInfoResponse, _abc.Awaitable[_inference_pb2.GetModelInfoResponse]]:
-        """Returns which model is served. UNAVAILABLE until a worker has been seen."""
+        """Returns which model is served. UNAVAILABLE until a worker has been seen.
+
+        Errors: WORKER_UNAVAILABLE.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
