@@ -76,27 +76,32 @@ def draw(before: Look, after: Look) -> RenderableType:
     table.add_row("sequences", f"{load.num_running_sequences} running, {load.num_waiting_sequences} waiting")
     table.add_row("KV blocks", _kv_text(load))
     table.add_row("", Bar(max(load.num_total_blocks, 1), 0, load.num_used_blocks, width=BAR_WIDTH, color="green"))
-    output, prompt, cached, steps, overshoot = (
+    output, prompt, admitted, cached, steps, overshoot = (
         getattr(load, name) - getattr(old, name)
         for name in (
             "num_output_tokens",
             "num_prompt_tokens",
+            "num_admitted_prompt_tokens",
             "num_cached_prompt_tokens",
             "num_steps",
             "num_overshoot_tokens",
         )
     )
+    # A token that turns out to be past a stop moves from the output to the overshoot, perhaps in a later interval.
+    output = max(output, 0)
+    sampled = output + overshoot
     table.add_row("output", f"{output / seconds:,.0f} tokens/s")
     table.add_row("prompts", f"{prompt / seconds:,.0f} tokens/s accepted")
-    now = f"{cached / prompt:.0%} now, " if prompt else ""
-    ever = f"{load.num_cached_prompt_tokens / load.num_prompt_tokens:.0%}" if load.num_prompt_tokens else "nothing"
+    now = f"{cached / admitted:.0%} of the prompt tokens now, " if admitted else ""
+    ever = f"{load.num_cached_prompt_tokens / max(load.num_admitted_prompt_tokens, 1):.0%}"
     table.add_row("prefix cache hits", f"{now}{ever} since the start")
     table.add_row("steps", f"{steps / seconds:,.1f}/s, {load.num_steps_in_flight} in flight")
     table.add_row("step time", _step_time_text(old, load, seconds))
-    table.add_row("overshoot", f"{overshoot / output:.1%} of the output" if output else "none")
+    table.add_row("overshoot", f"{overshoot / sampled:.1%} of the sampled tokens" if sampled else "none")
     table.add_row("preemptions", f"{load.num_preemptions:,}")
     table.add_row("lost workers", f"{load.num_worker_losses:,}")
-    title = Text(f"{model}: {state}; Tandem {server.version}, up {uptime}", style="bold")
+    style = "bold" if server.worker_state == control_pb2.WORKER_STATE_READY else "bold red"
+    title = Text(f"{model}: {state}; Tandem {server.version}, up {uptime}", style=style)
     return Group(title, Text(), table)
 
 

@@ -149,6 +149,7 @@ class GetLoadResponse(_message.Message):
     STEP_TIME_NS_FIELD_NUMBER: _builtins.int
     GPU_TIME_NS_FIELD_NUMBER: _builtins.int
     GPU_GAP_NS_FIELD_NUMBER: _builtins.int
+    NUM_ADMITTED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     num_waiting_sequences: _builtins.int
     """Sequences that wait to be admitted to the batch, for the first time or again after a preemption."""
     num_running_sequences: _builtins.int
@@ -174,7 +175,9 @@ class GetLoadResponse(_message.Message):
     num_prompt_tokens: _builtins.int
     """Prompt tokens of all sequences that were accepted."""
     num_cached_prompt_tokens: _builtins.int
-    """Prompt tokens whose KV was found in the prefix cache when their sequence was first admitted."""
+    """Prompt tokens whose KV was found in the prefix cache when their sequence was first admitted. Their share of
+    num_admitted_prompt_tokens is the hit rate.
+    """
     num_output_tokens: _builtins.int
     """Tokens generated and counted as output."""
     num_overshoot_tokens: _builtins.int
@@ -194,6 +197,8 @@ class GetLoadResponse(_message.Message):
     """The time for which the GPU idled between the steps, in nanoseconds, by its clock. Only the gaps before those steps
     count whose plan was made while another was in flight, as other gaps may be time without any request. 0 on a CPU.
     """
+    num_admitted_prompt_tokens: _builtins.int
+    """Prompt tokens of the accepted sequences that were admitted, each counted once, at the first time."""
     def __init__(
         self,
         *,
@@ -216,10 +221,11 @@ class GetLoadResponse(_message.Message):
         step_time_ns: _builtins.int = ...,
         gpu_time_ns: _builtins.int = ...,
         gpu_gap_ns: _builtins.int = ...,
+        num_admitted_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "gpu_gap_ns", b"gpu_gap_ns", "gpu_time_ns", b"gpu_time_ns", "num_cached_blocks", b"num_cached_blocks", "num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_overshoot_tokens", b"num_overshoot_tokens", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running_sequences", b"num_running_sequences", "num_step_results", b"num_step_results", "num_steps", b"num_steps", "num_steps_in_flight", b"num_steps_in_flight", "num_total_blocks", b"num_total_blocks", "num_used_blocks", b"num_used_blocks", "num_waiting_sequences", b"num_waiting_sequences", "num_worker_losses", b"num_worker_losses", "step_time_ns", b"step_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size_tokens", b"block_size_tokens", "gpu_gap_ns", b"gpu_gap_ns", "gpu_time_ns", b"gpu_time_ns", "num_admitted_prompt_tokens", b"num_admitted_prompt_tokens", "num_cached_blocks", b"num_cached_blocks", "num_cached_prompt_tokens", b"num_cached_prompt_tokens", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_overshoot_tokens", b"num_overshoot_tokens", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running_sequences", b"num_running_sequences", "num_step_results", b"num_step_results", "num_steps", b"num_steps", "num_steps_in_flight", b"num_steps_in_flight", "num_total_blocks", b"num_total_blocks", "num_used_blocks", b"num_used_blocks", "num_waiting_sequences", b"num_waiting_sequences", "num_worker_losses", b"num_worker_losses", "step_time_ns", b"step_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

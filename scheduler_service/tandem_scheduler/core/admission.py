@@ -41,6 +41,7 @@ class Admission:
             if sequence.num_cached_tokens is None:
                 self._queue.note_no_longer_new(sequence)
                 sequence.num_cached_tokens = new_row.num_cached_tokens
+                self._counters.num_admitted_prompt_tokens += sequence.num_prompt_tokens
                 self._counters.num_cached_prompt_tokens += new_row.num_cached_tokens
             self._suspects.note_admitted(sequence)
             plan.add_row(new_row, sequence)

@@ -120,8 +120,10 @@ class Counters:
     num_worker_losses: int = 0
     num_prompt_tokens: int = 0
     """Tokens of all prompts that were taken."""
+    num_admitted_prompt_tokens: int = 0
+    """Those of them whose sequences were admitted."""
     num_cached_prompt_tokens: int = 0
-    """Those of them that the prefix cache had at the first admission."""
+    """Those of the admitted ones that the prefix cache had at the first admission."""
     num_output_tokens: int = 0
     num_overshoot_tokens: int = 0
     """Tokens that were computed past a sequence's end, and dropped."""
@@ -143,6 +145,7 @@ class Load:
     num_preemptions: int
     num_worker_losses: int
     num_prompt_tokens: int
+    num_admitted_prompt_tokens: int
     num_cached_prompt_tokens: int
     num_output_tokens: int
     num_overshoot_tokens: int

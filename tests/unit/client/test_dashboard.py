@@ -58,6 +58,20 @@ def test_without_steps_there_is_no_time() -> None:
     assert lines(a_look(1, **load), a_look(2, **load))["step time"] == "no step has ended"
 
 
+def test_hits_are_of_the_prompts_that_were_admitted() -> None:
+    # 500 tokens were accepted earlier, when the queue was long, and are admitted now.
+    before = a_look(1, num_prompt_tokens=1000, num_admitted_prompt_tokens=500, num_cached_prompt_tokens=100)
+    after = a_look(2, num_prompt_tokens=1100, num_admitted_prompt_tokens=1000, num_cached_prompt_tokens=500)
+    assert lines(before, after)["prefix cache hits"] == "80% of the prompt tokens now, 50% since the start"
+    assert lines(after, after)["prefix cache hits"] == "50% since the start"
+
+
+def test_tokens_that_turn_out_to_be_overshoot_leave_the_output() -> None:
+    before = a_look(1, num_output_tokens=100, num_overshoot_tokens=0)
+    shown = lines(before, a_look(2, num_output_tokens=98, num_overshoot_tokens=4))
+    assert (shown["output"], shown["overshoot"]) == ("0 tokens/s", "100.0% of the sampled tokens")
+
+
 def test_a_server_that_was_started_again_counts_from_zero() -> None:
     before = a_look(100, num_step_results=1000, step_time_ns=10**11)
     shown = lines(before, a_look(1, num_step_results=5, step_time_ns=10**7))

@@ -165,7 +165,7 @@ class VllmEngineServicer:
     async def GetLoads(self, request: Message, context: Context) -> Message:
         load = await self._control.GetLoad(control_pb2.GetLoadRequest(), context)
         use = load.num_used_blocks / load.num_total_blocks if load.num_total_blocks else 0.0
-        hit_rate = load.num_cached_prompt_tokens / load.num_prompt_tokens if load.num_prompt_tokens else 0.0
+        hit_rate = load.num_cached_prompt_tokens / max(load.num_admitted_prompt_tokens, 1)
         return vllm_engine_pb2.GetLoadsResponse(
             timestamp=datetime.now(UTC).isoformat(),
             version=VERSION,

@@ -305,6 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_unfinished == len(self.requests)
         assert load.num_free_blocks + load.num_cached_blocks + load.num_used_blocks == load.num_total_blocks
         assert load.num_output_tokens == self.num_delivered
+        assert load.num_cached_prompt_tokens <= load.num_admitted_prompt_tokens <= load.num_prompt_tokens
         assert load.num_steps_in_flight == len(self.engine.in_flight)
 
     def teardown(self) -> None:

@@ -28,6 +28,21 @@ def test_generated_text_is_cached_too() -> None:
     assert engine.outputs[1] == expected_tokens(second)
 
 
+def test_hits_are_counted_with_the_prompts_that_could_hit() -> None:
+    engine = make_engine(worker_info(block_size=4), max_num_seqs=1)
+    counts = []
+    for index in range(2):
+        engine.add(create_request(index, prompt=range(10), max_tokens=3))
+    for _ in range(2):
+        while not engine.finished.get(len(counts)):
+            engine.launch()
+            engine.deliver()
+        load = engine.scheduler.load()
+        counts.append((load.num_prompt_tokens, load.num_admitted_prompt_tokens, load.num_cached_prompt_tokens))
+    # The second prompt waits for the first one's end, and finds two blocks of it.
+    assert counts == [(20, 10, 0), (20, 20, 8)]
+
+
 def test_salts_keep_caches_apart() -> None:
     engine = make_engine(worker_info(block_size=4))
     for index, (salt, num_cached) in enumerate([("a", 0), ("b", 0), ("a", 8), ("", 0)]):
