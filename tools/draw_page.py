@@ -21,7 +21,7 @@ def main() -> None:
     settings = (WorkerSettings(port=0), SchedulerSettings(port=0))
     with Services(*settings, gateway=GatewaySettings(http_port=0)) as services, sync_playwright() as playwright:
         services.wait_until_ready(60)
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         page = browser.new_page(viewport={"width": 720, "height": 540}, device_scale_factor=1.5)
         page.goto(f"http://{services.http_address}/")
         page.get_by_text("Settings").click()

@@ -57,17 +57,25 @@ async def site(browser: Browser, folder: Path) -> AsyncIterator[Site]:
 
 
 @asynccontextmanager
-async def open_site(browser: Browser, folder: Path, **options: object) -> AsyncIterator[Site]:
+async def open_site(
+    browser: Browser, folder: Path, *, has_worker: bool = True, **options: object
+) -> AsyncIterator[Site]:
     """options: of the browser's tab."""
     gate = threading.Semaphore(0)
     runner = ScriptedRunner(model_info(eos_token_ids=(EOS,)), gate)
-    async with Services(runner, tokenizer=str(folder)) as services, Gateway(services.address) as gateway:
-        context = await browser.new_context(**options)
-        page = ChatPage(await context.new_page())
-        await page.page.goto(f"http://127.0.0.1:{gateway.port}/")
-        yield Site(page, gateway, services, runner, gate)
-        await context.close()
+    services = Services(runner, tokenizer=str(folder))
+    await services.start(has_worker=has_worker)
+    try:
+        async with Gateway(services.address) as gateway:
+            context = await browser.new_context(**options)
+            page = ChatPage(await context.new_page())
+            await page.page.goto(f"http://127.0.0.1:{gateway.port}/")
+            yield Site(page, gateway, services, runner, gate)
+            await context.close()
+    finally:
+        # Steps that still wait would keep the worker from ending.
         gate.release(100_000)
+        await services.stop()
 
 
 def rendered(messages: list[dict[str, str]], **options: bool) -> str:
@@ -193,7 +201,7 @@ async def test_settings_reach_the_request(site: Site) -> None:
     page = site.page
     site.runner.scripts = ["But, soft! what light?"]
     site.gate.release(1000)
-    await page.settings(System_prompt="You are ROMEO.", Most_tokens=3, Temperature=0.5, Top_p=0.9, API_key="secret")
+    await page.settings(System_prompt="You are ROMEO.", Max_tokens=3, Temperature=0.5, Top_p=0.9, API_key="secret")
     async with page.page.expect_request("**/chat/completions") as request:
         await page.ask("Who are you?")
     sent = await request.value
@@ -202,7 +210,7 @@ async def test_settings_reach_the_request(site: Site) -> None:
     assert sent.headers["authorization"] == "Bearer secret"
     conversation = [{"role": "system", "content": "You are ROMEO."}, {"role": "user", "content": "Who are you?"}]
     assert site.runner.prompts == [rendered(conversation)]
-    await expect(page.note).to_contain_text("ended at the most tokens that it may have, 3 tokens")
+    await expect(page.note).to_contain_text("cut off at the token limit, 3 tokens")
 
 
 async def test_tags_are_text(site: Site) -> None:
@@ -259,6 +267,14 @@ async def test_a_server_that_is_gone_is_said_in_words(site: Site) -> None:
     await expect(page.problem).to_have_text("the connection to the server failed")
     await expect(page.text).to_have_value("Who are you?")
     page.complaints.clear()
+
+
+async def test_a_server_that_is_starting_is_waited_for(browser: Browser, folder: Path) -> None:
+    async with open_site(browser, folder, has_worker=False) as site:
+        model = site.page.page.locator("#model")
+        await expect(model).to_have_text("no worker has been seen yet")
+        await site.services.start_worker()
+        await expect(model).to_have_text(MODEL)
 
 
 async def test_keys_are_enough(site: Site) -> None:
