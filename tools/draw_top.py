@@ -6,10 +6,8 @@ Usage: python -m tools.draw_top
 
 import asyncio
 import io
-import os
 import random
 import re
-import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,7 +59,7 @@ def kill_worker(services: Services) -> None:
     """Kills the process that serves, as it runs below its supervisor."""
     assert services.worker is not None
     for process in psutil.Process(services.worker.pid).children():
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
 
 
 def frame_of(before: Look, after: Look) -> str:

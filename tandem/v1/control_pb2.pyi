@@ -188,8 +188,8 @@ class GetLoadResponse(_message.Message):
     """
     step_time_ns: _builtins.int
     """The time in which the worker was at these steps, in nanoseconds, measured by it: for each, from the receipt of the
-    plan, or the end of the step before if that is later, until its tokens have reached the host. Of the time between
-    two calls, what this field does not grow by is time without a plan.
+    plan, or the end of the step before if that is later, until its tokens have reached the host. The rest of the time
+    between two calls is time in which the worker had no plan.
     """
     gpu_time_ns: _builtins.int
     """The time from each step's first kernel to its last, in nanoseconds, by the GPU's clock. 0 on a CPU."""

@@ -19,8 +19,9 @@ class StepMeter:
     """Adds up the times that a worker sends with its results.
 
     Plans run one after the other, but a worker has several of them, so a plan also waits: a step's own time begins when
-    the step before it ends. All times of a worker are by its own clock, so they are compared with each other alone, and
-    none counts for more than the time that passed here between plan and result: a clock that is set counts for nothing.
+    the step before it ends. All times of a worker are by its own clock, so they are compared with each other alone.
+    That clock may be set while a step runs, so no step counts for more than the time that passed here between its plan
+    and its result.
     """
 
     def __init__(self) -> None:
