@@ -12,7 +12,6 @@ from tandem.v1 import inference_pb2
 from tandem_gateway.chat_plan import ChatPlan, OutputReader, plan_chat
 from tandem_gateway.connection import (
     EventStream,
-    event,
     events_or_error,
     metadata_of,
     request_id_of,
@@ -22,6 +21,7 @@ from tandem_gateway.connection import (
 from tandem_gateway.conversation import new_call_id
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import refuse
+from tandem_gateway.events import TextEvents, event
 from tandem_gateway.generation import stop_reason_of, usage_of
 from tandem_gateway.logprobs import chat_logprobs, prompt_logprobs
 from tandem_gateway.output_parser import CallStart, Content, Piece, Reasoning
@@ -115,6 +115,16 @@ async def _events(
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
         return event(chats.answer("chat.completion.chunk", [choice], **common))
 
+    texts: dict[tuple[int, type[Piece]], TextEvents] = {}
+
+    def delta_event(index: int, piece: Piece) -> bytes:
+        if not isinstance(piece, Content | Reasoning):
+            return chunk(index, _delta(piece))
+        kind = type(piece)
+        if (index, kind) not in texts:
+            texts[index, kind] = TextEvents(lambda text: chunk(index, _delta(kind(text))))
+        return texts[index, kind].of(piece.text)
+
     async for _, message in items:
         index = message.choice_index
         if message.prompt_logprobs:
@@ -126,12 +136,12 @@ async def _events(
             yield chunk(index, {"role": "assistant", "content": ""})
         reader = readers[index]
         is_last = message.HasField("finish")
-        deltas = [_delta(piece) for piece in reader.read(message.text_delta, is_last=is_last)]
+        pieces = reader.read(message.text_delta, is_last=is_last)
         if message.logprobs and chats.body.logprobs:
-            deltas = deltas or [{}]
-            yield chunk(index, deltas.pop(0), logprobs=chat_logprobs(message.logprobs))
-        for delta in deltas:
-            yield chunk(index, delta)
+            first = _delta(pieces.pop(0)) if pieces else {}
+            yield chunk(index, first, logprobs=chat_logprobs(message.logprobs))
+        for piece in pieces:
+            yield delta_event(index, piece)
         if is_last:
             yield chunk(index, {}, **chats.ends(message.finish, reader))
         if message.HasField("usage"):

@@ -11,7 +11,6 @@ from tandem.outputs import FINISH_REASONS
 from tandem.v1 import inference_pb2
 from tandem_gateway.connection import (
     EventStream,
-    event,
     events_or_error,
     metadata_of,
     request_id_of,
@@ -20,7 +19,8 @@ from tandem_gateway.connection import (
 )
 from tandem_gateway.engine import Engine, Fields
 from tandem_gateway.errors import refuse
-from tandem_gateway.generation import form_of, request_fields, stop_reason_of, usage_of
+from tandem_gateway.events import TextEvents, event
+from tandem_gateway.generation import form_of, is_plain, request_fields, stop_reason_of, usage_of
 from tandem_gateway.logprobs import completion_logprobs, prompt_logprobs
 from tandem_gateway.protocol import CompletionBody
 
@@ -94,8 +94,21 @@ async def _events(
     offsets: dict[int, int] = {}
     with_prompt: set[int] = set()
     usage_field = {"usage": None} if body.includes_usage() else {}
+
+    texts: dict[int, TextEvents] = {}
+
+    def text_event(index: int, text: str) -> bytes:
+        if index not in texts:
+            texts[index] = TextEvents(
+                lambda text: event(completions.answer(model, [completions.choice(index, text, None)], **usage_field))
+            )
+        return texts[index].of(text)
+
     async for number, message in items:
         index = number * (body.n or 1) + message.choice_index
+        if is_plain(message):
+            yield text_event(index, message.text_delta)
+            continue
         finish = message.finish if message.HasField("finish") else None
         choice = completions.choice(index, message.text_delta, finish)
         if body.logprobs is not None and message.logprobs:

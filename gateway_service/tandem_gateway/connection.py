@@ -3,10 +3,9 @@ and answers with that id. Also the answers that are streams, and the wait for an
 """
 
 import asyncio
-import json
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -14,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tandem_gateway.engine import Metadata
 from tandem_gateway.errors import ApiError, ClientGone, error_body, error_response
+from tandem_gateway.events import DONE, event
 
 REQUEST_ID = b"x-request-id"
-DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
 
@@ -97,12 +96,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._cancel()
-
-
-def event(data: dict[str, Any], name: str = "") -> bytes:
-    """One server-sent event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {name}\ndata: {text}\n\n".encode() if name else f"data: {text}\n\n".encode()
 
 
 async def events_or_error(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

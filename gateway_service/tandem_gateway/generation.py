@@ -87,6 +87,11 @@ def usage_of(usages: list[inference_pb2.Usage]) -> dict[str, Any]:
     }
 
 
+def is_plain(message: inference_pb2.GenerateStreamResponse) -> bool:
+    """Whether a message of a stream has nothing beyond text and tokens for its choice."""
+    return not (message.HasField("finish") or message.HasField("usage") or message.logprobs or message.prompt_logprobs)
+
+
 def stop_reason_of(finish: inference_pb2.Finish, body: GenerationBody) -> str | int | None:
     """vLLM's stop_reason: the stop string, or the one of stop_token_ids, that ended the output. Else None."""
     if finish.HasField("stop_string"):

@@ -9,9 +9,10 @@ from fastapi import Request
 
 from tandem.v1 import inference_pb2
 from tandem_gateway.chat_plan import ChatPlan, plan_chat
-from tandem_gateway.connection import EventStream, event, metadata_of, request_id_of, while_connected, with_first
+from tandem_gateway.connection import EventStream, metadata_of, request_id_of, while_connected, with_first
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import error_body
+from tandem_gateway.events import event
 from tandem_gateway.response_items import ResponseItems
 from tandem_gateway.responses_protocol import ResponseBody
 

@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from tandem_gateway.app import make_app
+from tandem_gateway.http_protocol import BoundedProtocol
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.log import configure_logging
@@ -44,7 +45,7 @@ def server_config(settings: GatewaySettings) -> uvicorn.Config:
         functools.partial(load_app, settings, os.getpid()),
         factory=True,
         loop="uvloop",
-        http="h11",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -21,7 +21,7 @@ _SCHEDULER_MODULES = (
 )
 MODULES_OF_EXTRA = {
     "cli": ("httpx2", "rich"),
-    "gateway": ("fastapi", "uvicorn", "uvloop"),
+    "gateway": ("fastapi", "httptools", "uvicorn", "uvloop"),
     "scheduler": _SCHEDULER_MODULES,
     "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),
     "worker": (*_SCHEDULER_MODULES, "safetensors", "torch"),

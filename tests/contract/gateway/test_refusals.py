@@ -1,6 +1,7 @@
 """What the HTTP gateway refuses, and how, and what ends its requests."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,31 @@ async def test_what_is_wrong_is_said_in_openais_form(gateway: Gateway) -> None:
         assert param is None or error["param"] == param, (body, error)
         assert answer.headers["x-request-id"]
     assert (await gateway.get("/v1/completions")).status == 405
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"GET /version HTTP/1.1\r\nx-long: ", b"a" * 8192),
+        (b"GET /version HTTP/1.1\r\n", b"x-many: a\r\n" * 800),
+        (b"POST /tokenize HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n", b"x-trailer: a\r\n" * 800),
+    ],
+)
+async def test_a_head_or_a_trailer_without_end_is_not_kept(gateway: Gateway, start: bytes, more: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    answer = asyncio.create_task(read_answer(reader))
+    writer.write(start)
+    num_sent = 0
+    while not answer.done() and num_sent < 10**7:
+        writer.write(more)
+        num_sent += len(more)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        await asyncio.sleep(0)
+    with contextlib.suppress(ConnectionError):
+        assert (await answer).status == 400
+    assert num_sent < 10**7
+    writer.close()
 
 
 async def test_request_ids_pass_through_and_live_ones_are_taken(folder: Path) -> None:
