@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TandemError, grpc.RpcError) as error:
         details = error.details() if isinstance(error, grpc.Call) else error
         print(f"tandem {options.command}: {details}", file=sys.stderr)
+        if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
+            print("Is a server there? `tandem serve MODEL` starts one; --address names another.", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Whoever read the output has gone, as in `tandem generate ... | head -1`. Python would fail again at its end,

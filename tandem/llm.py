@@ -4,6 +4,7 @@ too.
 
 import os
 import random
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -174,6 +175,7 @@ class LLM:
 
 def _start(worker: WorkerSettings, scheduler: SchedulerSettings) -> tuple[Services, IO[str]]:
     """Starts the services, which log to a file that is shown only if they fail. Returns both."""
+    print(f"tandem: loading {worker.model}", file=sys.stderr)
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by _close())
     services = Services(worker, scheduler, log)
     try:

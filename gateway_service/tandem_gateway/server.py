@@ -1,6 +1,7 @@
 """The HTTP server of the gateway, in this process or in several that share a listening socket."""
 
 import functools
+import logging
 import math
 import os
 import signal
@@ -68,6 +69,9 @@ def load_app(settings: GatewaySettings, main_pid: int) -> object:
     if sys.platform == "linux" and os.getpid() != main_pid:
         end_with_parent(main_pid)
     configure_logging(settings.log_level)
+    if settings.log_level == "info":
+        # uvicorn says in six lines that it starts and ends.
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return make_app(settings)
 
 

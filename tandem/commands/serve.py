@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from tandem.commands.serve_http import add_http_flags, read_http_flags
-from tandem.commands.service_flags import add_service_flags, read_service_flags
+from tandem.commands.service_flags import add_service_flags, read_service_flags, refuse_taken_port
 from tandem.processes import Services
 from tandem_shared.extras import require_extra
 
@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     options.model = options.served
     worker, scheduler = read_service_flags(options)
     require_extra("worker")
+    refuse_taken_port(scheduler.host, scheduler.port)
     gateway = read_http_flags(options, os.environ, scheduler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -40,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"tandem serve: listening on {services.address}", file=sys.stderr)
             if services.http_address:
                 print(f"tandem serve: HTTP on http://{services.http_address}", file=sys.stderr)
+            page = f"; a page to chat is http://{services.http_address}/" if services.http_address else ""
+            print(f"tandem serve: ready{page}", file=sys.stderr)
             services.wait()
     except KeyboardInterrupt:
         return 0

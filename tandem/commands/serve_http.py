@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import socket
 import sys
 from collections.abc import Mapping
 
+from tandem.commands.service_flags import is_taken
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
@@ -52,17 +52,7 @@ def read_http_flags(
             raise
         print(f"tandem serve: no HTTP: {error}", file=sys.stderr)
         return None
-    if not is_wanted and _is_taken(settings):
+    if not is_wanted and is_taken(settings.host, settings.http_port):
         print(f"tandem serve: port {settings.http_port} is taken, so HTTP gets a free one", file=sys.stderr)
         return dataclasses.replace(settings, http_port=0)
     return settings
-
-
-def _is_taken(settings: GatewaySettings) -> bool:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((settings.host, settings.http_port))
-    except OSError:
-        return True
-    return False

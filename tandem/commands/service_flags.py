@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import socket
 
 from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_tls
+from tandem_shared.errors import ConfigError
 from tandem_shared.options import add_options, option_names, read_settings
 
 NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
@@ -25,3 +27,22 @@ def read_service_flags(options: argparse.Namespace) -> tuple[WorkerSettings, Sch
     worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in PRIVATE}, port="0")
     environment = {name: value for name, value in os.environ.items() if name not in option_names(PRIVATE)}
     return read_settings(WorkerSettings, worker_options, environment), scheduler
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether nobody can listen on a port of this machine now. Never of port 0, which stands for a free one."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError:
+        return True
+    return False
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Raises ConfigError if the scheduler's port is taken, which would else be noticed once the model is loaded."""
+    if is_taken(host, port):
+        raise ConfigError(
+            f"can't listen on {host}:{port}, is another server there? --port names another port, 0 a free one"
+        )

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +101,6 @@ def test_a_bad_prompt_is_named_and_loses_no_other(llm: LLM) -> None:
 async def test_it_works_where_an_event_loop_runs(llm: LLM) -> None:
     """As in a notebook."""
     assert len(llm.generate([TEXT, TEXT], GREEDY, use_tqdm=False)) == 2
-
-
-def test_the_readmes_programs_run(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    programs = [each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from tandem" in each]
-    assert len(programs) >= 2
-    for program in programs:
-        here = program.replace('LLM("embedded")', f'LLM(address="{llm.address}")').replace(
-            "127.0.0.1:50051", llm.address
-        )
-        assert llm.address in here
-        # In a thread, as one of them runs an event loop of its own.
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(exec, here, {"__name__": "__main__"}).result(60)
-    assert len(capsys.readouterr().out) > 300
 
 
 def test_the_bar_shows_rates_and_is_finished(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

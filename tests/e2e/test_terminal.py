@@ -211,37 +211,3 @@ def test_bench_measures_any_server_of_openais_api(tmp_path: Path) -> None:
     assert all(len(request["prompt"]) == 7 for request in Stub.requests)
     times = [float(str(request["at"])) for request in Stub.requests]
     assert times[-1] - times[0] > 0.05
-
-
-def commands_of(document: str) -> list[str]:
-    text = (Path(__file__).parents[2] / document).read_text()
-    return re.findall(r"^(?:echo .* \| )?tandem .*$", text, re.MULTILINE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", ["docs/cli.md", "README.md"])
-def test_the_documents_commands_run(document: str, address: str, tmp_path: Path) -> None:
-    # As documented, but for the addresses, smaller numbers, and models that are here.
-    replaced = {"100-1024": "8-16", "256": "6", "--tensor-parallel-size 2": "--tensor-parallel-size 1"}
-    replaced |= {"Qwen/Qwen3-0.6B": "embedded", "./Qwen3-8B": "embedded", "8192": "1024"}
-    commands = [command for command in commands_of(document) if "tandem serve" not in command]
-    assert len(commands) >= 5
-    Stub.requests.append({})  # so that it refuses none
-    with stub_server() as url:
-        for command in commands:
-            for old, new in replaced.items():
-                command = command.replace(old, new)
-            command = command.replace("http://127.0.0.1:8000", url)
-            if "--base-url" not in command and "embedded" not in command:
-                command += f" --address {address}"
-            program = f'tandem() {{ {sys.executable} -m tandem.cli "$@"; }}\n{command}'
-            done = subprocess.run(
-                ["bash", "-c", program],
-                input="Who are you?\n",
-                capture_output=True,
-                text=True,
-                timeout=WAIT_S,
-                cwd=tmp_path,
-            )
-            assert done.returncode == 0, (command, done.stderr)
-            assert done.stdout.strip()

@@ -60,6 +60,7 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
             communicator, num_ranks_here, settings.max_num_batched_tokens, config.hidden_size, device
         )
     model = _make_model(architecture, folder, config, operations, max_model_len, device, dtype, communicator)
+    logger.info("reading the weights in %s", folder)
     loaded = load_weights(folder, model.checkpoint_targets(), model.tied_weights)
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION,

@@ -116,7 +116,8 @@ class Server:
         # Objects made so far stay for good, so the garbage collector, which stops all threads, need not look at them.
         gc.freeze()
         await self._server.start()
-        logger.info("listening on %s:%d%s", host, bound, " with TLS" if self._credentials else "")
+        names = ", ".join(self._services)
+        logger.info("%s: listening on %s:%d%s", names, host, bound, " with TLS" if self._credentials else "")
         return bound
 
     async def set_ready(self, services: Iterable[str], is_ready: bool) -> None:
