@@ -1,7 +1,9 @@
 """What the scheduler costs in CPU time a step, with a worker that answers at once.
 
 All sequences decode in steady state, with prefix caching on. For each part the thread's CPU time is measured: schedule,
-encode (to protobuf bytes), decode (of the result's bytes) and update. The worker's part is not timed.
+encode (to protobuf bytes), decode (of the result's bytes) and update. The worker's part is not timed. What the metrics
+cost in each step is measured beside that, and is not in the total: metrics if the same sequences get tokens in all
+steps, and changing if in each step another sequence gets none.
 Writes benchmarks/results/scheduler_cpu.json.
 """
 
@@ -17,12 +19,17 @@ from benchmarks.common import RESULTS, header, modelless_worker, write_json
 from tandem.internal.v1 import worker_pb2
 from tandem.latency import percentiles
 from tandem_scheduler.core.scheduler import Scheduler
-from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
+from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest, StepOutputs
+from tandem_scheduler.engine.observer import PlanMade, PlanSent, StepDone, all_of, guarded
+from tandem_scheduler.engine_interface import FrontEndStats
+from tandem_scheduler.front_end.token_times import TokenTimes
+from tandem_scheduler.observers.metrics import SchedulerMetrics
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import decode_result, encode_plan, encode_result
 from tandem_shared.step_plan import StepPlan, StepResult
 
 PARTS = ("schedule", "encode", "decode", "update")
+METRICS = ("metrics", "changing")
 NUM_STEPS = 2000
 NUM_WARM_UP_STEPS = 100
 PROMPT_LEN = 32
@@ -74,13 +81,29 @@ class InstantWorker:
         return encode_result(result).SerializeToString()
 
 
+class Observed:
+    """What a step's metrics need: the engine's events, guarded as in the step loop, and a front end's token times."""
+
+    def __init__(self) -> None:
+        self._observe = guarded(all_of(SchedulerMetrics().tell))
+        self._times, self._stats = TokenTimes(), FrontEndStats()
+
+    def step(self, made: PlanMade, result: StepResult, outputs: StepOutputs, handles: list[int]) -> None:
+        self._observe(made)
+        self._observe(PlanSent(made, 10))
+        now = time.monotonic()
+        self._times.note(handles, now, range(len(handles) + 1), self._stats.token_gaps)
+        self._observe(StepDone(made, result, outputs, now, 0.001))
+
+
 def measure(num_sequences: int, max_plans_in_flight: int) -> dict[str, object]:
     """CPU time of each part of NUM_STEPS steps, in microseconds."""
     scheduler = make_scheduler(num_sequences, max_plans_in_flight)
     worker = InstantWorker()
     in_flight: deque[bytes] = deque()
-    times: dict[str, list[int]] = {part: [] for part in PARTS}
+    times: dict[str, list[int]] = {part: [] for part in (*PARTS, *METRICS)}
     clock = time.thread_time_ns
+    observed, changing = Observed(), Observed()
 
     def step() -> None:
         start = clock()
@@ -89,6 +112,7 @@ def measure(num_sequences: int, max_plans_in_flight: int) -> dict[str, object]:
         assert plan is not None
         encode_plan(plan).SerializeToString()
         encoded = clock()
+        made = PlanMade(plan, 0, num_sequences, 0, max_plans_in_flight, time.monotonic())
         in_flight.append(worker.execute(plan))
         times["schedule"].append(scheduled - start)
         times["encode"].append(encoded - scheduled)
@@ -98,10 +122,18 @@ def measure(num_sequences: int, max_plans_in_flight: int) -> dict[str, object]:
         start = clock()
         result = decode_result(worker_pb2.StepResult.FromString(data))
         decoded = clock()
-        scheduler.update(result)
+        outputs = scheduler.update(result)
         updated = clock()
         times["decode"].append(decoded - start)
         times["update"].append(updated - decoded)
+        left_out = plan.step_id % num_sequences
+        for part, each, handles in (
+            ("metrics", observed, list(outputs.sequence_ids)),
+            ("changing", changing, outputs.sequence_ids[:left_out] + outputs.sequence_ids[left_out + 1 :]),
+        ):
+            start = clock()
+            each.step(made, result, outputs, handles)
+            times[part].append(clock() - start)
 
     while worker.num_decoding < num_sequences:
         step()
@@ -113,9 +145,9 @@ def measure(num_sequences: int, max_plans_in_flight: int) -> dict[str, object]:
         step()
     load = scheduler.load()
     assert load.num_running_sequences == num_sequences and load.num_preemptions == 0
-    parts = np.array([times[part] for part in PARTS]) / 1000
-    report: dict[str, object] = {part: percentiles(values, 1) for part, values in zip(PARTS, parts, strict=True)}
-    return report | {"total": percentiles(parts.sum(axis=0), 1)}
+    parts = {part: np.array(values) / 1000 for part, values in times.items()}
+    report: dict[str, object] = {part: percentiles(values, 1) for part, values in parts.items()}
+    return report | {"total": percentiles(np.sum([parts[part] for part in PARTS], axis=0), 1)}
 
 
 def main() -> None:

@@ -134,6 +134,10 @@ class AsyncTandemClient:
     async def load(self) -> control_pb2.GetLoadResponse:
         return await self._call(self._control.GetLoad, control_pb2.GetLoadRequest())
 
+    async def metrics(self, accept: str = "") -> control_pb2.GetMetricsResponse:
+        """The server's metrics as Prometheus reads them. accept: as in the header of that name."""
+        return await self._call(self._control.GetMetrics, build(control_pb2.GetMetricsRequest, accept=accept))
+
     async def abort(self, request_id: str) -> None:
         await self._call(self._control.Abort, build(control_pb2.AbortRequest, request_id=request_id), max_retries=0)
 

@@ -145,6 +145,10 @@ class TandemClient:
     def load(self) -> control_pb2.GetLoadResponse:
         return self._call(self._control.GetLoad, control_pb2.GetLoadRequest())
 
+    def metrics(self, accept: str = "") -> control_pb2.GetMetricsResponse:
+        """The server's metrics as Prometheus reads them. accept: as in the header of that name."""
+        return self._call(self._control.GetMetrics, build(control_pb2.GetMetricsRequest, accept=accept))
+
     def abort(self, request_id: str) -> None:
         self._call(self._control.Abort, build(control_pb2.AbortRequest, request_id=request_id), max_retries=0)
 

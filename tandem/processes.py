@@ -67,7 +67,8 @@ class Services:
         # Unless the settings name a file for the secret, it is in a folder that only this process's user can read.
         named = worker.session_secret_file or scheduler.session_secret_file
         self.session_secret_file = named or str(self._folder.path / "session-secret")
-        self._worker_settings = replace(worker, session_secret_file=self.session_secret_file)
+        # The scheduler's metrics tell of the worker too, and two services can't have one port.
+        self._worker_settings = replace(worker, session_secret_file=self.session_secret_file, metrics_port=None)
         self._scheduler_settings = replace(scheduler, session_secret_file=self.session_secret_file)
         self.worker: subprocess.Popen[bytes] | None = None
         self.scheduler: subprocess.Popen[bytes] | None = None

@@ -6,18 +6,26 @@ processes/front_end_side/remote_engine.py behind a stream.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from tandem_scheduler.core.types import FinishReason, SequenceRequest
 from tandem_shared.errors import SequenceFailed, TandemError
+from tandem_shared.metrics.histogram import Histogram
 from tandem_shared.step_plan import PromptLogprobs, RowLogprobs, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often the two ends of a stream say that they are alive."""
+
+TOKEN_GAP_BUCKETS_S = (
+    *(0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4),
+    *(0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+"""vLLM's, and smaller ones, as a small model's tokens come every few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,41 @@ class Submission:
     again."""
 
 
+@dataclass(frozen=True, slots=True)
+class RequestOutcome:
+    """What a request's client got, as its front end knows it. Times are seconds of time.monotonic(), which all
+    processes of a host share; reasons and num_output_tokens have an element for each choice, in their order.
+    """
+
+    arrived_at: float
+    """When the call came, before the request was checked."""
+    first_token_at: float | None
+    """When the first token of any choice came. None if none did."""
+    ended_at: float
+    """When the last choice ended, or the call."""
+    reasons: tuple[FinishReason, ...]
+    """ABORT for choices that had not ended when the call did."""
+    num_output_tokens: tuple[int, ...]
+    """Without tokens past a stop string."""
+
+
+@dataclass(slots=True)
+class FrontEndStats:
+    """What a front end counts that belongs to no request that the engine knows."""
+
+    token_gaps: Histogram = field(default_factory=lambda: Histogram(TOKEN_GAP_BUCKETS_S))
+    """The seconds between a choice's token and its token before."""
+    num_refused: Counter[str] = field(default_factory=Counter)
+    """Requests that were refused, by the reason in the error's details, such as QUEUE_FULL."""
+
+    def __bool__(self) -> bool:
+        return bool(self.num_refused) or any(self.token_gaps.counts)
+
+    def add(self, other: "FrontEndStats") -> None:
+        self.token_gaps.add(other.token_gaps)
+        self.num_refused += other.num_refused
+
+
 class Engine(Protocol):
     """What a front end may ask of the engine. It chooses the handles that name its sequences, and never reuses one."""
 
@@ -103,9 +146,9 @@ class Engine(Protocol):
         don't count. The sequence's end comes as any other, if it has not come yet.
         """
 
-    def close_request(self, first_handle: int) -> None:
+    def close_request(self, first_handle: int, outcome: RequestOutcome | None = None) -> None:
         """Forgets a request. Those of its sequences that still run are aborted; their blocks are free for the next
-        plan.
+        plan. outcome: what came of it, None if it was refused.
         """
 
 
@@ -116,6 +159,9 @@ class EngineListener(Protocol):
         """May be called from within Engine.stop()."""
 
     async def on_state(self, state: EngineState) -> None: ...
+
+    def take_stats(self) -> FrontEndStats:
+        """What the front end has counted since the last call."""
 
 
 def hand_on(listener: EngineListener, batch: OutputBatch) -> list[int]:

@@ -15,17 +15,20 @@ from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import SchedulerConfig
 from tandem_scheduler.engine.hub import EngineHub
-from tandem_scheduler.engine.observer import Observer
+from tandem_scheduler.engine.observer import Observer, all_of
 from tandem_scheduler.engine.recorder import RecordingScheduler
 from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine.worker_client import GrpcWorkerClient, WorkerClient
 from tandem_scheduler.front_end.grpc_api.public_server import PublicServer
 from tandem_scheduler.model_check import ModelCheck
+from tandem_scheduler.observers.metrics import SchedulerMetrics
 from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
 from tandem_shared import VERSION
-from tandem_shared.config import SchedulerSettings
+from tandem_shared.config import SchedulerSettings, model_name
 from tandem_shared.errors import ConfigError, WorkerUnavailable
 from tandem_shared.extras import require_extra
+from tandem_shared.metrics.exposition import Samples
+from tandem_shared.metrics.server import MetricsServer
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem_shared.rpc.credentials import channel_credentials
 from tandem_shared.rpc.session_secret import read_secret
@@ -73,7 +76,12 @@ class SchedulerService:
             secret=read_secret(settings.session_secret_file),
         )
         self._recorder: RecordingScheduler | None = None
-        self._hub = EngineHub(observer)
+        self._metrics = SchedulerMetrics()
+        self._metrics_server = MetricsServer(self.read_metrics)
+        self.metrics_port: int | None = None
+        """The port of the metrics, once it listens, if there is to be one."""
+        observe = all_of(self._metrics.tell, *([observer] if observer is not None else []))
+        self._hub = EngineHub(observe)
         self._tokenizer_folder = _tokenizer_folder(settings)
         self.step_loop = StepLoop(
             self._client,
@@ -84,7 +92,7 @@ class SchedulerService:
             step_timeout_s=settings.step_timeout_s,
             create_scheduler=self._create_scheduler,
             check_worker=ModelCheck(settings, self._tokenizer_folder),
-            observer=observer,
+            observer=observe,
         )
         self._hub.connect(self.step_loop)
         self._front_ends = self._create_front_ends(interceptors)
@@ -92,9 +100,20 @@ class SchedulerService:
 
     async def start(self) -> int:
         """Listens and begins to look for the worker. Returns the port."""
-        port = await self._front_ends.start()
+        settings = self._settings
+        if settings.metrics_port is not None:
+            self.metrics_port = self._metrics_server.start(settings.host, settings.metrics_port)
+        try:
+            port = await self._front_ends.start()
+        except BaseException:
+            self._metrics_server.stop()
+            raise
         self._running = asyncio.create_task(self.step_loop.run())
         return port
+
+    def read_metrics(self) -> Samples:
+        """The metrics of now. To be called in the event loop."""
+        return self._metrics.read(self._hub, self._settings.metrics_prefix, model_name(self._settings))
 
     async def wait(self) -> None:
         """Returns only if the step loop fails, which is a bug: then raises why."""
@@ -119,6 +138,7 @@ class SchedulerService:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
         await self._client.close()
+        self._metrics_server.stop()
         if self._recorder is not None:
             self._recorder.close()
 
@@ -126,7 +146,7 @@ class SchedulerService:
         settings = self._settings
         if settings.vllm_engine_service:
             require_extra("smg")
-        control = ControlServicer(self._hub, VERSION)
+        control = ControlServicer(self._hub, VERSION, self.read_metrics)
         count = settings.api_server_count
         if count is None:
             count = 0 if interceptors else default_num_front_ends()

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
-from tandem_shared.gateway_settings import MAX_PORT, GatewaySettings
+from tandem_shared.gateway_settings import DEFAULT_METRICS_PREFIX, MAX_PORT, GatewaySettings
 from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 
@@ -52,6 +52,15 @@ class ServiceSettings:
         "time without progress after which a step has failed: the worker ends, the scheduler takes it as lost",
         unit="seconds",
         minimum=0.1,
+    )
+    metrics_port: int | None = option(
+        None,
+        "port on which Prometheus reads the service's metrics over HTTP; 0 takes a free one; none if not given",
+        minimum=0,
+        maximum=MAX_PORT,
+    )
+    metrics_prefix: str = option(
+        DEFAULT_METRICS_PREFIX, "what the names of metrics begin with; with vllm: dashboards made for vLLM find them"
     )
     log_level: str = option(
         "info", "least severe messages that are logged", choices=("debug", "info", "warning", "error")
@@ -202,6 +211,7 @@ def read_command_line(
         refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
         settings = read_settings(settings_class, namespace, os.environ)
         check_tls(settings)
+        check_metrics_prefix(settings.metrics_prefix)
         if extra is not None:
             require_extra(extra)
     except ConfigError as error:
@@ -223,6 +233,12 @@ def check_tls(settings: ServiceSettings | GatewaySettings) -> None:
             raise ConfigError(f"--{peer}-tls-cert and --{peer}-tls-key go together")
         if cert and not authority:
             raise ConfigError(f"--{peer}-tls-cert needs --{peer}-ca")
+
+
+def check_metrics_prefix(prefix: str) -> None:
+    """Raises ConfigError for a prefix with which no name is one of Prometheus's."""
+    if not re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)?", prefix):
+        raise ConfigError(f"--metrics-prefix must begin a metric's name, is {prefix!r}")
 
 
 def model_name(settings: ServiceSettings) -> str:

@@ -28,6 +28,7 @@ TandemError
 └── ConfigError               never sent: a setting is wrong; names it
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -137,3 +138,8 @@ class UnexpectedMessage(TandemError):
 
 class ProtocolError(TandemError):
     """A message from one of our own processes breaks the protocol between them."""
+
+
+def reason_of(error_class: type[TandemError]) -> str:
+    """The reason in ErrorInfo: the name of the class as UPPER_SNAKE_CASE."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_class.__name__).upper()

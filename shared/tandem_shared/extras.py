@@ -16,12 +16,13 @@ _SCHEDULER_MODULES = (
     "jinja2",
     "llguidance",
     "numpy",
+    "prometheus_client",
     "tokenizers",
     "xxhash",
 )
 MODULES_OF_EXTRA = {
     "cli": ("httpx2", "rich"),
-    "gateway": ("fastapi", "httptools", "uvicorn", "uvloop"),
+    "gateway": ("fastapi", "httptools", "prometheus_client", "uvicorn", "uvloop"),
     "scheduler": _SCHEDULER_MODULES,
     "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),
     "worker": (*_SCHEDULER_MODULES, "safetensors", "torch"),

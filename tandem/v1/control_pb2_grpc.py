@@ -46,6 +46,11 @@ class ControlServiceStub(object):
                 request_serializer=tandem_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/tandem.v1.ControlService/GetMetrics',
+                request_serializer=tandem_dot_v1_dot_control__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_control__pb2.GetMetricsResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/tandem.v1.ControlService/Abort',
                 request_serializer=tandem_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
@@ -77,6 +82,14 @@ class ControlServiceServicer(object):
 
     def GetLoad(self, request, context):
         """Returns how busy the engine is, and what it has done so far.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMetrics(self, request, context):
+        """Returns the metrics of the scheduler service, as its port for Prometheus gives them. They name the served model, and
+        nothing of any request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +131,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=tandem_dot_v1_dot_control__pb2.GetLoadRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_control__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=tandem_dot_v1_dot_control__pb2.GetMetricsRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_control__pb2.GetMetricsResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -191,6 +209,33 @@ class ControlService(object):
             '/tandem.v1.ControlService/GetLoad',
             tandem_dot_v1_dot_control__pb2.GetLoadRequest.SerializeToString,
             tandem_dot_v1_dot_control__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.ControlService/GetMetrics',
+            tandem_dot_v1_dot_control__pb2.GetMetricsRequest.SerializeToString,
+            tandem_dot_v1_dot_control__pb2.GetMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

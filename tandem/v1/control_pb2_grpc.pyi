@@ -39,6 +39,10 @@ class ControlServiceStub:
     """Returns the version and state of the server."""
     GetLoad: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetLoadRequest, _control_pb2.GetLoadResponse]
     """Returns how busy the engine is, and what it has done so far."""
+    GetMetrics: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetMetricsRequest, _control_pb2.GetMetricsResponse]
+    """Returns the metrics of the scheduler service, as its port for Prometheus gives them. They name the served model, and
+    nothing of any request.
+    """
     Abort: _grpc.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]
     """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
 
@@ -62,6 +66,10 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Returns the version and state of the server."""
     GetLoad: _aio.UnaryUnaryMultiCallable[_control_pb2.GetLoadRequest, _control_pb2.GetLoadResponse]  # type: ignore[assignment]
     """Returns how busy the engine is, and what it has done so far."""
+    GetMetrics: _aio.UnaryUnaryMultiCallable[_control_pb2.GetMetricsRequest, _control_pb2.GetMetricsResponse]  # type: ignore[assignment]
+    """Returns the metrics of the scheduler service, as its port for Prometheus gives them. They name the served model, and
+    nothing of any request.
+    """
     Abort: _aio.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a live request: each of its choices ends with FINISH_REASON_ABORT and keeps the output it has.
 
@@ -94,6 +102,16 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetLoadResponse, _abc.Awaitable[_control_pb2.GetLoadResponse]]:
         """Returns how busy the engine is, and what it has done so far."""
+
+    @_abc_1.abstractmethod
+    def GetMetrics(
+        self,
+        request: _control_pb2.GetMetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.GetMetricsResponse, _abc.Awaitable[_control_pb2.GetMetricsResponse]]:
+        """Returns the metrics of the scheduler service, as its port for Prometheus gives them. They name the served model, and
+        nothing of any request.
+        """
 
     @_abc_1.abstractmethod
     def Abort(

@@ -90,7 +90,8 @@ async def server() -> AsyncIterator[tuple[FailingServer, str]]:
 
 def _with_missing(servicer: FailingServer, server: Any) -> Any:
     """Gives the servicer the methods that registering it asks for, and that no test calls."""
-    for name in ("Tokenize", "Detokenize", "GetModelInfo", "GetServerInfo", "GetLoad", "Drain", "ResetPrefixCache"):
+    others = ("GetModelInfo", "GetServerInfo", "GetLoad", "GetMetrics", "Drain", "ResetPrefixCache")
+    for name in ("Tokenize", "Detokenize", *others):
         setattr(servicer, name, None)
     return server
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tandem_scheduler.core.types import FinishReason
-from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import EngineState, FrontEndStats, OutputBatch, SequenceEnd, Submission
 from tandem_shared.errors import ProtocolError, RequestIdInUse, SequenceFailed, WorkerUnavailable
 from tests.contract.services import VOCAB_SIZE, WAIT_S, Services, model_info, stream_request, true_tokens
 from tests.support.builders import create_request
@@ -33,6 +33,9 @@ class Listener:
     async def on_state(self, state: EngineState) -> None:
         if self.is_broken:
             raise RuntimeError("the front end is broken")
+
+    def take_stats(self) -> FrontEndStats:
+        return FrontEndStats()
 
     async def wait_end(self, handle: int) -> SequenceEnd:
         async with asyncio.timeout(WAIT_S):

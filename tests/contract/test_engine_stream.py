@@ -13,7 +13,14 @@ import pytest
 
 from tandem.internal.v1 import engine_pb2, engine_pb2_grpc
 from tandem_scheduler.core.types import FinishReason
-from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import (
+    EngineState,
+    FrontEndStats,
+    OutputBatch,
+    RequestOutcome,
+    SequenceEnd,
+    Submission,
+)
 from tandem_scheduler.processes.engine_codec import HANDLES, encode_outputs
 from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
 from tandem_scheduler.processes.front_end_side import remote_engine
@@ -55,6 +62,9 @@ class Listener:
         self.states.append(state)
         if self._fails_at_states:
             raise RuntimeError("a server's fault")
+
+    def take_stats(self) -> FrontEndStats:
+        return FrontEndStats()
 
 
 class ScriptedEngine(engine_pb2_grpc.EngineServiceServicer):
@@ -215,7 +225,7 @@ class FaultyHub:
     def stop(self, handle: int, num_output_tokens: int) -> None:
         raise KeyError("a bug")
 
-    def close_request(self, first_handle: int) -> None:
+    def close_request(self, first_handle: int, outcome: RequestOutcome | None = None) -> None:
         raise KeyError("a bug")
 
 

@@ -28,6 +28,7 @@ SMALL_METHODS = [
     "/grpc.health.v1.Health/Watch",
     "/grpc.channelz.v1.Channelz/GetServers",
     "/tandem.v1.ControlService/GetLoad",
+    "/tandem.v1.ControlService/GetMetrics",
     "/tandem.v1.ControlService/Abort",
     "/tandem.v1.InferenceService/GetModelInfo",
     REFLECTION,

@@ -1,24 +1,32 @@
 """The RPCs with which an operator controls a running scheduler service, answered in the step loop's process."""
 
+import asyncio
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from prometheus_client.registry import Collector
 
 from tandem.v1 import control_pb2, control_pb2_grpc
 from tandem_scheduler.engine.hub import EngineHub
 from tandem_scheduler.front_end.validation import check_request_id
+from tandem_shared.metrics.exposition import encode
 from tandem_shared.step_codec import PROTOCOL_VERSION
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ControlServicer(control_pb2_grpc.ControlServiceServicer):
-    def __init__(self, hub: EngineHub, version: str) -> None:
+    def __init__(self, hub: EngineHub, version: str, read_metrics: Callable[[], Collector]) -> None:
+        """read_metrics: the metrics of now; their encoding, elsewhere, takes long."""
         self._hub = hub
+        self._read_metrics = read_metrics
         self._version = version
+        # Encoding takes milliseconds of the interpreter's time, so callers wait for each other.
+        self._encoding = asyncio.Lock()
         self._started = time.monotonic()
 
     async def GetServerInfo(
@@ -47,6 +55,13 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             return control_pb2.GetLoadResponse()
         values = dataclasses.asdict(step_loop.scheduler.load()) | dataclasses.asdict(step_loop.step_sums)
         return control_pb2.GetLoadResponse(block_size_tokens=values.pop("block_size"), **values)
+
+    async def GetMetrics(
+        self, request: control_pb2.GetMetricsRequest, context: Context
+    ) -> control_pb2.GetMetricsResponse:
+        async with self._encoding:
+            text, content_type = await asyncio.to_thread(encode, self._read_metrics(), request.accept)
+        return control_pb2.GetMetricsResponse(text=text, content_type=content_type)
 
     async def Abort(self, request: control_pb2.AbortRequest, context: Context) -> control_pb2.AbortResponse:
         check_request_id(request.request_id)

@@ -17,7 +17,9 @@ from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine_interface import (
     EngineListener,
     EngineState,
+    FrontEndStats,
     OutputBatch,
+    RequestOutcome,
     SequenceEnd,
     Submission,
     hand_on,
@@ -63,6 +65,7 @@ class EngineHub:
         self._events = RequestEvents(observer) if observer is not None else None
         self._is_ready = False
         self._attachments: list[Attachment] = []
+        self._stats = FrontEndStats()
         # Live requests and sequences alone.
         self._requests: dict[str, _Request] = {}
         self._sequences: dict[int, _Sequence] = {}
@@ -85,6 +88,11 @@ class EngineHub:
     def state(self) -> EngineState:
         return EngineState(self.step_loop.worker, self._is_ready, self.is_draining)
 
+    @property
+    def num_observed(self) -> int:
+        """How many requests and sequences are kept for the observer's sake. 0 when none is open."""
+        return self._events.num_held if self._events is not None else 0
+
     def attach(self, listener: EngineListener, is_gone: Callable[[], bool] = lambda: False) -> "Attachment":
         """The engine for one more front end. is_gone says whether that has ended although it is not detached yet."""
         attachment = Attachment(self, listener, is_gone)
@@ -94,10 +102,17 @@ class EngineHub:
     def detach(self, attachment: "Attachment") -> None:
         """Closes all requests of a front end that has gone."""
         self._attachments.remove(attachment)
+        self._stats.add(attachment.listener.take_stats())
         for first_handle in list(attachment.requests):
             attachment.close_request(first_handle)
 
     # For the operator
+
+    def front_end_stats(self) -> FrontEndStats:
+        """The sum of what all front ends have counted, those that have gone too."""
+        for attachment in self._attachments:
+            self._stats.add(attachment.listener.take_stats())
+        return self._stats
 
     def abort(self, request_id: str) -> None:
         """Ends a live request's choices with ABORT."""
@@ -222,13 +237,15 @@ class EngineHub:
                 sequence, SequenceEnd(sequence.handle, FinishReason.ABORT, num_cached_tokens), num_output_tokens
             )
 
-    def close_request(self, attachment: "Attachment", first_handle: int) -> None:
+    def close_request(self, attachment: "Attachment", first_handle: int, outcome: RequestOutcome | None = None) -> None:
         request = attachment.requests.pop(first_handle, None)
         if request is None:
             return
         for sequence in request.sequences:
             del attachment.sequences[sequence.handle]
             self.abort_sequence(sequence)
+        if self._events is not None:
+            self._events.closed(request.sequences[0].sequence_id, outcome)
         self._num_open -= 1
         if not self._num_open:
             self._is_idle.set()
@@ -313,8 +330,8 @@ class Attachment:
         if sequence is not None:
             self._hub.stop(sequence, num_output_tokens)
 
-    def close_request(self, first_handle: int) -> None:
-        self._hub.close_request(self, first_handle)
+    def close_request(self, first_handle: int, outcome: RequestOutcome | None = None) -> None:
+        self._hub.close_request(self, first_handle, outcome)
 
     def flush(self) -> None:
         if self.pending:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tandem_scheduler.core.types import FinishReason, StepOutputs
+from tandem_scheduler.engine_interface import RequestOutcome
 from tandem_shared.errors import TandemError
-from tandem_shared.step_codec import encode_plan
 from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,14 @@ class PlanMade:
     made_at: float
     """When it was made, in seconds of time.monotonic()."""
 
-    @property
-    def num_bytes(self) -> int:
-        """The size of the encoded plan. It is encoded for the answer, which takes some microseconds."""
-        return encode_plan(self.plan).ByteSize()
+
+@dataclass(frozen=True, slots=True)
+class PlanSent:
+    """A plan that is on its way. Its result may have come before this."""
+
+    plan: PlanMade
+    num_bytes: int
+    """The size of its message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,9 @@ class StepDone:
     outputs: StepOutputs
     received_at: float
     """When the result came, in seconds of time.monotonic()."""
+    step_s: float
+    """How long the worker was at the step, in seconds: without the time in which the plan waited for the step before.
+    """
 
     @property
     def wire_s(self) -> float:
@@ -83,6 +90,12 @@ class RequestSubmitted:
     first_sequence_id: int
     num_choices: int
     num_prompt_tokens: int
+    max_tokens: int
+    """The most output tokens of each choice."""
+
+    @property
+    def sequence_ids(self) -> range:
+        return range(self.first_sequence_id, self.first_sequence_id + self.num_choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +127,26 @@ class RequestEnded:
     error: TandemError | None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestClosed:
+    """The call of a request is over. This comes after RequestEnded, once for each request that was submitted."""
+
+    ended: RequestEnded
+    outcome: RequestOutcome | None
+    """What its front end says of it. None if the front end has gone without a word of it."""
+
+
 Event: TypeAlias = (
-    PlanMade | StepDone | WorkerAttached | WorkerLost | RequestSubmitted | RequestRefused | FirstToken | RequestEnded
+    PlanMade
+    | PlanSent
+    | StepDone
+    | WorkerAttached
+    | WorkerLost
+    | RequestSubmitted
+    | RequestRefused
+    | FirstToken
+    | RequestEnded
+    | RequestClosed
 )
 
 Observer = Callable[[Event], None]
@@ -135,5 +166,16 @@ def guarded(observer: Observer) -> Observer:
             if type(event) not in failed_at:
                 failed_at.add(type(event))
                 logger.exception("an observer failed at %s; its later failures there are silent", type(event).__name__)
+
+    return tell
+
+
+def all_of(*observers: Observer) -> Observer:
+    """One observer that tells several. One that fails does not keep the news from the others."""
+    guards = [guarded(observer) for observer in observers]
+
+    def tell(event: Event) -> None:
+        for observe in guards:
+            observe(event)
 
     return tell

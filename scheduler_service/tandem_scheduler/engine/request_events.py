@@ -9,12 +9,13 @@ from tandem_scheduler.core.types import FinishReason, SequenceRequest
 from tandem_scheduler.engine.observer import (
     FirstToken,
     Observer,
+    RequestClosed,
     RequestEnded,
     RequestRefused,
     RequestSubmitted,
     guarded,
 )
-from tandem_scheduler.engine_interface import SequenceEnd
+from tandem_scheduler.engine_interface import RequestOutcome, SequenceEnd
 from tandem_shared.errors import TandemError
 
 
@@ -38,10 +39,14 @@ class RequestEvents:
         # Both by sequence id.
         self._live: dict[int, _Request] = {}
         self._without_token: dict[int, _Request] = {}
+        # Requests whose calls are not over, by their first sequence's id.
+        self._ended: dict[int, RequestEnded] = {}
 
     def submitted(self, request_id: str, choices: Sequence[SequenceRequest]) -> None:
         first = choices[0]
-        event = RequestSubmitted(request_id, first.sequence_id, len(choices), len(first.prompt_token_ids))
+        event = RequestSubmitted(
+            request_id, first.sequence_id, len(choices), len(first.prompt_token_ids), first.max_tokens
+        )
         request = _Request(event, {})
         for choice in choices:
             self._live[choice.sequence_id] = self._without_token[choice.sequence_id] = request
@@ -70,15 +75,20 @@ class RequestEvents:
         event = request.submitted
         if len(request.reasons) == event.num_choices:
             self._forget_first(request)
-            reasons = tuple(request.reasons[sequence_id] for sequence_id in _sequence_ids(event))
-            self._observe(
-                RequestEnded(event, reasons, request.num_output_tokens, request.num_cached_tokens, request.error)
-            )
+            reasons = tuple(request.reasons[sequence_id] for sequence_id in event.sequence_ids)
+            ended = RequestEnded(event, reasons, request.num_output_tokens, request.num_cached_tokens, request.error)
+            self._ended[event.first_sequence_id] = ended
+            self._observe(ended)
+
+    def closed(self, first_sequence_id: int, outcome: RequestOutcome | None) -> None:
+        """A request's front end has closed it, so all its sequences have ended."""
+        self._observe(RequestClosed(self._ended.pop(first_sequence_id), outcome))
+
+    @property
+    def num_held(self) -> int:
+        """How many requests and sequences something is kept of. 0 when none is open."""
+        return len(self._live) + len(self._without_token) + len(self._ended)
 
     def _forget_first(self, request: _Request) -> None:
-        for sequence_id in _sequence_ids(request.submitted):
+        for sequence_id in request.submitted.sequence_ids:
             self._without_token.pop(sequence_id, None)
-
-
-def _sequence_ids(event: RequestSubmitted) -> range:
-    return range(event.first_sequence_id, event.first_sequence_id + event.num_choices)

@@ -16,7 +16,7 @@ from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
 from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, SequenceRequest, StepOutputs
 from tandem_scheduler.engine.chunk_pace import ChunkPace
-from tandem_scheduler.engine.observer import Observer, PlanMade, StepDone, WorkerAttached, WorkerLost, guarded
+from tandem_scheduler.engine.observer import Observer, PlanMade, PlanSent, StepDone, WorkerAttached, WorkerLost, guarded
 from tandem_scheduler.engine.step_sums import StepMeter, StepSums
 from tandem_scheduler.engine.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
 from tandem_shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
@@ -98,6 +98,10 @@ class StepLoop:
     @property
     def step_sums(self) -> StepSums:
         return self._meter.sums
+
+    @property
+    def is_prefix_caching(self) -> bool:
+        return self._config.enable_prefix_caching
 
     def submit(self, requests: Sequence[SequenceRequest]) -> None:
         """Queues sequences, all or none. Raises what Scheduler.add raises, DeadlinePassed and WorkerUnavailable."""
@@ -240,12 +244,12 @@ class StepLoop:
         async for result in session.results():
             outputs = self.scheduler.update(result)
             plan = self._sent.popleft()
-            self._note_result(plan, result.times)
+            step_s = self._note_result(plan, result.times)
             # The front ends come first, with no await in between, so that none can close a sequence that these outputs
             # name. The worker has other plans meanwhile, and a stop that a front end finds here is in the next one.
             self._tell_outputs(outputs)
             if self._observe:
-                self._observe(StepDone(plan, result, outputs, self._result_at))
+                self._observe(StepDone(plan, result, outputs, self._result_at, step_s))
             await self._send_plans(session)
 
     def _tell_outputs(self, outputs: StepOutputs) -> None:
@@ -275,8 +279,10 @@ class StepLoop:
     async def _send_plans(self, session: WorkerSession) -> None:
         async with self._sending:
             while (plan := self._next_plan()) is not None:
-                self._note_plan(plan)
-                await session.send(plan)
+                made = self._note_plan(plan)
+                num_bytes = await session.send(plan)
+                if self._observe:
+                    self._observe(PlanSent(made, num_bytes))
 
     def _next_plan(self) -> StepPlan | None:
         """The next plan, after the sequences whose deadlines passed while they waited have ended."""
@@ -285,7 +291,7 @@ class StepLoop:
             self._tell_finished(expired)
         return self.scheduler.schedule(self._pace.limit)
 
-    def _note_plan(self, plan: StepPlan) -> None:
+    def _note_plan(self, plan: StepPlan) -> PlanMade:
         assert self.scheduler is not None
         num_preemptions = self.scheduler.counters.num_preemptions
         made = PlanMade(
@@ -300,14 +306,16 @@ class StepLoop:
         self._sent.append(made)
         if self._observe:
             self._observe(made)
+        return made
 
-    def _note_result(self, plan: PlanMade, times: StepTimes) -> None:
+    def _note_result(self, plan: PlanMade, times: StepTimes) -> float:
+        """Returns how long the worker was at the step, in seconds."""
         assert self._pace is not None
         now = time.monotonic()
         # The step may have waited for the one before it.
         self._pace.note(plan.num_prompt_tokens, now - max(plan.made_at, self._result_at))
         self._result_at = now
-        self._meter.note(times, round(1e9 * (now - plan.made_at)), is_queued=plan.num_in_flight > 1)
+        return self._meter.note(times, round(1e9 * (now - plan.made_at)), is_queued=plan.num_in_flight > 1) / 1e9
 
     async def _watch(self, session: WorkerSession) -> None:
         """Raises WorkerUnavailable when the oldest step has brought neither a result nor progress for too long."""

@@ -32,15 +32,18 @@ class StepMeter:
         """What comes next is by another worker's clock."""
         self._last_sampled_ns = 0
 
-    def note(self, times: StepTimes, round_trip_ns: int, *, is_queued: bool) -> None:
-        """Adds a step. round_trip_ns: the time between its plan and its result here. is_queued: another plan was under
-        way when this one was made, so the GPU had no reason to idle before it.
+    def note(self, times: StepTimes, round_trip_ns: int, *, is_queued: bool) -> int:
+        """Adds a step, and returns the nanoseconds that it took. round_trip_ns: the time between its plan and its
+        result here. is_queued: another plan was under way when this one was made, so the GPU had no reason to idle
+        before it.
         """
         sums = self.sums
         sums.num_step_results += 1
         started_ns = max(times.received_ns, self._last_sampled_ns)
         self._last_sampled_ns = times.sampled_ns
-        sums.step_time_ns += min(max(times.sampled_ns - started_ns, 0), round_trip_ns)
+        step_ns = min(max(times.sampled_ns - started_ns, 0), round_trip_ns)
+        sums.step_time_ns += step_ns
         sums.gpu_time_ns += min(times.gpu_duration_ns, round_trip_ns)
         if is_queued:
             sums.gpu_gap_ns += min(times.gpu_idle_ns, round_trip_ns)
+        return step_ns

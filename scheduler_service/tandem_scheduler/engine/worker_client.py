@@ -27,7 +27,8 @@ class WorkerSession(Protocol):
     heard_at: float
     """When the worker last sent anything, in seconds of time.monotonic()."""
 
-    async def send(self, plan: StepPlan) -> None: ...
+    async def send(self, plan: StepPlan) -> int:
+        """Sends a plan, and returns the size of its message in bytes."""
 
     def results(self) -> AsyncIterator[StepResult]:
         """Yields results in the order of the plans until the session ends, and then raises the reason: WorkerFailed or
@@ -110,11 +111,13 @@ class GrpcWorkerSession:
         self.heard_at = time.monotonic()
         self._call = call
 
-    async def send(self, plan: StepPlan) -> None:
+    async def send(self, plan: StepPlan) -> int:
+        message = worker_pb2.ExecuteStepsRequest(plan=encode_plan(plan))
         try:
-            await self._call.write(worker_pb2.ExecuteStepsRequest(plan=encode_plan(plan)))
+            await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise WorkerUnavailable(_why(error)) from error
+        return message.ByteSize()
 
     async def results(self) -> AsyncIterator[StepResult]:
         try:

@@ -6,12 +6,14 @@ its buffers and leave many at a time, and past a limit its request ends. Whateve
 its stop strings, its reader) ends that request alone.
 """
 
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from tandem_scheduler.engine_interface import Engine, EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import Engine, EngineState, FrontEndStats, OutputBatch, SequenceEnd, Submission
 from tandem_scheduler.front_end.chat.chat_renderer import ChatRenderer
 from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest
@@ -20,8 +22,9 @@ from tandem_scheduler.front_end.text.detokenizer import TextDecoder
 from tandem_scheduler.front_end.text.encoder import TextEncoder
 from tandem_scheduler.front_end.text.splitter import token_lengths
 from tandem_scheduler.front_end.text.tokenizer_faults import text_failure
+from tandem_scheduler.front_end.token_times import TokenTimes
 from tandem_scheduler.front_end.validation import GenerationRequest
-from tandem_shared.errors import Draining, TandemError, WorkerUnavailable
+from tandem_shared.errors import Draining, TandemError, WorkerUnavailable, reason_of
 from tandem_shared.sampling_fields import MAX_LOGPROBS
 from tandem_shared.sampling_lists import MAX_LOGPROB_TOKEN_IDS
 from tandem_shared.step_plan import PromptLogprobs, WorkerInfo
@@ -60,6 +63,8 @@ class FrontEnd:
         self._stopped: dict[int, Choice] = {}
         # Requests that were opened and not closed yet, ended or not, by first handle.
         self._lives: dict[int, LiveRequest] = {}
+        self._token_times = TokenTimes()
+        self._stats = FrontEndStats()
         self._num_uncounted_bytes = 0
         self._next_handle = 0
         # Given by connect(); the two know each other.
@@ -85,9 +90,12 @@ class FrontEnd:
         if self.engine.state.is_draining:
             raise Draining("the server is draining")
 
-    async def open(self, request: GenerationRequest) -> LiveRequest:
-        """Starts a request; the caller closes it. Raises what Engine.submit raises."""
-        live = LiveRequest(request, self.decoder, self._next_handle, self.close)
+    async def open(self, request: GenerationRequest, arrived_at: float | None = None) -> LiveRequest:
+        """Starts a request; the caller closes it. arrived_at: when its call came, by time.monotonic(); now if not
+        given. Raises what Engine.submit raises.
+        """
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
+        live = LiveRequest(request, self.decoder, self._next_handle, self.close, arrived_at)
         self._next_handle += len(live.choices)
         self._lives[live.first_handle] = live
         # This comes first, because outputs may come before submit() returns.
@@ -108,17 +116,23 @@ class FrontEnd:
         for handle in range(live.first_handle, live.first_handle + len(live.choices)):
             self._choices.pop(handle, None)
             self._stopped.pop(handle, None)
+            self._token_times.forget(handle)
         self._lives.pop(live.first_handle, None)
-        self.engine.close_request(live.first_handle)
+        self.engine.close_request(live.first_handle, live.outcome(time.monotonic()))
 
     def end_all(self, error: TandemError) -> None:
         for choice in [*self._choices.values(), *self._stopped.values()]:
             self._fail(choice.request, error)
 
+    def note_refusal(self, error: TandemError) -> None:
+        """Counts a request that was refused, before it was opened or by the engine."""
+        self._stats.num_refused[reason_of(type(error))] += 1
+
     # The engine's listener
 
     def on_outputs(self, batch: OutputBatch) -> None:
         choices = self._choices
+        self._note_times(batch.token_handles)
         watched: dict[int, Choice] = {}
         for handle, token_id in zip(batch.token_handles, batch.token_ids, strict=True):
             choice = choices.get(handle)
@@ -148,6 +162,17 @@ class FrontEnd:
     async def on_state(self, state: EngineState) -> None:
         await self._set_ready(state.is_ready and not state.is_draining)
 
+    def take_stats(self) -> FrontEndStats:
+        taken, self._stats = self._stats, FrontEndStats()
+        return taken
+
+    def _note_times(self, handles: list[int]) -> None:
+        if not handles:
+            return
+        now = time.monotonic()
+        for handle in self._token_times.note(handles, now, self._choices, self._stats.token_gaps):
+            self._choices[handle].request.note_first_token(now)
+
     def _add_prompt_logprobs(self, handle: int, report: PromptLogprobs) -> None:
         choice = self._choices.get(handle)
         if choice is None:
@@ -165,6 +190,7 @@ class FrontEnd:
         for handle, choice in watched.items():
             if handle in self._choices and self._guard(choice.request, choice.find_stop, handle in ended_by_token):
                 self._stopped[handle] = self._choices.pop(handle)
+                self._token_times.forget(handle)
                 self.engine.stop(handle, choice.num_output_tokens)
             elif choice.request.num_unread_characters > choice.request.max_unread_characters:
                 self._fail_behind(choice.request)
@@ -181,6 +207,8 @@ class FrontEnd:
         choice.finish(end)
         live.num_cached_tokens += end.num_cached_tokens
         live.num_running -= 1
+        if not live.num_running:
+            live.ended_at = time.monotonic()
         if live.is_streaming or not live.num_running:
             live.has_news.set()
 
@@ -195,6 +223,7 @@ class FrontEnd:
     def _fail(self, live: LiveRequest, error: TandemError) -> None:
         """Ends a whole request with an error."""
         live.error = error
+        live.has_failed = True
         live.has_news.set()
         self.close(live)
 
@@ -218,3 +247,25 @@ class FrontEnd:
             live = lives.pop()
             num_bytes -= live.num_unread_bytes
             self._fail_behind(live)
+
+
+@contextmanager
+def counting_refusals(front_end: FrontEnd) -> Iterator[None]:
+    """Around all that may refuse a request."""
+    try:
+        yield
+    except TandemError as error:
+        front_end.note_refusal(error)
+        raise
+
+
+@contextmanager
+def closing(live: LiveRequest) -> Iterator[None]:
+    """Closes the request at the end. If that is an error, the client has not got what came."""
+    try:
+        yield
+    except TandemError:
+        live.has_failed = True
+        raise
+    finally:
+        live.close()

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from tandem_scheduler.core.types import FinishReason
-from tandem_scheduler.engine_interface import SequenceEnd
+from tandem_scheduler.engine_interface import RequestOutcome, SequenceEnd
 from tandem_scheduler.front_end.logprob_buffer import LogprobBuffer, logprob_bytes
 from tandem_scheduler.front_end.prompt_reports import PromptReports
 from tandem_scheduler.front_end.reply_size import REPLY_ADVICE, min_reply_size
@@ -72,6 +72,7 @@ class Choice:
         "_texts",
         "index",
         "looks_for_stops",
+        "reason",
         "request",
         "token_ids",
     )
@@ -88,6 +89,8 @@ class Choice:
         self._num_decoded = 0
         self._num_taken = 0
         self._end: SequenceEnd | None = None
+        self.reason: FinishReason | None = None
+        """Why it ended, once it has."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -120,6 +123,8 @@ class Choice:
 
     def finish(self, end: SequenceEnd) -> None:
         self._end = end
+        # A stop string ends the choice with STOP, whatever the engine made of the tokens past it.
+        self.reason = end.reason if self._detokenizer.matched_stop is None else FinishReason.STOP
 
     def drop(self) -> None:
         """Forgets the output that was not taken."""
@@ -162,10 +167,9 @@ class Choice:
         return ChoiceDelta(self.index, text, token_ids, logprobs, end)
 
     def _choice_end(self, end: SequenceEnd) -> ChoiceEnd:
+        assert self.reason is not None, "it has an end"
         stop_string = self._detokenizer.matched_stop
-        # A stop string ends the choice with STOP, whatever the engine made of the tokens past it.
-        reason = end.reason if stop_string is None else FinishReason.STOP
-        return ChoiceEnd(reason, stop_string, end.stop_token_id, end.num_cached_tokens)
+        return ChoiceEnd(self.reason, stop_string, end.stop_token_id, end.num_cached_tokens)
 
 
 class LiveRequest:
@@ -177,8 +181,16 @@ class LiveRequest:
         decoder: TextDecoder,
         first_handle: int,
         close: Callable[["LiveRequest"], None],
+        arrived_at: float = 0.0,
     ) -> None:
+        """arrived_at: when the call came, in seconds of time.monotonic()."""
         self.request = request
+        self.arrived_at = arrived_at
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        """When the last choice ended."""
+        self.has_failed = False
+        """Whether its client gets an error instead of what is left."""
         self.first_handle = first_handle
         self._decoder = decoder
         self.is_streaming = request.max_reply_bytes is None
@@ -271,6 +283,21 @@ class LiveRequest:
                     yield delta
             if self.error is not None:
                 self._raise_error()
+
+    def note_first_token(self, now: float) -> None:
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def outcome(self, now: float) -> RequestOutcome:
+        """What came of the request, if its call ends now."""
+        missing = FinishReason.ERROR if self.has_failed else FinishReason.ABORT
+        return RequestOutcome(
+            self.arrived_at,
+            self.first_token_at,
+            now if self.ended_at is None else self.ended_at,
+            tuple((None if self.has_failed else choice.reason) or missing for choice in self.choices),
+            tuple(choice.num_output_tokens for choice in self.choices),
+        )
 
     def close(self) -> None:
         """Ends the request if it still runs. Its reader reads no further."""

@@ -5,7 +5,14 @@ from google.rpc import status_pb2
 
 from tandem.internal.v1 import engine_pb2
 from tandem_scheduler.core.types import FinishReason, SequenceRequest
-from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import (
+    EngineState,
+    FrontEndStats,
+    OutputBatch,
+    RequestOutcome,
+    SequenceEnd,
+    Submission,
+)
 from tandem_shared.errors import ProtocolError, TandemError
 from tandem_shared.rpc.rich_status import read_status, status_of
 from tandem_shared.sampling_lists import NO_LISTS
@@ -133,6 +140,44 @@ def handles_in(message: engine_pb2.AttachResponse) -> list[int]:
     tokens = np.frombuffer(message.token_handles[:whole], HANDLES).tolist()
     reported = [*message.logprobs.handles, *(each.handle for each in message.prompt_logprobs)]
     return [*tokens, *reported, *(end.handle for end in message.ends)]
+
+
+def encode_outcome(outcome: RequestOutcome) -> engine_pb2.RequestOutcome:
+    return engine_pb2.RequestOutcome(
+        arrived_at=outcome.arrived_at,
+        first_token_at=outcome.first_token_at,
+        ended_at=outcome.ended_at,
+        reasons=[_REASONS[reason] for reason in outcome.reasons],
+        num_output_tokens=outcome.num_output_tokens,
+    )
+
+
+def decode_outcome(message: engine_pb2.RequestOutcome) -> RequestOutcome:
+    return RequestOutcome(
+        message.arrived_at,
+        message.first_token_at if message.HasField("first_token_at") else None,
+        message.ended_at,
+        tuple(_REASONS_BACK[reason] for reason in message.reasons),
+        tuple(message.num_output_tokens),
+    )
+
+
+def encode_stats(stats: FrontEndStats) -> engine_pb2.FrontEndStats:
+    gaps = stats.token_gaps
+    return engine_pb2.FrontEndStats(
+        token_gap_counts=gaps.counts, token_gap_sum_s=gaps.total, num_refused=stats.num_refused
+    )
+
+
+def decode_stats(message: engine_pb2.FrontEndStats) -> FrontEndStats:
+    """Raises ProtocolError for another number of buckets."""
+    stats = FrontEndStats()
+    gaps = stats.token_gaps
+    if len(message.token_gap_counts) != len(gaps.counts):
+        raise ProtocolError(f"a front end sent {len(message.token_gap_counts)} buckets, not {len(gaps.counts)}")
+    gaps.counts, gaps.total = list(message.token_gap_counts), message.token_gap_sum_s
+    stats.num_refused.update(message.num_refused)
+    return stats
 
 
 def encode_error(error: TandemError) -> bytes:

@@ -1,6 +1,5 @@
 """Tandem's errors as gRPC statuses with google.rpc details, and back. The server writes what the client reads."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from tandem_shared import errors
-from tandem_shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemError
+from tandem_shared.errors import FieldViolation, InvalidRequest, RetryLater, TandemError, reason_of
 
 DETAILS_METADATA_KEY = "grpc-status-details-bin"
 
@@ -53,11 +52,6 @@ INTERNAL_STATUS_CODES: dict[type[TandemError], grpc.StatusCode] = {
     errors.WorkerFailed: grpc.StatusCode.INTERNAL,
 }
 """The errors that only internal services return."""
-
-
-def reason_of(error_class: type[TandemError]) -> str:
-    """The reason in ErrorInfo: the name of the class as UPPER_SNAKE_CASE."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", error_class.__name__).upper()
 
 
 STATUS_CODES = PUBLIC_STATUS_CODES | INTERNAL_STATUS_CODES

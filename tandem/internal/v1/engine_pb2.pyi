@@ -62,6 +62,7 @@ class AttachRequest(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def alive(self) -> Global___Alive:
         """The front end is alive."""
@@ -78,6 +79,10 @@ class AttachRequest(_message.Message):
     def close(self) -> Global___CloseRequest:
         """A request whose call is over."""
 
+    @_builtins.property
+    def stats(self) -> Global___FrontEndStats:
+        """What the front end has counted since it said so last."""
+
     def __init__(
         self,
         *,
@@ -85,12 +90,13 @@ class AttachRequest(_message.Message):
         submit: Global___SubmitRequest | None = ...,
         stop: Global___StopSequence | None = ...,
         close: Global___CloseRequest | None = ...,
+        stats: Global___FrontEndStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "close", b"close", "kind", b"kind", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "close", b"close", "kind", b"kind", "stats", b"stats", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "close", b"close", "kind", b"kind", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alive", b"alive", "close", b"close", "kind", b"kind", "stats", b"stats", "stop", b"stop", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["alive", "submit", "stop", "close"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["alive", "submit", "stop", "close", "stats"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -235,20 +241,126 @@ class CloseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FIRST_HANDLE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
     first_handle: _builtins.int
     """The handle of the request's choice 0."""
+    @_builtins.property
+    def outcome(self) -> Global___RequestOutcome:
+        """What came of the request."""
+
     def __init__(
         self,
         *,
         first_handle: _builtins.int = ...,
+        outcome: Global___RequestOutcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_handle", b"first_handle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_handle", b"first_handle", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseRequest: _TypeAlias = CloseRequest  # noqa: Y015
+
+@_typing.final
+class RequestOutcome(_message.Message):
+    """What a request's client got. Times are in seconds of CLOCK_MONOTONIC."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRIVED_AT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_AT_FIELD_NUMBER: _builtins.int
+    ENDED_AT_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    arrived_at: _builtins.float
+    """When the call came, before the request was checked."""
+    first_token_at: _builtins.float
+    """When the first token of any choice came. Absent if none did."""
+    ended_at: _builtins.float
+    """When the last choice ended, or the call."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___EndReason.ValueType]:
+        """For each choice, in their order, why it ended. END_REASON_ABORT for those that had not ended when the call did."""
+
+    @_builtins.property
+    def num_output_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Parallel to reasons: output tokens, without those past a stop string."""
+
+    def __init__(
+        self,
+        *,
+        arrived_at: _builtins.float = ...,
+        first_token_at: _builtins.float | None = ...,
+        ended_at: _builtins.float = ...,
+        reasons: _abc.Iterable[Global___EndReason.ValueType] | None = ...,
+        num_output_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at", b"_first_token_at", "first_token_at", b"first_token_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at", b"_first_token_at", "arrived_at", b"arrived_at", "ended_at", b"ended_at", "first_token_at", b"first_token_at", "num_output_tokens", b"num_output_tokens", "reasons", b"reasons"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_at: _TypeAlias = _typing.Literal["first_token_at"]  # noqa: Y015
+    _WhichOneofArgType__first_token_at: _TypeAlias = _typing.Literal["_first_token_at", b"_first_token_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_at) -> _WhichOneofReturnType__first_token_at | None: ...
+
+Global___RequestOutcome: _TypeAlias = RequestOutcome  # noqa: Y015
+
+@_typing.final
+class FrontEndStats(_message.Message):
+    """Counts since the last message of this kind. The front end sends one a second, if there is something to send."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumRefusedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TOKEN_GAP_COUNTS_FIELD_NUMBER: _builtins.int
+    TOKEN_GAP_SUM_S_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    token_gap_sum_s: _builtins.float
+    """The sum of these times, in seconds."""
+    @_builtins.property
+    def token_gap_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How often the time between a choice's token and its token before was in each bucket of a histogram, whose bounds
+        both ends know.
+        """
+
+    @_builtins.property
+    def num_refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Requests that were refused, by the reason in the error's details."""
+
+    def __init__(
+        self,
+        *,
+        token_gap_counts: _abc.Iterable[_builtins.int] | None = ...,
+        token_gap_sum_s: _builtins.float = ...,
+        num_refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_refused", b"num_refused", "token_gap_counts", b"token_gap_counts", "token_gap_sum_s", b"token_gap_sum_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrontEndStats: _TypeAlias = FrontEndStats  # noqa: Y015
 
 @_typing.final
 class AttachResponse(_message.Message):

@@ -64,6 +64,7 @@ TABLE: dict[str, set[StatusCode]] = {
     "/vllm.grpc.engine.VllmEngine/GetTokenizer": ALWAYS,
     "/tandem.v1.ControlService/GetServerInfo": ALWAYS,
     "/tandem.v1.ControlService/GetLoad": ALWAYS,
+    "/tandem.v1.ControlService/GetMetrics": ALWAYS,
     "/tandem.v1.ControlService/Abort": ALWAYS | NOT_FOUND,
     "/tandem.v1.ControlService/Drain": ALWAYS | DEADLINE,
     "/tandem.v1.ControlService/ResetPrefixCache": ALWAYS,

@@ -163,7 +163,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("simulation", "tandem_scheduler/front_end/live_request.py"): (
         ("                del self.token_ids[position + 1 :]", "                del self.token_ids[position + 2 :]"),
         ("        self._num_decoded = max(0, self._num_decoded - len(token_ids))", "        self._num_decoded = 0"),
-        ("        reason = end.reason if stop_string is None else FinishReason.STOP", "        reason = end.reason"),
+        (
+            "self.reason = end.reason if self._detokenizer.matched_stop is None else FinishReason.STOP",
+            "self.reason = end.reason",
+        ),
         ("            num_open -= delta.end is not None", "            num_open -= 1"),
     ),
     ("kills", "tandem_scheduler/engine/step_loop.py"): (
@@ -213,7 +216,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ),
     ("silence", "tandem_scheduler/engine/step_loop.py"): (
         ("await self._sink.on_readiness(False)", "await self._sink.on_readiness(True)"),
-        ("        self._result_at = 0.0\n        self._has_news.set()", "        self._result_at = 0.0"),
+        ("        self._meter.start_session()\n        self._has_news.set()", "        self._meter.start_session()"),
     ),
     ("silence", "tandem_worker/service/servicer.py"): (("self._runner.reset()", "pass"),),
     ("silence", "tandem_worker/service/session.py"): (("            self._plans.put(None)\n", "            pass\n"),),
@@ -297,7 +300,7 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
         ("        self._num_open -= 1\n", "        self._num_open -= 0\n"),
     ),
     ("admission", "tandem_scheduler/front_end/front_end.py"): (
-        ("self.engine.close_request(live.first_handle)", "pass"),
+        ("self.engine.close_request(live.first_handle, live.outcome(time.monotonic()))", "pass"),
     ),
     ("folders", "tandem_worker/checkpoint/weights.py"): (
         ("        if not is_name or len(name) > MAX_NAME_CHARACTERS:", "        if not isinstance(name, str):"),

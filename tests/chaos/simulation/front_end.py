@@ -67,8 +67,8 @@ class SimulatedFrontEnd(FrontEnd):
     def _cut(self) -> None:
         self._hub.detach(self._attachment)
 
-    async def open(self, request: GenerationRequest) -> LiveRequest:
-        live = await super().open(request)
+    async def open(self, request: GenerationRequest, arrived_at: float | None = None) -> LiveRequest:
+        live = await super().open(request, arrived_at)
         self.opened.add(live)
         return live
 

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from tandem_scheduler.engine import step_loop
-from tandem_scheduler.front_end.grpc_api import request_codec
+from tandem_scheduler.front_end import front_end
+from tandem_scheduler.front_end.grpc_api import inference_servicer, request_codec
+from tandem_scheduler.observers import metrics
 
 T = TypeVar("T")
 
@@ -59,7 +61,9 @@ class _Clock:
 @contextlib.contextmanager
 def _virtual_modules() -> Iterator[None]:
     """Gives virtual time to the modules under simulation that import the time module."""
-    with patch.object(step_loop, "time", _Clock), patch.object(request_codec, "time", _Clock):
+    with contextlib.ExitStack() as stack:
+        for module in (step_loop, request_codec, front_end, inference_servicer, metrics):
+            stack.enter_context(patch.object(module, "time", _Clock))
         yield
 
 

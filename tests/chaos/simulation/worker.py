@@ -167,7 +167,7 @@ class SimulatedSession:
 
     # The interface to the step loop
 
-    async def send(self, plan: StepPlan) -> None:
+    async def send(self, plan: StepPlan) -> int:
         if self._world.rng.random() < 0.2:
             await asyncio.sleep(self._world.rng.choice([0.0, 0.001, 0.03]))
         if self._error is not None or self._is_closed:
@@ -178,6 +178,7 @@ class SimulatedSession:
             self._world.fail(f"a plan that breaks the rules: {error}")
             raise
         self._waking.set()
+        return 0
 
     async def results(self) -> AsyncIterator[StepResult]:
         self._is_used = True

@@ -22,6 +22,7 @@ from tests.chaos.simulation.calls import Call, make_request
 from tests.chaos.simulation.checks import WatchedSink, check_books, check_end, check_error, watched_log
 from tests.chaos.simulation.faults import FAULTS
 from tests.chaos.simulation.front_end import RemoteFrontEnd, SimulatedFrontEnd
+from tests.chaos.simulation.metrics import WatchedMetrics
 from tests.chaos.simulation.truths import WrongAnswer
 from tests.chaos.simulation.wishes import VOCAB_SIZE
 from tests.chaos.simulation.worker import Flaw, SimulatedWorker, now, random_size
@@ -58,6 +59,8 @@ class World:
         """All calls ever made; a call's serial number is its place, counted from 1."""
         self.sequences: dict[int, tuple[Call, int]] = {}
         """Call and choice of each sequence that was ever admitted, by sequence id."""
+        self.planned: dict[int, int] = {}
+        """The prompt tokens of each sequence that was ever in a plan, whether or not that reached the worker."""
         self.is_stopping = False
         self.is_cut_short = False
         """Whether the drain at the end is cut short, so that live requests end UNAVAILABLE."""
@@ -104,7 +107,8 @@ class World:
         self.worker_infos = [info]
         """All workers that the scheduler may know."""
         self.worker = SimulatedWorker(self, info)
-        self.hub = EngineHub()
+        self.metrics = WatchedMetrics(self)
+        self.hub = EngineHub(self.metrics.tell)
         self.sink = WatchedSink(self, self.hub)
         self.config = random_config(rng)
         self.step_loop = _WatchedLoop(
@@ -114,6 +118,7 @@ class World:
             scheduler_id="simulated",
             worker_wait_s=self.worker_wait_s,
             step_timeout_s=self.step_timeout_s,
+            observer=self.metrics.tell,
         )
         self.step_loop.world = self
         self.hub.connect(self.step_loop)
@@ -138,6 +143,7 @@ class World:
         await asyncio.gather(running, *self._tasks, return_exceptions=True)
         if not self.failures:
             await check_end(self)
+            self.metrics.check_end()
             scheduler = self.step_loop.scheduler
             assert scheduler is not None
             load = scheduler.load()
@@ -195,6 +201,7 @@ class World:
             if await FAULTS[name][1](self):
                 self.count(name)
             check_books(self)
+            self.metrics.check()
             self._watch_progress()
             if now() > LIMIT_S:
                 self.fail(f"only {self.num_steps} steps in all that time")
@@ -290,7 +297,10 @@ class _WatchedLoop(StepLoop):
         plan = super()._next_plan()
         for new in plan.added_rows if plan is not None else ():
             call = self.world.calls[new.sampling.seed - 1]
-            if new.sequence_id != PROBE_ID and call.deadline is not None and call.deadline <= now():
+            if new.sequence_id == PROBE_ID:
+                continue
+            self.world.planned[new.sequence_id] = new.num_prompt_tokens
+            if call.deadline is not None and call.deadline <= now():
                 self.world.fail(f"request {call.asked.serial} starts after its deadline, {call.deadline:.3f} s")
         return plan
 

@@ -17,6 +17,7 @@ MODULES = {
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
     "huggingface_hub": "huggingface-hub",
+    "prometheus_client": "prometheus-client",
     "smg_grpc_proto": "smg-grpc-proto",
 }
 """The packages whose modules are not called as they are."""

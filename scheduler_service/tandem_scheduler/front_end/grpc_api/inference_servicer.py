@@ -1,12 +1,13 @@
 """The public inference RPCs: validate, submit, stream. A cancelled call aborts its request."""
 
+import time
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
 import grpc
 
 from tandem.v1 import inference_pb2
-from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.front_end import FrontEnd, closing, counting_refusals
 from tandem_scheduler.front_end.grpc_api.reply_codec import stream_message, whole_reply
 from tandem_scheduler.front_end.grpc_api.request_codec import (
     AnyGenerateRequest,
@@ -66,22 +67,18 @@ class InferenceServicer:
     async def Generate(self, request: inference_pb2.GenerateRequest | TooLargeToDecode, context: Context) -> bytes:
         limit = reply_limit(context.invocation_metadata())
         live = await self._open(request, limit, context)
-        try:
+        with closing(live):
             return await whole_reply(live, self._served_model, limit)
-        finally:
-            live.close()
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest | TooLargeToDecode, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
         live = await self._open(request, None, context)
-        try:
+        with closing(live):
             num_open = len(live.choices)
             async for delta in live.deltas():
                 num_open -= delta.end is not None
                 yield stream_message(live, delta, is_last=not num_open)
-        finally:
-            live.close()
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest | TooLargeToDecode, context: Context
@@ -140,15 +137,16 @@ class InferenceServicer:
     async def _open(
         self, request: AnyGenerateRequest | TooLargeToDecode, max_reply_bytes: int | None, context: Context
     ) -> LiveRequest:
-        if isinstance(request, TooLargeToDecode):
-            raise request.error
-        front_end = self._front_end
-        front_end.refuse_if_draining()
-        params = params_of(request, max_reply_bytes, deadline_of(context))
-        checked = await check_request(
-            params, front_end.encoder, front_end.worker, self._served_model, front_end.grammars, front_end.chats
-        )
-        return await front_end.open(checked)
+        front_end, arrived_at = self._front_end, time.monotonic()
+        with counting_refusals(front_end):
+            if isinstance(request, TooLargeToDecode):
+                raise request.error
+            front_end.refuse_if_draining()
+            params = params_of(request, max_reply_bytes, deadline_of(context))
+            checked = await check_request(
+                params, front_end.encoder, front_end.worker, self._served_model, front_end.grammars, front_end.chats
+            )
+            return await front_end.open(checked, arrived_at)
 
     def token_limit(self) -> int:
         """The most tokens that Tokenize returns and Detokenize accepts, and that a prompt may have to be decoded."""

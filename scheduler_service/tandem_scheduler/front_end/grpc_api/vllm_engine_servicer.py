@@ -18,7 +18,7 @@ from smg_grpc_proto import vllm_engine_pb2
 from smg_grpc_proto.generated import common_pb2
 
 from tandem.v1 import control_pb2
-from tandem_scheduler.front_end.front_end import FrontEnd
+from tandem_scheduler.front_end.front_end import FrontEnd, closing, counting_refusals
 from tandem_scheduler.front_end.grpc_api.request_codec import deadline_of, reply_limit
 from tandem_scheduler.front_end.grpc_api.tokenizer_bundle import CHUNK_BYTES, tokenizer_bundle
 from tandem_scheduler.front_end.grpc_api.vllm_engine_codec import VllmReplies, bounded_vllm_generate, vllm_params_of
@@ -94,22 +94,21 @@ class VllmEngineServicer:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
     async def Generate(self, request: Message | TooLargeToDecode, context: Context) -> AsyncIterator[Message]:
-        if isinstance(request, TooLargeToDecode):
-            raise request.error
-        front_end, limit = self._front_end, reply_limit(context.invocation_metadata())
-        front_end.refuse_if_draining()
-        params = vllm_params_of(request, limit, deadline_of(context))
-        checked = await check_request(
-            params, front_end.encoder, front_end.worker, model_name(self._settings), front_end.grammars
-        )
-        live = await front_end.open(checked)
-        try:
+        front_end, limit, arrived_at = self._front_end, reply_limit(context.invocation_metadata()), time.monotonic()
+        with counting_refusals(front_end):
+            if isinstance(request, TooLargeToDecode):
+                raise request.error
+            front_end.refuse_if_draining()
+            params = vllm_params_of(request, limit, deadline_of(context))
+            checked = await check_request(
+                params, front_end.encoder, front_end.worker, model_name(self._settings), front_end.grammars
+            )
+            live = await front_end.open(checked, arrived_at)
+        with closing(live):
             replies = VllmReplies(live, request, limit)
             async for delta in live.deltas():
                 for message in await replies.of(delta):
                     yield message
-        finally:
-            live.close()
 
     async def HealthCheck(self, request: Message, context: Context) -> Message:
         state = self._front_end.engine.state

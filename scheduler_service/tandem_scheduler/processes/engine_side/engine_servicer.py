@@ -12,9 +12,16 @@ import grpc
 
 from tandem.internal.v1 import engine_pb2, engine_pb2_grpc
 from tandem_scheduler.engine.hub import Attachment, EngineHub
-from tandem_scheduler.engine_interface import EngineState, OutputBatch, failed_outputs
+from tandem_scheduler.engine_interface import EngineState, FrontEndStats, OutputBatch, failed_outputs
 from tandem_scheduler.front_end.validation import check_submission
-from tandem_scheduler.processes.engine_codec import decode_submit, encode_error, encode_outputs, encode_state
+from tandem_scheduler.processes.engine_codec import (
+    decode_outcome,
+    decode_stats,
+    decode_submit,
+    encode_error,
+    encode_outputs,
+    encode_state,
+)
 from tandem_shared.errors import SequenceFailed, TandemError, UnexpectedMessage
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -33,6 +40,7 @@ class _Outbox:
         self._has_news.set()
         self._is_closed = False
         self._is_beat_due = False
+        self._stats = FrontEndStats()
         self.process_id: int | None = None
         """The front end's process id, once the front end has said it."""
 
@@ -46,6 +54,13 @@ class _Outbox:
     async def on_state(self, state: EngineState) -> None:
         self._state = state
         self._has_news.set()
+
+    def add_stats(self, stats: FrontEndStats) -> None:
+        self._stats.add(stats)
+
+    def take_stats(self) -> FrontEndStats:
+        taken, self._stats = self._stats, FrontEndStats()
+        return taken
 
     def reply(self, reply: engine_pb2.SubmitReply) -> None:
         self._submit_replies.append(reply)
@@ -147,6 +162,8 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             elif kind == "alive":
                 outbox.process_id = request.alive.process_id
                 self._on_alive(request.alive.process_id)
+            elif kind == "stats":
+                outbox.add_stats(decode_stats(request.stats))
             elif kind in ("stop", "close"):
                 _end(engine, request)
             else:
@@ -174,6 +191,8 @@ def _end(engine: Attachment, request: engine_pb2.AttachRequest) -> None:
         if request.HasField("stop"):
             engine.stop(request.stop.handle, request.stop.num_output_tokens)
         else:
-            engine.close_request(request.close.first_handle)
+            close = request.close
+            outcome = decode_outcome(close.outcome) if close.HasField("outcome") else None
+            engine.close_request(close.first_handle, outcome)
     except Exception:
         logger.exception("a request that can't be ended")

@@ -23,6 +23,7 @@ from tandem_scheduler.engine_interface import (
     HEARTBEAT_S,
     EngineListener,
     EngineState,
+    RequestOutcome,
     Submission,
     fail_outputs,
     hand_on,
@@ -32,6 +33,8 @@ from tandem_scheduler.processes.engine_codec import (
     decode_error,
     decode_outputs,
     decode_state,
+    encode_outcome,
+    encode_stats,
     encode_submit,
     handles_in,
 )
@@ -111,8 +114,9 @@ class RemoteEngine:
     def stop(self, handle: int, num_output_tokens: int) -> None:
         self._send(stop=engine_pb2.StopSequence(handle=handle, num_output_tokens=num_output_tokens))
 
-    def close_request(self, first_handle: int) -> None:
-        self._send(close=engine_pb2.CloseRequest(first_handle=first_handle))
+    def close_request(self, first_handle: int, outcome: RequestOutcome | None = None) -> None:
+        encoded = encode_outcome(outcome) if outcome is not None else None
+        self._send(close=engine_pb2.CloseRequest(first_handle=first_handle, outcome=encoded))
 
     def _send(self, **kind: Any) -> None:
         self._outbox.put_nowait(engine_pb2.AttachRequest(**kind))
@@ -124,6 +128,8 @@ class RemoteEngine:
     async def _beat(self, listener: EngineListener) -> None:
         while True:
             self._send(alive=engine_pb2.Alive(process_id=os.getpid()))
+            if stats := listener.take_stats():
+                self._send(stats=encode_stats(stats))
             await asyncio.sleep(HEARTBEAT_S)
             was_silent = self._is_silent
             self._silent_s += HEARTBEAT_S

@@ -10,6 +10,7 @@ from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, StepO
 from tandem_scheduler.engine.hub import EngineHub
 from tandem_scheduler.engine.step_loop import Sink, StepLoop
 from tandem_shared.errors import WorkerUnavailable
+from tandem_shared.step_codec import encode_plan
 from tandem_shared.step_plan import StepPlan, StepResult, StepTimes, WorkerInfo
 from tests.support.builders import worker_info
 from tests.support.fake_worker import FakeRunner
@@ -27,13 +28,14 @@ class FlakySession:
         self._num_sends = num_sends
         self._results: asyncio.Queue[StepResult] = asyncio.Queue()
 
-    async def send(self, plan: StepPlan) -> None:
+    async def send(self, plan: StepPlan) -> int:
         await asyncio.sleep(0)
         if self._num_sends is not None and plan.step_id > self._num_sends:
             raise WorkerUnavailable("broken pipe")
         self.chunks.append(int(plan.chunk_num_tokens.sum()))
         result = self._runner.execute(plan).wait()
         self._results.put_nowait(replace(result, times=self._times.get(plan.step_id, StepTimes())))
+        return encode_plan(plan).ByteSize()
 
     async def results(self) -> AsyncIterator[StepResult]:
         while True:

@@ -12,6 +12,8 @@ from tandem_scheduler.engine.observer import (
     Event,
     FirstToken,
     PlanMade,
+    PlanSent,
+    RequestClosed,
     RequestEnded,
     RequestRefused,
     RequestSubmitted,
@@ -19,8 +21,9 @@ from tandem_scheduler.engine.observer import (
     WorkerAttached,
     WorkerLost,
 )
-from tandem_scheduler.engine_interface import EngineState, OutputBatch, Submission
+from tandem_scheduler.engine_interface import EngineState, FrontEndStats, OutputBatch, RequestOutcome, Submission
 from tandem_shared.errors import RequestIdInUse, SequenceFailed
+from tandem_shared.step_codec import encode_plan
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.fake_worker import expected_tokens
 from tests.unit.scheduler.engine.step_loops import Collector, FlakyClient, running_loop
@@ -56,8 +59,11 @@ async def test_plans_and_results_account_for_every_token() -> None:
     assert sum(len(done.outputs.token_ids) for done in results) == 4 * 9
     assert all(0 <= plan.made_at <= done.received_at for plan, done in zip(plans, results, strict=True))
     assert {plan.num_in_flight for plan in plans} == {1}
+    sent = of_type(events, PlanSent)
+    assert [event.plan for event in sent] == plans
+    assert [event.num_bytes for event in sent] == [encode_plan(plan.plan).ByteSize() for plan in plans]
     steady = next(plan for plan in plans if not plan.num_prompt_tokens and not len(plan.plan.removed_rows))
-    assert steady.num_bytes < 10 < plans[0].num_bytes
+    assert sent[plans.index(steady)].num_bytes < 10 < sent[0].num_bytes
     # The fake worker's times are zeros.
     assert results[0].wire_s == results[0].received_at - plans[0].made_at
 
@@ -114,6 +120,9 @@ class Listener:
     async def on_state(self, state: EngineState) -> None:
         pass
 
+    def take_stats(self) -> FrontEndStats:
+        return FrontEndStats()
+
     async def wait_for(self, *handles: int) -> None:
         async with asyncio.timeout(10):
             while not self.ended.issuperset(handles):
@@ -139,7 +148,8 @@ async def test_the_life_of_requests() -> None:
         while listener.num_tokens < 2 * 8 + 5:
             await listener.has_news.wait()
             listener.has_news.clear()
-        engine.close_request(2)
+        outcome = RequestOutcome(1.0, 2.0, 3.0, (FinishReason.ABORT,), (4,))
+        engine.close_request(2, outcome)
         await submit(engine, "aborted", 3, max_tokens=2000)
         hub.abort("aborted")
         await submit(engine, "stopped", 4, max_tokens=2000)
@@ -147,8 +157,9 @@ async def test_the_life_of_requests() -> None:
         await submit(engine, "failed", 5, max_tokens=2000)
         error = SequenceFailed("the test ends it")
         hub.end_all(error)
+        hub.detach(engine)
     submitted = {event.request_id: event for event in of_type(events, RequestSubmitted)}
-    assert submitted["both"] == RequestSubmitted("both", 0, num_choices=2, num_prompt_tokens=20)
+    assert submitted["both"] == RequestSubmitted("both", 0, num_choices=2, num_prompt_tokens=20, max_tokens=8)
     assert [event.first_sequence_id for event in submitted.values()] == [0, 2, 3, 4, 5]
     [refused] = of_type(events, RequestRefused)
     assert refused.request_id == "both" and isinstance(refused.error, RequestIdInUse)
@@ -162,5 +173,8 @@ async def test_the_life_of_requests() -> None:
     assert cancelled.reasons == (FinishReason.ABORT,) and 5 <= cancelled.num_output_tokens < 2000
     assert (ended["aborted"].reasons, ended["stopped"].reasons) == ((FinishReason.ABORT,), (FinishReason.STOP,))
     assert ended["failed"].reasons == (FinishReason.ERROR,) and ended["failed"].error is error
+    closed = {event.ended.request.request_id: event for event in of_type(events, RequestClosed)}
+    # The front end went without a word of the others.
+    assert closed == {name: RequestClosed(end, outcome if name == "cancelled" else None) for name, end in ended.items()}
     places = [events.index(event) for event in (submitted["both"], of_type(events, FirstToken)[0], both)]
     assert places == sorted(places)

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tandem_scheduler.core.types import FinishReason
-from tandem_scheduler.engine_interface import EngineState, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import EngineState, OutputBatch, RequestOutcome, SequenceEnd, Submission
 from tandem_scheduler.front_end import front_end as front_end_module
 from tandem_scheduler.front_end import live_request
 from tandem_scheduler.front_end.front_end import FrontEnd
@@ -47,7 +47,7 @@ class QuietEngine:
     def stop(self, handle: int, num_output_tokens: int) -> None:
         self.stopped.append((handle, num_output_tokens))
 
-    def close_request(self, first_handle: int) -> None:
+    def close_request(self, first_handle: int, outcome: RequestOutcome | None = None) -> None:
         self.closed.append(first_handle)
 
 
