@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from tandem.v1 import control_pb2, inference_pb2
 from tandem_gateway import chat, completions, responses
@@ -14,6 +15,7 @@ from tandem_gateway.connection import BoundedRequests, metadata_of, while_connec
 from tandem_gateway.conversation import chat_of
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import ApiError, add_error_handlers, error_response, refuse
+from tandem_gateway.metrics import CountedRequests, HttpMetrics
 from tandem_gateway.page import read_page
 from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
 from tandem_gateway.responses_protocol import ResponseBody
@@ -34,10 +36,12 @@ def make_app(settings: GatewaySettings) -> FastAPI:
 
     # The pages of documentation would load scripts from elsewhere. /openapi.json stays.
     app = FastAPI(title="Tandem", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.metrics = HttpMetrics()
     add_error_handlers(app)
     app.add_middleware(
         BoundedRequests, max_body_bytes=settings.http_max_body_bytes, body_timeout_s=settings.http_body_timeout_s
     )
+    app.add_middleware(CountedRequests, metrics=app.state.metrics)
     _add_generation(app)
     _add_models(app)
     _add_tokens(app)
@@ -130,6 +134,11 @@ def _add_state(app: FastAPI) -> None:
         if info.worker_state != control_pb2.WORKER_STATE_READY:
             return error_response(ApiError(503, "the scheduler has no worker"))
         return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        text = await request.app.state.metrics.text(_engine(request), metadata_of(request))
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

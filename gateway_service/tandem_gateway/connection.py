@@ -34,10 +34,12 @@ class BoundedRequests:
             return
         headers = dict(scope["headers"])
         request_id = headers.get(REQUEST_ID) or uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode("latin-1")
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id.decode("latin-1")
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
+                state["status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), (REQUEST_ID, request_id)]
             await send(message)
 

@@ -101,6 +101,12 @@ class Engine:
                 self._is_token[text] = len(await self.tokenize(request, metadata)) == 1
         return frozenset(text for text in texts if self._is_token.get(text))
 
+    async def metrics(self, metadata: Metadata) -> bytes:
+        """The scheduler's metrics in Prometheus's text format."""
+        request = control_pb2.GetMetricsRequest()
+        response = await _call(self._control.GetMetrics, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
+        return bytes(response.text)
+
     async def server_info(self, metadata: Metadata) -> control_pb2.GetServerInfoResponse:
         request = control_pb2.GetServerInfoRequest()
         return await _call(self._control.GetServerInfo, request, metadata=metadata, timeout=INFO_TIMEOUT_S)

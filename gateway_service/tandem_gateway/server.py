@@ -14,9 +14,11 @@ from uvicorn.supervisors import Multiprocess
 
 from tandem_gateway.app import make_app
 from tandem_gateway.http_protocol import BoundedProtocol
+from tandem_gateway.metrics import FILES_VARIABLE
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.log import configure_logging
+from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import end_with_parent, raise_descriptor_limit, write_port_file
 
 BACKLOG = 2048
@@ -37,7 +39,9 @@ def serve(settings: GatewaySettings) -> None:
         uvicorn.Server(config).run([listener])
     else:
         # Its processes inherit the listener, and are started again when they end.
-        Multiprocess(config, sockets=[listener]).run()
+        with PrivateFolder() as folder:
+            os.environ[FILES_VARIABLE] = str(folder)
+            Multiprocess(config, sockets=[listener]).run()
 
 
 def server_config(settings: GatewaySettings) -> uvicorn.Config:

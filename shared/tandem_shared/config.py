@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
-from tandem_shared.gateway_settings import DEFAULT_METRICS_PREFIX, MAX_PORT, GatewaySettings
+from tandem_shared.gateway_settings import MAX_PORT, GatewaySettings
 from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
 
@@ -60,7 +60,7 @@ class ServiceSettings:
         maximum=MAX_PORT,
     )
     metrics_prefix: str = option(
-        DEFAULT_METRICS_PREFIX, "what the names of metrics begin with; with vllm: dashboards made for vLLM find them"
+        "tandem:", "what the names of metrics begin with; with vllm: dashboards made for vLLM find them"
     )
     log_level: str = option(
         "info", "least severe messages that are logged", choices=("debug", "info", "warning", "error")
@@ -211,7 +211,7 @@ def read_command_line(
         refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
         settings = read_settings(settings_class, namespace, os.environ)
         check_tls(settings)
-        check_metrics_prefix(settings.metrics_prefix)
+        check_metrics_prefix(settings)
         if extra is not None:
             require_extra(extra)
     except ConfigError as error:
@@ -235,8 +235,9 @@ def check_tls(settings: ServiceSettings | GatewaySettings) -> None:
             raise ConfigError(f"--{peer}-tls-cert needs --{peer}-ca")
 
 
-def check_metrics_prefix(prefix: str) -> None:
+def check_metrics_prefix(settings: ServiceSettings | GatewaySettings) -> None:
     """Raises ConfigError for a prefix with which no name is one of Prometheus's."""
+    prefix = getattr(settings, "metrics_prefix", "")
     if not re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)?", prefix):
         raise ConfigError(f"--metrics-prefix must begin a metric's name, is {prefix!r}")
 

@@ -7,7 +7,6 @@ from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES
 
 MAX_PORT = 65535
 DEFAULT_HTTP_PORT = 8000
-DEFAULT_METRICS_PREFIX = "tandem:"
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,6 @@ class GatewaySettings:
     tls_cert: str = option("", "PEM file of the server's certificate chain; if given, the server speaks only TLS")
     tls_key: str = option("", "PEM file of the certificate's private key")
     tls_client_ca: str = option("", "PEM file of the authority that must have signed the certificates of clients")
-    metrics_prefix: str = option(
-        DEFAULT_METRICS_PREFIX, "what the names of metrics begin with; with vllm: dashboards made for vLLM find them"
-    )
     log_level: str = option(
         "info", "least severe messages that are logged", choices=("debug", "info", "warning", "error")
     )

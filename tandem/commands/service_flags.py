@@ -4,7 +4,7 @@ import argparse
 import os
 import socket
 
-from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_tls
+from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_metrics_prefix, check_tls
 from tandem_shared.errors import ConfigError
 from tandem_shared.options import add_options, option_names, read_settings
 
@@ -24,6 +24,7 @@ def read_service_flags(options: argparse.Namespace) -> tuple[WorkerSettings, Sch
     """The settings of a worker, and of a scheduler beside it. options.model is the model. Raises ConfigError."""
     scheduler = read_settings(SchedulerSettings, options, os.environ)
     check_tls(scheduler)
+    check_metrics_prefix(scheduler)
     worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in PRIVATE}, port="0")
     environment = {name: value for name, value in os.environ.items() if name not in option_names(PRIVATE)}
     return read_settings(WorkerSettings, worker_options, environment), scheduler

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.e2e.gateway import GatewayProcess, forced
 from tests.e2e.services import Engine
 from tests.e2e.waiting import WAIT_S, wait_until
 from tests.support.chats import QWEN3_TEMPLATE
+from tests.support.metrics import Scrape
 from tests.support.tokenizers import EMBEDDED
 
 MODEL = "embedded"
@@ -233,6 +235,27 @@ def test_serve_has_http_and_starts_it_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_processes_share_the_port_and_end_in_order(engine: Engine, tmp_path: Path) -> None:
     gateway = GatewayProcess(engine.scheduler.address, tmp_path, "--http-workers", "2")
-    with gateway.client() as client:
-        assert client.completions.create(model=MODEL, prompt="ROMEO:", max_tokens=3).usage
+    for _ in range(8):
+        # Each client has a connection of its own, and the kernel chooses the process that gets it.
+        with gateway.client() as client:
+            assert client.completions.create(model=MODEL, prompt="ROMEO:", max_tokens=3).usage
+    served = psutil.Process(gateway.process.pid).children()
+    # Whichever process is asked tells of all of them, also of one that has been killed.
+    assert num_completions(gateway) == 8
+    for process in served:
+        if "resource_tracker" not in " ".join(process.cmdline()):
+            process.kill()
+            break
+    for _ in range(8):
+        wait_until(lambda: num_completions(gateway) == 8, "it is served again, and nothing is forgotten")
     assert gateway.stop() == 0
+
+
+def num_completions(gateway: GatewayProcess) -> float:
+    """How many completions the gateway says that it has served. -1 if it does not answer."""
+    try:
+        with urllib.request.urlopen(f"{gateway.url}/metrics", timeout=WAIT_S) as response:
+            found = Scrape(response.read().decode(), prefix="")
+    except OSError:
+        return -1
+    return found.values("http_requests_total", "handler")["/v1/completions"]
