@@ -9,12 +9,13 @@ import time
 from typing import TYPE_CHECKING
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tandem_gateway.errors import ClientGone
 from tandem_shared.errors import RetryLater
+from tandem_shared.metrics.exposition import Metric, Samples, encode
 
 if TYPE_CHECKING:
     from tandem_gateway.engine import Engine, Metadata
@@ -23,7 +24,22 @@ FILES_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus_client knows the folder of the files. It must be set before that is imported."""
 
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST"})
-DURATIONS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+
+REQUESTS = Metric(
+    "http_requests",
+    "counter",
+    "HTTP requests that were answered, by route, method and class of status.",
+    ("handler", "method", "status"),
+)
+DURATIONS = Metric(
+    "http_request_duration_seconds",
+    "histogram",
+    "From a request's head to the end of its answer, of a stream too.",
+    ("handler", "method"),
+    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0),
+)
+UP = Metric("http_scheduler_up", "gauge", "1 if the scheduler gave its metrics for this scrape, else 0.")
+GATEWAY_METRICS = (REQUESTS, DURATIONS, UP)
 
 
 class HttpMetrics:
@@ -31,18 +47,9 @@ class HttpMetrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "http_requests",
-            "HTTP requests that were answered, by route, method and class of status.",
-            ["handler", "method", "status"],
-            registry=self._registry,
-        )
+        self._requests = Counter(REQUESTS.name, REQUESTS.text, REQUESTS.labels, registry=self._registry)
         self._durations = Histogram(
-            "http_request_duration_seconds",
-            "From a request's head to the end of its answer, of a stream too.",
-            ["handler", "method"],
-            buckets=DURATIONS_S,
-            registry=self._registry,
+            DURATIONS.name, DURATIONS.text, DURATIONS.labels, buckets=DURATIONS.buckets, registry=self._registry
         )
 
     def count(self, scope: Scope, status: int, seconds: float) -> None:
@@ -62,10 +69,8 @@ class HttpMetrics:
             if isinstance(error, grpc.aio.AioRpcError) and error.code() is not grpc.StatusCode.UNAVAILABLE:
                 raise
             schedulers = None
-        state = CollectorRegistry()
-        up = Gauge("http_scheduler_up", "1 if the scheduler gave its metrics for this scrape, else 0.", registry=state)
-        up.set(schedulers is not None)
-        return (schedulers or b"") + generate_latest(state) + generate_latest(self._values())
+        up, _ = encode(Samples("", {}, [(UP, {(): schedulers is not None})]))
+        return (schedulers or b"") + up + generate_latest(self._values())
 
     def _values(self) -> CollectorRegistry:
         if FILES_VARIABLE not in os.environ:

@@ -7,6 +7,7 @@ something is wrong.
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,12 @@ class Service:
         self.process.wait(WAIT_S)
         _, left = psutil.wait_procs(serving, WAIT_S)
         assert not left, f"{left} outlived the process that started it"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
 
 
 def serving_process(pid: int) -> psutil.Process:

@@ -11,7 +11,6 @@ import json
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tandem import SamplingParams, TandemClient
 from tandem_shared.model_folder import EMBEDDED_MODEL, resolve_model
-from tests.e2e.services import Engine
+from tests.e2e.services import Engine, free_port
 from tests.e2e.waiting import WAIT_S, wait_until
 
 PROGRAM = Path(sys.executable).with_name("smg")
@@ -75,12 +74,6 @@ class Gateway:
             return bool(self.chat())
         except (urllib.error.URLError, ConnectionError):
             return False
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.host.log import configure_logging
 from tandem_shared.host.process import leave, write_port_file
 from tandem_shared.host.supervisor import tell_supervisor
+from tandem_shared.metrics.server import MetricsServer
 from tandem_shared.rpc.server import Server, StopSignals, server_credentials
 from tandem_shared.rpc.session_secret import read_secret
 from tandem_worker import PARENT_PID
@@ -42,6 +43,10 @@ async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
     )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     signals = StopSignals()
+    if settings.metrics_port is not None:
+        MetricsServer(lambda: servicer.read_metrics(settings.metrics_prefix)).start(
+            settings.host, settings.metrics_port
+        )
     port = await server.start(settings.host, settings.port)
     await server.set_ready([SERVICE_NAME], True)
     write_port_file(settings.port_file, port)

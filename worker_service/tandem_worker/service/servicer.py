@@ -26,10 +26,12 @@ from tandem_shared.errors import (
     UnexpectedMessage,
     WorkerFailed,
 )
+from tandem_shared.metrics.exposition import Samples
 from tandem_shared.rpc.rich_status import status_of
 from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
 from tandem_shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_info, encode_result
 from tandem_worker.runners.runner import Runner
+from tandem_worker.service.metrics import WorkerMetrics
 from tandem_worker.service.session import Session
 from tandem_worker.service.wire_limits import bounded_plan
 
@@ -62,6 +64,7 @@ class WorkerServicer:
         self._secret = secret
         self._step_timeout_s = step_timeout_s
         self._session: Session | None = None
+        self._metrics = WorkerMetrics()
         self._opening = asyncio.Lock()
         self._failure = ""
         self._has_failed = asyncio.Event()
@@ -115,6 +118,12 @@ class WorkerServicer:
             reader.cancel()
             session.end(None)
             logger.info("session of scheduler %s, epoch %d ended", session.scheduler_id, session.epoch)
+
+    def read_metrics(self, prefix: str) -> Samples:
+        """The metrics of now. To be called in the event loop."""
+        session = self._session
+        num_waiting = session.num_waiting if session is not None and session.is_live else None
+        return self._metrics.read(prefix, self._runner.info, num_waiting)
 
     async def run_until_failure(self, before_last_word: Callable[[], Awaitable[None]] = _do_nothing) -> str:
         """Waits for a step to fail; gives the reason why the worker must end.
@@ -183,7 +192,9 @@ class WorkerServicer:
                 request.session_epoch,
                 step_timeout_s=self._step_timeout_s,
                 on_failure=self.fail,
+                on_result=self._metrics.note_step,
             )
+        self._metrics.note_session()
         logger.info("session of scheduler %s, epoch %d opened", request.scheduler_id, request.session_epoch)
         return self._session
 

@@ -49,9 +49,10 @@ class Session:
         *,
         step_timeout_s: float,
         on_failure: Callable[[str], None],
+        on_result: Callable[[StepResult], None] = lambda result: None,
     ) -> None:
-        """step_timeout_s: a step without progress for so long has failed. on_failure is called with the reason, in the
-        event loop.
+        """step_timeout_s: a step without progress for so long has failed. on_failure is called with the reason, and
+        on_result with each step's result, in the event loop.
         """
         self.scheduler_id = scheduler_id
         self.epoch = epoch
@@ -60,6 +61,7 @@ class Session:
         self._runner = runner
         self._step_timeout_s = step_timeout_s
         self._on_failure = on_failure
+        self._on_result = on_result
         self._loop = asyncio.get_running_loop()
         self._plans: queue.SimpleQueue[tuple[StepPlan, int] | None] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[tuple[PendingStep, int] | None] = queue.SimpleQueue()
@@ -76,11 +78,16 @@ class Session:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def num_waiting(self) -> int:
+        """Plans that have come and have no result yet."""
+        return self._num_received - self._num_answered
+
     def submit(self, plan: StepPlan, received_ns: int) -> None:
         """Queues a plan, received at the time received_ns. Raises UnexpectedMessage where too many wait for results."""
         if not self.is_live:
             return
-        if self._num_received - self._num_answered >= MAX_PLANS_WAITING:
+        if self.num_waiting >= MAX_PLANS_WAITING:
             raise UnexpectedMessage(f"more than {MAX_PLANS_WAITING} plans wait for their results")
         if self._num_received == self._num_answered:
             self._last_progress_at = time.monotonic()
@@ -177,5 +184,6 @@ class Session:
     def _deliver(self, result: StepResult) -> None:
         self._num_answered += 1
         self._last_progress_at = time.monotonic()
+        self._on_result(result)
         if self.is_live:
             self._news.put_nowait(result)
