@@ -35,7 +35,10 @@ def make_app(settings: GatewaySettings) -> FastAPI:
             await app.state.engine.close()
 
     # The pages of documentation would load scripts from elsewhere. /openapi.json stays.
-    app = FastAPI(title="Tandem", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A path with a slash too many is unknown: the redirect that FastAPI would answer with is no answer of OpenAI's API.
+    app = FastAPI(
+        title="Tandem", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.metrics = HttpMetrics()
     add_error_handlers(app)
     app.add_middleware(

@@ -16,6 +16,8 @@ from tandem_gateway.errors import ApiError, ClientGone, error_body, error_respon
 from tandem_gateway.events import DONE, event
 
 REQUEST_ID = b"x-request-id"
+MAX_KEY_BYTES = 7 * 1024
+"""gRPC takes metadata of up to 8 KiB, of which the rest is for names and for gRPC's own."""
 
 T = TypeVar("T")
 
@@ -152,8 +154,9 @@ def metadata_of(request: Request) -> Metadata:
     value = request.headers.get("authorization")
     if value is None:
         return ()
-    if not (value.isascii() and value.isprintable()):
-        raise ApiError(401, "the header Authorization must be printable ASCII", code="invalid_api_key")
+    if not (value.isascii() and value.isprintable() and len(value) <= MAX_KEY_BYTES):
+        message = f"the header Authorization must be printable ASCII of at most {MAX_KEY_BYTES} bytes"
+        raise ApiError(401, message, code="invalid_api_key")
     return (("authorization", value),)
 
 

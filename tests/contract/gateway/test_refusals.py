@@ -92,6 +92,37 @@ async def test_a_head_or_a_trailer_without_end_is_not_kept(gateway: Gateway, sta
     writer.close()
 
 
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [
+        (b"\x16\x03\x01 no HTTP\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nno size\r\n", 400),
+        (b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\nauthorization: %b\r\n\r\n" % (b"a" * 7200), 401),
+        (b"GET /tokenize/ HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", 404),
+    ],
+    ids=["no HTTP", "no chunk", "large key", "slash"],
+)
+async def test_bytes_that_no_client_should_send_are_answered_in_the_same_form(
+    gateway: Gateway, start: bytes, status: int
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(start)
+    answer = await asyncio.wait_for(read_answer(reader), WAIT_S)
+    writer.close()
+    assert answer.status == status and answer.error()["message"]
+
+
+async def test_what_is_no_http_behind_a_stream_ends_the_connection_after_it(gateway: Gateway) -> None:
+    body = b'{"prompt": "ROMEO", "max_tokens": 4, "stream": true}'
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    start = head("POST", "/v1/completions", len(body), {"connection": "keep-alive"})
+    writer.write(start + body + b"\0 no HTTP\r\n\r\n")
+    data = await asyncio.wait_for(reader.read(), WAIT_S)
+    writer.close()
+    assert data.startswith(b"HTTP/1.1 200") and data.count(b"HTTP/1.1") <= 2
+    assert b"[DONE]" in data.partition(b"HTTP/1.1 400")[0]
+
+
 async def test_request_ids_pass_through_and_live_ones_are_taken(folder: Path) -> None:
     runner = gated_runner(1)
     async with Services(runner, tokenizer=str(folder)) as services, Gateway(services.address) as gateway:
