@@ -4,6 +4,7 @@ from tests.chaos.admission import part as admission
 from tests.chaos.folders import part as folders
 from tests.chaos.gateways import part as gateways
 from tests.chaos.harness.definitions import Part
+from tests.chaos.http import part as http
 from tests.chaos.intruders import part as intruders
 from tests.chaos.kills import part as kills
 from tests.chaos.messages import part as messages
@@ -23,6 +24,7 @@ PARTS: tuple[Part, ...] = (
     restarts.PART,
     gateways.PART,
     messages.PART,
+    http.PART,
     intruders.PART,
     overload.PART,
     admission.PART,
