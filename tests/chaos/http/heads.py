@@ -130,7 +130,7 @@ def _headers() -> Iterator[Head]:
     yield _post("to be continued", OK, b"expect: 100-continue")
     yield _post("expectations", EITHER, b"expect: 200-maybe")
     for what in (b"websocket", b"h2c", b"TLS/1.3"):
-        yield _post(f"upgrade to {what!r}", EITHER, b"connection: upgrade, close", b"upgrade: " + what)
+        yield _post(f"upgrade to {what!r}", OK, b"connection: upgrade, close", b"upgrade: " + what)
     yield _post(
         "all that is hop by hop", EITHER, b"te: trailers", b"trailer: x", b"proxy-authorization: a", b"via: 1.1 a"
     )

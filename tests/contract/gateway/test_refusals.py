@@ -112,6 +112,23 @@ async def test_bytes_that_no_client_should_send_are_answered_in_the_same_form(
     assert answer.status == status and answer.error()["message"]
 
 
+@pytest.mark.parametrize("cut", [0, 40, 130, 160])
+async def test_a_request_that_asks_for_http_2_is_served(gateway: Gateway, cut: int) -> None:
+    body = b'{"prompt": "ROMEO", "max_tokens": 2}'
+    upgrade = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAEAAEAA"}
+    start = head("POST", "/v1/completions", len(body), upgrade)
+    chunked = start.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+    last = head("GET", "/version", 0)
+    data = start + body + chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) + last
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(data[:cut])
+    await writer.drain()
+    writer.write(data[cut:])
+    answers = await asyncio.wait_for(reader.read(), WAIT_S)
+    writer.close()
+    assert answers.count(b"HTTP/1.1 200 OK") == 3 and answers.count(b'"text_completion"') == 2, answers
+
+
 async def test_what_is_no_http_behind_a_stream_ends_the_connection_after_it(gateway: Gateway) -> None:
     body = b'{"prompt": "ROMEO", "max_tokens": 4, "stream": true}'
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
