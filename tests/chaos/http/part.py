@@ -214,13 +214,13 @@ PART = Part(
         Form.FULL: [
             {
                 "seed": 10 + number,
-                "num_bodies": 5_000,
-                "num_heads": 2_000,
-                "num_manners": 120,
+                "num_bodies": 2_500,
+                "num_heads": 1_000,
+                "num_manners": 60,
                 "front_ends": number % 3,
                 "http_workers": 1 + number % 2,
             }
-            for number in range(12)
+            for number in range(24)
         ],
     },
 )
