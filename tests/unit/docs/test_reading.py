@@ -16,7 +16,7 @@ from tests.support.requirements import ROOT
 TEXT = (ROOT / "docs" / "reading.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 FOLDERS = {"S/": "scheduler_service/tandem_scheduler/", "W/": "worker_service/tandem_worker/"}
-FENCE = re.compile(r"^```\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```text\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 NOT_OURS = {"PATH", "__main__"}
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "build", ".*_cache", "__pycache__", "*.egg-info", "node_modules")
 FAILS = "   # fails"
