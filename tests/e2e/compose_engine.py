@@ -5,6 +5,7 @@ Tandem. The base image stays in podman's storage as a cache; a new one is made w
 """
 
 import hashlib
+import itertools
 import os
 import shutil
 import socket
@@ -136,8 +137,9 @@ class Engine:
                     Path(f"{root}.tar").unlink()
         if not self._has_image(base):
             print(f"making {base}", flush=True)
-            for stale in self.podman("images", "--quiet", "--filter", f"reference={base.partition(':')[0]}").split():
-                self.podman("image", "rm", "--force", stale)
+            # Newer ones may be another checkout's, which is being tested too.
+            old = ("--filter", f"label={LABEL}", "--filter", f"until={CACHE_AGE}")
+            self.podman("image", "prune", "--all", "--force", *old, timeout_s=120)
             with tempfile.TemporaryDirectory(prefix="tandem-base-") as folder:
                 download_wheels(Path(folder, "wheels"))
                 Path(folder, "Dockerfile").write_text(
@@ -145,6 +147,10 @@ class Engine:
                 )
                 self.podman("build", "--tag", base, folder, timeout_s=200)
         return base
+
+    def image_size(self, name: str) -> int:
+        """In bytes, with all layers."""
+        return int(self.podman("image", "inspect", "--format", "{{.Size}}", name))
 
     def _has_image(self, name: str) -> bool:
         try:
@@ -155,8 +161,9 @@ class Engine:
 
 
 def requirements() -> list[str]:
-    """What building the package and installing it with its worker takes."""
-    return sorted({*declared_requirements("worker"), *PYPROJECT["build-system"]["requires"], "wheel"})
+    """What building the package and installing it for each image that is built here takes."""
+    extras = (declared_requirements(extra) for extra in ("worker", "smg"))
+    return sorted({*itertools.chain(*extras), *PYPROJECT["build-system"]["requires"], "wheel"})
 
 
 def download_wheels(folder: Path) -> None:

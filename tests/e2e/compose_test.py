@@ -28,6 +28,8 @@ STREAM_TIMEOUT_S = 120
 NUM_TOKENS = 400
 NUM_TOKENS_BEFORE_KILL = 40
 SERVICES = ("worker", "scheduler", "gateway")
+MAX_ADDED_BYTES = 200_000_000
+"""What the images without torch may add to their base."""
 
 
 class Deployment:
@@ -117,10 +119,25 @@ def check_not_root(deployment: Deployment) -> None:
         assert user == "tandem", user
 
 
-def check_no_cuda_packages(deployment: Deployment) -> None:
-    packages = deployment.engine.podman("exec", deployment.engine.container("worker"), "pip", "list")
-    assert "torch " in packages, packages
-    assert not [name for name in ("cuda", "nvidia", "triton") if name in packages], packages
+def check_packages(deployment: Deployment) -> None:
+    """Each image has the packages of its service alone."""
+    program = "import importlib.metadata as m; print(*(d.name.lower() for d in m.distributions()))"
+    packages = {
+        service: set(
+            deployment.engine.podman("exec", deployment.engine.container(service), "python", "-c", program).split()
+        )
+        for service in SERVICES
+    }
+    assert "torch" in packages["worker"] and all("tandem-llm" in each for each in packages.values()), packages
+    assert not {"torch", "transformers"} & (packages["scheduler"] | packages["gateway"]), packages
+    assert not [name for name in packages["worker"] if name.startswith(("cuda", "nvidia", "triton"))], packages
+
+
+def check_image_sizes(deployment: Deployment) -> None:
+    engine = deployment.engine
+    for service in ("scheduler", "gateway"):
+        added = engine.image_size(f"{engine.project}_{service}") - engine.image_size(engine.base_image())
+        assert added <= MAX_ADDED_BYTES, f"the image of the {service} adds {added} bytes to its base"
 
 
 def check_grpcurl_lists(deployment: Deployment) -> None:
@@ -165,7 +182,8 @@ CHECKS = (
     check_health,
     check_http,
     check_not_root,
-    check_no_cuda_packages,
+    check_packages,
+    check_image_sizes,
     check_grpcurl_lists,
     check_grpcurl_streams_text,
     check_killed_worker,

@@ -22,6 +22,7 @@ EXCEPTIONS = {
     r"make chaos.*": "takes hours; tests/chaos runs short forms of its parts",
     r"pip install .*": "downloads; tests/e2e/test_wheel.py installs the extras",
     r"torchrun .*": "two hosts; tests/e2e/test_tensor_parallel.py runs it on two",
+    r"kubectl .*": "there is no cluster; tests/unit/deploy builds what they apply",
     r"smg launch .*": "three hosts; tests/e2e/test_smg.py runs it before two Tandems",
 }
 """Commands that no test here runs -> why. Patterns of whole commands."""

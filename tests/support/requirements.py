@@ -31,11 +31,12 @@ def link_packages(folder: Path, requirements: Iterable[str]) -> None:
 
     So an environment has exactly what is declared, without a download.
     """
-    for name in {entry for distribution in _closure(requirements) for entry in _entries(distribution)}:
+    for name in {entry for distribution in closure(requirements) for entry in _entries(distribution)}:
         (folder / name.name).symlink_to(name)
 
 
-def _closure(requirements: Iterable[str]) -> list[importlib.metadata.Distribution]:
+def closure(requirements: Iterable[str]) -> list[importlib.metadata.Distribution]:
+    """The installed packages that the requirements name, and those they need in turn."""
     found: dict[tuple[str, str], importlib.metadata.Distribution] = {}
     waiting = [(Requirement(text), "") for text in requirements]
     while waiting:
