@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import grpc
 
 from tandem.commands import bench, chat, demo, generate, serve, top
+from tandem.outputs import text_of
 from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError, TandemError
@@ -28,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tandem {options.command}: {error}", file=sys.stderr)
         return 2
     except (TandemError, grpc.RpcError) as error:
-        details = error.details() if isinstance(error, grpc.Call) else error
-        print(f"tandem {options.command}: {details}", file=sys.stderr)
-        if isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.UNAVAILABLE:
+        print(f"tandem {options.command}: {text_of(error)}", file=sys.stderr)
+        if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE:
             print("Is a server there? `tandem serve MODEL` starts one; --address names another.", file=sys.stderr)
         return 1
     except BrokenPipeError:

@@ -21,7 +21,7 @@ _SCHEDULER_MODULES = (
     "xxhash",
 )
 MODULES_OF_EXTRA = {
-    "cli": ("httpx2", "rich"),
+    "cli": ("httptools", "rich"),
     "gateway": ("fastapi", "httptools", "prometheus_client", "uvicorn", "uvloop"),
     "scheduler": _SCHEDULER_MODULES,
     "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),

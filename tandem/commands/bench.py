@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from tandem.commands.connection import add_connection_flags, connect
 from tandem_shared.errors import ConfigError
@@ -14,6 +15,10 @@ reports throughput, time to first token (TTFT), gaps between messages (ITL), mea
 time of whole requests (E2E). TTFT and E2E count from the time at which a request was due. The server is a Tandem at
 --address over gRPC, or any server with OpenAI's HTTP API at --base-url; its key is read from the variable
 OPENAI_API_KEY, if there is one."""
+
+COMPLETIONS, CHAT_COMPLETIONS = "/v1/completions", "/v1/chat/completions"
+BACKENDS = {"openai": COMPLETIONS, "vllm": COMPLETIONS, "openai-chat": CHAT_COMPLETIONS}
+"""vLLM's names of what is asked of a server -> where, unless the user says otherwise."""
 
 MAX_TOKEN_ID = 10_000
 """Well below the special tokens at the end of a real vocabulary."""
@@ -27,6 +32,17 @@ costs the HTTP gateway and a client", has what one takes."""
 def add(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure a running server", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--base-url", metavar="URL", help="a server with OpenAI's HTTP API, such as http://HOST:8000")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="what is asked of the server at --base-url, as vLLM's benchmark names it: conversations (openai-chat) or "
+        "completions; default: what --endpoint says, and completions without it",
+    )
+    parser.add_argument(
+        "--endpoint",
+        metavar="PATH",
+        help="default: /v1/completions, or /v1/chat/completions with --backend openai-chat",
+    )
     parser.add_argument("--model", help="the model's name there; default: the first that the server lists")
     parser.add_argument(
         "--openai-fields-only",
@@ -43,6 +59,13 @@ def add(commands: Any) -> None:
         help="requests a second, of a Poisson process; inf sends all at once; several are measured in turn; "
         "default: inf",
     )
+    parser.add_argument(
+        "--max-concurrency",
+        type=_count,
+        metavar="N",
+        help="requests that run at once at most, shared evenly among the client processes; one that must wait is due "
+        "when it has a place",
+    )
     parser.add_argument("--num-prompts", type=_count, default=100, help="requests at each rate; default %(default)s")
     for what, default in (("input", (256, 256)), ("output", (128, 128))):
         parser.add_argument(
@@ -50,7 +73,8 @@ def add(commands: Any) -> None:
             type=_length,
             default=default,
             metavar="N | MIN-MAX",
-            help=f"tokens of each {what}, drawn evenly from a range; default {default[0]}",
+            help=f"tokens of each {what}, drawn evenly from a range; default {default[0]}"
+            + ("; a conversation has as many words" if what == "input" else ""),
         )
     parser.add_argument(
         "--vocab-size",
@@ -90,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
         options.vocab_size or min(vocab_size, MAX_TOKEN_ID),
         options.temperature,
         options.seed,
+        _is_chat(options),
     )
     return measure(target, workload, options)
 
@@ -100,20 +125,42 @@ def _target(options: argparse.Namespace) -> tuple[Any, int]:
     from tandem.commands.load.http_target import HttpTarget, model_of
 
     if options.base_url is None:
-        if options.model or options.openai_fields_only:
-            raise ConfigError("--model and --openai-fields-only need --base-url")
+        if options.model or options.openai_fields_only or options.backend or options.endpoint:
+            raise ConfigError("--model, --backend, --endpoint and --openai-fields-only need --base-url")
         with connect(options) as client:
             info = client.model_info()
         return GrpcTarget(options, info.model), info.vocab_size
     if options.address or options.tls or options.ca or options.client_cert:
         raise ConfigError("give either --base-url or the flags of a gRPC server")
-    # OpenAI's SDK wants addresses with /v1, vLLM's benchmark without.
-    base_url = options.base_url.rstrip("/").removesuffix("/v1")
-    if not base_url.startswith(("http://", "https://")):
-        raise ConfigError(f"--base-url must begin with http:// or https://, is {options.base_url!r}")
+    base_url = _base_url(options.base_url)
+    endpoint = options.endpoint or BACKENDS[options.backend or "openai"]
+    if not endpoint.startswith("/"):
+        raise ConfigError(f"--endpoint must begin with /, is {endpoint!r}")
+    is_chat = _is_chat(options)
+    if options.backend and is_chat != endpoint.endswith("/chat/completions"):
+        raise ConfigError(f"--backend {options.backend} does not go with --endpoint {endpoint}")
     api_key = os.environ.get("OPENAI_API_KEY")
     model = options.model or model_of(base_url, api_key)
-    return HttpTarget(base_url, model, not options.openai_fields_only, api_key), MAX_TOKEN_ID
+    return HttpTarget(base_url + endpoint, model, is_chat, not options.openai_fields_only, api_key), MAX_TOKEN_ID
+
+
+def _is_chat(options: argparse.Namespace) -> bool:
+    if options.backend:
+        return bool(BACKENDS[options.backend] == CHAT_COMPLETIONS)
+    return (options.endpoint or "").endswith("/chat/completions")
+
+
+def _base_url(given: str) -> str:
+    """The address up to what comes before /v1. Raises ConfigError."""
+    try:
+        parts = urlsplit(given)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_right = False
+    if not is_right or not given.isprintable() or " " in given:
+        raise ConfigError(f"--base-url must be http://HOST:PORT or https://HOST:PORT, is {given!r}")
+    # OpenAI's SDK wants addresses with /v1, vLLM's benchmark without.
+    return given.rstrip("/").removesuffix("/v1")
 
 
 def _rate(text: str) -> float:

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -147,6 +148,8 @@ class Stub(BaseHTTPRequestHandler):
     """A server with OpenAI's API that sends five tokens as four messages with a pause before each."""
 
     requests: ClassVar[list[dict[str, Any]]] = []
+    lock = threading.Lock()
+    num_open = most_open = 0
 
     def do_GET(self) -> None:
         self._begin()
@@ -154,14 +157,24 @@ class Stub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.requests.append({**request, "key": self.headers.get("authorization"), "at": time.monotonic()})
+        self.requests.append(
+            {**request, "path": self.path, "key": self.headers.get("authorization"), "at": time.monotonic()}
+        )
         if len(self.requests) == 1:
             self.send_error(503, "not yet")
             return
         self._begin()
+        with self.lock:
+            Stub.num_open += 1
+            Stub.most_open = max(self.most_open, self.num_open)
+        if "messages" in request:
+            self._event(b'{"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": null}]}')
         for _ in range(4):
             time.sleep(GAP_S)
-            self._event(b'{"choices": [{"text": "x", "finish_reason": null}], "usage": null}')
+            text = b'"delta": {"reasoning_content": "x"}' if "messages" in request else b'"text": "x"'
+            self._event(b'{"choices": [{%s, "finish_reason": null}], "usage": null}' % text)
+        with self.lock:
+            Stub.num_open -= 1
         # The pieces of an event may be apart.
         self.wfile.write(b'data: {"choices": [{"text": "", "finish_reason": "length"}]')
         self.wfile.flush()
@@ -211,3 +224,32 @@ def test_bench_measures_any_server_of_openais_api(tmp_path: Path) -> None:
     assert all(len(request["prompt"]) == 7 for request in Stub.requests)
     times = [float(str(request["at"])) for request in Stub.requests]
     assert times[-1] - times[0] > 0.05
+
+
+@pytest.mark.parametrize("flag", ["--backend openai-chat", "--endpoint /v1/chat/completions"])
+def test_bench_asks_for_chats_and_for_few_at_once(flag: str, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    flags = "--num-prompts 8 --max-concurrency 3 --clients 2 --num-warmups 0 --random-input-len 6 --random-output-len 5"
+    Stub.requests[:], Stub.most_open = [{}], 0
+    with stub_server() as url:
+        run_tandem("bench", "--base-url", url, *flag.split(), *flags.split(), "--out", str(out))
+    asked = Stub.requests[1:]
+    assert {request["path"] for request in asked} == {"/v1/chat/completions"} and 1 <= Stub.most_open <= 3
+    contents = [request["messages"][0]["content"] for request in asked]
+    assert len(set(contents)) == 8 and all(len(content.split()) == 6 for content in contents)
+    assert all(request["max_completion_tokens"] == 5 and "prompt" not in request for request in asked)
+    [rate] = json.loads(out.read_text())["rates"]
+    assert rate["num_completed"] == 8 and rate["output_tok_s"] * rate["elapsed_s"] == pytest.approx(40, rel=0.01)
+    # The message with the role has no token.
+    assert rate["ttft_ms"]["p50"] >= 1e3 * GAP_S and rate["tokens_per_message"]["mean"] == 5 / 4
+    # The last of 8 requests is sent after two others in its place, and is due no earlier.
+    assert rate["elapsed_s"] >= 3 * 4 * GAP_S > rate["lateness_ms"]["p50"] / 1e3
+
+
+def test_a_server_that_is_not_there_is_said_in_a_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"--base-url http://127.0.0.1:{port}"
+    for server in (url, f"{url} --model m", f"--address 127.0.0.1:{port}"):
+        done = run_tandem("bench", *server.split(), "--num-warmups", "0", "--num-prompts", "1", status=1)
+        assert "refused" in done.stderr.lower() and "Traceback" not in done.stderr, done.stderr

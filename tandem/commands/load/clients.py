@@ -57,16 +57,19 @@ class LoadClients:
             process.terminate()
             process.join()
 
-    def run(self, asks: Sequence[Ask], show: Callable[[], None]) -> Run:
-        """Shares the requests out and waits for the last answer. Calls show() at the end of each."""
-        used = self._pipes[: len(asks)]
+    def run(self, asks: Sequence[Ask], show: Callable[[], None], max_concurrency: int | None = None) -> Run:
+        """Shares the requests out and waits for the last answer. Calls show() at the end of each. Of more requests than
+        max_concurrency, each is due no earlier than when one of its client's ended.
+        """
+        places = len(asks) if max_concurrency is None else min(max_concurrency, len(asks))
+        used = self._pipes[:places]
         for pipe in used:
             # Starting a process takes longer than any lead, so each says when it is ready.
             pipe.send("begin")
             _receive(pipe)
         run = Run(time.monotonic() + LEAD_S)
         for index, pipe in enumerate(used):
-            pipe.send((run.started, asks[index :: len(used)]))
+            pipe.send((run.started, asks[index :: len(used)], len(range(index, places, len(used)))))
         waiting = list(used)
         while waiting:
             for ready in wait(waiting):
@@ -103,26 +106,27 @@ async def _serve(target: Target, pipe: Pipe) -> None:
         while True:
             pipe.recv()
             pipe.send("ready")
-            started, asks = pipe.recv()
-            pipe.send(await _run(target, connection, started, asks, lambda: pipe.send(None)))
+            started, asks, places = pipe.recv()
+            pipe.send(await _run(target, connection, started, asks, places, lambda: pipe.send(None)))
 
 
 async def _run(
-    target: Target, connection: Connection, started: float, asks: Sequence[Ask], show: Callable[[], None]
+    target: Target, connection: Connection, started: float, asks: Sequence[Ask], places: int, show: Callable[[], None]
 ) -> Run:
+    free = asyncio.Semaphore(places)
     requests = [target.encode(ask) for ask in asks]
     gc.collect()
     gc.disable()
     cpu = time.process_time()
     received = await asyncio.gather(
         *(
-            _stream(connection, request, started + ask.after_s, show)
+            _stream(connection, request, started + ask.after_s, free, show)
             for request, ask in zip(requests, asks, strict=True)
         )
     )
     run = Run(started, max_cpu_share=(time.process_time() - cpu) / max(1e-9, time.monotonic() - started))
     gc.enable()
-    for ask, each in zip(asks, received, strict=True):
+    for due, each in received:
         try:
             if isinstance(each, RequestFailed):
                 raise each
@@ -132,17 +136,23 @@ async def _run(
         except RequestFailed as error:
             run.errors[str(error)] += 1
         else:
-            run.streams.append(Stream(started + ask.after_s, each.sent, times, counts, each.times[-1]))
+            run.streams.append(Stream(due, each.sent, times, counts, each.times[-1]))
     return run
 
 
 async def _stream(
-    connection: Connection, request: bytes, due: float, show: Callable[[], None]
-) -> Received | RequestFailed:
+    connection: Connection, request: bytes, due: float, free: asyncio.Semaphore, show: Callable[[], None]
+) -> tuple[float, Received | RequestFailed]:
+    """When the request was due, and what came of it."""
     await asyncio.sleep(due - time.monotonic())
+    must_wait = free.locked()
+    await free.acquire()
+    if must_wait:
+        due = time.monotonic()
     try:
-        return await connection.stream(request)
+        return due, await connection.stream(request)
     except RequestFailed as error:
-        return error
+        return due, error
     finally:
+        free.release()
         show()

@@ -37,8 +37,13 @@ class GrpcTarget:
         sampling = inference_pb2.SamplingParams(
             temperature=ask.temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=ask.seed
         )
+        if isinstance(ask.prompt, str):
+            message = inference_pb2.ChatMessage(role="user", content=ask.prompt)
+            prompt = inference_pb2.Prompt(chat=inference_pb2.Chat(messages=[message]))
+        else:
+            prompt = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ask.prompt))
         return inference_pb2.GenerateStreamRequest(
-            prompt=inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=ask.prompt)),
+            prompt=prompt,
             sampling=sampling,
             stopping=inference_pb2.StoppingCriteria(max_tokens=ask.num_output_tokens, ignore_eos=True),
         ).SerializeToString()

@@ -1,49 +1,60 @@
 """A server with OpenAI's HTTP API, whosoever it is."""
 
+import contextlib
+import http.client
 import json
-import time
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx2
-
+from tandem.commands.load.http_connection import CONNECT_TIMEOUT_S, SHOWN_CHARACTERS, HttpConnections
 from tandem.commands.load.target import Received, RequestFailed
 from tandem.commands.load.workload import Ask
+from tandem_shared.errors import TandemError
 
-CONNECT_TIMEOUT_S = 10.0
-SHOWN_CHARACTERS = 300
-"""How much of an error's body is shown."""
+TEXTS = ("content", "reasoning_content", "reasoning")
+"""The fields of a chat's delta that have text, by the names that servers give them."""
 
 
 def model_of(base_url: str, api_key: str | None) -> str:
-    """The first model that the server lists. Raises RequestFailed."""
+    """The first model that the server lists. Raises TandemError."""
+    request = urllib.request.Request(f"{base_url}/v1/models", headers=_headers(api_key))
+    # As the requests that are measured, without a proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        reply = httpx2.get(f"{base_url}/v1/models", headers=_headers(api_key), timeout=CONNECT_TIMEOUT_S)
-        reply.raise_for_status()
-        return str(reply.json()["data"][0]["id"])
-    except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise RequestFailed(f"{base_url}/v1/models names no model: {error}") from error
+        with contextlib.closing(opener.open(request, timeout=CONNECT_TIMEOUT_S)) as reply:
+            return str(json.load(reply)["data"][0]["id"])
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        raise TandemError(f"{base_url}/v1/models names no model: {error}") from error
 
 
 @dataclass(frozen=True)
 class HttpTarget:
-    base_url: str
-    """The address up to what comes before /v1."""
+    url: str
+    """What requests are posted to."""
     model: str
+    is_chat: bool
+    """Whether that takes conversations."""
     has_extensions: bool
     """Whether the server knows ignore_eos and other fields of vLLM's. Without them outputs may end early."""
     api_key: str | None = field(repr=False)
 
     def description(self) -> dict[str, Any]:
-        return {"api": "HTTP", "server": self.base_url, "model": self.model}
+        return {"api": "HTTP", "server": self.url, "model": self.model}
 
     def encode(self, ask: Ask) -> bytes:
-        body = {
+        if self.is_chat:
+            asked = {
+                "messages": [{"role": "user", "content": ask.prompt}],
+                "max_completion_tokens": ask.num_output_tokens,
+            }
+        else:
+            asked = {"prompt": ask.prompt, "max_tokens": ask.num_output_tokens}
+        body: dict[str, Any] = {
             "model": self.model,
-            "prompt": ask.prompt,
-            "max_tokens": ask.num_output_tokens,
+            **asked,
             "temperature": ask.temperature,
             "top_p": 1.0,
             "seed": ask.seed,
@@ -56,20 +67,20 @@ class HttpTarget:
         return json.dumps(body).encode()
 
     @asynccontextmanager
-    async def connect(self) -> AsyncIterator["HttpConnection"]:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        async with httpx2.AsyncClient(headers=_headers(self.api_key), limits=limits, timeout=timeout) as client:
-            yield HttpConnection(client, f"{self.base_url}/v1/completions")
+    async def connect(self) -> AsyncIterator[HttpConnections]:
+        connections = HttpConnections(self.url, _headers(self.api_key))
+        try:
+            yield connections
+        finally:
+            connections.close()
 
     def parse(self, received: Received) -> tuple[list[float], list[int]]:
         times: list[float] = []
         num_tokens = None
-        for at, event in _events(received):
+        for at, event in events_of(received):
             if "error" in event:
                 raise RequestFailed(f"the stream ended with {json.dumps(event['error'])[:SHOWN_CHARACTERS]}")
-            # The last message of some servers has the reason of the end and no text.
-            if any(choice.get("text") or choice.get("finish_reason") is None for choice in event.get("choices") or ()):
+            if any(self._has_tokens(choice) for choice in event.get("choices") or ()):
                 times.append(at)
             if event.get("usage"):
                 num_tokens = int(event["usage"]["completion_tokens"])
@@ -80,28 +91,16 @@ class HttpTarget:
         counts[-1] += (num_tokens or len(times)) - len(times)
         return times, counts
 
-
-class HttpConnection:
-    def __init__(self, client: httpx2.AsyncClient, url: str) -> None:
-        self._client = client
-        self._url = url
-
-    async def stream(self, request: bytes) -> Received:
-        received = Received(time.monotonic(), [], [])
-        try:
-            async with self._client.stream("POST", self._url, content=request) as reply:
-                if reply.status_code != httpx2.codes.OK:
-                    text = (await reply.aread()).decode(errors="replace")
-                    raise RequestFailed(f"HTTP {reply.status_code}: {text[:SHOWN_CHARACTERS]}")
-                async for part in reply.aiter_raw():
-                    received.times.append(time.monotonic())
-                    received.parts.append(part)
-        except httpx2.HTTPError as error:
-            raise RequestFailed(f"{type(error).__name__}: {error}") from error
-        return received
+    def _has_tokens(self, choice: dict[str, Any]) -> bool:
+        if self.is_chat:
+            # The first message of a chat has its role and no text.
+            delta = choice.get("delta") or {}
+            return any(delta.get(name) for name in TEXTS)
+        # The last message of some servers has the reason of the end and no text.
+        return bool(choice.get("text")) or choice.get("finish_reason") is None
 
 
-def _events(received: Received) -> Iterator[tuple[float, dict[str, Any]]]:
+def events_of(received: Received) -> Iterator[tuple[float, dict[str, Any]]]:
     """The server-sent events of an answer, with the time at which each was complete. Raises RequestFailed if the last
     one is missing.
     """

@@ -30,18 +30,29 @@ def measure(target: Target, workload: Workload, options: argparse.Namespace) -> 
         **target.description(),
         "tandem_version": VERSION,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "workload": {**asdict(workload), "num_prompts": options.num_prompts, "clients": options.clients},
+        "workload": {
+            **asdict(workload),
+            "num_prompts": options.num_prompts,
+            "clients": options.clients,
+            "max_concurrency": options.max_concurrency,
+        },
         "slo_ms": {"ttft": options.slo_ttft_ms, "tpot": options.slo_tpot_ms},
         "rates": [],
     }
     has_failed = False
     with LoadClients(target, options.clients) as clients, Progress(console=console) as progress:
         if options.num_warmups:
-            warmup = clients.run(workload.asks(options.num_warmups, float("inf"), 0), lambda: None)
+            warmup = clients.run(
+                workload.asks(options.num_warmups, float("inf"), 0), lambda: None, options.max_concurrency
+            )
             _check(warmup, console)
         for index, rate in enumerate(options.request_rate, 1):
             task = progress.add_task(f"rate {rate:g}", total=options.num_prompts)
-            run = clients.run(workload.asks(options.num_prompts, rate, index), lambda task=task: progress.advance(task))  # type: ignore[misc]
+            run = clients.run(
+                workload.asks(options.num_prompts, rate, index),
+                lambda task=task: progress.advance(task),  # type: ignore[misc]
+                options.max_concurrency,
+            )
             has_failed |= not _check(run, console)
             summary = summarize_streams(run.streams, run.started, options.slo_ttft_ms / 1e3, options.slo_tpot_ms / 1e3)
             report["rates"].append(

@@ -5,13 +5,20 @@ import math
 import random
 from dataclasses import dataclass
 
+WORDS = (
+    "time", "year", "people", "way", "day", "man", "woman", "life", "child", "world", "school", "state", "family",
+    "group", "country", "hand", "part", "place", "week", "system", "question", "work", "number", "night", "point",
+    "home", "water", "room", "mother", "money", "story", "month",
+)  # fmt: skip
+"""Words that are one token each, with the space before them, in the vocabularies of most models."""
+
 
 @dataclass(frozen=True)
 class Ask:
     """One request, and when it is due."""
 
-    prompt: list[int]
-    """Token ids."""
+    prompt: list[int] | str
+    """Token ids, or the text of a chat's only message."""
     num_output_tokens: int
     temperature: float
     seed: int
@@ -29,6 +36,8 @@ class Workload:
     """Token ids of prompts are below this number."""
     temperature: float
     seed: int
+    is_chat: bool = False
+    """Whether prompts are texts. Their lengths are numbers of words then."""
 
     def asks(self, count: int, rate: float, run: int) -> list[Ask]:
         """count requests of a Poisson process of `rate` a second, all at once if that is infinite. The prompts of every
@@ -39,7 +48,7 @@ class Workload:
         gaps = [0.0 if math.isinf(rate) else rng.expovariate(rate) for _ in range(count)]
         return [
             Ask(
-                [rng.randrange(self.vocab_size) for _ in range(rng.randint(*self.input_length))],
+                self._prompt(rng, rng.randint(*self.input_length)),
                 rng.randint(*self.output_length),
                 self.temperature,
                 rng.getrandbits(31),
@@ -47,3 +56,8 @@ class Workload:
             )
             for after_s in itertools.accumulate(gaps)
         ]
+
+    def _prompt(self, rng: random.Random, length: int) -> list[int] | str:
+        if self.is_chat:
+            return " ".join(rng.choices(WORDS, k=length))
+        return [rng.randrange(self.vocab_size) for _ in range(length)]

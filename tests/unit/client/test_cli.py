@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tandem import cli
@@ -129,3 +130,52 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         cli.main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"tandem {VERSION}\n"
+
+
+class BlockingError(grpc.RpcError):
+    """What the blocking client raises, as far as the command reads it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+def asyncio_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
+
+
+@pytest.mark.parametrize("make", [BlockingError, asyncio_error])
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL])
+def test_errors_of_both_clients_are_told_by_their_details(
+    make: Any, code: grpc.StatusCode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> str:
+        raise make(code, "nobody there")
+
+    monkeypatch.setattr(generate, "stream_text", fail)
+    assert cli.main(["generate", "text"]) == 1
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "tandem generate: nobody there" and len(rest) == (code == grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--base-url 127.0.0.1:8000", "--base-url must be"),
+        ("--base-url http://", "--base-url must be"),
+        ("--base-url http://[::1", "--base-url must be"),
+        ("--base-url http://h:70000", "--base-url must be"),
+        ("--base-url http://h --endpoint v1/completions", "--endpoint must begin with /"),
+        ("--base-url http://h --backend openai-chat --endpoint /v1/completions", "does not go with"),
+        ("--base-url http://h --backend vllm --endpoint /v1/chat/completions", "does not go with"),
+        ("--backend openai-chat", "need --base-url"),
+    ],
+)
+def test_bench_names_a_wrong_server(flags: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *flags.split()]) == 2
+    assert problem in capsys.readouterr().err
