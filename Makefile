@@ -24,7 +24,7 @@ TP_SIZES ?= 1 2 4 8
 # The processes that share the tests. A file's tests are run by one of them.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gaps bench-sampling bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gateway bench-gaps bench-sampling bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -103,6 +103,15 @@ ifneq ($(GPU),)
 else
 	$(BIN)/python -m benchmarks.serve embedded --scale 10 --clients 2 --rates 4 16 inf --sampling $(SAMPLING) $(BENCH_FLAGS) \
 		--out benchmarks/results/serve_cpu.json
+endif
+
+bench-gateway: $(STAMP) $(firstword $(BENCH_MODELS))  ## Streams through HTTP beside streams through gRPC; writes benchmarks/results
+ifneq ($(GPU),)
+	$(BIN)/python -m benchmarks.gateway $(firstword $(MODELS)) $(BENCH_FLAGS) \
+		--out benchmarks/results/gateway_$$(basename $(firstword $(MODELS))).json
+else
+	$(BIN)/python -m benchmarks.gateway embedded --steady-step-ms 20 --num-requests 32 --rate 4 --num-rate-requests 16 \
+		--input-len 16-64 --output-len 50-200 $(BENCH_FLAGS) --out benchmarks/results/gateway_cpu.json
 endif
 
 bench-gaps: $(STAMP) $(BENCH_MODELS)  ## How long the GPU is idle between steps; writes benchmarks/results

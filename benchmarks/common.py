@@ -26,6 +26,7 @@ from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem.processes import Services
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.model_folder import ALL_FILES, resolve_model
 from tandem_shared.options import split_keywords
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
@@ -73,13 +74,17 @@ class Engine:
 
 @contextlib.contextmanager
 def running_engine(
-    arguments: argparse.Namespace, worker_program: Sequence[str] = ("tandem_worker",)
+    arguments: argparse.Namespace,
+    worker_program: Sequence[str] = ("tandem_worker",),
+    gateway: GatewaySettings | None = None,
 ) -> Iterator[Engine]:
-    """A scheduler and a worker with the settings of add_engine_options. worker_program: as Services takes it."""
+    """A scheduler and a worker with the settings of add_engine_options. worker_program, gateway: as Services takes
+    them.
+    """
     given = {"model": arguments.model, "port": 0, "log_level": "warning", **dict(arguments.set)}
     worker, scheduler = split_keywords(given, WorkerSettings, SchedulerSettings)
     started = time.monotonic()
-    with Services(worker, scheduler, worker_program=worker_program) as services:
+    with Services(worker, scheduler, worker_program=worker_program, gateway=gateway) as services:
         services.wait_until_ready(STARTUP_TIMEOUT_S)
         startup_s = time.monotonic() - started
         with (
