@@ -22,6 +22,7 @@ from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb
 from tandem_scheduler.core.types import SequenceRequest
 from tandem_scheduler.service import SchedulerService
 from tandem_shared.config import STEP_TIMEOUT_S, SchedulerSettings
+from tandem_shared.rpc.credentials import open_channel
 from tandem_shared.rpc.error_interceptor import DETAILS_METADATA_KEY
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.server import Server
@@ -52,9 +53,17 @@ class Services:
     """A worker service and a scheduler service. `async with` starts both and stops what still runs."""
 
     def __init__(
-        self, runner: Runner | None = None, *, worker_step_timeout_s: float = STEP_TIMEOUT_S, **settings: Any
+        self,
+        runner: Runner | None = None,
+        *,
+        worker_step_timeout_s: float = STEP_TIMEOUT_S,
+        credentials: grpc.ChannelCredentials | None = None,
+        **settings: Any,
     ) -> None:
-        """settings: fields of SchedulerSettings."""
+        """credentials: those of this object's own calls, to a scheduler whose certificate is for localhost. settings:
+        fields of SchedulerSettings.
+        """
+        self._credentials = credentials
         self._worker_step_timeout_s = worker_step_timeout_s
         self.runner = runner or FakeRunner(model_info())
         self._settings = settings
@@ -101,7 +110,9 @@ class Services:
         }
         self.service = SchedulerService(SchedulerSettings(**settings | self._settings))
         self.address = f"{HOST}:{await self.service.start()}"
-        self.channel = grpc.aio.insecure_channel(self.address, CHANNEL_OPTIONS)
+        self.channel = open_channel(
+            self.address, self._credentials, [*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", "localhost")]
+        )
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.control = control_pb2_grpc.ControlServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
