@@ -156,6 +156,10 @@ class TandemClient:
         """Makes the server refuse new requests, and returns once the running ones have ended."""
         self._call(self._control.Drain, control_pb2.DrainRequest(), timeout_s=timeout_s, max_retries=0)
 
+    def undrain(self) -> None:
+        """Makes the server take new requests again."""
+        self._call(self._control.Undrain, control_pb2.UndrainRequest(), max_retries=0)
+
     def reset_prefix_cache(self) -> int:
         """Empties the server's prefix cache; returns the number of KV blocks that were in it."""
         request = control_pb2.ResetPrefixCacheRequest()

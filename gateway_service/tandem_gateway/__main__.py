@@ -10,7 +10,15 @@ from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.log import configure_logging
 from tandem_shared.options import flag_of
 
-FILES = ("tls_cert", "tls_key", "tls_client_ca", "scheduler_ca", "scheduler_tls_cert", "scheduler_tls_key")
+FILES = (
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
+    "scheduler_ca",
+    "scheduler_tls_cert",
+    "scheduler_tls_key",
+    "api_key_file",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

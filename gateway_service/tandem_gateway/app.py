@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from tandem.v1 import control_pb2, inference_pb2
+from tandem.v1 import inference_pb2
 from tandem_gateway import chat, completions, responses
 from tandem_gateway.connection import BoundedRequests, metadata_of, while_connected
 from tandem_gateway.conversation import chat_of
@@ -21,10 +21,14 @@ from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, Detok
 from tandem_gateway.responses_protocol import ResponseBody
 from tandem_shared import VERSION
 from tandem_shared.gateway_settings import GatewaySettings
+from tandem_shared.rpc.api_keys import KeyFile
 
 
 def make_app(settings: GatewaySettings) -> FastAPI:
-    """The application of one process. It connects to the scheduler once it serves."""
+    """The application of one process. It connects to the scheduler once it serves. Raises ConfigError for a file of
+    keys that is wrong.
+    """
+    keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,7 +46,10 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = HttpMetrics()
     add_error_handlers(app)
     app.add_middleware(
-        BoundedRequests, max_body_bytes=settings.http_max_body_bytes, body_timeout_s=settings.http_body_timeout_s
+        BoundedRequests,
+        keys=keys,
+        max_body_bytes=settings.http_max_body_bytes,
+        body_timeout_s=settings.http_body_timeout_s,
     )
     app.add_middleware(CountedRequests, metrics=app.state.metrics)
     _add_generation(app)
@@ -130,12 +137,9 @@ def _add_tokens(app: FastAPI) -> None:
 def _add_state(app: FastAPI) -> None:
     @app.get("/health", response_model=None)
     async def health(request: Request) -> Any:
-        """200 if a request would be run now, else 503."""
-        info = await _engine(request).server_info(metadata_of(request))
-        if info.draining:
-            return error_response(ApiError(503, "the scheduler is draining"))
-        if info.worker_state != control_pb2.WORKER_STATE_READY:
-            return error_response(ApiError(503, "the scheduler has no worker"))
+        """200 if a request would be run now, else 503. It needs no key, as the gRPC health service needs none."""
+        if not await _engine(request).is_ready():
+            return error_response(ApiError(503, "the scheduler has no worker, or is draining"))
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -14,19 +14,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tandem_gateway.engine import Metadata
 from tandem_gateway.errors import ApiError, ClientGone, error_body, error_response
 from tandem_gateway.events import DONE, event
+from tandem_shared.errors import TandemError
+from tandem_shared.rpc.api_keys import KeyFile
+from tandem_shared.rpc.api_keys import Scope as KeyScope
 
 REQUEST_ID = b"x-request-id"
 MAX_KEY_BYTES = 7 * 1024
 """gRPC takes metadata of up to 8 KiB, of which the rest is for names and for gRPC's own."""
+SCOPES: dict[str, KeyScope | None] = {"/": None, "/health": None, "/version": None, "/metrics": KeyScope.CONTROL}
+"""What a key must be for to ask for a path: inference, unless it is here. Paths with None are for anybody, and say
+nothing of the model's users.
+"""
 
 T = TypeVar("T")
 
 
 class BoundedRequests:
-    """Refuses bodies that are too large (413) or too slow (408), and sets x-request-id of the answer."""
+    """Refuses requests without the right key (401, 403), if there are keys, and bodies that are too large (413)
+    or too slow (408); and sets x-request-id of the answer.
+    """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyFile | None, max_body_bytes: int, body_timeout_s: float) -> None:
         self._app = app
+        self._keys = keys
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
 
@@ -46,8 +56,9 @@ class BoundedRequests:
             await send(message)
 
         try:
+            self._check_key(scope)
             body = await self._read(headers, receive)
-        except ApiError as error:
+        except (ApiError, TandemError) as error:
             answer = error_response(error)
             # What was not read of the body must not be taken for the next request.
             answer.headers["connection"] = "close"
@@ -63,6 +74,12 @@ class BoundedRequests:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, receive_body, send_with_id)
+
+    def _check_key(self, scope: Scope) -> None:
+        needed = SCOPES.get(scope["path"], KeyScope.INFERENCE)
+        if self._keys is not None and needed is not None:
+            values = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+            self._keys.find(values).check_scope(needed)
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """The whole body. Raises ApiError."""
@@ -150,7 +167,7 @@ async def _disconnect(request: Request) -> None:
 
 
 def metadata_of(request: Request) -> Metadata:
-    """What is passed on to the scheduler, which alone checks keys. Raises ApiError for a header that can't be."""
+    """What is passed on to the scheduler, which checks keys too. Raises ApiError for a header that can't be."""
     value = request.headers.get("authorization")
     if value is None:
         return ()

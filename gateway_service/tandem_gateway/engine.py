@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.calls import REPLY_LIMIT, build
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -26,6 +27,8 @@ T = TypeVar("T")
 NUM_CHANNELS = 4
 """The kernel deals out connections, not calls, to the scheduler's front-end processes, of which there are 4 at most by
 default."""
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 INFO_TIMEOUT_S = 5.0
 
@@ -48,6 +51,7 @@ class Engine:
         self._is_token: dict[str, bool] = {}
         self._forget_tokens_at = 0.0
         self._control = control_pb2_grpc.ControlServiceStub(self._channels[0])
+        self._health = health_pb2_grpc.HealthStub(self._channels[0])
 
     async def close(self) -> None:
         """Ends the calls that are under way."""
@@ -107,9 +111,11 @@ class Engine:
         response = await _call(self._control.GetMetrics, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
         return bytes(response.text)
 
-    async def server_info(self, metadata: Metadata) -> control_pb2.GetServerInfoResponse:
-        request = control_pb2.GetServerInfoRequest()
-        return await _call(self._control.GetServerInfo, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
+    async def is_ready(self) -> bool:
+        """Whether the scheduler would run a request now."""
+        request = health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE)
+        response = await _call(self._health.Check, request, timeout=INFO_TIMEOUT_S)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 class OutputStream:

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tandem_shared.errors import FieldViolation, InvalidRequest, OutputTooLarge, RetryLater, TandemError
+from tandem_shared.errors import FieldViolation, InvalidApiKey, InvalidRequest, OutputTooLarge, RetryLater, TandemError
 from tandem_shared.rpc.rich_status import code_of
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ def _described(error: Exception) -> tuple[int, str, str | None, str | None]:
         return _invalid_request(error)
     if isinstance(error, OutputTooLarge):
         return 400, str(error), None, "output_too_large"
+    if isinstance(error, InvalidApiKey):
+        return 401, str(error), None, "invalid_api_key"
     if isinstance(error, TandemError):
         return HTTP_STATUSES.get(code_of(error), 500), str(error), None, None
     if isinstance(error, grpc.aio.AioRpcError):

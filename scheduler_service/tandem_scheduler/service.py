@@ -10,6 +10,7 @@ from typing import Protocol
 
 import grpc
 
+from tandem_scheduler.control.audit import audited
 from tandem_scheduler.control.control_servicer import ControlServicer
 from tandem_scheduler.core.interface import SchedulerInterface
 from tandem_scheduler.core.scheduler import Scheduler
@@ -27,10 +28,11 @@ from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, model_name
 from tandem_shared.errors import ConfigError, WorkerUnavailable
 from tandem_shared.extras import require_extra
+from tandem_shared.host.reloaded import Reloaded
 from tandem_shared.metrics.exposition import Samples
 from tandem_shared.metrics.server import MetricsServer
 from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
-from tandem_shared.rpc.credentials import channel_credentials
+from tandem_shared.rpc.credentials import reloaded_credentials
 from tandem_shared.rpc.session_secret import read_secret
 from tandem_shared.step_plan import WorkerInfo
 
@@ -124,7 +126,7 @@ class SchedulerService:
         """Takes no new requests. Running ones have grace_s to end, or less if `hurry` is set meanwhile; then they end
         UNAVAILABLE.
         """
-        drained = asyncio.create_task(self._hub.drain())
+        drained = asyncio.create_task(self._hub.drain_for_good())
         hurried = asyncio.create_task((hurry or asyncio.Event()).wait())
         await asyncio.wait([drained, hurried], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
@@ -155,7 +157,7 @@ class SchedulerService:
                 settings,
                 self._tokenizer_folder,
                 self._hub.attach,
-                control,
+                audited(control),
                 interceptors=interceptors,
                 ends_process=self._ends_process,
             )
@@ -196,11 +198,11 @@ def _core_config(settings: SchedulerSettings) -> SchedulerConfig:
     )
 
 
-def worker_credentials(settings: SchedulerSettings) -> grpc.ChannelCredentials | None:
+def worker_credentials(settings: SchedulerSettings) -> Reloaded[grpc.ChannelCredentials] | None:
     """Credentials for TLS to the worker, with the scheduler's own certificate if it has one. None without TLS."""
     if not settings.worker_ca:
         return None
-    return channel_credentials(
+    return reloaded_credentials(
         ("--worker-ca", settings.worker_ca),
         ("--worker-tls-key", settings.worker_tls_key),
         ("--worker-tls-cert", settings.worker_tls_cert),

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
-from tandem_shared.gateway_settings import MAX_PORT, GatewaySettings
+from tandem_shared.gateway_settings import API_KEY_FILE_HELP, INSECURE_HELP, MAX_PORT, GatewaySettings
 from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
-from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES
+from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES, is_loopback
 
 STEP_TIMEOUT_S = 60.0
 """The default of --step-timeout-s of both services"""
@@ -46,6 +46,12 @@ class ServiceSettings:
     session_secret_file: str = option(
         "",
         "file with the secret that the scheduler shows its worker, the same for both; created if it does not exist",
+    )
+    health_port: int = option(
+        0,
+        "port that answers health checks alone, without TLS and keys, for kubelets and the like; 0 is none",
+        minimum=0,
+        maximum=MAX_PORT,
     )
     step_timeout_s: float = option(
         STEP_TIMEOUT_S,
@@ -89,6 +95,13 @@ class SchedulerSettings(ServiceSettings):
     )
     worker_tls_cert: str = option("", "PEM file of the certificate chain that the scheduler shows its worker")
     worker_tls_key: str = option("", "PEM file of that certificate's private key")
+    api_key_file: str = option("", API_KEY_FILE_HELP)
+    insecure: bool = option(False, INSECURE_HELP)
+    interceptor: str = option(
+        "",
+        "MODULE:CLASS of a grpc.aio.ServerInterceptor that calls go through, made without arguments; or several,"
+        " with commas between them",
+    )
     tokenizer: str = option("", "folder with tokenizer.json; the model's if not given")
     max_num_seqs: int = option(
         256, "most sequences that run at once; a request has one for each choice", minimum=1, maximum=MAX_ROWS
@@ -212,6 +225,7 @@ def read_command_line(
         settings = read_settings(settings_class, namespace, os.environ)
         check_tls(settings)
         check_metrics_prefix(settings)
+        check_exposure(settings)
         if extra is not None:
             require_extra(extra)
     except ConfigError as error:
@@ -240,6 +254,23 @@ def check_metrics_prefix(settings: ServiceSettings | GatewaySettings) -> None:
     prefix = getattr(settings, "metrics_prefix", "")
     if not re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)?", prefix):
         raise ConfigError(f"--metrics-prefix must begin a metric's name, is {prefix!r}")
+
+
+def check_exposure(settings: ServiceSettings | GatewaySettings) -> None:
+    """Raises ConfigError where whoever reaches the port could use the service, and it was not told so."""
+    if is_loopback(settings.host) or settings.tls_client_ca:
+        return
+    if isinstance(settings, SchedulerSettings | GatewaySettings):
+        if not (settings.api_key_file or settings.tls_cert or settings.insecure):
+            raise ConfigError(
+                f"--host {settings.host} lets whoever reaches it use the service: give it --api-key-file, or "
+                "--tls-cert with --tls-client-ca; or --insecure, if everybody who reaches it may"
+            )
+    elif not settings.session_secret_file:
+        raise ConfigError(
+            f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
+            "same --session-secret-file, or the worker --tls-client-ca"
+        )
 
 
 def model_name(settings: ServiceSettings) -> str:

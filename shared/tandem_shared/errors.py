@@ -8,6 +8,9 @@ TandemError
 ├── InvalidRequest            INVALID_ARGUMENT, BadRequest field violations
 ├── RequestIdInUse            ALREADY_EXISTS
 ├── RequestNotFound           NOT_FOUND
+├── InvalidApiKey             UNAUTHENTICATED: the call has no API key, or one that is not known
+├── PermissionDenied          PERMISSION_DENIED: the call's API key is not for this
+├── Undrained                 ABORTED: Undrain was called while Drain waited
 ├── RetryLater
 │   ├── QueueFull             RESOURCE_EXHAUSTED, RetryInfo
 │   ├── Draining              UNAVAILABLE, RetryInfo
@@ -60,6 +63,18 @@ class RequestIdInUse(TandemError):
 
 class RequestNotFound(TandemError):
     """No live request has this id."""
+
+
+class InvalidApiKey(TandemError):
+    """The call has no API key, or one that the server does not know."""
+
+
+class PermissionDenied(TandemError):
+    """The call's API key is not for what it asks."""
+
+
+class Undrained(TandemError):
+    """Undrain was called while Drain waited for requests to end."""
 
 
 class RetryLater(TandemError):

@@ -22,7 +22,7 @@ _SCHEDULER_MODULES = (
 )
 MODULES_OF_EXTRA = {
     "cli": ("httptools", "rich"),
-    "gateway": ("fastapi", "httptools", "prometheus_client", "uvicorn", "uvloop"),
+    "gateway": ("fastapi", "grpc_health", "httptools", "prometheus_client", "uvicorn", "uvloop"),
     "scheduler": _SCHEDULER_MODULES,
     "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),
     "worker": (*_SCHEDULER_MODULES, "safetensors", "torch"),

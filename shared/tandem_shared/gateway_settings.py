@@ -7,6 +7,11 @@ from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES
 
 MAX_PORT = 65535
 DEFAULT_HTTP_PORT = 8000
+API_KEY_FILE_HELP = "file of API keys, one of which each call must show; it is read again when it changes"
+INSECURE_HELP = (
+    "whether the service may listen on an address that is not loopback although it asks nobody for a key or certificate"
+    " (true or false; the flag alone is true)"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class GatewaySettings:
     tls_cert: str = option("", "PEM file of the server's certificate chain; if given, the server speaks only TLS")
     tls_key: str = option("", "PEM file of the certificate's private key")
     tls_client_ca: str = option("", "PEM file of the authority that must have signed the certificates of clients")
+    api_key_file: str = option("", API_KEY_FILE_HELP)
+    insecure: bool = option(False, INSECURE_HELP)
     log_level: str = option(
         "info", "least severe messages that are logged", choices=("debug", "info", "warning", "error")
     )

@@ -4,12 +4,19 @@ import argparse
 import os
 import socket
 
-from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_metrics_prefix, check_tls
+from tandem_shared.config import (
+    SYNONYMS,
+    SchedulerSettings,
+    WorkerSettings,
+    check_exposure,
+    check_metrics_prefix,
+    check_tls,
+)
 from tandem_shared.errors import ConfigError
 from tandem_shared.options import add_options, option_names, read_settings
 
 NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
-PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
+PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca", "health_port")
 """Settings that are for the scheduler alone. The worker's only client is the scheduler beside it, so the worker takes a
 free port and no TLS.
 """
@@ -25,6 +32,7 @@ def read_service_flags(options: argparse.Namespace) -> tuple[WorkerSettings, Sch
     scheduler = read_settings(SchedulerSettings, options, os.environ)
     check_tls(scheduler)
     check_metrics_prefix(scheduler)
+    check_exposure(scheduler)
     worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in PRIVATE}, port="0")
     environment = {name: value for name, value in os.environ.items() if name not in option_names(PRIVATE)}
     return read_settings(WorkerSettings, worker_options, environment), scheduler

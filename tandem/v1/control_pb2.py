@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xf0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12,\n\x0cworker_state\x18\x05 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12)\n\x06uptime\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x06\x10\x07R\x0cscheduler_idR\rsession_epochR\x12worker_instance_id\"\x10\n\x0eGetLoadRequest\"\xa8\x04\n\x0fGetLoadResponse\x12\x1d\n\x15num_waiting_sequences\x18\x01 \x01(\r\x12\x1d\n\x15num_running_sequences\x18\x02 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x06 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\r\x12\x1b\n\x13num_steps_in_flight\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\n \x01(\x04\x12\x19\n\x11num_worker_losses\x18\x0b \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x0c \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\r \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x0e \x01(\x04\x12\x1c\n\x14num_overshoot_tokens\x18\x0f \x01(\x04\x12\x18\n\x10num_step_results\x18\x10 \x01(\x04\x12\x14\n\x0cstep_time_ns\x18\x11 \x01(\x04\x12\x13\n\x0bgpu_time_ns\x18\x12 \x01(\x04\x12\x12\n\ngpu_gap_ns\x18\x13 \x01(\x04\x12\"\n\x1anum_admitted_prompt_tokens\x18\x14 \x01(\x04\"#\n\x11GetMetricsRequest\x12\x0e\n\x06\x61\x63\x63\x65pt\x18\x01 \x01(\t\"8\n\x12GetMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x19\n\x17ResetPrefixCacheRequest\"8\n\x18ResetPrefixCacheResponse\x12\x1c\n\x14num_forgotten_blocks\x18\x01 \x01(\r*w\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x15\n\x11WORKER_STATE_LOST\x10\x03\x32\xc6\x03\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.tandem.v1.GetServerInfoRequest\x1a .tandem.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.tandem.v1.GetLoadRequest\x1a\x1a.tandem.v1.GetLoadResponse\x12I\n\nGetMetrics\x12\x1c.tandem.v1.GetMetricsRequest\x1a\x1d.tandem.v1.GetMetricsResponse\x12:\n\x05\x41\x62ort\x12\x17.tandem.v1.AbortRequest\x1a\x18.tandem.v1.AbortResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12[\n\x10ResetPrefixCache\x12\".tandem.v1.ResetPrefixCacheRequest\x1a#.tandem.v1.ResetPrefixCacheResponseB-\n\ttandem.v1P\x01Z\x12tandem/v1;tandemv1\xaa\x02\tTandem.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tandem/v1/control.proto\x12\ttandem.v1\x1a\x1egoogle/protobuf/duration.proto\"\x16\n\x14GetServerInfoRequest\"\xf0\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12,\n\x0cworker_state\x18\x05 \x01(\x0e\x32\x16.tandem.v1.WorkerState\x12)\n\x06uptime\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08J\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x06\x10\x07R\x0cscheduler_idR\rsession_epochR\x12worker_instance_id\"\x10\n\x0eGetLoadRequest\"\xa8\x04\n\x0fGetLoadResponse\x12\x1d\n\x15num_waiting_sequences\x18\x01 \x01(\r\x12\x1d\n\x15num_running_sequences\x18\x02 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x06 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x07 \x01(\r\x12\x1b\n\x13num_steps_in_flight\x18\x08 \x01(\r\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\n \x01(\x04\x12\x19\n\x11num_worker_losses\x18\x0b \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x0c \x01(\x04\x12 \n\x18num_cached_prompt_tokens\x18\r \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x0e \x01(\x04\x12\x1c\n\x14num_overshoot_tokens\x18\x0f \x01(\x04\x12\x18\n\x10num_step_results\x18\x10 \x01(\x04\x12\x14\n\x0cstep_time_ns\x18\x11 \x01(\x04\x12\x13\n\x0bgpu_time_ns\x18\x12 \x01(\x04\x12\x12\n\ngpu_gap_ns\x18\x13 \x01(\x04\x12\"\n\x1anum_admitted_prompt_tokens\x18\x14 \x01(\x04\"#\n\x11GetMetricsRequest\x12\x0e\n\x06\x61\x63\x63\x65pt\x18\x01 \x01(\t\"8\n\x12GetMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63ontent_type\x18\x02 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x10\n\x0eUndrainRequest\"\x11\n\x0fUndrainResponse\"\x19\n\x17ResetPrefixCacheRequest\"8\n\x18ResetPrefixCacheResponse\x12\x1c\n\x14num_forgotten_blocks\x18\x01 \x01(\r*w\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17WORKER_STATE_CONNECTING\x10\x01\x12\x16\n\x12WORKER_STATE_READY\x10\x02\x12\x15\n\x11WORKER_STATE_LOST\x10\x03\x32\x88\x04\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.tandem.v1.GetServerInfoRequest\x1a .tandem.v1.GetServerInfoResponse\x12@\n\x07GetLoad\x12\x19.tandem.v1.GetLoadRequest\x1a\x1a.tandem.v1.GetLoadResponse\x12I\n\nGetMetrics\x12\x1c.tandem.v1.GetMetricsRequest\x1a\x1d.tandem.v1.GetMetricsResponse\x12:\n\x05\x41\x62ort\x12\x17.tandem.v1.AbortRequest\x1a\x18.tandem.v1.AbortResponse\x12:\n\x05\x44rain\x12\x17.tandem.v1.DrainRequest\x1a\x18.tandem.v1.DrainResponse\x12@\n\x07Undrain\x12\x19.tandem.v1.UndrainRequest\x1a\x1a.tandem.v1.UndrainResponse\x12[\n\x10ResetPrefixCache\x12\".tandem.v1.ResetPrefixCacheRequest\x1a#.tandem.v1.ResetPrefixCacheResponseB-\n\ttandem.v1P\x01Z\x12tandem/v1;tandemv1\xaa\x02\tTandem.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.v1.control_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\ttandem.v1P\001Z\022tandem/v1;tandemv1\252\002\tTandem.V1'
-  _globals['_WORKERSTATE']._serialized_start=1176
-  _globals['_WORKERSTATE']._serialized_end=1295
+  _globals['_WORKERSTATE']._serialized_start=1213
+  _globals['_WORKERSTATE']._serialized_end=1332
   _globals['_GETSERVERINFOREQUEST']._serialized_start=70
   _globals['_GETSERVERINFOREQUEST']._serialized_end=92
   _globals['_GETSERVERINFORESPONSE']._serialized_start=95
@@ -55,10 +55,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINREQUEST']._serialized_end=1072
   _globals['_DRAINRESPONSE']._serialized_start=1074
   _globals['_DRAINRESPONSE']._serialized_end=1089
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1091
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1116
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1118
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1174
-  _globals['_CONTROLSERVICE']._serialized_start=1298
-  _globals['_CONTROLSERVICE']._serialized_end=1752
+  _globals['_UNDRAINREQUEST']._serialized_start=1091
+  _globals['_UNDRAINREQUEST']._serialized_end=1107
+  _globals['_UNDRAINRESPONSE']._serialized_start=1109
+  _globals['_UNDRAINRESPONSE']._serialized_end=1126
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1128
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1153
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1155
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1211
+  _globals['_CONTROLSERVICE']._serialized_start=1335
+  _globals['_CONTROLSERVICE']._serialized_end=1855
 # @@protoc_insertion_point(module_scope)

@@ -61,6 +61,11 @@ class ControlServiceStub(object):
                 request_serializer=tandem_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/tandem.v1.ControlService/Undrain',
+                request_serializer=tandem_dot_v1_dot_control__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_control__pb2.UndrainResponse.FromString,
+                _registered_method=True)
         self.ResetPrefixCache = channel.unary_unary(
                 '/tandem.v1.ControlService/ResetPrefixCache',
                 request_serializer=tandem_dot_v1_dot_control__pb2.ResetPrefixCacheRequest.SerializeToString,
@@ -106,7 +111,15 @@ class ControlServiceServicer(object):
 
     def Drain(self, request, context):
         """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-        are open have ended. If the call's deadline passes first, the server stays draining.
+        are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
+        first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +159,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=tandem_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=tandem_dot_v1_dot_control__pb2.UndrainRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_control__pb2.UndrainResponse.SerializeToString,
             ),
             'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetPrefixCache,
@@ -290,6 +308,33 @@ class ControlService(object):
             '/tandem.v1.ControlService/Drain',
             tandem_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             tandem_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.ControlService/Undrain',
+            tandem_dot_v1_dot_control__pb2.UndrainRequest.SerializeToString,
+            tandem_dot_v1_dot_control__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

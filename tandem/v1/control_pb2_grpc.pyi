@@ -50,8 +50,11 @@ class ControlServiceStub:
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
     """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-    are open have ended. If the call's deadline passes first, the server stays draining.
+    are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
+    first.
     """
+    Undrain: _grpc.UnaryUnaryMultiCallable[_control_pb2.UndrainRequest, _control_pb2.UndrainResponse]
+    """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping."""
     ResetPrefixCache: _grpc.UnaryUnaryMultiCallable[_control_pb2.ResetPrefixCacheRequest, _control_pb2.ResetPrefixCacheResponse]
     """Forgets every cached prefix that no running sequence uses."""
 
@@ -77,8 +80,11 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
     """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-    are open have ended. If the call's deadline passes first, the server stays draining.
+    are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
+    first.
     """
+    Undrain: _aio.UnaryUnaryMultiCallable[_control_pb2.UndrainRequest, _control_pb2.UndrainResponse]  # type: ignore[assignment]
+    """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping."""
     ResetPrefixCache: _aio.UnaryUnaryMultiCallable[_control_pb2.ResetPrefixCacheRequest, _control_pb2.ResetPrefixCacheResponse]  # type: ignore[assignment]
     """Forgets every cached prefix that no running sequence uses."""
 
@@ -131,8 +137,17 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
         """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-        are open have ended. If the call's deadline passes first, the server stays draining.
+        are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
+        first.
         """
+
+    @_abc_1.abstractmethod
+    def Undrain(
+        self,
+        request: _control_pb2.UndrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.UndrainResponse, _abc.Awaitable[_control_pb2.UndrainResponse]]:
+        """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping."""
 
     @_abc_1.abstractmethod
     def ResetPrefixCache(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctandem/v1/error_reason.proto\x12\ttandem.v1*\xbb\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\"\n\x1e\x45RROR_REASON_REQUEST_ID_IN_USE\x10\x02\x12\"\n\x1e\x45RROR_REASON_REQUEST_NOT_FOUND\x10\x03\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x04\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x05\x12#\n\x1f\x45RROR_REASON_WORKER_UNAVAILABLE\x10\x06\x12!\n\x1d\x45RROR_REASON_REQUEST_TOO_SLOW\x10\x07\x12 \n\x1c\x45RROR_REASON_DEADLINE_PASSED\x10\x08\x12 \n\x1c\x45RROR_REASON_SEQUENCE_FAILED\x10\t\x12\x1c\n\x18\x45RROR_REASON_TEXT_FAILED\x10\n\x12!\n\x1d\x45RROR_REASON_OUTPUT_TOO_LARGE\x10\x0b\x12\x1f\n\x1b\x45RROR_REASON_PROTOCOL_ERROR\x10\x0c\x42-\n\ttandem.v1P\x01Z\x12tandem/v1;tandemv1\xaa\x02\tTandem.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctandem/v1/error_reason.proto\x12\ttandem.v1*\x9d\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\"\n\x1e\x45RROR_REASON_REQUEST_ID_IN_USE\x10\x02\x12\"\n\x1e\x45RROR_REASON_REQUEST_NOT_FOUND\x10\x03\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x04\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x05\x12#\n\x1f\x45RROR_REASON_WORKER_UNAVAILABLE\x10\x06\x12!\n\x1d\x45RROR_REASON_REQUEST_TOO_SLOW\x10\x07\x12 \n\x1c\x45RROR_REASON_DEADLINE_PASSED\x10\x08\x12 \n\x1c\x45RROR_REASON_SEQUENCE_FAILED\x10\t\x12\x1c\n\x18\x45RROR_REASON_TEXT_FAILED\x10\n\x12!\n\x1d\x45RROR_REASON_OUTPUT_TOO_LARGE\x10\x0b\x12\x1f\n\x1b\x45RROR_REASON_PROTOCOL_ERROR\x10\x0c\x12 \n\x1c\x45RROR_REASON_INVALID_API_KEY\x10\r\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\x0e\x12\x1a\n\x16\x45RROR_REASON_UNDRAINED\x10\x0f\x42-\n\ttandem.v1P\x01Z\x12tandem/v1;tandemv1\xaa\x02\tTandem.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\ttandem.v1P\001Z\022tandem/v1;tandemv1\252\002\tTandem.V1'
   _globals['_ERRORREASON']._serialized_start=44
-  _globals['_ERRORREASON']._serialized_end=487
+  _globals['_ERRORREASON']._serialized_end=585
 # @@protoc_insertion_point(module_scope)

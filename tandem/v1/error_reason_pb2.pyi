@@ -56,6 +56,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED: a reply is larger than the client takes, or the reader of a stream is too far behind."""
     ERROR_REASON_PROTOCOL_ERROR: _ErrorReason.ValueType  # 12
     """INTERNAL: a process of the server broke the protocol between the server's processes."""
+    ERROR_REASON_INVALID_API_KEY: _ErrorReason.ValueType  # 13
+    """UNAUTHENTICATED: the call has no API key, or one that the server does not know."""
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 14
+    """PERMISSION_DENIED: the call's API key is not for what it asks."""
+    ERROR_REASON_UNDRAINED: _ErrorReason.ValueType  # 15
+    """ABORTED: Undrain was called while Drain waited for requests to end."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in google.rpc.ErrorInfo, one for each kind of error that the services of this package return.
@@ -100,4 +106,10 @@ ERROR_REASON_OUTPUT_TOO_LARGE: ErrorReason.ValueType  # 11
 """RESOURCE_EXHAUSTED: a reply is larger than the client takes, or the reader of a stream is too far behind."""
 ERROR_REASON_PROTOCOL_ERROR: ErrorReason.ValueType  # 12
 """INTERNAL: a process of the server broke the protocol between the server's processes."""
+ERROR_REASON_INVALID_API_KEY: ErrorReason.ValueType  # 13
+"""UNAUTHENTICATED: the call has no API key, or one that the server does not know."""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 14
+"""PERMISSION_DENIED: the call's API key is not for what it asks."""
+ERROR_REASON_UNDRAINED: ErrorReason.ValueType  # 15
+"""ABORTED: Undrain was called while Drain waited for requests to end."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

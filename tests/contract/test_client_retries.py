@@ -90,7 +90,7 @@ async def server() -> AsyncIterator[tuple[FailingServer, str]]:
 
 def _with_missing(servicer: FailingServer, server: Any) -> Any:
     """Gives the servicer the methods that registering it asks for, and that no test calls."""
-    others = ("GetModelInfo", "GetServerInfo", "GetLoad", "GetMetrics", "Drain", "ResetPrefixCache")
+    others = ("GetModelInfo", "GetServerInfo", "GetLoad", "GetMetrics", "Drain", "Undrain", "ResetPrefixCache")
     for name in ("Tokenize", "Detokenize", *others):
         setattr(servicer, name, None)
     return server

@@ -7,9 +7,10 @@ import pytest
 
 from tandem import cli
 from tandem_shared.config import WorkerSettings
-from tandem_shared.rpc.server import server_credentials
+from tandem_shared.rpc.credentials import server_credentials
 from tests.contract.services import Services
-from tests.contract.test_server import make_certificate, make_server, running
+from tests.contract.test_server import make_server, running
+from tests.support.certificates import make_certificate
 
 
 async def generate(address: str, *flags: str) -> int:

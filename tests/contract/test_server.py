@@ -1,7 +1,6 @@
 """The scaffolding that both services share: TLS, interceptors, ports, channelz."""
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,10 +19,12 @@ from tandem_scheduler.engine.worker_client import GrpcWorkerClient
 from tandem_scheduler.service import worker_credentials
 from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
 from tandem_shared.errors import ConfigError, WorkerUnavailable
+from tandem_shared.rpc.credentials import server_credentials
 from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
-from tandem_shared.rpc.server import Server, server_credentials
+from tandem_shared.rpc.server import Server
 from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
 from tests.support.builders import worker_info
+from tests.support.certificates import make_certificate
 from tests.support.fake_worker import FakeRunner
 
 STANDARD_SERVICES = (
@@ -101,15 +102,6 @@ async def test_a_server_that_finishes_waits_for_what_runs_and_answers_what_comes
         assert await call(b"") == b"answer"
 
 
-def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """A self-signed certificate for localhost, and its key."""
-    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    arguments = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command.split(), *arguments], check=True, capture_output=True)
-    return certificate, key
-
-
 async def ask(port: int, credentials: grpc.ChannelCredentials | None) -> str:
     address = f"localhost:{port}"
     channel = grpc.aio.secure_channel(address, credentials) if credentials else grpc.aio.insecure_channel(address)
@@ -166,6 +158,50 @@ async def test_a_scheduler_shows_its_certificate_to_such_a_worker(tmp_path: Path
         with pytest.raises(WorkerUnavailable):
             await without.get_info(1)
         await without.close()
+
+
+async def test_a_server_reads_certificates_again_that_have_changed(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "old")
+    old = grpc.ssl_channel_credentials(certificate.read_bytes())
+    next_certificate, next_key = make_certificate(tmp_path, "next")
+    new = grpc.ssl_channel_credentials(next_certificate.read_bytes())
+    settings = WorkerSettings(tls_cert=str(certificate), tls_key=str(key))
+    async with running(make_server(credentials=server_credentials(settings))) as port:
+        assert await ask(port, old)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(port, new)
+        certificate.write_text("not a certificate")
+        assert await ask(port, old)
+        next_key.replace(key)
+        next_certificate.replace(certificate)
+        assert await ask(port, new)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await ask(port, old)
+
+
+async def test_a_scheduler_reads_its_certificate_again_when_it_looks_for_its_worker(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "worker")
+    shown, shown_key = make_certificate(tmp_path, "scheduler")
+    next_shown, next_key = make_certificate(tmp_path, "next")
+    authorities = tmp_path / "authorities.pem"
+    authorities.write_bytes(next_shown.read_bytes())
+    server = make_server(
+        credentials=server_credentials(
+            WorkerSettings(tls_cert=str(certificate), tls_key=str(key), tls_client_ca=str(authorities))
+        )
+    )
+    async with running(server) as port:
+        address = f"localhost:{port}"
+        settings = SchedulerSettings(
+            worker_ca=str(certificate), worker_tls_cert=str(shown), worker_tls_key=str(shown_key)
+        )
+        client = GrpcWorkerClient(address, worker_credentials(settings))
+        with pytest.raises(WorkerUnavailable):
+            await client.get_info(1)
+        next_key.replace(shown_key)
+        next_shown.replace(shown)
+        assert (await client.get_info(10)).worker_instance_id == worker_info().worker_instance_id
+        await client.close()
 
 
 @pytest.mark.parametrize(

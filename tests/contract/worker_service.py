@@ -10,6 +10,7 @@ import pytest
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.server import Server
+from tandem_shared.rpc.session_secret import SecretInterceptor
 from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_codec import PROTOCOL_VERSION, encode_plan
 from tandem_shared.step_plan import NewRow, StepPlan
@@ -23,12 +24,13 @@ WAIT_S = 10
 class Worker:
     """A worker service around a fake runner, and a client of it."""
 
-    def __init__(self, runner: FakeRunner, **options: Any) -> None:
+    def __init__(self, runner: FakeRunner, *, secret: bytes = b"", **options: Any) -> None:
         """options: those of WorkerServicer."""
         self.runner = runner
         self.servicer = WorkerServicer(runner, **options)
         self.metadata: tuple[tuple[str, bytes], ...] = ()
-        self.server = Server({SERVICE_NAME: self.servicer.add_to})
+        interceptors = [SecretInterceptor(secret)] if secret else []
+        self.server = Server({SERVICE_NAME: self.servicer.add_to}, interceptors=interceptors)
 
     async def start(self) -> None:
         self.address = f"127.0.0.1:{await self.server.start('127.0.0.1', 0)}"

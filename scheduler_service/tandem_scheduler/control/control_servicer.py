@@ -72,6 +72,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         await self._hub.drain()
         return control_pb2.DrainResponse()
 
+    async def Undrain(self, request: control_pb2.UndrainRequest, context: Context) -> control_pb2.UndrainResponse:
+        await self._hub.undrain()
+        return control_pb2.UndrainResponse()
+
     async def ResetPrefixCache(
         self, request: control_pb2.ResetPrefixCacheRequest, context: Context
     ) -> control_pb2.ResetPrefixCacheResponse:

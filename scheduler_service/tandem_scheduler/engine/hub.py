@@ -35,6 +35,7 @@ from tandem_shared.errors import (
     RequestNotFound,
     SequenceFailed,
     TandemError,
+    Undrained,
     WorkerUnavailable,
 )
 from tandem_shared.sampling_fields import RowSampling
@@ -62,6 +63,7 @@ class EngineHub:
 
     def __init__(self, observer: Observer | None = None) -> None:
         self.is_draining = False
+        self._is_stopping = False
         self._events = RequestEvents(observer) if observer is not None else None
         self._is_ready = False
         self._attachments: list[Attachment] = []
@@ -73,6 +75,7 @@ class EngineHub:
         self._num_open = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
+        self._is_undrained = asyncio.Event()
         # Given by connect(); the two know each other.
         self._step_loop: StepLoop | None = None
 
@@ -123,10 +126,33 @@ class EngineHub:
         self.on_finished([end for end in ended if end is not None])
 
     async def drain(self) -> None:
-        """Refuses new requests; returns when the open ones are closed."""
-        self.is_draining = True
+        """Refuses new requests; returns when the open ones are closed. Raises Undrained if undrain() comes first."""
+        if not self.is_draining:
+            self.is_draining = True
+            self._is_undrained = asyncio.Event()
         await self._tell_state()
-        await self._is_idle.wait()
+        undrained = asyncio.create_task(self._is_undrained.wait())
+        idle = asyncio.create_task(self._is_idle.wait())
+        try:
+            await asyncio.wait([undrained, idle], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            undrained.cancel()
+            idle.cancel()
+        if not idle.done():
+            raise Undrained("Undrain was called while requests were open")
+
+    async def drain_for_good(self) -> None:
+        """Drains as the service stops, which nothing takes back."""
+        self._is_stopping = True
+        await self.drain()
+
+    async def undrain(self) -> None:
+        """Takes new requests again. Raises WorkerUnavailable if the service is stopping."""
+        if self._is_stopping:
+            raise WorkerUnavailable("the server is stopping")
+        self.is_draining = False
+        self._is_undrained.set()
+        await self._tell_state()
 
     def end_all(self, error: TandemError) -> None:
         """Ends every live request with an error."""

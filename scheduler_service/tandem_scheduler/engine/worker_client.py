@@ -10,6 +10,7 @@ from google.rpc import status_pb2
 
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_shared.errors import InvalidPlan, ProtocolError, SessionTaken, TandemError, WorkerFailed, WorkerUnavailable
+from tandem_shared.host.reloaded import Reloaded
 from tandem_shared.rpc.credentials import open_channel
 from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS
 from tandem_shared.rpc.rich_status import error_of, read_status
@@ -56,14 +57,24 @@ class GrpcWorkerClient:
     """A worker service at an address."""
 
     def __init__(
-        self, address: str, credentials: grpc.ChannelCredentials | None = None, *, secret: bytes = b""
+        self, address: str, credentials: Reloaded[grpc.ChannelCredentials] | None = None, *, secret: bytes = b""
     ) -> None:
+        """credentials: without them there is no TLS."""
         self._address = address
         self._metadata = ((SECRET_METADATA_KEY, secret),) if secret else ()
-        self._channel = open_channel(address, credentials, WORKER_CHANNEL_OPTIONS)
+        self._credentials = credentials
+        self._connect()
+
+    def _connect(self) -> None:
+        credentials = self._credentials.value if self._credentials is not None else None
+        self._channel = open_channel(self._address, credentials, WORKER_CHANNEL_OPTIONS)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:
+        # Nothing runs on the channel when a worker is looked for.
+        if self._credentials is not None and self._credentials.refresh():
+            await self._channel.close()
+            self._connect()
         try:
             # With wait_for_ready a channel in backoff tries again within the time.
             response = await self._stub.GetWorkerInfo(

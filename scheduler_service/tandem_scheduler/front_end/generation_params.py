@@ -86,6 +86,8 @@ class GenerationParams:
     num_choices: int = 1
     priority: int = 0
     cache_salt: str = ""
+    caller_salt: bytes = b""
+    """Of the caller's API key; 64 bytes at most. Requests share cached prefixes only if both salts are equal."""
     max_reply_bytes: int | None = None
     """The largest reply that the reader accepts; None if the output is streamed."""
     deadline: float | None = None

@@ -103,7 +103,7 @@ async def check_request(
         sampling=RowSampling(**sampling),
         stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
         priority=params.priority,
-        cache_salt=_hashed(params.cache_salt),
+        cache_salt=_hashed(params.cache_salt, params.caller_salt),
         deadline=params.deadline,
         lists=replace(lists, grammar=grammar),
     )
@@ -156,9 +156,11 @@ def _quoted(text: str) -> str:
     return repr(text) if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]!r}..."
 
 
-def _hashed(salt: str) -> str:
-    """A short digest of the salt, as the prefix cache keeps it; empty if there is no salt."""
-    return hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).hexdigest() if salt else ""
+def _hashed(salt: str, caller_salt: bytes) -> str:
+    """A short digest of both salts, as the prefix cache keeps it; empty if there is neither."""
+    if not salt and not caller_salt:
+        return ""
+    return hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16, key=caller_salt).hexdigest()
 
 
 def _is_short(text: str, max_bytes: int) -> bool:

@@ -4,6 +4,7 @@ else.
 
 gRPC is told that each method takes a stream of bytes. So the request of a call that gets no place is neither read nor
 parsed, and bytes that are not a message are an invalid request; gRPC's own deserialiser would end the call INTERNAL.
+Nor is the request of a call that an interceptor refuses.
 
 Calls whose requests are small, such as those of the health service, have places and limits of their own: they are still
 answered by a server that is full of other calls, and their messages are decoded only if they are small.
@@ -72,7 +73,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         assert call is not None, "gRPC runs each call in a task of its own"
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
-        handler: Any = await continuation(handler_call_details)
+        try:
+            handler: Any = await continuation(handler_call_details)
+        except Exception as error:
+            return grpc.stream_unary_rpc_method_handler(_refuse_with(_end_of(error)))
         if handler is None:
             return None
         read = _read_stream if handler.request_streaming else _read_one
@@ -89,6 +93,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             # The method writes its responses to the context, as the standard health service's Watch does.
             make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
         return make(wrapped, None, handler.response_serializer)
+
+
+def _refuse_with(end: End) -> Callable[..., Awaitable[None]]:
+    async def refuse(requests: AsyncIterator[bytes], context: Context) -> None:
+        await _abort(context, end)
+
+    return refuse
 
 
 def _wrap_awaited(

@@ -144,6 +144,11 @@ def is_local(address: str) -> bool:
     host = (
         host_and_port.partition("]")[0].removeprefix("[") if "[" in host_and_port else host_and_port.partition(":")[0]
     )
+    return is_loopback(host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address of a host is certainly this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

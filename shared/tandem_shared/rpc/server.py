@@ -14,11 +14,9 @@ import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from tandem_shared.config import ServiceSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.host.process import raise_descriptor_limit
 from tandem_shared.rpc.call_gate import CallGate
-from tandem_shared.rpc.credentials import read_pem
 from tandem_shared.rpc.error_interceptor import CallLimits, ErrorInterceptor
 from tandem_shared.rpc.grpc_options import MAX_MESSAGE_BYTES, server_options
 from tandem_shared.rpc.read_gate import ReadGate
@@ -46,6 +44,9 @@ MAX_SMALL_READING, MAX_SMALL_READING_PER_CONNECTION = 16, 4
 call open.
 """
 
+MAX_HEALTH_CONNECTIONS = 64
+"""Connections to the health port."""
+
 FLUSH_S = 0.1
 """The time in which what was sent last reaches the clients, before the process ends and its connections with it."""
 
@@ -63,6 +64,7 @@ class Server:
         small_calls: Collection[str] = (),
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
+        health_port: int = 0,
         shares_port: bool = False,
         max_request_bytes: int = MAX_MESSAGE_BYTES,
         max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
@@ -70,14 +72,15 @@ class Server:
     ) -> None:
         """services: for each service's full name, the function that adds its servicer to a server. small_calls:
         services, or methods as SERVICE/METHOD, whose requests are all small; like health, they have limits apart from
-        the others. interceptors run inside the error mapping. shares_port: other servers listen on the same port, and
-        the system distributes the connections. max_request_bytes: gRPC refuses larger messages with RESOURCE_EXHAUSTED.
+        the others. interceptors run inside the error mapping. health_port: answers health checks alone, without TLS and
+        interceptors, if it is not 0. shares_port: other servers listen on the same ports, and the system distributes
+        the connections. max_request_bytes: gRPC refuses larger messages with RESOURCE_EXHAUSTED.
         max_open_calls: further calls are refused with QueueFull, as are those above a connection's share
         (call_gate.py). num_unshared_calls: how many calls one connection may have even if that is above its share.
         """
         self._services = tuple(services)
         self._credentials = credentials
-        num_descriptors = raise_descriptor_limit()
+        num_descriptors = raise_descriptor_limit() - (MAX_HEALTH_CONNECTIONS if health_port else 0)
         options = server_options(
             max_request_bytes=max_request_bytes,
             max_open_calls=max_open_calls,
@@ -98,24 +101,23 @@ class Server:
             register(self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health_port = health_port
+        self._health_server = _create_health_server(self._health, shares_port) if health_port else None
         channelz.add_channelz_servicer(self._server)
         add_reflection([*services, *own_names], self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Listens and returns the port. Raises ConfigError if the server can't listen on the address."""
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            if self._credentials is None:
-                bound = self._server.add_insecure_port(address)
-            else:
-                bound = self._server.add_secure_port(address, self._credentials)
-        except RuntimeError as error:
-            raise ConfigError(f"can't listen on {address}: {error}") from error
+        bound = _bind(self._server, host, port, self._credentials)
+        if self._health_server is not None:
+            _bind(self._health_server, host, self._health_port, None)
         await self._health.set("", ServingStatus.SERVING)
         await self.set_ready(self._services, False)
         # Objects made so far stay for good, so the garbage collector, which stops all threads, need not look at them.
         gc.freeze()
         await self._server.start()
+        if self._health_server is not None:
+            await self._health_server.start()
         names = ", ".join(self._services)
         logger.info("%s: listening on %s:%d%s", names, host, bound, " with TLS" if self._credentials else "")
         return bound
@@ -141,6 +143,31 @@ class Server:
         """
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self._health_server is not None:
+            await self._health_server.stop(0)
+
+
+def _create_health_server(servicer: health.aio.HealthServicer, shares_port: bool) -> grpc.aio.Server:
+    options = server_options(
+        max_request_bytes=SMALL_REQUEST_BYTES,
+        max_open_calls=MAX_SMALL_CALLS,
+        max_connections=MAX_HEALTH_CONNECTIONS,
+        shares_port=shares_port,
+    )
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(_small_limits())], options=options)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return server
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    """Returns the port. Raises ConfigError if the server can't listen there."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise ConfigError(f"can't listen on {address}: {error}") from error
 
 
 def _limits(calls: CallGate, max_request_bytes: int) -> CallLimits:
@@ -156,15 +183,6 @@ def _small_limits() -> CallLimits:
         SMALL_REQUEST_BYTES,
         bounds_each_message=True,
     )
-
-
-def server_credentials(settings: ServiceSettings) -> grpc.ServerCredentials | None:
-    """The credentials for TLS as set, or None without TLS. Raises ConfigError if a file can't be read."""
-    if not settings.tls_cert:
-        return None
-    pair = (read_pem("--tls-key", settings.tls_key), read_pem("--tls-cert", settings.tls_cert))
-    client_ca = read_pem("--tls-client-ca", settings.tls_client_ca) if settings.tls_client_ca else None
-    return grpc.ssl_server_credentials([pair], client_ca, require_client_auth=client_ca is not None)
 
 
 class StopSignals:

@@ -1,12 +1,18 @@
 """The secret that a scheduler shows its worker, from a file that both read."""
 
+import hmac
 import os
 import secrets
 import stat
 import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
-from tandem_shared.errors import ConfigError
+import grpc
+from grpc_health.v1 import health
+
+from tandem_shared.errors import ConfigError, Unauthenticated
 
 SECRET_METADATA_KEY = "tandem-session-secret-bin"
 MIN_BYTES, MAX_BYTES = 16, 4096
@@ -48,3 +54,22 @@ def _create(path: Path) -> None:
         pass
     finally:
         partial.unlink()
+
+
+class SecretInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls that do not show the secret, but for those of the health service."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        if not handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
+            metadata: Any = dict(handler_call_details.invocation_metadata or ())
+            shown = metadata.get(SECRET_METADATA_KEY, b"")
+            if not hmac.compare_digest(shown if isinstance(shown, bytes) else shown.encode(), self._secret):
+                raise Unauthenticated("the session secret is missing or wrong; see --session-secret-file")
+        return await continuation(handler_call_details)

@@ -222,7 +222,10 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
     ("silence", "tandem_worker/service/session.py"): (("            self._plans.put(None)\n", "            pass\n"),),
     ("restarts", "tandem_scheduler/service.py"): (("timeout=grace_s", "timeout=0.0"),),
     ("restarts", "tandem_scheduler/engine/hub.py"): (
-        ("        await self._is_idle.wait()", "        await asyncio.sleep(0)"),
+        (
+            "        idle = asyncio.create_task(self._is_idle.wait())",
+            "        idle = asyncio.create_task(asyncio.sleep(0))",
+        ),
         ("        if not self._num_open:", "        if self._num_open:"),
     ),
     ("restarts", "tandem_scheduler/processes/engine_side/engine_servicer.py"): (

@@ -10,10 +10,10 @@ import pytest
 
 from tandem_gateway.__main__ import main
 from tandem_shared.config import WorkerSettings
-from tandem_shared.rpc.credentials import channel_credentials
-from tandem_shared.rpc.server import server_credentials
+from tandem_shared.rpc.credentials import channel_credentials, server_credentials
 from tests.contract.services import MODEL, WAIT_S, Services
-from tests.contract.test_server import make_certificate, make_server, running
+from tests.contract.test_server import make_server, running
+from tests.support.certificates import make_certificate
 from tests.support.chats import USER
 from tests.support.gateway import Gateway, head, read_answer
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tandem_shared.config import WorkerSettings
+from tandem_shared.config import SchedulerSettings, WorkerSettings, check_exposure
 from tandem_shared.errors import ConfigError
+from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.rpc.session_secret import read_secret
-from tandem_worker.service.process import check_exposure
 
 
 def test_no_file_is_no_secret() -> None:
@@ -70,6 +70,18 @@ def test_a_worker_within_reach_of_others_wants_a_secret_or_certificates(host: st
     check_exposure(WorkerSettings(host=host, tls_client_ca="ca.pem"))
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+@pytest.mark.parametrize("settings", [SchedulerSettings, GatewaySettings])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gpu-host"])
+def test_a_server_within_reach_of_others_wants_keys_or_tls_or_to_be_told(
+    host: str, settings: type[SchedulerSettings | GatewaySettings]
+) -> None:
+    with pytest.raises(ConfigError, match=f"--host {host} lets whoever reaches it use the service: .*--insecure"):
+        check_exposure(settings(host=host))
+    for taken in ({"api_key_file": "keys"}, {"tls_cert": "cert.pem"}, {"insecure": True}):
+        check_exposure(settings(host=host, **taken))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_on_loopback_none_is_needed(host: str) -> None:
-    check_exposure(WorkerSettings(host=host))
+    for settings in (WorkerSettings, SchedulerSettings, GatewaySettings):
+        check_exposure(settings(host=host))

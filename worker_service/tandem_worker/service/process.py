@@ -17,8 +17,9 @@ from tandem_shared.host.log import configure_logging
 from tandem_shared.host.process import leave, write_port_file
 from tandem_shared.host.supervisor import tell_supervisor
 from tandem_shared.metrics.server import MetricsServer
-from tandem_shared.rpc.server import Server, StopSignals, server_credentials
-from tandem_shared.rpc.session_secret import read_secret
+from tandem_shared.rpc.credentials import server_credentials
+from tandem_shared.rpc.server import Server, StopSignals
+from tandem_shared.rpc.session_secret import SecretInterceptor, read_secret
 from tandem_worker import PARENT_PID
 from tandem_worker.service.servicer import LAST_WORD_GRACE_S, SERVICE_NAME, WorkerServicer
 
@@ -30,16 +31,19 @@ STEP_GRACE_S = 5.0
 """The longest time that steps go on after that."""
 EXIT_BROKEN = 70
 """The exit status of a worker in which a step has failed: another one should be started."""
-LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 SWITCH_INTERVAL_S = 2e-4
 """Python's switch interval: short, so that launching a step does not hold up the result of the step before it."""
 
 
-async def serve(settings: WorkerSettings, servicer: WorkerServicer) -> None:
-    """Serves until a signal asks it to stop, or a step fails: then this exits the process."""
+async def serve(settings: WorkerSettings, servicer: WorkerServicer, secret: bytes = b"") -> None:
+    """Serves until a signal asks it to stop, or a step fails: then this exits the process. secret: what callers must
+    show, if it is not empty.
+    """
     server = Server(
         {SERVICE_NAME: servicer.add_to},
+        interceptors=[SecretInterceptor(secret)] if secret else [],
         credentials=server_credentials(settings),
+        health_port=settings.health_port,
     )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     signals = StopSignals()
@@ -72,19 +76,9 @@ def _exit(reason: str, status: int) -> NoReturn:
     leave(status)
 
 
-def check_exposure(settings: WorkerSettings) -> None:
-    """Raises ConfigError where whoever reaches the port could open a session."""
-    if settings.host not in LOOPBACK_HOSTS and not settings.session_secret_file and not settings.tls_client_ca:
-        raise ConfigError(
-            f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
-            "same --session-secret-file, or the worker --tls-client-ca"
-        )
-
-
 def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] = WorkerServicer) -> None:
     """Serves a model, or as one of several ranks a part of it, until the end. Raises ConfigError and ModelError."""
-    check_exposure(settings)
-    options = {"secret": read_secret(settings.session_secret_file), "step_timeout_s": settings.step_timeout_s}
+    secret = read_secret(settings.session_secret_file)
     # torch is imported only now, so that --help and wrong flags answer at once.
     from tandem_worker.startup import build_runner, check_model
 
@@ -92,7 +86,8 @@ def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] =
     if world_size not in (None, str(settings.tp_size)):
         raise ConfigError(f"--tp-size is {settings.tp_size}, but WORLD_SIZE is {world_size}")
     if settings.tp_size == 1:
-        asyncio.run(serve(settings, make_servicer(build_runner(settings), **options)))
+        servicer = make_servicer(build_runner(settings), step_timeout_s=settings.step_timeout_s)
+        asyncio.run(serve(settings, servicer, secret))
         return
     from tandem_worker.ranks.communicator import Communicator
     from tandem_worker.ranks.group_failure import tell_failures
@@ -111,9 +106,9 @@ def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] =
     leader = Leader(rank)
     leading_runner = LeadingRunner(build_runner(settings, communicator), leader)
     try:
-        servicer = make_servicer(leading_runner, **options)
+        servicer = make_servicer(leading_runner, step_timeout_s=settings.step_timeout_s)
         tell_failures(servicer.fail_from_thread)
-        asyncio.run(serve(settings, servicer))
+        asyncio.run(serve(settings, servicer, secret))
     finally:
         leader.send(STOP)
         leave_group(leading_runner)

@@ -1,4 +1,4 @@
-"""The worker's side of the step protocol: who may have a session, and the messages of its stream. Knows no torch.
+"""The worker's side of the step protocol: which scheduler has the session, and the stream's messages. Knows no torch.
 
 One session at a time runs on a Runner (session.py). After a step has failed there are no more sessions: readiness goes
 first, then the session gets the reason as its last word, and the process that owns the servicer ends.
@@ -6,7 +6,6 @@ first, then the session gets the reason as its last word, and the process that o
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,13 +21,11 @@ from tandem_shared.errors import (
     SessionRefused,
     SessionTaken,
     TandemError,
-    Unauthenticated,
     UnexpectedMessage,
     WorkerFailed,
 )
 from tandem_shared.metrics.exposition import Samples
 from tandem_shared.rpc.rich_status import status_of
-from tandem_shared.rpc.session_secret import SECRET_METADATA_KEY
 from tandem_shared.step_codec import PROTOCOL_VERSION, decode_plan, encode_info, encode_result
 from tandem_worker.runners.runner import Runner
 from tandem_worker.service.metrics import WorkerMetrics
@@ -56,12 +53,9 @@ async def _do_nothing() -> None:
 class WorkerServicer:
     """Runs one session at a time on a runner."""
 
-    def __init__(self, runner: Runner, *, secret: bytes = b"", step_timeout_s: float = STEP_TIMEOUT_S) -> None:
-        """secret: what callers must show, if it is not empty. A step that makes no progress for step_timeout_s has
-        failed.
-        """
+    def __init__(self, runner: Runner, *, step_timeout_s: float = STEP_TIMEOUT_S) -> None:
+        """A step that makes no progress for step_timeout_s has failed."""
         self._runner = runner
-        self._secret = secret
         self._step_timeout_s = step_timeout_s
         self._session: Session | None = None
         self._metrics = WorkerMetrics()
@@ -87,13 +81,11 @@ class WorkerServicer:
     async def GetWorkerInfo(
         self, request: worker_pb2.GetWorkerInfoRequest, context: Context
     ) -> worker_pb2.GetWorkerInfoResponse:
-        self._check_caller(context)
         return encode_info(self._runner.info)
 
     async def ExecuteSteps(
         self, request_iterator: AsyncIterator[worker_pb2.ExecuteStepsRequest], context: Context
     ) -> AsyncIterator[worker_pb2.ExecuteStepsResponse]:
-        self._check_caller(context)
         async for first in request_iterator:
             if first.WhichOneof("kind") != "open":
                 raise UnexpectedMessage("a session's first message opens it")
@@ -157,14 +149,6 @@ class WorkerServicer:
             return True
         self._session.end(None)
         return await asyncio.to_thread(self._session.join, timeout_s)
-
-    def _check_caller(self, context: Context) -> None:
-        metadata = dict(context.invocation_metadata() or ())
-        shown = metadata.get(SECRET_METADATA_KEY, b"")
-        if self._secret and not hmac.compare_digest(
-            shown if isinstance(shown, bytes) else shown.encode(), self._secret
-        ):
-            raise Unauthenticated("the session secret is missing or wrong; see --session-secret-file")
 
     async def _open(self, request: worker_pb2.OpenSession) -> Session:
         if request.protocol_version != PROTOCOL_VERSION:

@@ -8,6 +8,7 @@ import grpc
 
 from tandem.v1 import inference_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd, closing, counting_refusals
+from tandem_scheduler.front_end.grpc_api.caller_limits import for_caller
 from tandem_scheduler.front_end.grpc_api.reply_codec import stream_message, whole_reply
 from tandem_scheduler.front_end.grpc_api.request_codec import (
     AnyGenerateRequest,
@@ -142,7 +143,7 @@ class InferenceServicer:
             if isinstance(request, TooLargeToDecode):
                 raise request.error
             front_end.refuse_if_draining()
-            params = params_of(request, max_reply_bytes, deadline_of(context))
+            params = for_caller(params_of(request, max_reply_bytes, deadline_of(context)))
             checked = await check_request(
                 params, front_end.encoder, front_end.worker, self._served_model, front_end.grammars, front_end.chats
             )

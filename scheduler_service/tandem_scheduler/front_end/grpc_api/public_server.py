@@ -16,7 +16,12 @@ from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.grpc_api.inference_servicer import SERVICE_NAME, InferenceServicer
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import SchedulerSettings, model_name
-from tandem_shared.rpc.server import Register, Server, server_credentials
+from tandem_shared.rpc.api_keys import KeyFile, Scope
+from tandem_shared.rpc.authorizer import Authorizer
+from tandem_shared.rpc.credentials import server_credentials
+from tandem_shared.rpc.grpc_options import is_loopback
+from tandem_shared.rpc.interceptors import load_interceptors
+from tandem_shared.rpc.server import Register, Server
 
 CONTROL_SERVICE = "tandem.v1.ControlService"
 
@@ -42,6 +47,9 @@ class PublicServer:
         """Raises ConfigError and ModelError. ends_process: the process ends after stop(), with all its connections."""
         self._settings = settings
         self._ends_process = ends_process
+        scopes: dict[str, Scope | None] = {SERVICE_NAME: Scope.INFERENCE, CONTROL_SERVICE: Scope.CONTROL}
+        keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
+        named_interceptors = load_interceptors(settings.interceptor)
         tokenizer = load_tokenizer(tokenizer_folder)
         self._chats = ChatRenderer(read_chat_templates(tokenizer_folder))
         grammars = GrammarChecker(tokenizer_folder, tokenizer)
@@ -63,11 +71,13 @@ class PublicServer:
             services[vllm.SERVICE_NAME] = servicer.add_to
             small_calls += [f"{vllm.SERVICE_NAME}/{method}" for method in vllm.SMALL_METHODS]
             self._inference_services.append(vllm.SERVICE_NAME)
+            scopes |= {f"{vllm.SERVICE_NAME}/{method}": scope for method, scope in vllm.SCOPES.items()}
         self._server = Server(
             services,
             small_calls=small_calls,
-            interceptors=interceptors,
+            interceptors=[Authorizer(keys, scopes, _open_scopes(settings)), *named_interceptors, *interceptors],
             credentials=server_credentials(settings),
+            health_port=settings.health_port,
             shares_port=shares_port,
             max_request_bytes=settings.max_request_bytes,
             max_open_calls=settings.max_num_seqs + settings.max_num_waiting + NUM_OTHER_CALLS,
@@ -89,3 +99,11 @@ class PublicServer:
 
     async def _set_ready(self, is_ready: bool) -> None:
         await self._server.set_ready(self._inference_services, is_ready)
+
+
+def _open_scopes(settings: SchedulerSettings) -> tuple[Scope, ...]:
+    """What callers may do at a server without API keys: everything where only this machine reaches it, where callers
+    have shown certificates, and where it was told so.
+    """
+    is_open = is_loopback(settings.host) or settings.tls_client_ca or settings.insecure
+    return tuple(Scope) if is_open else (Scope.INFERENCE,)

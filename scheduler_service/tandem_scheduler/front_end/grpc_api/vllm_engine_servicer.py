@@ -19,6 +19,7 @@ from smg_grpc_proto.generated import common_pb2
 
 from tandem.v1 import control_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd, closing, counting_refusals
+from tandem_scheduler.front_end.grpc_api.caller_limits import for_caller
 from tandem_scheduler.front_end.grpc_api.request_codec import deadline_of, reply_limit
 from tandem_scheduler.front_end.grpc_api.tokenizer_bundle import CHUNK_BYTES, tokenizer_bundle
 from tandem_scheduler.front_end.grpc_api.vllm_engine_codec import VllmReplies, bounded_vllm_generate, vllm_params_of
@@ -28,6 +29,7 @@ from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, model_name
 from tandem_shared.errors import RequestNotFound
 from tandem_shared.model_folder import read_json
+from tandem_shared.rpc.api_keys import Scope
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Message: TypeAlias = Any
@@ -37,6 +39,14 @@ SERVICE_NAME = "vllm.grpc.engine.VllmEngine"
 
 SMALL_METHODS = ("HealthCheck", "FlushCache", "Abort", "GetModelInfo", "GetServerInfo", "GetLoads", "GetTokenizer")
 """All methods but Generate. Their requests are small."""
+
+SCOPES = {
+    "HealthCheck": None,
+    **dict.fromkeys(("Generate", "GetModelInfo", "GetTokenizer"), Scope.INFERENCE),
+    **dict.fromkeys(("Abort", "FlushCache", "GetServerInfo", "GetLoads"), Scope.CONTROL),
+}
+"""What an API key must be for to call a method. None is for any caller: HealthCheck tells no more than the standard
+health service."""
 
 MIN_RATE_INTERVAL_S = 1.0
 """The shortest time over which the rate of generated tokens is told."""
@@ -99,7 +109,7 @@ class VllmEngineServicer:
             if isinstance(request, TooLargeToDecode):
                 raise request.error
             front_end.refuse_if_draining()
-            params = vllm_params_of(request, limit, deadline_of(context))
+            params = for_caller(vllm_params_of(request, limit, deadline_of(context)))
             checked = await check_request(
                 params, front_end.encoder, front_end.worker, model_name(self._settings), front_end.grammars
             )

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem_scheduler.control.audit import audited
 from tandem_scheduler.control.forwarder import create_forwarder
 from tandem_scheduler.front_end.grpc_api.public_server import PublicServer
 from tandem_scheduler.processes.front_end_side.remote_engine import RemoteEngine
@@ -41,7 +42,7 @@ async def serve(settings: FrontEndSettings) -> None:
         settings,
         Path(settings.tokenizer),
         lambda _: engine,
-        create_forwarder(engine.control),
+        audited(create_forwarder(engine.control)),
         shares_port=True,
         ends_process=True,
     )
