@@ -81,6 +81,10 @@ class GrpcWorkerClient:
                 worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s, wait_for_ready=True, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
+            # A channel looks up a name that is missing less and less often, down to once in 2 minutes; a new one does
+            # so at once. In Kubernetes a worker's name is missing from its end until the next one has an address.
+            await self._channel.close()
+            self._connect()
             raise WorkerUnavailable(f"worker at {self._address}: {error.details()}") from error
         return decode_info(response)
 

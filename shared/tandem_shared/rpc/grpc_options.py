@@ -29,6 +29,11 @@ WORKER_CONNECT_TIMEOUT_MS = 2_000
 began while the network was down must not hold up the next one.
 """
 
+RESOLUTION_INTERVAL_MS = 500
+"""How soon a name is looked up again after it led to an address where nobody listens: a peer that is started elsewhere,
+as Kubernetes does, has another address. The default of gRPC is 30 s.
+"""
+
 HANDSHAKE_TIMEOUT_MS = 10_000
 """A connection is closed if its client has not done the handshakes of TLS and HTTP/2 within this time."""
 
@@ -70,6 +75,7 @@ def _channel_options(keepalive: Options, connect_timeout_ms: int) -> Options:
         ("grpc.max_reconnect_backoff_ms", 1_000),
         # Despite its name, this is how long one attempt to connect may take.
         ("grpc.min_reconnect_backoff_ms", connect_timeout_ms),
+        ("grpc.dns_min_time_between_resolutions_ms", RESOLUTION_INTERVAL_MS),
     ]
 
 
