@@ -152,8 +152,9 @@ bench-scheduler: $(STAMP)  ## The scheduler's CPU time per step; writes benchmar
 bench-costly: $(STAMP)  ## The costliest requests beside streams: gaps and memory; writes benchmarks/results
 	$(BIN)/python -m benchmarks.costly_requests $(if $(TOKENIZER),--tokenizer $(dir $(TOKENIZER)))
 
-bench-plot: $(STAMP)  ## Draws docs/images from benchmarks/results
+bench-plot: $(STAMP)  ## Draws docs/images, and the tables that summarise, from benchmarks/results
 	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.summary
 
 build/models/%/config.json: | $(STAMP)
 	$(BIN)/python -m benchmarks.checkpoint $* $(@D) $(TOKENIZER)

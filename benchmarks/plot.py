@@ -9,7 +9,6 @@ which it skips. The same results give the same bytes.
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +24,14 @@ from benchmarks.throughput import speed_ratio
 
 TANDEM = "Tandem"
 COLOURS = {TANDEM: "#d1495b", VLLM: "#30638e", NANO_VLLM: "#9aa5b1"}
+ROW_TITLES = {
+    "nano256": "256 requests\n(nano256)",
+    "decode_b1": "a step of 1\n(decode_b1)",
+    "decode_b64": "a step of 64\n(decode_b64)",
+    "decode_b256": "a step of 256\n(decode_b256)",
+    "ttft_1024": "first token\n(ttft_1024)",
+    "prefill_64x2048": "prompts\n(prefill_64x2048)",
+}
 SAMPLING_TEXTS = {"temperature": "temperature 0.6", "qwen3": "temperature 0.6, top-k 20, top-p 0.95"}
 
 Key = tuple[str, str, int]
@@ -53,35 +60,34 @@ def load_results(folder: Path) -> dict[Key, Numbers]:
 
 
 def draw(
-    results: dict[Key, Numbers],
-    engines: tuple[str, ...],
-    reference: str,
-    label: Callable[[float, float], str],
-    axis: str,
-    path: Path,
+    results: dict[Key, Numbers], engines: tuple[str, ...], reference: str, axis: str, line: str, path: Path
 ) -> None:
-    """A panel for each model, a group of bars for each row that the reference has: speeds relative to the reference."""
+    """A panel for each model, a group of bars for each row that the reference has: speeds relative to the reference, so
+    up is faster in all rows. line: what the legend says of the line at the reference's speed.
+    """
     results = {key: {name: row for name, row in rows.items() if reference in row} for key, rows in results.items()}
     results = {key: rows for key, rows in results.items() if rows}
     figure, panels = pyplot.subplots(len(results), 1, figsize=(9, 3.1 * len(results)), squeeze=False)
     for panel, ((shape, sampling, count), rows) in zip(panels[:, 0], results.items(), strict=True):
         present = [engine for engine in engines if any(engine in row for row in rows.values())]
         width = 0.8 / len(present)
+        panel.axhline(1, color="black", linewidth=0.8, linestyle="--", label=line, zorder=0)
         for index, engine in enumerate(present):
             there = [(x, name) for x, name in enumerate(rows) if engine in rows[name]]
             ratios = [speed_ratio(name, rows[name][engine], rows[name][reference]) for _, name in there]
             at = [x + (index - (len(present) - 1) / 2) * width for x, _ in there]
             bars = panel.bar(at, ratios, width, label=engine, color=COLOURS[engine])
-            texts = [label(rows[name][engine], ratio) for (_, name), ratio in zip(there, ratios, strict=True)]
-            panel.bar_label(bars, texts, fontsize=6.5, padding=1)
-        panel.axhline(1, color="black", linewidth=0.6)
-        panel.set_xticks(range(len(rows)), rows, fontsize=8)
+            # The box hides the line behind a number.
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            panel.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], fontsize=7, padding=2, bbox=box)
+        panel.set_xticks(range(len(rows)), [ROW_TITLES[name] for name in rows], fontsize=8)
         panel.set_ylabel(axis, fontsize=8)
         gpus = "one H100" if count == 1 else f"{count} H100s"
         panel.set_title(f"Qwen3-{shape.upper()} shape, {gpus}, {SAMPLING_TEXTS[sampling]}", fontsize=9)
         panel.margins(y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(fontsize=8, frameon=False, ncols=len(engines))
+        # Beside the bars, as no corner is free in all panels.
+        panel.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, path)
 
 
@@ -112,22 +118,9 @@ def main(results_folder: Path, images: Path) -> None:
 
 
 def draw_speeds(results: dict[Key, Numbers], images: Path) -> None:
-    draw(
-        results,
-        (NANO_VLLM, VLLM, TANDEM),
-        VLLM,
-        lambda value, ratio: f"{value:,.0f}" if value >= 1000 else f"{value:.2f}",
-        "speed, vLLM = 1 (s, ms, tok/s on the bars)",
-        images / "throughput.svg",
-    )
-    draw(
-        results,
-        (VLLM, TANDEM),
-        FLOOR,
-        lambda value, ratio: f"{ratio:.0%}",
-        "share of the hardware's floor",
-        images / "roofline.svg",
-    )
+    engines, axis = (NANO_VLLM, VLLM, TANDEM), "speed (higher is faster)"
+    draw(results, engines, VLLM, axis, f"{VLLM} = 1", images / "throughput.svg")
+    draw(results, engines, FLOOR, axis, "the hardware's limit = 1", images / "roofline.svg")
 
 
 def draw_scaling(scalings: list[Report]) -> Figure:
@@ -147,14 +140,17 @@ def draw_scaling(scalings: list[Report]) -> Figure:
                 label = name if style == "-" else None
                 panel.plot(ranks, speeds, style, color=f"C{index}", marker="o", markerfacecolor=face, label=label)
                 sizes.update(ranks)
-        panel.plot(sorted(sizes), [size / min(sizes) for size in sorted(sizes)], color="#9aa5b1", linewidth=0.8)
+        ideal = [size / min(sizes) for size in sorted(sizes)]
+        panel.plot(sorted(sizes), ideal, color="#9aa5b1", linewidth=0.8, label="ideal")
+        for face, style, label in (("black", "-", "measured"), ("white", "--", "predicted")):
+            panel.plot([], [], style, color="black", marker="o", markerfacecolor=face, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter("{x:g}")
-        panel.set_xlabel("ranks", fontsize=8)
-        panel.set_ylabel(f"speed, {min(sizes)} rank = 1; hollow: predicted; grey: ideal", fontsize=8)
-        panel.set_title(f"{scaling['name']} on {scaling['device']}", fontsize=9)
+        panel.set_xlabel("GPUs, one rank on each", fontsize=8)
+        panel.set_ylabel(f"speed (higher is faster), {min(sizes)} rank = 1", fontsize=8)
+        panel.set_title(f"Qwen3-{scaling['name'].upper()} shape on {scaling['device']}", fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=8, frameon=False)
     return figure

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.common import Report, newest, read_reports
 from tandem_shared.config import SchedulerSettings
@@ -58,8 +59,18 @@ def draw(samples: dict[str, Sample]) -> Figure:
         panel.invert_yaxis()
         panel.tick_params(axis="x", labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
+        names = [", ".join(map(str, numbers)) for numbers in steps_by_colour(len(sample))]
+        patches = [Patch(color=colour, label=f"steps {n}") for n, colour in zip(names, STEP_COLOURS, strict=False)]
+        patches.append(Patch(color="black", alpha=PREPARING_ALPHA, label="pale: prepares"))
+        panel.legend(handles=patches, fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     panels[-1, 0].set_xlabel("microseconds", fontsize=8)
+    figure.tight_layout()
     return figure
+
+
+def steps_by_colour(num_steps: int) -> list[list[int]]:
+    """The numbers of the steps, from 1, that are drawn in each colour."""
+    return [list(range(1 + index, num_steps + 1, len(STEP_COLOURS))) for index in range(len(STEP_COLOURS))]
 
 
 def _draw_lanes(panel: Axes, sample: Sample) -> None:
