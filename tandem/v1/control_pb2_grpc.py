@@ -111,15 +111,18 @@ class ControlServiceServicer(object):
 
     def Drain(self, request, context):
         """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-        are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
-        first.
+        are open have ended. If the call's deadline passes first, the server stays draining.
+
+        Errors: UNDRAINED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Undrain(self, request, context):
-        """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping.
+        """Takes new requests again. Without effect on a server that does not drain. A server that is stopping can't.
+
+        Errors: WORKER_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

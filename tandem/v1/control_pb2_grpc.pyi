@@ -50,11 +50,15 @@ class ControlServiceStub:
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
     """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-    are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
-    first.
+    are open have ended. If the call's deadline passes first, the server stays draining.
+
+    Errors: UNDRAINED.
     """
     Undrain: _grpc.UnaryUnaryMultiCallable[_control_pb2.UndrainRequest, _control_pb2.UndrainResponse]
-    """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping."""
+    """Takes new requests again. Without effect on a server that does not drain. A server that is stopping can't.
+
+    Errors: WORKER_UNAVAILABLE.
+    """
     ResetPrefixCache: _grpc.UnaryUnaryMultiCallable[_control_pb2.ResetPrefixCacheRequest, _control_pb2.ResetPrefixCacheResponse]
     """Forgets every cached prefix that no running sequence uses."""
 
@@ -80,11 +84,15 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
     """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-    are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
-    first.
+    are open have ended. If the call's deadline passes first, the server stays draining.
+
+    Errors: UNDRAINED.
     """
     Undrain: _aio.UnaryUnaryMultiCallable[_control_pb2.UndrainRequest, _control_pb2.UndrainResponse]  # type: ignore[assignment]
-    """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping."""
+    """Takes new requests again. Without effect on a server that does not drain. A server that is stopping can't.
+
+    Errors: WORKER_UNAVAILABLE.
+    """
     ResetPrefixCache: _aio.UnaryUnaryMultiCallable[_control_pb2.ResetPrefixCacheRequest, _control_pb2.ResetPrefixCacheResponse]  # type: ignore[assignment]
     """Forgets every cached prefix that no running sequence uses."""
 
@@ -137,8 +145,9 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
         """Refuses new requests from now on, with UNAVAILABLE and a google.rpc.RetryInfo, and returns when the requests that
-        are open have ended. If the call's deadline passes first, the server stays draining. ABORTED if Undrain is called
-        first.
+        are open have ended. If the call's deadline passes first, the server stays draining.
+
+        Errors: UNDRAINED.
         """
 
     @_abc_1.abstractmethod
@@ -147,7 +156,10 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.UndrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.UndrainResponse, _abc.Awaitable[_control_pb2.UndrainResponse]]:
-        """Takes new requests again. Without effect on a server that does not drain; UNAVAILABLE from one that is stopping."""
+        """Takes new requests again. Without effect on a server that does not drain. A server that is stopping can't.
+
+        Errors: WORKER_UNAVAILABLE.
+        """
 
     @_abc_1.abstractmethod
     def ResetPrefixCache(

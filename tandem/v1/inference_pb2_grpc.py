@@ -33,9 +33,10 @@ class InferenceServiceStub(object):
     deadline passes, aborts its request.
 
     Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
-    request does not arrive in time.
+    request does not arrive in time. Where the server has API keys, it refuses calls without one that is for the service.
 
-    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE, INVALID_API_KEY,
+    PERMISSION_DENIED.
     """
 
     def __init__(self, channel):
@@ -79,9 +80,10 @@ class InferenceServiceServicer(object):
     deadline passes, aborts its request.
 
     Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
-    request does not arrive in time.
+    request does not arrive in time. Where the server has API keys, it refuses calls without one that is for the service.
 
-    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE, INVALID_API_KEY,
+    PERMISSION_DENIED.
     """
 
     def Generate(self, request, context):
@@ -186,9 +188,10 @@ class InferenceService(object):
     deadline passes, aborts its request.
 
     Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
-    request does not arrive in time.
+    request does not arrive in time. Where the server has API keys, it refuses calls without one that is for the service.
 
-    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE, INVALID_API_KEY,
+    PERMISSION_DENIED.
     """
 
     @staticmethod

@@ -34,9 +34,10 @@ class InferenceServiceStub:
     deadline passes, aborts its request.
 
     Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
-    request does not arrive in time.
+    request does not arrive in time. Where the server has API keys, it refuses calls without one that is for the service.
 
-    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE, INVALID_API_KEY,
+    PERMISSION_DENIED.
     """
 
     @_typing.overload
@@ -91,9 +92,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     deadline passes, aborts its request.
 
     Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
-    request does not arrive in time.
+    request does not arrive in time. Where the server has API keys, it refuses calls without one that is for the service.
 
-    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE, INVALID_API_KEY,
+    PERMISSION_DENIED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -144,9 +146,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     deadline passes, aborts its request.
 
     Every RPC of this package refuses bytes that are not its message, calls that are too many at once, and calls whose
-    request does not arrive in time.
+    request does not arrive in time. Where the server has API keys, it refuses calls without one that is for the service.
 
-    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE.
+    Errors of every RPC: INVALID_REQUEST, QUEUE_FULL, REQUEST_TOO_SLOW, WORKER_UNAVAILABLE, INVALID_API_KEY,
+    PERMISSION_DENIED.
     """
 
     @_abc_1.abstractmethod

@@ -17,8 +17,14 @@ FILES = [each.DESCRIPTOR for each in (inference_pb2, control_pb2, error_reason_p
 TEXT = (ROOT / "docs" / "api.md").read_text()
 SECTIONS = dict(re.findall(r"^##+ (\w+)\n(.*?)(?=^##|\Z)", TEXT, re.MULTILINE | re.DOTALL))
 
-NOT_FUZZED = {StatusCode.INTERNAL, StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED}
-"""Statuses of faults, ends and stalls, which the harness of wrong messages does not bring about."""
+NOT_FUZZED = {
+    StatusCode.INTERNAL,
+    StatusCode.UNAVAILABLE,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.UNAUTHENTICATED,
+    StatusCode.PERMISSION_DENIED,
+}
+"""Statuses of faults, ends, stalls and keys, which the harness of wrong messages does not bring about."""
 
 
 @pytest.fixture(scope="module")
