@@ -226,7 +226,7 @@ def header(what: str, commit: str | None = None) -> dict[str, Any]:
         "is_dirty": None if commit else bool(git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpu_model(),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in VERSIONS},
     }
 
 
@@ -265,7 +265,8 @@ def git(*arguments: str) -> str:
     return ""
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The version of an installed package."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -21,11 +21,18 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import BenchmarkError, Engine, add_engine_options, header, running_engine, write_json
+from benchmarks.common import (
+    BenchmarkError,
+    Engine,
+    add_engine_options,
+    header,
+    running_engine,
+    version_of,
+    write_json,
+)
 from benchmarks.cpu_times import CpuTimes
 from tandem.commands.load.clients import LoadClients, Run
 from tandem.commands.load.grpc_target import GrpcTarget
@@ -168,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(command_line: list[str] | None = None) -> None:
     arguments = _parser().parse_args(command_line)
     report = header("streams through HTTP beside streams through gRPC, in pairs", arguments.commit)
-    report["versions"] |= {name: version(name) for name in PACKAGES}
+    report["versions"] |= {name: version_of(name) for name in PACKAGES}
     names = ("steady_step_ms", "http_workers", "clients", "pairs", "rate_pairs", "input_len", "output_len", "seed")
     report |= {name: getattr(arguments, name) for name in names}
     program: tuple[str, ...] = ("tandem_worker",)

@@ -8,6 +8,7 @@ a proxy.
 import asyncio
 import ssl
 import time
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -70,8 +71,8 @@ class _Exchange(asyncio.Protocol):
     """A connection, which has one request at a time."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are none of asyncio's class.
+        self._transport = cast(asyncio.Transport, transport)
         self.may_be_used_again = True
         self._ended: asyncio.Future[int] | None = None
 
