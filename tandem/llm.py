@@ -175,7 +175,7 @@ class LLM:
 
 def _start(worker: WorkerSettings, scheduler: SchedulerSettings) -> tuple[Services, IO[str]]:
     """Starts the services, which log to a file that is shown only if they fail. Returns both."""
-    print(f"tandem: loading {worker.model}", file=sys.stderr)
+    print(f"starting the services for {worker.model} ...", file=sys.stderr)
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by _close())
     services = Services(worker, scheduler, log)
     try:

@@ -58,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
     worker, scheduler = read_service_flags(options)
     with tempfile.TemporaryFile("w+") as log:
         try:
+            print(f"starting the services for {options.model} ...", file=sys.stderr)
             with Services(worker, scheduler, log) as services:
-                print(f"starting the services for {options.model} ...", file=sys.stderr)
                 services.wait_until_ready(STARTUP_TIMEOUT_S)
                 options.address = services.address
                 return _talk(options, params)

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     options.model = options.served
     worker, scheduler = read_service_flags(options)
     require_extra("worker")
-    refuse_taken_port(scheduler.host, scheduler.port)
+    refuse_taken_port("--port", scheduler.host, scheduler.port)
     gateway = read_http_flags(options, os.environ, scheduler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 
-from tandem.commands.service_flags import is_taken
+from tandem.commands.service_flags import is_taken, refuse_taken_port
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
@@ -52,7 +52,9 @@ def read_http_flags(
             raise
         print(f"tandem serve: no HTTP: {error}", file=sys.stderr)
         return None
-    if not is_wanted and is_taken(settings.host, settings.http_port):
+    if is_wanted:
+        refuse_taken_port("--http-port", settings.host, settings.http_port)
+    elif is_taken(settings.host, settings.http_port):
         print(f"tandem serve: port {settings.http_port} is taken, so HTTP gets a free one", file=sys.stderr)
         return dataclasses.replace(settings, http_port=0)
     return settings

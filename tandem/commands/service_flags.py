@@ -49,9 +49,7 @@ def is_taken(host: str, port: int) -> bool:
     return False
 
 
-def refuse_taken_port(host: str, port: int) -> None:
-    """Raises ConfigError if the scheduler's port is taken, which would else be noticed once the model is loaded."""
+def refuse_taken_port(flag: str, host: str, port: int) -> None:
+    """Raises ConfigError if a flag names a port that is taken, so that it is noticed before a model is loaded."""
     if is_taken(host, port):
-        raise ConfigError(
-            f"can't listen on {host}:{port}, is another server there? --port names another port, 0 a free one"
-        )
+        raise ConfigError(f"can't listen on {host}:{port}; is another server there? {flag} names another port")

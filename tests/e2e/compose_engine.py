@@ -21,7 +21,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 DEBIAN_RELEASE = "bookworm"
 BASE_PYTHON = "3.11"
-TOOLS = {"podman": "podman", "runc": "runc", "debootstrap": "debootstrap", "aardvark-dns": "aardvark-dns"}
+TOOLS = {
+    "podman": "podman",
+    "runc": "runc",
+    "debootstrap": "debootstrap",
+    "aardvark-dns": "aardvark-dns",
+    "curl": "curl",
+}
 """Program -> the Debian package that has it."""
 TOOL_PATHS = ("/usr/lib/podman", "/usr/sbin", "/usr/local/sbin")
 

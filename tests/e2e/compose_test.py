@@ -11,11 +11,11 @@ import sys
 import tempfile
 import time
 import traceback
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import openai
 
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.e2e.compose_engine import Engine, free_port, install_missing_tools
@@ -28,6 +28,7 @@ STREAM_TIMEOUT_S = 120
 NUM_TOKENS = 400
 NUM_TOKENS_BEFORE_KILL = 40
 SERVICES = ("worker", "scheduler", "gateway")
+QUESTION = {"role": "user", "content": "Who are you?"}
 MAX_ADDED_BYTES = 200_000_000
 """What the images without torch may add to their base."""
 
@@ -37,8 +38,9 @@ class Deployment:
 
     def __init__(self, engine: Engine, address: str, http_address: str) -> None:
         self.engine = engine
-        self.http_address = http_address
+        self.url = f"http://{http_address}/v1"
         self.address = address
+        self.openai = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=STREAM_TIMEOUT_S)
         self._channel = grpc.insecure_channel(address)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
@@ -71,6 +73,30 @@ class Deployment:
         assert len(token_ids) == NUM_TOKENS, f"{len(token_ids)} tokens in place of {NUM_TOKENS}"
         return token_ids
 
+    def chat_text(self, disturb: Callable[[], object] | None = None) -> str:
+        """Returns the text of a chat that is streamed over HTTP, and calls `disturb` once while it runs."""
+        stream = self.openai.chat.completions.create(
+            model="embedded",
+            messages=[QUESTION],  # type: ignore[list-item]
+            max_tokens=NUM_TOKENS,
+            seed=11,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        deltas: list[str] = []
+        usage = None
+        for chunk in stream:
+            deltas += [choice.delta.content for choice in chunk.choices if choice.delta.content]
+            usage = chunk.usage or usage
+            if disturb is not None and len(deltas) >= NUM_TOKENS_BEFORE_KILL:
+                assert self.num_running() == 1, "the chat ended before it could be disturbed"
+                disturb()
+                disturb = None
+        assert disturb is None, "the chat was never disturbed"
+        assert usage is not None and usage.completion_tokens == NUM_TOKENS, usage
+        return "".join(deltas)
+
     def num_running(self) -> int:
         return self._load().num_running_sequences
 
@@ -88,19 +114,19 @@ class Deployment:
 
     def crash_worker(self) -> None:
         """Kills the worker's process inside its container, as the kernel does when memory runs out."""
-        serving_process(self._worker_pid()).kill()
+        serving_process(self._pid("worker")).kill()
 
-    def crash_worker_container(self) -> None:
+    def crash_container(self, service: str) -> None:
         """Kills the container's first process, and all others with it."""
-        os.kill(self._worker_pid(), 9)
+        os.kill(self._pid(service), 9)
 
     def num_restarts(self) -> int:
         """How often the worker's container has been restarted."""
         return int(self.engine.inspect("worker", "{{.RestartCount}}"))
 
-    def _worker_pid(self) -> int:
-        """The process id of the supervisor, the first process of the worker's container."""
-        return int(self.engine.inspect("worker", "{{.State.Pid}}"))
+    def _pid(self, service: str) -> int:
+        """The first process of the service's container, which is the supervisor in the worker's."""
+        return int(self.engine.inspect(service, "{{.State.Pid}}"))
 
 
 def check_health(deployment: Deployment) -> None:
@@ -108,9 +134,18 @@ def check_health(deployment: Deployment) -> None:
         assert deployment.engine.is_healthy(service), service
 
 
-def check_http(deployment: Deployment) -> None:
-    with urllib.request.urlopen(f"http://{deployment.http_address}/v1/models", timeout=30) as answer:
-        assert json.load(answer)["data"][0]["id"] == "embedded"
+def check_curl_chats(deployment: Deployment) -> None:
+    body = json.dumps({"messages": [QUESTION], "max_tokens": 24})
+    command = ["curl", "--silent", "--fail-with-body", "--max-time", "60", "--header", "content-type: application/json"]
+    command += ["--data", body, f"{deployment.url}/chat/completions"]
+    answer = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=90).stdout)
+    assert answer["model"] == "embedded" and answer["choices"][0]["message"]["content"].strip(), answer
+
+
+def check_openai_client(deployment: Deployment) -> None:
+    [model] = deployment.openai.models.list().data
+    answer = deployment.openai.completions.create(model=model.id, prompt="ROMEO:\n", max_tokens=24)
+    assert model.id == "embedded" and answer.choices[0].text.strip(), answer
 
 
 def check_not_root(deployment: Deployment) -> None:
@@ -174,13 +209,29 @@ def check_crashed_worker_container(deployment: Deployment) -> None:
     """Only the restart policy starts the container again."""
     undisturbed = deployment.tokens(1.0)
     losses = deployment.num_worker_losses()
-    assert deployment.tokens(1.0, deployment.crash_worker_container) == undisturbed
+    assert deployment.tokens(1.0, lambda: deployment.crash_container("worker")) == undisturbed
     assert deployment.num_worker_losses() == losses + 1
+
+
+def check_killed_worker_under_a_chat(deployment: Deployment) -> None:
+    undisturbed = deployment.chat_text()
+    losses = deployment.num_worker_losses()
+    assert deployment.chat_text(deployment.kill_and_start_worker) == undisturbed
+    assert deployment.num_worker_losses() == losses + 1
+
+
+def check_crashed_gateway_container(deployment: Deployment) -> None:
+    """The restart policy starts it again, and streams of gRPC clients do not notice."""
+    undisturbed = deployment.tokens(1.0)
+    assert deployment.tokens(1.0, lambda: deployment.crash_container("gateway")) == undisturbed
+    deployment.wait_healthy()
+    check_openai_client(deployment)
 
 
 CHECKS = (
     check_health,
-    check_http,
+    check_curl_chats,
+    check_openai_client,
     check_not_root,
     check_packages,
     check_image_sizes,
@@ -189,6 +240,8 @@ CHECKS = (
     check_killed_worker,
     check_crashed_worker,
     check_crashed_worker_container,
+    check_killed_worker_under_a_chat,
+    check_crashed_gateway_container,
     check_health,
 )
 
@@ -212,7 +265,7 @@ def tear_down(engine: Engine) -> None:
 
 def run_checks(engine: Engine, address: str, http_address: str) -> list[bool]:
     def bring_up() -> None:
-        engine.compose("build", timeout_s=500)
+        engine.compose("build", timeout_s=1200)
         engine.compose("up", "--detach", timeout_s=90)
         deployment.wait_healthy()
 

@@ -20,6 +20,7 @@ from tests.e2e.hosts import entering, network_namespaces
 from tests.e2e.services import REPOSITORY
 from tests.e2e.waiting import WAIT_S, wait_until
 
+COMMENT = re.compile(r"(^|\s+)# .*")
 HUB_ID = "Qwen/Qwen3-0.6B"
 COMMIT = "0" * 40
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -52,12 +53,20 @@ class Block:
         """The commands, each with its continued lines and without comments."""
         commands, unfinished = [], ""
         for line in self.text.splitlines():
-            unfinished += line + "\n"
-            if not line.endswith("\\") and (words := shlex.split(unfinished, comments=True)):
-                # A comment is not part of what is compared or replaced.
-                commands.append(unfinished.strip() if "#" not in unfinished else shlex.join(words))
+            unfinished += COMMENT.sub("", line) + "\n"
+            if _is_complete(unfinished):
+                commands.append(unfinished.strip())
                 unfinished = ""
-        return commands
+        assert not unfinished, f"{self}: a command that does not end: {unfinished}"
+        return [command for command in commands if command]
+
+
+def _is_complete(command: str) -> bool:
+    try:
+        shlex.split(command)
+    except ValueError:
+        return False
+    return not command.endswith("\\\n")
 
 
 def documents() -> list[str]:

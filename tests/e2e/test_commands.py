@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,7 +104,7 @@ def test_killed_serve_takes_its_services_and_their_front_ends_along() -> None:
         (["serve", "embedded", "--block-size", "0"], 2, "--block-size must be at least 1, is 0"),
         (["serve", "embedded", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
         (["serve", "/no/such/model", "--port", "0"], 1, "/no/such/model: no such folder"),
-        (["generate", "x", "--address", "127.0.0.1:1"], 1, "tandem generate: "),
+        (["generate", "x", "--address", "127.0.0.1:1"], 1, "Is a server there? `tandem serve MODEL` starts one"),
     ],
 )
 def test_a_wrong_command_says_so(arguments: list[str], status: int, problem: str) -> None:
@@ -111,6 +112,17 @@ def test_a_wrong_command_says_so(arguments: list[str], status: int, problem: str
     assert done.returncode == status
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port"])
+def test_a_taken_port_is_noticed_before_anything_starts(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = run_tandem("serve", "embedded", "--port", "0", flag, str(port))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"tandem serve: can't listen on 127.0.0.1:{port}; is another server there? {flag} names another port\n"
+    )
 
 
 def test_llm_leaves_nothing_behind() -> None:

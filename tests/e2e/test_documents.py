@@ -20,6 +20,7 @@ EXCEPTIONS = {
     r"make test": "runs all tests, and is what CI runs",
     r"make bench.*": "measures for minutes, and wants a GPU; tests/unit/benchmarks runs its parts",
     r"make chaos.*": "takes hours; tests/chaos runs short forms of its parts",
+    r"(\w+=\S+ )*docker compose up": "needs Docker; `make compose-test` runs docker-compose.yml with podman",
     r"pip install .*": "downloads; tests/e2e/test_wheel.py installs the extras",
     r"torchrun .*": "two hosts; tests/e2e/test_tensor_parallel.py runs it on two",
     r"kubectl .*": "there is no cluster; tests/unit/deploy builds what they apply",
@@ -159,6 +160,7 @@ def test_a_clone_has_text_on_the_screen(tmp_path: Path) -> None:
 
 def test_blocks_are_of_known_kinds_and_exceptions_are_needed() -> None:
     assert {block.language for block in BLOCKS} <= {"", "python", "text"}
+    assert 2 * len(BLOCKS) == sum((ROOT / document).read_text().count("```") for document in documents())
     commands = [command for block in BLOCKS if not block.language for command in block.commands]
     for pattern in [*EXCEPTIONS, *map(re.escape, REPLACED)]:
         assert any(re.search(pattern, command) for command in commands), f"{pattern} is no exception any more"
