@@ -74,7 +74,7 @@ def parameters(blocks: list[Block]) -> list[object]:
     return [pytest.param(block, marks=[pytest.mark.slow] * is_slow(block), id=str(block)) for block in blocks]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def can_make_machines() -> None:
     require_programs(*PROGRAMS, "curl")
     if obstacle := why_no_hosts():
@@ -82,7 +82,7 @@ def can_make_machines() -> None:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+def machine(can_make_machines: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """A machine on which the quick start's server runs."""
     [serve] = [command for block in QUICK_START for command in block.commands if command.startswith(SERVE)]
     with new_machine(tmp_path_factory.mktemp("machine")) as machine:
@@ -119,7 +119,7 @@ def test_the_quick_starts_server_says_that_it_is_ready_and_has_a_page(machine: M
 @pytest.mark.parametrize(
     "block", [pytest.param(b, id=str(b)) for b in BLOCKS if has_server(b) and b not in QUICK_START]
 )
-def test_servers_run(block: Block, tmp_path: Path) -> None:
+def test_servers_run(can_make_machines: None, block: Block, tmp_path: Path) -> None:
     with new_machine(tmp_path) as machine:
         for command in to_run(block):
             if is_server(command):
