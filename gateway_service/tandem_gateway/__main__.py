@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     try:
         _check_files(settings)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format, "gateway")
         serve(settings)
     except ConfigError as error:
         print(f"tandem-gateway: {error}", file=sys.stderr)

@@ -72,7 +72,7 @@ def load_app(settings: GatewaySettings, main_pid: int) -> object:
     """The application, in the process that serves it: the process main_pid or a child of it, which ends with it."""
     if sys.platform == "linux" and os.getpid() != main_pid:
         end_with_parent(main_pid)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, "gateway")
     if settings.log_level == "info":
         # uvicorn says in six lines that it starts and ends.
         logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -22,7 +22,9 @@ from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine.worker_client import GrpcWorkerClient, WorkerClient
 from tandem_scheduler.front_end.grpc_api.public_server import PublicServer
 from tandem_scheduler.model_check import ModelCheck
+from tandem_scheduler.observers.load_log import log_load
 from tandem_scheduler.observers.metrics import SchedulerMetrics
+from tandem_scheduler.observers.request_log import RequestLog
 from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
 from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, model_name
@@ -82,7 +84,11 @@ class SchedulerService:
         self._metrics_server = MetricsServer(self.read_metrics)
         self.metrics_port: int | None = None
         """The port of the metrics, once it listens, if there is to be one."""
-        observe = all_of(self._metrics.tell, *([observer] if observer is not None else []))
+        self._request_log = RequestLog(is_limited=settings.log_requests == "few")
+        told = [observer] if observer is not None else []
+        if settings.log_requests != "none":
+            told.append(self._request_log.tell)
+        observe = all_of(self._metrics.tell, *told)
         self._hub = EngineHub(observe)
         self._tokenizer_folder = _tokenizer_folder(settings)
         self.step_loop = StepLoop(
@@ -99,6 +105,7 @@ class SchedulerService:
         self._hub.connect(self.step_loop)
         self._front_ends = self._create_front_ends(interceptors)
         self._running: asyncio.Task[None] | None = None
+        self._logging: asyncio.Task[None] | None = None
 
     async def start(self) -> int:
         """Listens and begins to look for the worker. Returns the port."""
@@ -111,6 +118,7 @@ class SchedulerService:
             self._metrics_server.stop()
             raise
         self._running = asyncio.create_task(self.step_loop.run())
+        self._logging = asyncio.create_task(log_load(self.step_loop, self._request_log.flush))
         return port
 
     def read_metrics(self) -> Samples:
@@ -136,9 +144,10 @@ class SchedulerService:
             drained.cancel()
             self._hub.end_all(WorkerUnavailable("the server is stopping"))
         await self._front_ends.stop()
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        tasks = [task for task in (self._running, self._logging) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
         self._metrics_server.stop()
         if self._recorder is not None:

@@ -59,6 +59,9 @@ class ServiceSettings:
         unit="seconds",
         minimum=0.1,
     )
+    log_format: str = option(
+        "text", "form of the log's lines; json is an object for each line", choices=("text", "json")
+    )
     metrics_port: int | None = option(
         None,
         "port on which Prometheus reads the service's metrics over HTTP; 0 takes a free one; none if not given",
@@ -147,6 +150,11 @@ class SchedulerSettings(ServiceSettings):
         " extra smg (true or false)",
     )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
+    log_requests: str = option(
+        "few",
+        "requests of which the log has a line when they end; few is at most 10 a second and a count of the others",
+        choices=("few", "all", "none"),
+    )
     record: str = option("", "file that the scheduler's events and plans are recorded in, for replay")
 
 

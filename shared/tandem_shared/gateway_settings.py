@@ -56,6 +56,9 @@ class GatewaySettings:
     tls_client_ca: str = option("", "PEM file of the authority that must have signed the certificates of clients")
     api_key_file: str = option("", API_KEY_FILE_HELP)
     insecure: bool = option(False, INSECURE_HELP)
+    log_format: str = option(
+        "text", "form of the log's lines; json is an object for each line", choices=("text", "json")
+    )
     log_level: str = option(
         "info", "least severe messages that are logged", choices=("debug", "info", "warning", "error")
     )

@@ -1,6 +1,8 @@
 """The command `tandem serve`: runs the services until it is interrupted."""
 
 import argparse
+import functools
+import logging
 import os
 import signal
 import sys
@@ -10,6 +12,7 @@ from tandem.commands.serve_http import add_http_flags, read_http_flags
 from tandem.commands.service_flags import add_service_flags, read_service_flags, refuse_taken_port
 from tandem.processes import Services
 from tandem_shared.extras import require_extra
+from tandem_shared.host.log import configure_logging
 
 
 def add(commands: Any) -> None:
@@ -35,14 +38,23 @@ def run(options: argparse.Namespace) -> int:
     require_extra("worker")
     refuse_taken_port("--port", scheduler.host, scheduler.port)
     gateway = read_http_flags(options, os.environ, scheduler)
+    say = functools.partial(_say, scheduler.log_format)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Services(worker, scheduler, gateway=gateway) as services:
-            print(f"tandem serve: listening on {services.address}", file=sys.stderr)
+            say(f"listening on {services.address}")
             if services.http_address:
-                print(f"tandem serve: HTTP on http://{services.http_address}", file=sys.stderr)
-            page = f"; a page to chat is http://{services.http_address}/" if services.http_address else ""
-            print(f"tandem serve: ready{page}", file=sys.stderr)
+                say(f"HTTP on http://{services.http_address}")
+            say(f"ready; a page to chat is http://{services.http_address}/" if services.http_address else "ready")
             services.wait()
     except KeyboardInterrupt:
         return 0
+
+
+def _say(form: str, text: str) -> None:
+    """Writes a line to stderr, in the form of the services' log."""
+    if form == "json":
+        configure_logging("info", form, "tandem serve")
+        logging.getLogger(__name__).info("%s", text)
+    else:
+        print(f"tandem serve: {text}", file=sys.stderr)

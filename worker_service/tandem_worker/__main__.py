@@ -17,7 +17,7 @@ def main() -> None:
     settings = read_command_line(
         WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.", extra="worker"
     )
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, "worker")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         from tandem_worker.service.process import run_and_exit
 

@@ -10,6 +10,7 @@ import torch
 
 from tandem_shared.config import WorkerSettings, model_name
 from tandem_shared.errors import ConfigError, ModelError
+from tandem_shared.host.progress import Progress
 from tandem_shared.model_folder import ALL_FILES, resolve_model, tokenizer_digest
 from tandem_shared.step_codec import PROTOCOL_VERSION
 from tandem_shared.step_plan import WorkerInfo
@@ -59,9 +60,12 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         communicator.peer_all_reduce = connect_peers(
             communicator, num_ranks_here, settings.max_num_batched_tokens, config.hidden_size, device
         )
-    model = _make_model(architecture, folder, config, operations, max_model_len, device, dtype, communicator)
+    with Progress("making the model"):
+        model = _make_model(architecture, folder, config, operations, max_model_len, device, dtype, communicator)
     logger.info("reading the weights in %s", folder)
-    loaded = load_weights(folder, model.checkpoint_targets(), model.tied_weights)
+    targets = model.checkpoint_targets()
+    with Progress("reading the weights", len(targets), "tensors") as progress:
+        loaded = load_weights(folder, targets, model.tied_weights, progress.advance)
     info = WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
         worker_instance_id=uuid.uuid4().hex,
@@ -79,13 +83,15 @@ def build_runner(settings: WorkerSettings, communicator: Communicator | None = N
         sampling_defaults=defaults.sampling,
         tokenizer_digest=tokenizer_digest(folder),
     )
-    info, cache = _allocate_cache(settings, model, local_config, info, device, dtype)
+    with Progress("measuring the largest step, and making the KV pool"):
+        info, cache = _allocate_cache(settings, model, local_config, info, device, dtype)
     logger.info(
         "%s, %s on %s: read %.1f MiB of weights; %d KV blocks of %d tokens, context %d",
         info.model, info.dtype, info.device, loaded.num_bytes / 2**20,
         info.num_blocks - 1, info.block_size, info.max_model_len,
     )  # fmt: skip
-    grammars = _make_grammars(folder, info, num_ranks_here)
+    with Progress("reading the vocabulary"):
+        grammars = _make_grammars(folder, info, num_ranks_here)
     return make_runner(model, cache, info, grammars, use_graphs=not settings.enforce_eager)
 
 

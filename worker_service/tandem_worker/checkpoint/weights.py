@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,18 @@ class _ExpertWeight:
         return tensor
 
 
-def load_weights(folder: Path, targets: dict[str, CheckpointTarget], tied: Mapping[str, str] | None = None) -> Loaded:
+def load_weights(
+    folder: Path,
+    targets: dict[str, CheckpointTarget],
+    tied: Mapping[str, str] | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
+) -> Loaded:
     """Fills the targets, by the checkpoint's names, from the folder's safetensors, of which it reads only what the
     targets hold.
 
     tied: tensors that may be there and are not used -> the targets that they should equal; a warning says where one
-    does not. Raises ModelError, naming file and tensor, where a tensor is missing, unexpected, quantised or of a wrong
-    shape.
+    does not. on_loaded is called after each target. Raises ModelError, naming file and tensor, where a tensor is
+    missing, unexpected, quantised or of a wrong shape.
     """
     tied = tied or {}
     missing = dict(targets)
@@ -108,6 +113,7 @@ def load_weights(folder: Path, targets: dict[str, CheckpointTarget], tied: Mappi
         target.view.copy_(tensor)
         num_bytes += contents.nbytes
         digests[name] = digest
+        on_loaded()
     if missing:
         first = min(missing)
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""

@@ -15,6 +15,7 @@ from tandem_shared.config import WorkerSettings, read_command_line
 from tandem_shared.errors import ConfigError, ModelError
 from tandem_shared.host.log import configure_logging
 from tandem_shared.host.process import leave, write_port_file
+from tandem_shared.host.progress import Progress, say_no_progress
 from tandem_shared.host.supervisor import tell_supervisor
 from tandem_shared.metrics.server import MetricsServer
 from tandem_shared.rpc.credentials import server_credentials
@@ -80,7 +81,8 @@ def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] =
     """Serves a model, or as one of several ranks a part of it, until the end. Raises ConfigError and ModelError."""
     secret = read_secret(settings.session_secret_file)
     # torch is imported only now, so that --help and wrong flags answer at once.
-    from tandem_worker.startup import build_runner, check_model
+    with Progress("loading torch"):
+        from tandem_worker.startup import build_runner, check_model
 
     world_size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     if world_size not in (None, str(settings.tp_size)):
@@ -96,9 +98,11 @@ def run(settings: WorkerSettings, make_servicer: Callable[..., WorkerServicer] =
 
     # A model that is refused is refused once, before there are other ranks.
     check_model(settings)
-    rank = join_group(settings, PARENT_PID)
+    with Progress("waiting for the other ranks"):
+        rank = join_group(settings, PARENT_PID)
     communicator = Communicator(rank.shard)
     if rank.shard.rank > 0:
+        say_no_progress()
         follower, runner = Follower(rank), build_runner(settings, communicator)
         follower.run(runner)
         leave_group(runner)
@@ -125,9 +129,14 @@ def run_and_exit(settings: WorkerSettings) -> NoReturn:
     sys.exit(0)
 
 
+def _name_in_log() -> str:
+    rank = os.environ.get("RANK")
+    return "worker" if rank is None else f"worker rank {rank}"
+
+
 def main() -> None:
     settings = read_command_line(WorkerSettings, "tandem-worker", "Runs a Qwen3 model for a scheduler service.")
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, _name_in_log())
     run_and_exit(settings)
 
 

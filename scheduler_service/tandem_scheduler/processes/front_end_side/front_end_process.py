@@ -7,6 +7,7 @@ processes.
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     settings = read_command_line(FrontEndSettings, "tandem-front-end", "Serves clients of a scheduler process.")
     end_with_parent(settings.parent_pid)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, f"front-end {os.getpid()}")
     try:
         asyncio.run(serve(settings))
     except (ConfigError, ModelError, WorkerUnavailable) as error:

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from tandem_shared.host.progress import Progress
 from tandem_worker.runners.cuda.device_state import DeviceState
 from tandem_worker.runners.cuda.forward_pass import ForwardPass
 from tandem_worker.runners.cuda.packer import PackedStep, Packer
@@ -112,18 +113,25 @@ class GraphRunner:
             for size in reversed(shapes.selection_sizes)
             for stage in (self._adjust, *others, self._report)
         ]
+        num_graphs = len(shapes.mixed) + len(stages)
         # Everything is launched once before any capture, as kernels are loaded and libraries initialised then.
-        for shape in reversed(shapes.mixed):
-            state.write_input(packer.pack_padding(shape))
-            self._mixed.launch(shape)
-        for stage, size in stages:
-            stage.launch(size)
-        torch.cuda.synchronize()
+        with Progress("compiling and loading kernels", num_graphs, "sizes") as progress:
+            for shape in reversed(shapes.mixed):
+                state.write_input(packer.pack_padding(shape))
+                self._mixed.launch(shape)
+                progress.advance()
+            for stage, size in stages:
+                stage.launch(size)
+                progress.advance()
+            torch.cuda.synchronize()
         pool = None
-        for shape in reversed(shapes.mixed):
-            pool = self._mixed.capture(shape, pool)
-        for stage, size in stages:
-            pool = stage.capture(size, pool)
+        with Progress("capturing CUDA graphs", num_graphs, "graphs") as progress:
+            for shape in reversed(shapes.mixed):
+                pool = self._mixed.capture(shape, pool)
+                progress.advance()
+            for stage, size in stages:
+                pool = stage.capture(size, pool)
+                progress.advance()
 
     def clear(self) -> None:
         """Lets go of the graphs: NCCL ends only after those that its kernels are in."""
