@@ -14,7 +14,7 @@ from tandem_gateway import chat, completions, responses
 from tandem_gateway.connection import BoundedRequests, metadata_of, while_connected
 from tandem_gateway.conversation import chat_of
 from tandem_gateway.engine import Engine
-from tandem_gateway.errors import ApiError, add_error_handlers, error_response, refuse
+from tandem_gateway.errors import ApiError, JsonAnswer, add_error_handlers, error_response, refuse
 from tandem_gateway.metrics import CountedRequests, HttpMetrics
 from tandem_gateway.page import read_page
 from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
@@ -41,7 +41,13 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     # The pages of documentation would load scripts from elsewhere. /openapi.json stays.
     # A path with a slash too many is unknown: the redirect that FastAPI would answer with is no answer of OpenAI's API.
     app = FastAPI(
-        title="Tandem", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="Tandem",
+        version=VERSION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        default_response_class=JsonAnswer,
     )
     app.state.metrics = HttpMetrics()
     add_error_handlers(app)

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from tandem_gateway.events import encoded
 from tandem_shared.errors import FieldViolation, InvalidApiKey, InvalidRequest, OutputTooLarge, RetryLater, TandemError
 from tandem_shared.rpc.rich_status import code_of
 
@@ -93,7 +94,14 @@ def _body(status: int, message: str, param: str | None, code: str | None) -> dic
     return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
-def error_response(error: Exception) -> JSONResponse:
+class JsonAnswer(JSONResponse):
+    """An answer that may repeat whatever text a client sent."""
+
+    def render(self, content: Any) -> bytes:
+        return encoded(content)
+
+
+def error_response(error: Exception) -> JsonAnswer:
     described = _described(error)
     status = described[0]
     headers = {}
@@ -104,11 +112,11 @@ def error_response(error: Exception) -> JSONResponse:
         headers["www-authenticate"] = "Bearer"
     if status == 405 and isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    return JSONResponse(_body(*described), status, headers)
+    return JsonAnswer(_body(*described), status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(_: Request, error: Exception) -> JsonAnswer:
         return error_response(error)
 
     for each in (ApiError, TandemError, grpc.RpcError, RequestValidationError, HTTPException, Exception):

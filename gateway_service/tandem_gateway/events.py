@@ -15,10 +15,15 @@ DONE = b"data: [DONE]\n\n"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def encoded(data: Any) -> bytes:
+    """JSON as bytes. Half a surrogate pair, which JSON can have and UTF-8 can't, is written as JSON's escape of it."""
+    return _encode(data).encode(errors="backslashreplace")
+
+
 def event(data: dict[str, Any], name: str = "") -> bytes:
     """One server-sent event."""
-    text = _encode(data)
-    return f"event: {name}\ndata: {text}\n\n".encode() if name else f"data: {text}\n\n".encode()
+    head = f"event: {name}\ndata: ".encode() if name else b"data: "
+    return head + encoded(data) + b"\n\n"
 
 
 class TextEvents:
@@ -28,7 +33,7 @@ class TextEvents:
         """make: gives an event that has the text once, as a JSON string."""
         # Whatever else is in the event, names given by a client included, does not contain it.
         placeholder = uuid.uuid4().hex
-        self._before, self._after = make(placeholder).split(_encode(placeholder).encode())
+        self._before, self._after = make(placeholder).split(encoded(placeholder))
 
     def of(self, text: str) -> bytes:
-        return self._before + _encode(text).encode() + self._after
+        return self._before + encoded(text) + self._after

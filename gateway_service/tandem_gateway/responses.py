@@ -1,5 +1,6 @@
 """/v1/responses: OpenAI's newer form of chats, without anything stored."""
 
+import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -11,10 +12,13 @@ from tandem.v1 import inference_pb2
 from tandem_gateway.chat_plan import ChatPlan, plan_chat
 from tandem_gateway.connection import EventStream, metadata_of, request_id_of, while_connected, with_first
 from tandem_gateway.engine import Engine
-from tandem_gateway.errors import error_body
+from tandem_gateway.errors import ApiError, JsonAnswer, error_body
 from tandem_gateway.events import event
 from tandem_gateway.response_items import ResponseItems
 from tandem_gateway.responses_protocol import ResponseBody
+
+ECHO_MARGIN = 100
+"""How much deeper than in the check what is repeated may stand in an answer, or in Python's stack when it is made."""
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Responses:
 async def create(engine: Engine, request: Request, body: ResponseBody) -> Any:
     metadata = metadata_of(request)
     options = body.options()
+    _check_echo(body)
     request_id = options.request_id or request_id_of(request)
     work = plan_chat(
         engine, metadata, options, body.messages(), request_id, max_tokens=body.max_output_tokens, logprobs=None
@@ -81,7 +86,19 @@ async def create(engine: Engine, request: Request, body: ResponseBody) -> Any:
     for piece in plan.reader().read(choice.text, is_last=True):
         output.take(piece)
     output.close(_item_status(choice.finish))
-    return Responses(body, request_id, response.model).end(choice.finish, response.usage, output)
+    # Made here, as FastAPI would go through the values that are repeated, however deep they are nested.
+    return JsonAnswer(Responses(body, request_id, response.model).end(choice.finish, response.usage, output))
+
+
+def _check_echo(body: ResponseBody) -> None:
+    """Raises ApiError for values that the answer can't repeat: what is no JSON, though Python reads it, or too deep."""
+    echo: Any = body.model_dump(exclude_unset=True, by_alias=True)
+    for _ in range(ECHO_MARGIN):
+        echo = [echo]
+    try:
+        json.dumps(echo, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body can't be repeated in the answer: {error}") from error
 
 
 async def _events(

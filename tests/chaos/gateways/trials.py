@@ -17,6 +17,8 @@ from tests.e2e.waiting import WAIT_S, wait_until
 
 NOTICE_LIMIT_S = 5.0
 """The limit until the clients of a killed process know."""
+ANSWER_LIMIT_S = 300.0
+"""The limit for whole answers of all clients at once, which take more than a minute on a busy machine."""
 SLACK_S = 1.0
 """The limit between an event and the moment at which a busy client sees it."""
 
@@ -77,7 +79,9 @@ class Site:
         numbers = range(self.grpc_load.found["streams"])
         waits += [(self.grpc_load.answers_of, number, self.grpc_load.answers_of[number]) for number in numbers]
         try:
-            wait_until(lambda: all(answers[number] > count for answers, number, count in waits), "all answers")
+            wait_until(
+                lambda: all(answers[number] > count for answers, number, count in waits), "all answers", ANSWER_LIMIT_S
+            )
         except AssertionError:
             late = [number for answers, number, count in waits if answers[number] <= count]
             endings = [ending for load in self.loads for ending in load.endings if ending.number in late]

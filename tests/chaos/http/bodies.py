@@ -107,8 +107,10 @@ class Schemas:
         for kind in map(self.resolve, schema.get("anyOf", schema.get("oneOf", [schema]))):
             for name, field in kind.get("properties", {}).items():
                 yield from ({**self.least(kind), name: value} for value in self.spoiled(field, depth + 1))
-            if isinstance(others := kind.get("additionalProperties"), dict):
-                yield from ({"a": value} for value in self.spoiled(others, depth + 1))
+            if others := kind.get("additionalProperties"):
+                # True stands for anything.
+                inner = others if isinstance(others, dict) else {}
+                yield from ({name: value} for name in ("a", "\ud800") for value in self.spoiled(inner, MAX_DEPTH))
             if kind.get("type") == "array":
                 yield from ([value] for value in self.spoiled(kind["items"], depth + 1))
 

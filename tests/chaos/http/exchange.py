@@ -18,10 +18,10 @@ class Reply:
     """Names are in lower case."""
     body: bytes
 
-    def events(self) -> list[dict[str, Any]]:
-        """The events of a stream, but for the last one, which says that it is done."""
+    def events(self, **options: Any) -> list[dict[str, Any]]:
+        """The events of a stream, but for the last one, which says that it is done. options: of json.loads."""
         lines = [line.removeprefix(b"data: ") for line in self.body.split(b"\n") if line.startswith(b"data: ")]
-        return [json.loads(line) for line in lines if line != b"[DONE]"]
+        return [json.loads(line, **options) for line in lines if line != b"[DONE]"]
 
 
 class Broken(Exception):

@@ -6,8 +6,11 @@ from collections.abc import Collection
 from tandem_gateway.errors import TYPES
 from tests.chaos.http.exchange import Reply
 
-FAULTS_OF_INPUT = frozenset({200, 400, 404, 405, 409, 413})
-"""The statuses that input can have. Others need a server that is busy, restarting, or wants a key."""
+OF_BODIES = frozenset({200, 400, 404, 409})
+OF_INPUT = OF_BODIES | {401, 405, 408, 413}
+"""What may answer bodies on the right paths, and any input: 404 for another model's name, 409 for an id that another
+body has too. Other statuses need a server that is busy or restarting.
+"""
 KEYS = {"message", "type", "param", "code"}
 
 
@@ -53,7 +56,7 @@ def _check_error(status: int, body: bytes) -> None:
 
 
 def _check_events(reply: Reply) -> None:
-    for event in reply.events():
+    for event in reply.events(parse_constant=_refuse_constant):
         if (error := event.get("error")) and error["type"] != TYPES[400]:
             raise WrongReply(f"a stream that ended with {error}")
     if b"data: [DONE]" not in reply.body and b"response." not in reply.body and b"event: error" not in reply.body:

@@ -23,7 +23,7 @@ from tests.chaos.http import manners
 from tests.chaos.http.bodies import Case, draw_bodies
 from tests.chaos.http.exchange import Broken, Connection, request
 from tests.chaos.http.heads import Head, draw_heads
-from tests.chaos.http.judge import FAULTS_OF_INPUT, WrongReply, check
+from tests.chaos.http.judge import OF_BODIES, WrongReply, check
 from tests.chaos.http.rows import rows
 from tests.chaos.kills.part import left_in
 from tests.chaos.messages.findings import ANSWER, OTHERS, PROCESS, Findings
@@ -51,7 +51,7 @@ class Attempts:
 
     def body(self, case: Case) -> None:
         path, body = case
-        self._attempt(path, request(path, body, headers=((b"connection", b"close"),)), FAULTS_OF_INPUT)
+        self._attempt(path, request(path, body, headers=((b"connection", b"close"),)), OF_BODIES)
 
     def head(self, head: Head) -> None:
         self._attempt(

@@ -27,4 +27,4 @@ class Findings:
         self.wrong[sort] += 1
         if len(self.faults) < MAX_FAULTS:
             self.faults.append(fault)
-            print(f"messages: {sort}: {fault}", flush=True)
+            print(f"{sort}: {fault}", flush=True)
