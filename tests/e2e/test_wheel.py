@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 
 from tandem.processes import Services
+from tandem_shared import VERSION
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tests.support.requirements import ROOT, declared_requirements, link_packages
 
@@ -91,6 +93,23 @@ def test_the_wheel_installs_nothing_but_tandem(wheel: Path) -> None:
     packages = {name.parts[0] for name in names if not name.parts[0].endswith(".dist-info")}
     assert packages == {"tandem", "tandem_gateway", "tandem_scheduler", "tandem_shared", "tandem_worker"}
     assert {name.parent.name for name in names if name.name == "py.typed"} == packages
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = Metadata.from_email(archive.read(name), validate=True)
+        assert metadata.license_files
+        for file in metadata.license_files:
+            assert archive.read(name.replace("METADATA", f"licenses/{file}")) == (ROOT / file).read_bytes()
+    assert (metadata.name, str(metadata.version)) == ("tandem-llm", VERSION)
+    assert metadata.license_expression == "Apache-2.0"
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description == (ROOT / "README.md").read_text()
+    assert metadata.summary and metadata.keywords and metadata.classifiers
+    assert metadata.requires_python
+    oldest = min(each.rpartition(" ")[2] for each in metadata.classifiers if re.search(r":: 3\.\d+$", each))
+    assert f">={oldest}" == str(metadata.requires_python)
 
 
 def test_the_wheel_holds_the_protos(wheel: Path) -> None:
