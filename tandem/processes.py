@@ -68,7 +68,9 @@ class Services:
         named = worker.session_secret_file or scheduler.session_secret_file
         self.session_secret_file = named or str(self._folder.path / "session-secret")
         # The scheduler's metrics tell of the worker too, and two services can't have one port.
-        self._worker_settings = replace(worker, session_secret_file=self.session_secret_file, metrics_port=None)
+        self._worker_settings = replace(
+            worker, session_secret_file=self.session_secret_file, metrics_port=None, health_port=0
+        )
         self._scheduler_settings = replace(scheduler, session_secret_file=self.session_secret_file)
         self.worker: subprocess.Popen[bytes] | None = None
         self.scheduler: subprocess.Popen[bytes] | None = None

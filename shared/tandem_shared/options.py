@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 from tandem_shared.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "TANDEM_"
+API_KEY_VARIABLE = "TANDEM_API_KEY"
+"""The variable with the API key of commands that call a server. It is no setting of a service."""
 MAX_NUMBER = 2**31 - 1
 """The largest value of a number without a maximum of its own, as tokens, blocks and rows are counted in int32."""
 _SERVICE_VARIABLE = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
@@ -111,7 +113,7 @@ def read_settings(settings_class: type[T], arguments: argparse.Namespace, enviro
 
 def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:
     """Raises ConfigError for a variable TANDEM_* that is not a setting of these classes, such as a misspelt one."""
-    known = {variable_of(field.name) for cls in classes for field in dataclasses.fields(cls)}
+    known = {API_KEY_VARIABLE, *(variable_of(field.name) for cls in classes for field in dataclasses.fields(cls))}
     for name, value in environment.items():
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known and _is_ours(name, value):
             near = difflib.get_close_matches(name, known, n=1)

@@ -20,6 +20,9 @@ and stops them at its end. Ctrl-C stops an answer, and the chat goes on. At the 
 ends.
 """
 
+OWN = (*PRIVATE, "api_key_file")
+"""Settings that nobody gives the services of a chat, which nobody else reaches."""
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -40,7 +43,7 @@ def add(commands: Any) -> None:
     add_connection_flags(parser)
     add_sampling_flags(parser)
     services = parser.add_argument_group("settings of the services, with MODEL")
-    add_service_flags(services, without=PRIVATE)
+    add_service_flags(services, without=OWN)
     parser.set_defaults(run=run)
 
 
@@ -53,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.address or options.tls or options.ca:
         raise ConfigError("give either MODEL, to serve it, or the address of a server that runs")
     # The services are for this chat alone, whatever the environment says.
-    private = dict.fromkeys(PRIVATE, "") | {"host": "127.0.0.1", "port": "0"}
+    private = dict.fromkeys(OWN, "") | {"host": "127.0.0.1", "port": "0"}
     vars(options).update(private, model=options.served)
     worker, scheduler = read_service_flags(options)
     with tempfile.TemporaryFile("w+") as log:

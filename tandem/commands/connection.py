@@ -1,12 +1,14 @@
 """The flags that say which server a command calls, and the client that they make."""
 
 import argparse
+import os
 
 import grpc
 
-from tandem.calls import DEFAULT_MAX_RETRIES
+from tandem.calls import DEFAULT_MAX_RETRIES, Metadata
 from tandem.client import TandemClient
 from tandem_shared.errors import ConfigError
+from tandem_shared.options import API_KEY_VARIABLE
 from tandem_shared.rpc.credentials import channel_credentials
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -20,11 +22,24 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         "--client-cert", metavar="FILE", help="PEM file of the certificate chain that is shown to the server"
     )
     parser.add_argument("--client-key", metavar="FILE", help="PEM file of that certificate's private key")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"API key that is shown to the server; other users of this machine may see it in a flag, but not in the"
+        f" environment variable {API_KEY_VARIABLE}",
+    )
 
 
 def connect(options: argparse.Namespace, *, max_retries: int = DEFAULT_MAX_RETRIES) -> TandemClient:
     """A client of the server that the flags name. Raises ConfigError."""
-    return TandemClient(options.address or DEFAULT_ADDRESS, credentials_of(options), max_retries=max_retries)
+    address, credentials = options.address or DEFAULT_ADDRESS, credentials_of(options)
+    return TandemClient(address, credentials, metadata=metadata_of(options), max_retries=max_retries)
+
+
+def metadata_of(options: argparse.Namespace) -> Metadata:
+    """The metadata of every call: the API key, if there is one."""
+    key = options.api_key or os.environ.get(API_KEY_VARIABLE)
+    return (("authorization", f"Bearer {key}"),) if key else ()
 
 
 def credentials_of(options: argparse.Namespace) -> grpc.ChannelCredentials | None:

@@ -16,7 +16,7 @@ from tandem_shared.errors import ConfigError
 from tandem_shared.options import add_options, option_names, read_settings
 
 NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
-PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca", "health_port")
+PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
 """Settings that are for the scheduler alone. The worker's only client is the scheduler beside it, so the worker takes a
 free port and no TLS.
 """

@@ -38,3 +38,18 @@ async def test_a_deadline_ends_the_request(capsys: pytest.CaptureFixture[str]) -
         flags = ["--max-tokens", "1000", "--ignore-eos"]
         assert await generate(services.address, *flags, "--timeout-s", "0.2") == 1
         assert "eadline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["flag", "variable", "none", "wrong"])
+async def test_the_key_is_a_flags_or_a_variables(
+    tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "key-for-inference-0001"
+    (tmp_path / "keys").write_text(f"alice inference {key}\n")
+    if way in ("variable", "wrong"):
+        monkeypatch.setenv("TANDEM_API_KEY", key if way == "variable" else "something else")
+    async with Services(api_key_file=str(tmp_path / "keys")) as services:
+        flags = ["--api-key", key] if way == "flag" else []
+        status = await generate(services.address, "--max-tokens", "2", *flags)
+    assert status == (0 if way in ("flag", "variable") else 1)
+    assert ("API key" in capsys.readouterr().err) == bool(status)

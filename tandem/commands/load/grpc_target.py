@@ -1,6 +1,7 @@
 """A Tandem server that is called over gRPC."""
 
 import argparse
+import functools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from tandem.commands.connection import DEFAULT_ADDRESS, credentials_of
+from tandem.commands.connection import DEFAULT_ADDRESS, credentials_of, metadata_of
 from tandem.commands.load.target import Received, RequestFailed
 from tandem.commands.load.workload import Ask
 from tandem.v1 import inference_pb2
@@ -53,7 +54,7 @@ class GrpcTarget:
         # Each process has its own connection, as the server deals out connections to its front ends.
         options = [*client_options(self._address), ("grpc.use_local_subchannel_pool", 1)]
         async with open_channel(self._address, credentials_of(self.options), options) as channel:
-            yield GrpcConnection(channel.unary_stream(METHOD))
+            yield GrpcConnection(functools.partial(channel.unary_stream(METHOD), metadata=metadata_of(self.options)))
 
     def parse(self, received: Received) -> tuple[list[float], list[int]]:
         replies = [inference_pb2.GenerateStreamResponse.FromString(part) for part in received.parts]
