@@ -1,8 +1,9 @@
 """Each object of deploy/kubernetes by itself, and what it refers to. Kubernetes' own schemas judge its form."""
 
+import base64
 import copy
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import jsonschema
 import kubernetes_validate
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from tandem_shared import VERSION
+from tandem_shared.rpc.api_keys import KeyFile
+from tandem_shared.rpc.session_secret import read_secret
 from tests.unit.deploy import lws_schema
 from tests.unit.deploy.manifests import (
     FOLDER,
@@ -78,7 +81,11 @@ def test_what_is_referred_to_is_there(overlay: str) -> None:
         for volume in volumes.values():
             assert volume.get("persistentVolumeClaim", {}).get("claimName") in {None, *claims}
             assert volume.get("secret", {}).get("secretName") in {None, *secrets()}
-        known = LWS_VARIABLES if pods.owner["kind"] == "LeaderWorkerSet" else set()
+        for variable in pods.container["env"]:
+            if reference := variable.get("valueFrom", {}).get("secretKeyRef"):
+                assert reference["key"] in secrets()[reference["name"]]["data"]
+        known = {variable["name"] for variable in pods.container["env"]}
+        known |= LWS_VARIABLES if pods.owner["kind"] == "LeaderWorkerSet" else set()
         assert set(re.findall(r"\$\((\w+)\)", " ".join(pods.container["command"]))) <= known
 
 
@@ -101,6 +108,13 @@ def test_files_that_settings_name_are_in_secrets(overlay: str) -> None:
                 assert path.name in mounted[str(path.parent)], name
                 num_files += 1
     assert num_files >= 2
+
+
+def test_the_documented_secrets_are_ones_that_the_services_take(tmp_path: Path) -> None:
+    for name, key, read in (("tandem-session", "secret", read_secret), ("tandem-api-keys", "keys", KeyFile)):
+        file = tmp_path / key
+        file.write_bytes(base64.b64decode(secrets()[name]["data"][key]))
+        assert read(str(file))
 
 
 @every_overlay

@@ -13,7 +13,18 @@ from tandem.v1 import inference_pb2
 from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.supervisor import STOP_LIMIT_S
-from tests.unit.deploy.manifests import OVERLAYS, Pods, budget_s, build, named, on_linux, pods_of, services, settings_of
+from tests.unit.deploy.manifests import (
+    OVERLAYS,
+    Object,
+    Pods,
+    budget_s,
+    build,
+    named,
+    on_linux,
+    pods_of,
+    services,
+    settings_of,
+)
 
 END_S = 10
 """What a process is given to end after its drain, or after its supervisor has killed it."""
@@ -60,17 +71,27 @@ def test_both_services_have_the_same_model_and_secret(overlay: str) -> None:
 
 @every_overlay
 def test_each_scheduler_finds_the_worker_of_its_number(overlay: str) -> None:
-    workers, schedulers, port = worker_pods(overlay), scheduler_pods(overlay), worker_settings(overlay).port
-    found = [scheduler_settings(overlay, index).worker_address for index in range(len(schedulers.names))]
-    assert found == [f"{name}.{workers.owner['metadata']['name']}:{port}" for name in workers.names]
-    # Names of single pods, and before they are ready.
-    service = named(build(overlay), "Service")[workers.name]["spec"]
-    assert service["clusterIP"] == "None" and service["publishNotReadyAddresses"]
+    port, num_schedulers = worker_settings(overlay).port, len(scheduler_pods(overlay).names)
+    found = [scheduler_settings(overlay, index).worker_address for index in range(num_schedulers)]
+    assert found == [f"{name}:{port}" for name in pod_names(worker_pods(overlay), build(overlay))]
+
+
+def pod_names(pods: Pods, objects: tuple[Object, ...]) -> list[str]:
+    """What the pods are called in the cluster's DNS, also before they are ready."""
+    # LeaderWorkerSet takes the service of its own name.
+    service = pods.owner["spec"].get("serviceName", pods.name)
+    spec = named(objects, "Service")[service]["spec"]
+    assert pods.selected_by(spec["selector"]) and spec["clusterIP"] == "None" and spec["publishNotReadyAddresses"]
+    return [f"{name}.{service}" for name in pods.names]
 
 
 @every_overlay
 def test_gateways_find_the_schedulers(overlay: str) -> None:
     schedulers, port = scheduler_pods(overlay), scheduler_settings(overlay).port
+    service = named(build(overlay), "Service")[schedulers.name]["spec"]
+    # Requests wait for a lost worker, without which the scheduler is not ready.
+    assert schedulers.selected_by(service["selector"]) and service["publishNotReadyAddresses"]
+    assert "clusterIP" not in service and [each["port"] for each in service["ports"]] == [port]
     gateways = services(build(overlay), GatewaySettings)
     assert bool(gateways) != bool(smg(overlay))
     for gateway in gateways:
@@ -79,7 +100,7 @@ def test_gateways_find_the_schedulers(overlay: str) -> None:
         assert settings.scheduler_address == f"{schedulers.name}:{port}"
     for gateway in smg(overlay):
         command = gateway.container["command"]
-        urls = [f"grpc://{name}.{schedulers.name}:{port}" for name in schedulers.names]
+        urls = [f"grpc://{name}:{port}" for name in pod_names(schedulers, build(overlay))]
         assert len(urls) == 2 and command[command.index("--worker-urls") + 1 :] == urls
         assert scheduler_settings(overlay).vllm_engine_service
 
@@ -110,6 +131,27 @@ def test_services_lead_to_ports_of_one_kind_of_pod(overlay: str) -> None:
             own = pods.ports[port["targetPort"]]
             # Clients of a service without an address of its own reach the container's port, whatever is written here.
             assert service["spec"].get("clusterIP") != "None" or port["port"] == own
+
+
+@every_overlay
+def test_callers_show_a_key_or_come_from_smg_alone(overlay: str) -> None:
+    """No schema and no setting knows that a scheduler that asks for no key is behind a policy."""
+    policies = named(build(overlay), "NetworkPolicy")
+    if not smg(overlay):
+        assert scheduler_settings(overlay).api_key_file and not scheduler_settings(overlay).insecure
+        for gateway in services(build(overlay), GatewaySettings):
+            settings = settings_of(gateway, build(overlay))
+            assert isinstance(settings, GatewaySettings)
+            assert settings.api_key_file and not settings.insecure
+        return
+    policy, [gateway] = policies["tandem-scheduler"]["spec"], smg(overlay)
+    assert scheduler_pods(overlay).selected_by(policy["podSelector"]["matchLabels"])
+    assert policy["policyTypes"] == ["Ingress"]
+    [from_smg, from_all] = policy["ingress"]
+    assert from_smg["ports"] == [{"port": "grpc"}] and from_all["ports"] == [{"port": "health"}, {"port": "metrics"}]
+    [source] = from_smg["from"]
+    selected = [pods for pods in pods_of(build(overlay)) if pods.selected_by(source["podSelector"]["matchLabels"])]
+    assert selected == [gateway] and "--api-key=$(SMG_API_KEY)" in gateway.container["command"]
 
 
 @every_overlay
