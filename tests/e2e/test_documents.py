@@ -175,3 +175,7 @@ def test_links_lead_to_files(document: str) -> None:
     path = ROOT / document
     missing = [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()]
     assert not missing
+
+
+def test_the_readme_names_every_document() -> None:
+    assert set(documents()) <= {"README.md", *LINK.findall((ROOT / "README.md").read_text())}
