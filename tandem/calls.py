@@ -1,6 +1,7 @@
 """What both clients share: their messages, their channels' options and metadata, and when a failed call is repeated."""
 
 import random
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -82,8 +83,18 @@ def _may_pass(error: Exception) -> bool:
 
 
 def metadata_of(*parts: Metadata) -> tuple[tuple[str, str | bytes], ...]:
-    """The metadata of a call. Names are case-insensitive; gRPC wants them in lower case."""
-    return tuple((name.lower(), value) for part in parts for name, value in part)
+    """The metadata of a call, with the trace that it is part of. Names are case-insensitive; gRPC wants them in lower
+    case.
+    """
+    given = tuple((name.lower(), value) for part in parts for name, value in part)
+    if "opentelemetry.trace" not in sys.modules or any(name == "traceparent" for name, _ in given):
+        return given
+    # The program uses OpenTelemetry, so the span that is active there is the parent of the server's.
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    trace: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(trace)
+    return (*given, *trace.items())
 
 
 def request_fields(

@@ -1,5 +1,6 @@
 """The HTTP application: its routes, and what happens to every request."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -19,9 +20,11 @@ from tandem_gateway.metrics import CountedRequests, HttpMetrics
 from tandem_gateway.page import read_page
 from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
 from tandem_gateway.responses_protocol import ResponseBody
+from tandem_gateway.traces import telemetry_of
 from tandem_shared import VERSION
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.rpc.api_keys import KeyFile
+from tandem_shared.tracing import SpanExport
 
 
 def make_app(settings: GatewaySettings) -> FastAPI:
@@ -29,6 +32,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     keys that is wrong.
     """
     keys = KeyFile(settings.api_key_file) if settings.api_key_file else None
+    traces = SpanExport(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -37,6 +41,8 @@ def make_app(settings: GatewaySettings) -> FastAPI:
             yield
         finally:
             await app.state.engine.close()
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
 
     # The pages of documentation would load scripts from elsewhere. /openapi.json stays.
     # A path with a slash too many is unknown: the redirect that FastAPI would answer with is no answer of OpenAI's API.
@@ -48,6 +54,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         default_response_class=JsonAnswer,
+        telemetry=telemetry_of(traces),
     )
     app.state.metrics = HttpMetrics()
     add_error_handlers(app)

@@ -14,13 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tandem_gateway.engine import Metadata
 from tandem_gateway.errors import ApiError, ClientGone, error_body, error_response
 from tandem_gateway.events import DONE, event
+from tandem_gateway.traces import trace_metadata
 from tandem_shared.errors import TandemError
 from tandem_shared.rpc.api_keys import KeyFile
 from tandem_shared.rpc.api_keys import Scope as KeyScope
 
 REQUEST_ID = b"x-request-id"
-MAX_KEY_BYTES = 7 * 1024
-"""gRPC takes metadata of up to 8 KiB, of which the rest is for names and for gRPC's own."""
+MAX_KEY_BYTES = 6 * 1024
+"""gRPC takes metadata of up to 8 KiB, of which the rest is for names, the trace, and gRPC's own."""
 SCOPES: dict[str, KeyScope | None] = {"/": None, "/health": None, "/version": None, "/metrics": KeyScope.CONTROL}
 """What a key must be for to ask for a path: inference, unless it is here. Paths with None are for anybody, and say
 nothing of the model's users.
@@ -168,13 +169,14 @@ async def _disconnect(request: Request) -> None:
 
 def metadata_of(request: Request) -> Metadata:
     """What is passed on to the scheduler, which checks keys too. Raises ApiError for a header that can't be."""
+    trace = trace_metadata(request.headers)
     value = request.headers.get("authorization")
     if value is None:
-        return ()
+        return trace
     if not (value.isascii() and value.isprintable() and len(value) <= MAX_KEY_BYTES):
         message = f"the header Authorization must be printable ASCII of at most {MAX_KEY_BYTES} bytes"
         raise ApiError(401, message, code="invalid_api_key")
-    return (("authorization", value),)
+    return (("authorization", value), *trace)
 
 
 def request_id_of(request: Request) -> str:

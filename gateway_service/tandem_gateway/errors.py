@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tandem_gateway.events import encoded
+from tandem_gateway.traces import note_error
 from tandem_shared.errors import FieldViolation, InvalidApiKey, InvalidRequest, OutputTooLarge, RetryLater, TandemError
 from tandem_shared.rpc.rich_status import code_of
 
@@ -85,8 +86,10 @@ def refuse(param: str, description: str) -> ApiError:
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """The JSON object of an error, which ends a stream too."""
-    return _body(*_described(error))
+    """The JSON object of an error that ends a stream."""
+    described = _described(error)
+    note_error(described[1], described[0])
+    return _body(*described)
 
 
 def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -80,6 +80,17 @@ class OutputBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceContext:
+    """What a call's span needs to know of the call."""
+
+    rpc: str
+    """Service and method, such as tandem.v1.InferenceService/GenerateStream."""
+    traceparent: str = ""
+    tracestate: str = ""
+    """W3C's headers as the client sent them. Empty if it sent none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """A request's sequences, which differ in their choice index alone. Choice i has the handle first_handle + i."""
 
@@ -91,6 +102,8 @@ class Submission:
     fingerprint: str
     """The fingerprint of the worker that the request was checked against. With another model it has to be checked
     again."""
+    trace: TraceContext | None = None
+    """None if there are no traces."""
 
 
 @dataclass(frozen=True, slots=True)

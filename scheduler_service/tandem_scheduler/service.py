@@ -37,6 +37,7 @@ from tandem_shared.model_folder import TOKENIZER_FILES, resolve_model
 from tandem_shared.rpc.credentials import reloaded_credentials
 from tandem_shared.rpc.session_secret import read_secret
 from tandem_shared.step_plan import WorkerInfo
+from tandem_shared.tracing import SpanExport
 
 MIN_CPUS_FOR_PROCESSES = 8
 CPUS_PER_FRONT_END = 4
@@ -85,10 +86,18 @@ class SchedulerService:
         self.metrics_port: int | None = None
         """The port of the metrics, once it listens, if there is to be one."""
         self._request_log = RequestLog(is_limited=settings.log_requests == "few")
-        told = [observer] if observer is not None else []
+        told = [self._metrics.tell, *([observer] if observer is not None else [])]
         if settings.log_requests != "none":
             told.append(self._request_log.tell)
-        observe = all_of(self._metrics.tell, *told)
+        self._span_export = SpanExport(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
+        if self._span_export is not None:
+            # It needs an extra.
+            from tandem_scheduler.observers.traces import RequestTraces
+
+            traces = RequestTraces(self._span_export, model_name(settings), self._metrics.times)
+            # It reads times that the metrics forget at the end of a call.
+            told.insert(0, traces.tell)
+        observe = all_of(*told)
         self._hub = EngineHub(observe)
         self._tokenizer_folder = _tokenizer_folder(settings)
         self.step_loop = StepLoop(
@@ -152,6 +161,8 @@ class SchedulerService:
         self._metrics_server.stop()
         if self._recorder is not None:
             self._recorder.close()
+        if self._span_export is not None:
+            await asyncio.to_thread(self._span_export.close)
 
     def _create_front_ends(self, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> FrontEnds:
         settings = self._settings

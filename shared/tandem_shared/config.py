@@ -14,9 +14,10 @@ from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
-from tandem_shared.gateway_settings import API_KEY_FILE_HELP, INSECURE_HELP, MAX_PORT, GatewaySettings
+from tandem_shared.gateway_settings import API_KEY_FILE_HELP, INSECURE_HELP, MAX_PORT, TRACES_HELP, GatewaySettings
 from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES, is_loopback
+from tandem_shared.tracing import check_traces
 
 STEP_TIMEOUT_S = 60.0
 """The default of --step-timeout-s of both services"""
@@ -155,6 +156,7 @@ class SchedulerSettings(ServiceSettings):
         "requests of which the log has a line when they end; few is at most 10 a second and a count of the others",
         choices=("few", "all", "none"),
     )
+    otlp_traces_endpoint: str = option("", TRACES_HELP)
     record: str = option("", "file that the scheduler's events and plans are recorded in, for replay")
 
 
@@ -234,6 +236,7 @@ def read_command_line(
         check_tls(settings)
         check_metrics_prefix(settings)
         check_exposure(settings)
+        check_traces(getattr(settings, "otlp_traces_endpoint", ""))
         if extra is not None:
             require_extra(extra)
     except ConfigError as error:

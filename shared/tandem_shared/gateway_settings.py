@@ -12,6 +12,10 @@ INSECURE_HELP = (
     "whether the service may listen on an address that is not loopback although it asks nobody for a key or certificate"
     " (true or false; the flag alone is true)"
 )
+TRACES_HELP = (
+    "URL of an OpenTelemetry collector that takes OTLP over gRPC, such as http://127.0.0.1:4317; spans of requests are"
+    " sent to it; needs the extra otel; if not given, there are no traces"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class GatewaySettings:
     tls_client_ca: str = option("", "PEM file of the authority that must have signed the certificates of clients")
     api_key_file: str = option("", API_KEY_FILE_HELP)
     insecure: bool = option(False, INSECURE_HELP)
+    otlp_traces_endpoint: str = option("", TRACES_HELP)
     log_format: str = option(
         "text", "form of the log's lines; json is an object for each line", choices=("text", "json")
     )

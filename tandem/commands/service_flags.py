@@ -14,6 +14,7 @@ from tandem_shared.config import (
 )
 from tandem_shared.errors import ConfigError
 from tandem_shared.options import add_options, option_names, read_settings
+from tandem_shared.tracing import check_traces
 
 NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
 PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
@@ -33,6 +34,7 @@ def read_service_flags(options: argparse.Namespace) -> tuple[WorkerSettings, Sch
     check_tls(scheduler)
     check_metrics_prefix(scheduler)
     check_exposure(scheduler)
+    check_traces(scheduler.otlp_traces_endpoint)
     worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in PRIVATE}, port="0")
     environment = {name: value for name, value in os.environ.items() if name not in option_names(PRIVATE)}
     return read_settings(WorkerSettings, worker_options, environment), scheduler

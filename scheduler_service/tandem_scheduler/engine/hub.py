@@ -211,7 +211,7 @@ class EngineHub:
                 self._events.refused(submission.request_id, error)
             raise
         if self._events is not None:
-            self._events.submitted(submission.request_id, choices)
+            self._events.submitted(submission, choices)
 
     def _open(self, attachment: "Attachment", submission: Submission) -> list[SequenceRequest]:
         """Gives the sequences that it made of the submission."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from tandem_scheduler.core.types import FinishReason, StepOutputs
-from tandem_scheduler.engine_interface import RequestOutcome
+from tandem_scheduler.engine_interface import RequestOutcome, TraceContext
 from tandem_shared.errors import TandemError
+from tandem_shared.sampling_fields import RowSampling
 from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,9 @@ class RequestSubmitted:
     num_prompt_tokens: int
     max_tokens: int
     """The most output tokens of each choice."""
+    sampling: RowSampling
+    """That of choice 0."""
+    trace: TraceContext | None = None
 
     @property
     def sequence_ids(self) -> range:

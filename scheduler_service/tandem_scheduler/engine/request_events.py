@@ -15,7 +15,7 @@ from tandem_scheduler.engine.observer import (
     RequestSubmitted,
     guarded,
 )
-from tandem_scheduler.engine_interface import RequestOutcome, SequenceEnd
+from tandem_scheduler.engine_interface import RequestOutcome, SequenceEnd, Submission
 from tandem_shared.errors import TandemError
 
 
@@ -42,10 +42,16 @@ class RequestEvents:
         # Requests whose calls are not over, by their first sequence's id.
         self._ended: dict[int, RequestEnded] = {}
 
-    def submitted(self, request_id: str, choices: Sequence[SequenceRequest]) -> None:
+    def submitted(self, submission: Submission, choices: Sequence[SequenceRequest]) -> None:
         first = choices[0]
         event = RequestSubmitted(
-            request_id, first.sequence_id, len(choices), len(first.prompt_token_ids), first.max_tokens
+            submission.request_id,
+            first.sequence_id,
+            len(choices),
+            len(first.prompt_token_ids),
+            first.max_tokens,
+            first.sampling,
+            submission.trace,
         )
         request = _Request(event, {})
         for choice in choices:

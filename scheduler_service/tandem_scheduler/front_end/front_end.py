@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from tandem_scheduler.engine_interface import Engine, EngineState, FrontEndStats, OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import (
+    Engine,
+    EngineState,
+    FrontEndStats,
+    OutputBatch,
+    SequenceEnd,
+    Submission,
+    TraceContext,
+)
 from tandem_scheduler.front_end.chat.chat_renderer import ChatRenderer
 from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.live_request import TOKEN_BYTES, Choice, LiveRequest
@@ -50,8 +58,11 @@ class FrontEnd:
         set_ready: Callable[[bool], Awaitable[None]],
         grammars: GrammarChecker | None = None,
         chats: ChatRenderer | None = None,
+        *,
+        has_traces: bool = False,
     ) -> None:
         """Without `grammars`, requests with a structured output are refused, and without `chats` conversations."""
+        self.has_traces = has_traces
         self.grammars = grammars
         self.chats = chats or ChatRenderer(None)
         lengths = token_lengths(tokenizer)
@@ -90,9 +101,11 @@ class FrontEnd:
         if self.engine.state.is_draining:
             raise Draining("the server is draining")
 
-    async def open(self, request: GenerationRequest, arrived_at: float | None = None) -> LiveRequest:
+    async def open(
+        self, request: GenerationRequest, arrived_at: float | None = None, trace: TraceContext | None = None
+    ) -> LiveRequest:
         """Starts a request; the caller closes it. arrived_at: when its call came, by time.monotonic(); now if not
-        given. Raises what Engine.submit raises.
+        given. trace: of its call, if there are traces. Raises what Engine.submit raises.
         """
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
         live = LiveRequest(request, self.decoder, self._next_handle, self.close, arrived_at)
@@ -103,7 +116,12 @@ class FrontEnd:
         try:
             await self.engine.submit(
                 Submission(
-                    request.request_id, live.first_handle, request.first, request.num_choices, request.fingerprint
+                    request.request_id,
+                    live.first_handle,
+                    request.first,
+                    request.num_choices,
+                    request.fingerprint,
+                    trace,
                 )
             )
         except BaseException:

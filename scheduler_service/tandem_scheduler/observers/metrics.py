@@ -6,6 +6,7 @@ A step costs it a few comparisons, however many rows it has.
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tandem_scheduler.core.types import FinishReason
 from tandem_scheduler.engine.hub import EngineHub
@@ -29,15 +30,14 @@ ENGINE = "0"
 """vLLM numbers the engines behind one port. Here there is one."""
 
 
-class _Phases:
-    """When a request came to the engine, was admitted, and had its first token, in seconds of time.monotonic()."""
+@dataclass(slots=True)
+class RequestTimes:
+    """When a request came to the engine, was admitted, had its first token, and ended. Seconds of time.monotonic()."""
 
-    __slots__ = ("admitted_at", "first_token_at", "submitted_at")
-
-    def __init__(self, submitted_at: float) -> None:
-        self.submitted_at = submitted_at
-        self.admitted_at: float | None = None
-        self.first_token_at: float | None = None
+    submitted_at: float
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    ended_at: float | None = None
 
 
 class SchedulerMetrics:
@@ -47,9 +47,10 @@ class SchedulerMetrics:
         self._histograms = {metric: metric.histogram() for metric in d.SCHEDULER_METRICS if metric.kind == "histogram"}
         self._num_generated = self._num_losses = 0
         self._num_ended: Counter[FinishReason] = Counter()
-        # By the first sequence's id, and for sequences that were never admitted by their own.
-        self._phases: dict[int, _Phases] = {}
-        self._not_admitted: dict[int, _Phases] = {}
+        self.times: dict[int, RequestTimes] = {}
+        """The times of open requests, by the first sequence's id. They go when RequestClosed is told."""
+        # By the ids of sequences that were never admitted.
+        self._not_admitted: dict[int, RequestTimes] = {}
         self._lost_at: float | None = None
         self._tell = {
             PlanMade: self._on_plan,
@@ -73,13 +74,13 @@ class SchedulerMetrics:
     def _on_plan(self, plan: PlanMade) -> None:
         self._histograms[d.ITERATION_TOKENS].observe(plan.num_prompt_tokens + plan.num_decoding_rows)
         for row in plan.plan.added_rows:
-            phases = self._not_admitted.pop(row.sequence_id, None)
-            if phases is None:
+            times = self._not_admitted.pop(row.sequence_id, None)
+            if times is None:
                 # It was admitted before, or is a probe.
                 continue
-            if phases.admitted_at is None:
-                phases.admitted_at = plan.made_at
-                self._histograms[d.QUEUE_TIME].observe(plan.made_at - phases.submitted_at)
+            if times.admitted_at is None:
+                times.admitted_at = plan.made_at
+                self._histograms[d.QUEUE_TIME].observe(plan.made_at - times.submitted_at)
 
     def _on_sent(self, sent: PlanSent) -> None:
         self._histograms[d.PLAN_BYTES].observe(sent.num_bytes)
@@ -92,27 +93,29 @@ class SchedulerMetrics:
     # Requests
 
     def _on_submitted(self, request: RequestSubmitted) -> None:
-        phases = self._phases[request.first_sequence_id] = _Phases(time.monotonic())
-        self._not_admitted |= dict.fromkeys(request.sequence_ids, phases)
+        times = self.times[request.first_sequence_id] = RequestTimes(time.monotonic())
+        self._not_admitted |= dict.fromkeys(request.sequence_ids, times)
 
     def _on_first_token(self, event: FirstToken) -> None:
-        phases = self._phases[event.request.first_sequence_id]
-        if phases.admitted_at is not None:
-            phases.first_token_at = time.monotonic()
-            self._histograms[d.PREFILL_TIME].observe(phases.first_token_at - phases.admitted_at)
+        times = self.times[event.request.first_sequence_id]
+        if times.admitted_at is not None:
+            times.first_token_at = time.monotonic()
+            self._histograms[d.PREFILL_TIME].observe(times.first_token_at - times.admitted_at)
 
     def _on_ended(self, event: RequestEnded) -> None:
-        phases, now = self._phases.pop(event.request.first_sequence_id), time.monotonic()
+        times = self.times[event.request.first_sequence_id]
+        times.ended_at = now = time.monotonic()
         for sequence_id in event.request.sequence_ids:
             self._not_admitted.pop(sequence_id, None)
-        if phases.admitted_at is not None:
-            self._histograms[d.INFERENCE_TIME].observe(now - phases.admitted_at)
-        if phases.first_token_at is not None:
-            self._histograms[d.DECODE_TIME].observe(now - phases.first_token_at)
+        if times.admitted_at is not None:
+            self._histograms[d.INFERENCE_TIME].observe(now - times.admitted_at)
+        if times.first_token_at is not None:
+            self._histograms[d.DECODE_TIME].observe(now - times.first_token_at)
 
     def _on_closed(self, event: RequestClosed) -> None:
         ended, outcome = event.ended, event.outcome
         request = ended.request
+        del self.times[request.first_sequence_id]
         self._num_ended.update(ended.reasons if outcome is None else outcome.reasons)
         num_computed = request.num_prompt_tokens * request.num_choices - ended.num_cached_tokens
         observe: dict[Metric, float] = {
@@ -159,8 +162,8 @@ class SchedulerMetrics:
 
     @property
     def num_held(self) -> int:
-        """How many requests and sequences something is kept of. 0 when none is live."""
-        return len(self._phases) + len(self._not_admitted)
+        """How many requests and sequences something is kept of. 0 when none is open."""
+        return len(self.times) + len(self._not_admitted)
 
     def _totals(self) -> Iterator[Sample]:
         for metric, histogram in self._histograms.items():

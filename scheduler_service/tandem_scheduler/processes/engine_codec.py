@@ -1,5 +1,7 @@
 """Encodes and decodes the messages between a front-end process and the engine. Knows the wire's field names."""
 
+import dataclasses
+
 import numpy as np
 from google.rpc import status_pb2
 
@@ -12,6 +14,7 @@ from tandem_scheduler.engine_interface import (
     RequestOutcome,
     SequenceEnd,
     Submission,
+    TraceContext,
 )
 from tandem_shared.errors import ProtocolError, TandemError
 from tandem_shared.rpc.rich_status import read_status, status_of
@@ -57,6 +60,8 @@ def encode_submit(submission: Submission) -> engine_pb2.SubmitRequest:
     encode_sampling(first.sampling, message.sampling)
     if first.lists:
         encode_lists(first.lists, message.lists)
+    if (trace := submission.trace) is not None:
+        message.trace.MergeFrom(engine_pb2.TraceContext(**dataclasses.asdict(trace)))
     return message
 
 
@@ -78,7 +83,12 @@ def decode_submit(message: engine_pb2.SubmitRequest) -> Submission:
         first=first,
         num_choices=message.num_choices,
         fingerprint=message.fingerprint,
+        trace=_decode_trace(message.trace) if message.HasField("trace") else None,
     )
+
+
+def _decode_trace(message: engine_pb2.TraceContext) -> TraceContext:
+    return TraceContext(message.rpc, message.traceparent, message.tracestate)
 
 
 def encode_state(state: EngineState) -> engine_pb2.EngineState:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.internal.v1 import worker_pb2 as tandem_dot_internal_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftandem/internal/v1/engine.proto\x12\x12tandem.internal.v1\x1a\x1ftandem/internal/v1/worker.proto\"\x91\x02\n\rAttachRequest\x12*\n\x05\x61live\x18\x01 \x01(\x0b\x32\x19.tandem.internal.v1.AliveH\x00\x12\x33\n\x06submit\x18\x02 \x01(\x0b\x32!.tandem.internal.v1.SubmitRequestH\x00\x12\x30\n\x04stop\x18\x03 \x01(\x0b\x32 .tandem.internal.v1.StopSequenceH\x00\x12\x31\n\x05\x63lose\x18\x04 \x01(\x0b\x32 .tandem.internal.v1.CloseRequestH\x00\x12\x32\n\x05stats\x18\x05 \x01(\x0b\x32!.tandem.internal.v1.FrontEndStatsH\x00\x42\x06\n\x04kind\"\x1b\n\x05\x41live\x12\x12\n\nprocess_id\x18\x01 \x01(\r\"\xd8\x02\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x66irst_handle\x18\x02 \x01(\x04\x12\x13\n\x0bnum_choices\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x31\n\x08sampling\x18\x06 \x01(\x0b\x32\x1f.tandem.internal.v1.RowSampling\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x15\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x05lists\x18\x0c \x01(\x0b\x32!.tandem.internal.v1.SamplingListsB\x0b\n\t_deadline\"9\n\x0cStopSequence\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"Y\n\x0c\x43loseRequest\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\x12\x33\n\x07outcome\x18\x02 \x01(\x0b\x32\".tandem.internal.v1.RequestOutcome\"\xb1\x01\n\x0eRequestOutcome\x12\x12\n\narrived_at\x18\x01 \x01(\x01\x12\x1b\n\x0e\x66irst_token_at\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x65nded_at\x18\x03 \x01(\x01\x12.\n\x07reasons\x18\x04 \x03(\x0e\x32\x1d.tandem.internal.v1.EndReason\x12\x19\n\x11num_output_tokens\x18\x05 \x03(\rB\x11\n\x0f_first_token_at\"\xbd\x01\n\rFrontEndStats\x12\x18\n\x10token_gap_counts\x18\x01 \x03(\x04\x12\x17\n\x0ftoken_gap_sum_s\x18\x02 \x01(\x01\x12\x46\n\x0bnum_refused\x18\x03 \x03(\x0b\x32\x31.tandem.internal.v1.FrontEndStats.NumRefusedEntry\x1a\x31\n\x0fNumRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xcc\x02\n\x0e\x41ttachResponse\x12.\n\x05state\x18\x01 \x01(\x0b\x32\x1f.tandem.internal.v1.EngineState\x12\x37\n\x0esubmit_replies\x18\x02 \x03(\x0b\x32\x1f.tandem.internal.v1.SubmitReply\x12\x15\n\rtoken_handles\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x33\n\x08logprobs\x18\x05 \x01(\x0b\x32!.tandem.internal.v1.TokenLogprobs\x12-\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x1f.tandem.internal.v1.SequenceEnd\x12\x43\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32*.tandem.internal.v1.SequencePromptLogprobs\"\\\n\x16SequencePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x32\n\x06report\x18\x02 \x01(\x0b\x32\".tandem.internal.v1.PromptLogprobs\"o\n\x0b\x45ngineState\x12\x39\n\x06worker\x18\x01 \x01(\x0b\x32).tandem.internal.v1.GetWorkerInfoResponse\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\x12\x13\n\x0bis_draining\x18\x03 \x01(\x08\"A\n\x0bSubmitReply\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\x12\x12\n\x05\x65rror\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x08\n\x06_error\"\xb2\x01\n\rTokenLogprobs\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0f\n\x07num_top\x18\x03 \x03(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x12\r\n\x05ranks\x18\x06 \x03(\r\x12\x15\n\rnum_requested\x18\x07 \x03(\r\x12\x1a\n\x12requested_logprobs\x18\x08 \x03(\x02\"\xb3\x01\n\x0bSequenceEnd\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.tandem.internal.v1.EndReason\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x05 \x01(\x0cH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x08\n\x06_error*\x7f\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x14\n\x10\x45ND_REASON_ABORT\x10\x03\x12\x14\n\x10\x45ND_REASON_ERROR\x10\x04\x32\x64\n\rEngineService\x12S\n\x06\x41ttach\x12!.tandem.internal.v1.AttachRequest\x1a\".tandem.internal.v1.AttachResponse(\x01\x30\x01\x42P\n\x12tandem.internal.v1P\x01Z#tandem/internal/v1;tandeminternalv1\xaa\x02\x12Tandem.Internal.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftandem/internal/v1/engine.proto\x12\x12tandem.internal.v1\x1a\x1ftandem/internal/v1/worker.proto\"\x91\x02\n\rAttachRequest\x12*\n\x05\x61live\x18\x01 \x01(\x0b\x32\x19.tandem.internal.v1.AliveH\x00\x12\x33\n\x06submit\x18\x02 \x01(\x0b\x32!.tandem.internal.v1.SubmitRequestH\x00\x12\x30\n\x04stop\x18\x03 \x01(\x0b\x32 .tandem.internal.v1.StopSequenceH\x00\x12\x31\n\x05\x63lose\x18\x04 \x01(\x0b\x32 .tandem.internal.v1.CloseRequestH\x00\x12\x32\n\x05stats\x18\x05 \x01(\x0b\x32!.tandem.internal.v1.FrontEndStatsH\x00\x42\x06\n\x04kind\"\x1b\n\x05\x41live\x12\x12\n\nprocess_id\x18\x01 \x01(\r\"\x89\x03\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x66irst_handle\x18\x02 \x01(\x04\x12\x13\n\x0bnum_choices\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x31\n\x08sampling\x18\x06 \x01(\x0b\x32\x1f.tandem.internal.v1.RowSampling\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\t\x12\x15\n\x08\x64\x65\x61\x64line\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x05lists\x18\x0c \x01(\x0b\x32!.tandem.internal.v1.SamplingLists\x12/\n\x05trace\x18\r \x01(\x0b\x32 .tandem.internal.v1.TraceContextB\x0b\n\t_deadline\"D\n\x0cTraceContext\x12\x0b\n\x03rpc\x18\x01 \x01(\t\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12\x12\n\ntracestate\x18\x03 \x01(\t\"9\n\x0cStopSequence\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"Y\n\x0c\x43loseRequest\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\x12\x33\n\x07outcome\x18\x02 \x01(\x0b\x32\".tandem.internal.v1.RequestOutcome\"\xb1\x01\n\x0eRequestOutcome\x12\x12\n\narrived_at\x18\x01 \x01(\x01\x12\x1b\n\x0e\x66irst_token_at\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x65nded_at\x18\x03 \x01(\x01\x12.\n\x07reasons\x18\x04 \x03(\x0e\x32\x1d.tandem.internal.v1.EndReason\x12\x19\n\x11num_output_tokens\x18\x05 \x03(\rB\x11\n\x0f_first_token_at\"\xbd\x01\n\rFrontEndStats\x12\x18\n\x10token_gap_counts\x18\x01 \x03(\x04\x12\x17\n\x0ftoken_gap_sum_s\x18\x02 \x01(\x01\x12\x46\n\x0bnum_refused\x18\x03 \x03(\x0b\x32\x31.tandem.internal.v1.FrontEndStats.NumRefusedEntry\x1a\x31\n\x0fNumRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xcc\x02\n\x0e\x41ttachResponse\x12.\n\x05state\x18\x01 \x01(\x0b\x32\x1f.tandem.internal.v1.EngineState\x12\x37\n\x0esubmit_replies\x18\x02 \x03(\x0b\x32\x1f.tandem.internal.v1.SubmitReply\x12\x15\n\rtoken_handles\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x33\n\x08logprobs\x18\x05 \x01(\x0b\x32!.tandem.internal.v1.TokenLogprobs\x12-\n\x04\x65nds\x18\x06 \x03(\x0b\x32\x1f.tandem.internal.v1.SequenceEnd\x12\x43\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32*.tandem.internal.v1.SequencePromptLogprobs\"\\\n\x16SequencePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x32\n\x06report\x18\x02 \x01(\x0b\x32\".tandem.internal.v1.PromptLogprobs\"o\n\x0b\x45ngineState\x12\x39\n\x06worker\x18\x01 \x01(\x0b\x32).tandem.internal.v1.GetWorkerInfoResponse\x12\x10\n\x08is_ready\x18\x02 \x01(\x08\x12\x13\n\x0bis_draining\x18\x03 \x01(\x08\"A\n\x0bSubmitReply\x12\x14\n\x0c\x66irst_handle\x18\x01 \x01(\x04\x12\x12\n\x05\x65rror\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x08\n\x06_error\"\xb2\x01\n\rTokenLogprobs\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0f\n\x07num_top\x18\x03 \x03(\r\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x02\x12\r\n\x05ranks\x18\x06 \x03(\r\x12\x15\n\rnum_requested\x18\x07 \x03(\r\x12\x1a\n\x12requested_logprobs\x18\x08 \x03(\x02\"\xb3\x01\n\x0bSequenceEnd\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12-\n\x06reason\x18\x02 \x01(\x0e\x32\x1d.tandem.internal.v1.EndReason\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x05 \x01(\x0cH\x01\x88\x01\x01\x42\x10\n\x0e_stop_token_idB\x08\n\x06_error*\x7f\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x14\n\x10\x45ND_REASON_ABORT\x10\x03\x12\x14\n\x10\x45ND_REASON_ERROR\x10\x04\x32\x64\n\rEngineService\x12S\n\x06\x41ttach\x12!.tandem.internal.v1.AttachRequest\x1a\".tandem.internal.v1.AttachResponse(\x01\x30\x01\x42P\n\x12tandem.internal.v1P\x01Z#tandem/internal/v1;tandeminternalv1\xaa\x02\x12Tandem.Internal.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,36 +35,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\022tandem.internal.v1P\001Z#tandem/internal/v1;tandeminternalv1\252\002\022Tandem.Internal.V1'
   _globals['_FRONTENDSTATS_NUMREFUSEDENTRY']._loaded_options = None
   _globals['_FRONTENDSTATS_NUMREFUSEDENTRY']._serialized_options = b'8\001'
-  _globals['_ENDREASON']._serialized_start=2234
-  _globals['_ENDREASON']._serialized_end=2361
+  _globals['_ENDREASON']._serialized_start=2353
+  _globals['_ENDREASON']._serialized_end=2480
   _globals['_ATTACHREQUEST']._serialized_start=89
   _globals['_ATTACHREQUEST']._serialized_end=362
   _globals['_ALIVE']._serialized_start=364
   _globals['_ALIVE']._serialized_end=391
   _globals['_SUBMITREQUEST']._serialized_start=394
-  _globals['_SUBMITREQUEST']._serialized_end=738
-  _globals['_STOPSEQUENCE']._serialized_start=740
-  _globals['_STOPSEQUENCE']._serialized_end=797
-  _globals['_CLOSEREQUEST']._serialized_start=799
-  _globals['_CLOSEREQUEST']._serialized_end=888
-  _globals['_REQUESTOUTCOME']._serialized_start=891
-  _globals['_REQUESTOUTCOME']._serialized_end=1068
-  _globals['_FRONTENDSTATS']._serialized_start=1071
-  _globals['_FRONTENDSTATS']._serialized_end=1260
-  _globals['_FRONTENDSTATS_NUMREFUSEDENTRY']._serialized_start=1211
-  _globals['_FRONTENDSTATS_NUMREFUSEDENTRY']._serialized_end=1260
-  _globals['_ATTACHRESPONSE']._serialized_start=1263
-  _globals['_ATTACHRESPONSE']._serialized_end=1595
-  _globals['_SEQUENCEPROMPTLOGPROBS']._serialized_start=1597
-  _globals['_SEQUENCEPROMPTLOGPROBS']._serialized_end=1689
-  _globals['_ENGINESTATE']._serialized_start=1691
-  _globals['_ENGINESTATE']._serialized_end=1802
-  _globals['_SUBMITREPLY']._serialized_start=1804
-  _globals['_SUBMITREPLY']._serialized_end=1869
-  _globals['_TOKENLOGPROBS']._serialized_start=1872
-  _globals['_TOKENLOGPROBS']._serialized_end=2050
-  _globals['_SEQUENCEEND']._serialized_start=2053
-  _globals['_SEQUENCEEND']._serialized_end=2232
-  _globals['_ENGINESERVICE']._serialized_start=2363
-  _globals['_ENGINESERVICE']._serialized_end=2463
+  _globals['_SUBMITREQUEST']._serialized_end=787
+  _globals['_TRACECONTEXT']._serialized_start=789
+  _globals['_TRACECONTEXT']._serialized_end=857
+  _globals['_STOPSEQUENCE']._serialized_start=859
+  _globals['_STOPSEQUENCE']._serialized_end=916
+  _globals['_CLOSEREQUEST']._serialized_start=918
+  _globals['_CLOSEREQUEST']._serialized_end=1007
+  _globals['_REQUESTOUTCOME']._serialized_start=1010
+  _globals['_REQUESTOUTCOME']._serialized_end=1187
+  _globals['_FRONTENDSTATS']._serialized_start=1190
+  _globals['_FRONTENDSTATS']._serialized_end=1379
+  _globals['_FRONTENDSTATS_NUMREFUSEDENTRY']._serialized_start=1330
+  _globals['_FRONTENDSTATS_NUMREFUSEDENTRY']._serialized_end=1379
+  _globals['_ATTACHRESPONSE']._serialized_start=1382
+  _globals['_ATTACHRESPONSE']._serialized_end=1714
+  _globals['_SEQUENCEPROMPTLOGPROBS']._serialized_start=1716
+  _globals['_SEQUENCEPROMPTLOGPROBS']._serialized_end=1808
+  _globals['_ENGINESTATE']._serialized_start=1810
+  _globals['_ENGINESTATE']._serialized_end=1921
+  _globals['_SUBMITREPLY']._serialized_start=1923
+  _globals['_SUBMITREPLY']._serialized_end=1988
+  _globals['_TOKENLOGPROBS']._serialized_start=1991
+  _globals['_TOKENLOGPROBS']._serialized_end=2169
+  _globals['_SEQUENCEEND']._serialized_start=2172
+  _globals['_SEQUENCEEND']._serialized_end=2351
+  _globals['_ENGINESERVICE']._serialized_start=2482
+  _globals['_ENGINESERVICE']._serialized_end=2582
 # @@protoc_insertion_point(module_scope)

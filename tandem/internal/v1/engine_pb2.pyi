@@ -144,6 +144,7 @@ class SubmitRequest(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
     LISTS_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, which no live request of any front end may have."""
     first_handle: _builtins.int
@@ -180,6 +181,10 @@ class SubmitRequest(_message.Message):
     def lists(self) -> _worker_pb2.SamplingLists:
         """What the sequences ask of sampling beside numbers. Absent if they ask nothing."""
 
+    @_builtins.property
+    def trace(self) -> Global___TraceContext:
+        """What the call's span needs to know. Absent if there are no traces."""
+
     def __init__(
         self,
         *,
@@ -195,16 +200,47 @@ class SubmitRequest(_message.Message):
         fingerprint: _builtins.str = ...,
         deadline: _builtins.float | None = ...,
         lists: _worker_pb2.SamplingLists | None = ...,
+        trace: Global___TraceContext | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "deadline", b"deadline", "lists", b"lists", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "deadline", b"deadline", "lists", b"lists", "sampling", b"sampling", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "cache_salt", b"cache_salt", "deadline", b"deadline", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "lists", b"lists", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline", b"_deadline", "cache_salt", b"cache_salt", "deadline", b"deadline", "fingerprint", b"fingerprint", "first_handle", b"first_handle", "lists", b"lists", "max_tokens", b"max_tokens", "num_choices", b"num_choices", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline: _TypeAlias = _typing.Literal["deadline"]  # noqa: Y015
     _WhichOneofArgType__deadline: _TypeAlias = _typing.Literal["_deadline", b"_deadline"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline) -> _WhichOneofReturnType__deadline | None: ...
 
 Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
+
+@_typing.final
+class TraceContext(_message.Message):
+    """A call as its span shows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RPC_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
+    rpc: _builtins.str
+    """Service and method, such as tandem.v1.InferenceService/GenerateStream."""
+    traceparent: _builtins.str
+    """W3C's header of that name as the client sent it. Empty if it sent none."""
+    tracestate: _builtins.str
+    """W3C's header of that name as the client sent it. Empty if it sent none."""
+    def __init__(
+        self,
+        *,
+        rpc: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rpc", b"rpc", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceContext: _TypeAlias = TraceContext  # noqa: Y015
 
 @_typing.final
 class StopSequence(_message.Message):

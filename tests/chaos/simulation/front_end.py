@@ -14,7 +14,7 @@ import grpc
 from tokenizers import Tokenizer
 
 from tandem_scheduler.engine.hub import Attachment, EngineHub
-from tandem_scheduler.engine_interface import EngineState, OutputBatch
+from tandem_scheduler.engine_interface import EngineState, OutputBatch, TraceContext
 from tandem_scheduler.front_end.front_end import FrontEnd
 from tandem_scheduler.front_end.grpc_api.inference_servicer import InferenceServicer
 from tandem_scheduler.front_end.live_request import LiveRequest
@@ -67,8 +67,10 @@ class SimulatedFrontEnd(FrontEnd):
     def _cut(self) -> None:
         self._hub.detach(self._attachment)
 
-    async def open(self, request: GenerationRequest, arrived_at: float | None = None) -> LiveRequest:
-        live = await super().open(request, arrived_at)
+    async def open(
+        self, request: GenerationRequest, arrived_at: float | None = None, trace: TraceContext | None = None
+    ) -> LiveRequest:
+        live = await super().open(request, arrived_at, trace)
         self.opened.add(live)
         return live
 

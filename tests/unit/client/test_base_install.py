@@ -18,6 +18,8 @@ MODULES = {
     "grpc_reflection": "grpcio-reflection",
     "huggingface_hub": "huggingface-hub",
     "prometheus_client": "prometheus-client",
+    "opentelemetry.exporter.otlp.proto.grpc": "opentelemetry-exporter-otlp-proto-grpc",
+    "opentelemetry.sdk": "opentelemetry-sdk",
     "smg_grpc_proto": "smg-grpc-proto",
 }
 """The packages whose modules are not called as they are."""
@@ -46,7 +48,7 @@ def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("extra", ["cli", "gateway", "scheduler", "smg", "worker"])
+@pytest.mark.parametrize("extra", ["cli", "gateway", "otel", "scheduler", "smg", "worker"])
 def test_the_check_of_an_extra_knows_what_the_extra_installs(extra: str) -> None:
     brought = set(declared_requirements(extra)) - set(declared_requirements())
     named = {requirement.partition(">=")[0] for requirement in brought}
@@ -87,6 +89,12 @@ def test_commands_that_run_the_services_say_what_to_install(arguments: list[str]
     assert done.returncode == 2
     assert done.stderr.startswith(f"tandem {arguments[0]}: install tandem-llm[worker]: no module named grpc_channelz")
     assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+
+
+def test_traces_say_what_to_install() -> None:
+    done = run_without_extras("from tandem_shared.tracing import check_traces; check_traces('http://127.0.0.1:4317')")
+    problem = "install tandem-llm[otel]: no module named opentelemetry.exporter.otlp.proto.grpc, opentelemetry.sdk"
+    assert done.stderr.splitlines()[-1] == f"tandem_shared.errors.ConfigError: {problem}"
 
 
 def test_llm_says_what_to_install() -> None:

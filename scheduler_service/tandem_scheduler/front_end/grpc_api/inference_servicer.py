@@ -16,6 +16,7 @@ from tandem_scheduler.front_end.grpc_api.request_codec import (
     deadline_of,
     params_of,
     reply_limit,
+    trace_of,
 )
 from tandem_scheduler.front_end.grpc_api.wire_limits import (
     TooLargeToDecode,
@@ -147,7 +148,11 @@ class InferenceServicer:
             checked = await check_request(
                 params, front_end.encoder, front_end.worker, self._served_model, front_end.grammars, front_end.chats
             )
-            return await front_end.open(checked, arrived_at)
+            trace = None
+            if front_end.has_traces:
+                method = "GenerateStream" if max_reply_bytes is None else "Generate"
+                trace = trace_of(context, f"{SERVICE_NAME}/{method}")
+            return await front_end.open(checked, arrived_at, trace)
 
     def token_limit(self) -> int:
         """The most tokens that Tokenize returns and Detokenize accepts, and that a prompt may have to be decoded."""

@@ -53,7 +53,8 @@ class PublicServer:
         tokenizer = load_tokenizer(tokenizer_folder)
         self._chats = ChatRenderer(read_chat_templates(tokenizer_folder))
         grammars = GrammarChecker(tokenizer_folder, tokenizer)
-        self.front_end = FrontEnd(tokenizer, self._set_ready, grammars, self._chats)
+        has_traces = bool(settings.otlp_traces_endpoint)
+        self.front_end = FrontEnd(tokenizer, self._set_ready, grammars, self._chats, has_traces=has_traces)
         inference = InferenceServicer(self.front_end, model_name(settings))
         services: dict[str, Register] = {
             SERVICE_NAME: inference.add_to,

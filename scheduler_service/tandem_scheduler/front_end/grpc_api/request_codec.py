@@ -7,6 +7,7 @@ from typing import Any, TypeVar, overload
 import grpc
 
 from tandem.v1 import inference_pb2
+from tandem_scheduler.engine_interface import TraceContext
 from tandem_scheduler.front_end.generation_params import (
     Chat,
     ChatMessage,
@@ -17,6 +18,7 @@ from tandem_scheduler.front_end.generation_params import (
 from tandem_shared.errors import FieldViolation, InvalidRequest
 from tandem_shared.rpc.call_metadata import MAX_REPLY_BYTES_KEY
 from tandem_shared.sampling_fields import REQUEST_FIELDS
+from tandem_shared.tracing import TRACE_HEADERS, is_trace_header
 
 DEFAULT_REPLY_BYTES = 4 * 1024 * 1024
 """gRPC's own default limit on the messages that a client accepts."""
@@ -138,3 +140,13 @@ def deadline_of(context: "grpc.aio.ServicerContext[Any, Any]") -> float | None:
     """When the call's deadline passes, in seconds of time.monotonic(); None if it has no deadline."""
     left_s = context.time_remaining()
     return None if left_s is None else time.monotonic() + left_s
+
+
+def trace_of(context: "grpc.aio.ServicerContext[Any, Any]", rpc: str) -> TraceContext:
+    """The trace of a call of the RPC, which is service and method."""
+    headers = {
+        name: value
+        for name, value in context.invocation_metadata() or ()
+        if name in TRACE_HEADERS and isinstance(value, str) and is_trace_header(value)
+    }
+    return TraceContext(rpc, **headers)

@@ -20,7 +20,7 @@ from smg_grpc_proto.generated import common_pb2
 from tandem.v1 import control_pb2
 from tandem_scheduler.front_end.front_end import FrontEnd, closing, counting_refusals
 from tandem_scheduler.front_end.grpc_api.caller_limits import for_caller
-from tandem_scheduler.front_end.grpc_api.request_codec import deadline_of, reply_limit
+from tandem_scheduler.front_end.grpc_api.request_codec import deadline_of, reply_limit, trace_of
 from tandem_scheduler.front_end.grpc_api.tokenizer_bundle import CHUNK_BYTES, tokenizer_bundle
 from tandem_scheduler.front_end.grpc_api.vllm_engine_codec import VllmReplies, bounded_vllm_generate, vllm_params_of
 from tandem_scheduler.front_end.grpc_api.wire_limits import TooLargeToDecode
@@ -113,7 +113,8 @@ class VllmEngineServicer:
             checked = await check_request(
                 params, front_end.encoder, front_end.worker, model_name(self._settings), front_end.grammars
             )
-            live = await front_end.open(checked, arrived_at)
+            trace = trace_of(context, f"{SERVICE_NAME}/Generate") if front_end.has_traces else None
+            live = await front_end.open(checked, arrived_at, trace)
         with closing(live):
             replies = VllmReplies(live, request, limit)
             async for delta in live.deltas():

@@ -159,7 +159,8 @@ async def test_the_life_of_requests() -> None:
         hub.end_all(error)
         hub.detach(engine)
     submitted = {event.request_id: event for event in of_type(events, RequestSubmitted)}
-    assert submitted["both"] == RequestSubmitted("both", 0, num_choices=2, num_prompt_tokens=20, max_tokens=8)
+    event = submitted["both"]
+    assert event == RequestSubmitted("both", 0, 2, num_prompt_tokens=20, max_tokens=8, sampling=event.sampling)
     assert [event.first_sequence_id for event in submitted.values()] == [0, 2, 3, 4, 5]
     [refused] = of_type(events, RequestRefused)
     assert refused.request_id == "both" and isinstance(refused.error, RequestIdInUse)

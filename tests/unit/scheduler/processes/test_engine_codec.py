@@ -6,7 +6,7 @@ import numpy as np
 
 from tandem.internal.v1 import engine_pb2
 from tandem_scheduler.core.types import FinishReason
-from tandem_scheduler.engine_interface import OutputBatch, SequenceEnd, Submission
+from tandem_scheduler.engine_interface import OutputBatch, SequenceEnd, Submission, TraceContext
 from tandem_scheduler.processes.engine_codec import (
     decode_outputs,
     decode_submit,
@@ -67,9 +67,10 @@ def test_a_submission() -> None:
     )
     sampling = RowSampling(presence_penalty=0.5, repetition_penalty=1.25, min_tokens=3, num_prompt_logprobs=0)
     request = create_request(0, sampling=sampling, lists=lists, stop_token_ids=[1, 2])
-    submission = Submission("request", 7, request, 2, "fake-model")
-    message = engine_pb2.SubmitRequest.FromString(encode_submit(submission).SerializeToString())
-    got = decode_submit(message)
-    assert np.array_equal(got.first.prompt_token_ids, request.prompt_token_ids)
-    prompt = request.prompt_token_ids
-    assert replace(got, first=replace(got.first, prompt_token_ids=prompt)) == submission
+    for trace in (None, TraceContext("service/Method"), TraceContext("service/Method", "00-ab-cd-01", "a=b")):
+        submission = Submission("request", 7, request, 2, "fake-model", trace)
+        message = engine_pb2.SubmitRequest.FromString(encode_submit(submission).SerializeToString())
+        got = decode_submit(message)
+        assert np.array_equal(got.first.prompt_token_ids, request.prompt_token_ids)
+        prompt = request.prompt_token_ids
+        assert replace(got, first=replace(got.first, prompt_token_ids=prompt)) == submission
