@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import uuid
@@ -242,6 +243,13 @@ def newest(reports: Iterable[tuple[Key, Report]]) -> dict[Key, Report]:
         if key not in found or report["date"] > found[key]["date"]:
             found[key] = report
     return found
+
+
+def commit_in(report: Mapping[str, Any]) -> str:
+    """The commit that was measured, as a short hash, with what else the report says of the tree; empty if it says
+    nothing.
+    """
+    return re.sub(r"\b([0-9a-f]{7})[0-9a-f]+\b", r"\1", str(report.get("commit", "")))
 
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:

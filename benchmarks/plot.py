@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import timeline
 from benchmarks.anchors import FLOOR, NANO_VLLM, VLLM, anchors_of, num_ranks
-from benchmarks.common import REPOSITORY, RESULTS, Report, newest, read_reports
+from benchmarks.common import REPOSITORY, RESULTS, Report, commit_in, newest, read_reports
 from benchmarks.throughput import speed_ratio
 
 TANDEM = "Tandem"
@@ -40,8 +40,8 @@ Numbers = dict[str, dict[str, float]]
 """For each row, the measured value of each engine, and the floor."""
 
 
-def load_results(folder: Path) -> dict[Key, Numbers]:
-    """The measured values beside their anchors."""
+def load_reports(folder: Path) -> dict[Key, Report]:
+    """The reports that have anchors, in the order of the panels."""
     comparable: list[tuple[Key, Report]] = []
     for name, report in read_reports(folder, "throughput_*.json"):
         if anchors_of(report):
@@ -49,27 +49,30 @@ def load_results(folder: Path) -> dict[Key, Numbers]:
         else:
             print(f"{name}: nothing to compare it with; skipped")
     by_key = newest(comparable)
+    return dict(sorted(by_key.items(), key=lambda item: (item[0][0], item[0][2], -len(anchors_of(item[1])))))
+
+
+def numbers_in(reports: dict[Key, Report]) -> dict[Key, Numbers]:
+    """The measured values beside their anchors."""
     return {
         key: {
             name: {TANDEM: report["rows"][name]["median"], **others}
             for name, others in anchors_of(report).items()
             if name in report["rows"]
         }
-        for key, report in sorted(by_key.items(), key=lambda item: (item[0][0], item[0][2], -len(anchors_of(item[1]))))
+        for key, report in reports.items()
     }
 
 
-def draw(
-    results: dict[Key, Numbers], engines: tuple[str, ...], reference: str, axis: str, line: str, path: Path
-) -> None:
+def draw(results: dict[Key, Numbers], commits: dict[Key, str], reference: str, line: str, path: Path) -> None:
     """A panel for each model, a group of bars for each row that the reference has: speeds relative to the reference, so
     up is faster in all rows. line: what the legend says of the line at the reference's speed.
     """
     results = {key: {name: row for name, row in rows.items() if reference in row} for key, rows in results.items()}
     results = {key: rows for key, rows in results.items() if rows}
     figure, panels = pyplot.subplots(len(results), 1, figsize=(9, 3.1 * len(results)), squeeze=False)
-    for panel, ((shape, sampling, count), rows) in zip(panels[:, 0], results.items(), strict=True):
-        present = [engine for engine in engines if any(engine in row for row in rows.values())]
+    for panel, (key, rows) in zip(panels[:, 0], results.items(), strict=True):
+        present = [engine for engine in (NANO_VLLM, VLLM, TANDEM) if any(engine in row for row in rows.values())]
         width = 0.8 / len(present)
         panel.axhline(1, color="black", linewidth=0.8, linestyle="--", label=line, zorder=0)
         for index, engine in enumerate(present):
@@ -81,14 +84,21 @@ def draw(
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
             panel.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], fontsize=7, padding=2, bbox=box)
         panel.set_xticks(range(len(rows)), [ROW_TITLES[name] for name in rows], fontsize=8)
-        panel.set_ylabel(axis, fontsize=8)
+        panel.set_ylabel("speed (higher is faster)", fontsize=8)
+        shape, sampling, count = key
         gpus = "one H100" if count == 1 else f"{count} H100s"
-        panel.set_title(f"Qwen3-{shape.upper()} shape, {gpus}, {SAMPLING_TEXTS[sampling]}", fontsize=9)
+        panel.set_title(
+            f"Qwen3-{shape.upper()} shape, {gpus}, {SAMPLING_TEXTS[sampling]}{at_commit(commits[key])}", fontsize=9
+        )
         panel.margins(y=0.15)
         panel.spines[["top", "right"]].set_visible(False)
         # Beside the bars, as no corner is free in all panels.
         panel.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, path)
+
+
+def at_commit(commit: str) -> str:
+    return f", Tandem at {commit}" if commit else ""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -102,8 +112,9 @@ def save(figure: Figure, path: Path) -> None:
 def main(results_folder: Path, images: Path) -> None:
     # Without a salt the ids in the file would be random.
     matplotlib.rcParams["svg.hashsalt"] = "tandem"
-    if results := load_results(results_folder):
-        draw_speeds(results, images)
+    if reports := load_reports(results_folder):
+        commits = {key: commit_in(report) for key, report in reports.items()}
+        draw_speeds(numbers_in(reports), commits, images)
     else:
         print(f"no results of benchmarks.throughput to draw in {results_folder}")
     scalings = results_folder / "scaling.json"
@@ -117,10 +128,9 @@ def main(results_folder: Path, images: Path) -> None:
         print(f"no results of benchmarks.gaps to draw in {results_folder}")
 
 
-def draw_speeds(results: dict[Key, Numbers], images: Path) -> None:
-    engines, axis = (NANO_VLLM, VLLM, TANDEM), "speed (higher is faster)"
-    draw(results, engines, VLLM, axis, f"{VLLM} = 1", images / "throughput.svg")
-    draw(results, engines, FLOOR, axis, "the hardware's limit = 1", images / "roofline.svg")
+def draw_speeds(results: dict[Key, Numbers], commits: dict[Key, str], images: Path) -> None:
+    draw(results, commits, VLLM, f"{VLLM} = 1", images / "throughput.svg")
+    draw(results, commits, FLOOR, "the hardware's limit = 1", images / "roofline.svg")
 
 
 def draw_scaling(scalings: list[Report]) -> Figure:
@@ -142,7 +152,9 @@ def draw_scaling(scalings: list[Report]) -> Figure:
                 sizes.update(ranks)
         ideal = [size / min(sizes) for size in sorted(sizes)]
         panel.plot(sorted(sizes), ideal, color="#9aa5b1", linewidth=0.8, label="ideal")
-        for face, style, label in (("black", "-", "measured"), ("white", "--", "predicted")):
+        commits = {size: commit_in(entry) for row in scaling["measured"].values() for size, entry in row.items()}
+        measured = ", ".join(f"{size} at {commit}" for size, commit in commits.items() if commit)
+        for face, style, label in (("black", "-", f"measured: {measured}"), ("white", "--", "predicted")):
             panel.plot([], [], style, color="black", marker="o", markerfacecolor=face, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)

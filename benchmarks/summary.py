@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.anchors import NANO_VLLM, VLLM, anchors_of
-from benchmarks.common import REPOSITORY, RESULTS, Report
+from benchmarks.common import REPOSITORY, RESULTS, Report, commit_in
 
 DOCUMENT = REPOSITORY / "docs" / "performance.md"
 FILES = {
@@ -40,19 +40,19 @@ def speeds(folder: Path) -> str:
     lines = [f"| {' | '.join([FIRST_COLUMN, *reports])} |", "|---|" + "---|" * len(reports)]
     for name, meaning in ROWS.items():
         lines.append(f"| {' | '.join([meaning, *(_cell(report, name) for report in reports.values())])} |")
-    commits = list(map(_short, reports.values()))
+    commits = list(map(commit_in, reports.values()))
     commits = [commit + _flag(commit, commits[0]) for commit in commits]
     return "\n".join([*lines, f"| {' | '.join(['commit of Tandem', *commits])} |"]) + "\n"
 
 
 def commits(folder: Path, text: str) -> str:
     """The commit and the day of each results file that a text names; those without a commit are left out."""
-    of_summary = _short(json.loads((folder / next(iter(FILES.values()))).read_text()))
+    of_summary = commit_in(json.loads((folder / next(iter(FILES.values()))).read_text()))
     lines = ["| file | commit | day |", "|---|---|---|"]
     for name in sorted(set(re.findall(r"`(\w[\w.]*\.json)`", text))):
         path = folder / name
         report = json.loads(path.read_text()) if path.exists() else {}
-        if commit := _short(report):
+        if commit := commit_in(report):
             lines.append(f"| {name} | {commit}{_flag(commit, of_summary)} | {report.get('date', '')[:10]} |")
     return "\n".join(lines) + "\n"
 
@@ -65,11 +65,6 @@ def _cell(report: Report, name: str) -> str:
     digits = 0 if row["unit"] == "tok/s" else 1 if name == "ttft_1024" else 2
     numbers = [f"{number:,.{digits}f}" if number else NOT_MEASURED for number in map(others.get, (VLLM, NANO_VLLM))]
     return f"**{row['median']:,.{digits}f}** / {' / '.join(numbers)} {row['unit']}"
-
-
-def _short(report: Report) -> str:
-    """The beginning of a commit's hash, with what else the file says of the tree; empty if it says nothing."""
-    return re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", str(report.get("commit", "")))
 
 
 def _flag(commit: str, of_summary: str) -> str:

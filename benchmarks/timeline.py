@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from benchmarks.common import Report, newest, read_reports
+from benchmarks.common import Report, commit_in, newest, read_reports
 from tandem_shared.config import SchedulerSettings
 
 DEPTH = SchedulerSettings().max_plans_in_flight
@@ -24,7 +24,12 @@ def load_samples(folder: Path) -> dict[str, Sample]:
     """The newest sample of each model on a GPU, at the default depth and BATCH rows, by the panel's title."""
     reports = [report for _, report in read_reports(folder, "gaps_*.json")]
     by_model = newest((r["model"], r) for r in reports if r["device"] != "cpu" and sample_in(r))
-    return {f"{model} on {report['device']}": sample_in(report) for model, report in sorted(by_model.items())}
+    return {_title(model, report): sample_in(report) for model, report in sorted(by_model.items())}
+
+
+def _title(model: str, report: Report) -> str:
+    commit = commit_in(report)
+    return f"{model} on {report['device']}{f' at {commit}' if commit else ''}"
 
 
 def sample_in(report: Report) -> Sample:

@@ -255,7 +255,7 @@ def test_plots_take_the_newest_comparable_results_and_are_deterministic(tmp_path
     }
     for name, report in reports.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
-    results = plot.load_results(tmp_path)
+    results = plot.numbers_in(plot.load_reports(tmp_path))
     assert list(results) == [("0.6b", "temperature", 1), ("0.6b", "qwen3", 1), ("8b", "temperature", 2)]
     row = results["0.6b", "temperature", 1]["nano256"]
     assert row[plot.TANDEM] == 0.5 * row[VLLM] and row[FLOOR] == 5.21
