@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.calls import REPLY_LIMIT, build
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tandem_shared.gateway_settings import GatewaySettings
-from tandem_shared.rpc.credentials import channel_credentials, open_channel
+from tandem_shared.host.reloaded import Reloaded
+from tandem_shared.rpc.credentials import open_channel, reloaded_credentials
 from tandem_shared.rpc.grpc_options import client_options
 from tandem_shared.rpc.rich_status import error_of
 
@@ -41,17 +42,32 @@ class Engine:
 
     def __init__(self, settings: GatewaySettings) -> None:
         """Connects when first used. Raises ConfigError for a file of a certificate that can't be read."""
-        # Without a pool of its own, equal channels would share one connection.
-        options = [*client_options(settings.scheduler_address), ("grpc.use_local_subchannel_pool", 1)]
-        credentials = _credentials(settings)
-        self._channels = [open_channel(settings.scheduler_address, credentials, options) for _ in range(NUM_CHANNELS)]
-        stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
-        self._stubs = itertools.cycle(stubs)
+        self._address = settings.scheduler_address
+        self._credentials = _credentials(settings)
+        self._channels: list[grpc.aio.Channel] = []
+        self._connect()
         self.reasoning = settings.reasoning_parser
         self._is_token: dict[str, bool] = {}
         self._forget_tokens_at = 0.0
-        self._control = control_pb2_grpc.ControlServiceStub(self._channels[0])
-        self._health = health_pb2_grpc.HealthStub(self._channels[0])
+
+    def _connect(self) -> None:
+        """Makes the channels of the calls from now on. Calls of older ones go on."""
+        # Without a pool of its own, equal channels would share one connection.
+        options = [*client_options(self._address), ("grpc.use_local_subchannel_pool", 1)]
+        credentials = self._credentials.value if self._credentials is not None else None
+        channels = [open_channel(self._address, credentials, options) for _ in range(NUM_CHANNELS)]
+        # Channels without calls have no connections after a while. They are few: certificates change each day at most.
+        self._channels += channels
+        self._next_channel = itertools.cycle(channels)
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._credentials is not None and self._credentials.refresh():
+            self._connect()
+        return next(self._next_channel)
+
+    @property
+    def _inference(self) -> Any:
+        return inference_pb2_grpc.InferenceServiceStub(self._channel())
 
     async def close(self) -> None:
         """Ends the calls that are under way."""
@@ -61,7 +77,7 @@ class Engine:
     async def generate(self, fields: Fields, metadata: Metadata) -> inference_pb2.GenerateResponse:
         """The whole output. Cancelling the task cancels the call."""
         request = build(inference_pb2.GenerateRequest, **fields)
-        return await _call(next(self._stubs).Generate, request, metadata=(*metadata, *REPLY_LIMIT))
+        return await _call(self._inference.Generate, request, metadata=(*metadata, *REPLY_LIMIT))
 
     async def generate_all(
         self, requests: Sequence[Fields], metadata: Metadata
@@ -77,18 +93,18 @@ class Engine:
     def stream(self, requests: Sequence[Fields], metadata: Metadata) -> "OutputStream":
         """The outputs of several prompts, as they are made."""
         messages = [build(inference_pb2.GenerateStreamRequest, **fields) for fields in requests]
-        return OutputStream([next(self._stubs).GenerateStream(message, metadata=metadata) for message in messages])
+        return OutputStream([self._inference.GenerateStream(message, metadata=metadata) for message in messages])
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest, metadata: Metadata) -> list[int]:
-        return list((await _call(next(self._stubs).Tokenize, request, metadata=metadata)).token_ids)
+        return list((await _call(self._inference.Tokenize, request, metadata=metadata)).token_ids)
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest, metadata: Metadata) -> str:
-        response = await _call(next(self._stubs).Detokenize, request, metadata=(*metadata, *REPLY_LIMIT))
+        response = await _call(self._inference.Detokenize, request, metadata=(*metadata, *REPLY_LIMIT))
         return str(response.text)
 
     async def model_info(self, metadata: Metadata) -> inference_pb2.GetModelInfoResponse:
         request = inference_pb2.GetModelInfoRequest()
-        return await _call(next(self._stubs).GetModelInfo, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
+        return await _call(self._inference.GetModelInfo, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
 
     async def model_name(self, metadata: Metadata) -> str:
         """The served model's name, which an answer has even if its request names no model."""
@@ -108,13 +124,18 @@ class Engine:
     async def metrics(self, metadata: Metadata) -> bytes:
         """The scheduler's metrics in Prometheus's text format."""
         request = control_pb2.GetMetricsRequest()
-        response = await _call(self._control.GetMetrics, request, metadata=metadata, timeout=INFO_TIMEOUT_S)
+        response = await _call(
+            control_pb2_grpc.ControlServiceStub(self._channel()).GetMetrics,
+            request,
+            metadata=metadata,
+            timeout=INFO_TIMEOUT_S,
+        )
         return bytes(response.text)
 
     async def is_ready(self) -> bool:
         """Whether the scheduler would run a request now."""
         request = health_pb2.HealthCheckRequest(service=INFERENCE_SERVICE)
-        response = await _call(self._health.Check, request, timeout=INFO_TIMEOUT_S)
+        response = await _call(health_pb2_grpc.HealthStub(self._channel()).Check, request, timeout=INFO_TIMEOUT_S)
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -170,10 +191,10 @@ async def _call(method: Callable[..., Awaitable[T]], request: object, **options:
         raise error_of(error) from error
 
 
-def _credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
+def _credentials(settings: GatewaySettings) -> Reloaded[grpc.ChannelCredentials] | None:
     if not settings.scheduler_ca:
         return None
-    return channel_credentials(
+    return reloaded_credentials(
         ("--scheduler-ca", settings.scheduler_ca),
         ("--scheduler-tls-key", settings.scheduler_tls_key),
         ("--scheduler-tls-cert", settings.scheduler_tls_cert),

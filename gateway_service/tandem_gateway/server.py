@@ -15,6 +15,7 @@ from uvicorn.supervisors import Multiprocess
 from tandem_gateway.app import make_app
 from tandem_gateway.http_protocol import BoundedProtocol
 from tandem_gateway.metrics import FILES_VARIABLE
+from tandem_gateway.tls import reloaded_context
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.log import configure_logging
@@ -61,11 +62,12 @@ def server_config(settings: GatewaySettings) -> uvicorn.Config:
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_grace_s),
-        ssl_certfile=settings.tls_cert or None,
-        ssl_keyfile=settings.tls_key or None,
-        ssl_ca_certs=settings.tls_client_ca or None,
-        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+        ssl_context_factory=functools.partial(_ssl_context, settings) if settings.tls_cert else None,
     )
+
+
+def _ssl_context(settings: GatewaySettings, *_: object) -> ssl.SSLContext:
+    return reloaded_context(settings)
 
 
 def load_app(settings: GatewaySettings, main_pid: int) -> object:

@@ -75,25 +75,86 @@ def https_client(port: int, authority: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"https://localhost:{port}/v1", api_key="none", max_retries=0, http_client=http)
 
 
+async def status(gateway: Gateway, context: ssl.SSLContext | None) -> int:
+    """The status of a request of its own connection, with TLS if there is a context."""
+    reader, writer = await asyncio.open_connection("localhost", gateway.port, ssl=context)
+    writer.write(head("GET", "/version", 0))
+    answer = await asyncio.wait_for(read_answer(reader), WAIT_S)
+    writer.close()
+    return answer.status
+
+
+REFUSALS = (ssl.SSLError, asyncio.IncompleteReadError, ConnectionError)
+
+
 async def test_with_a_certificate_only_https_is_spoken_and_clients_must_be_known(tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path, "server")
     client_certificate, client_key = make_certificate(tmp_path, "client")
     settings = {"tls_cert": str(certificate), "tls_key": str(key), "tls_client_ca": str(client_certificate)}
     async with Gateway("127.0.0.1:1", **settings) as gateway:
-
-        async def status(context: ssl.SSLContext | None) -> int:
-            reader, writer = await asyncio.open_connection("localhost", gateway.port, ssl=context)
-            writer.write(head("GET", "/version", 0))
-            answer = await asyncio.wait_for(read_answer(reader), WAIT_S)
-            writer.close()
-            return answer.status
-
         context = ssl.create_default_context(cafile=str(certificate))
         for each in (None, context):
-            with pytest.raises((ssl.SSLError, asyncio.IncompleteReadError, ConnectionError)):
-                await status(each)
+            with pytest.raises(REFUSALS):
+                await status(gateway, each)
         context.load_cert_chain(client_certificate, client_key)
-        assert await status(context) == 200
+        assert await status(gateway, context) == 200
+
+
+async def test_certificates_that_have_changed_are_read_again(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "server")
+    next_certificate, next_key = make_certificate(tmp_path, "next")
+    old, new = (ssl.create_default_context(cafile=str(each)) for each in (certificate, next_certificate))
+    async with Gateway("127.0.0.1:1", tls_cert=str(certificate), tls_key=str(key)) as gateway:
+
+        async def is_trusted_by(context: ssl.SSLContext) -> bool:
+            try:
+                _, writer = await asyncio.open_connection("localhost", gateway.port, ssl=context)
+            except ssl.SSLError:
+                return False
+            writer.close()
+            return True
+
+        assert [await is_trusted_by(old), await is_trusted_by(new)] == [True, False]
+        certificate.write_text("not a certificate")
+        assert await is_trusted_by(old)
+        next_key.replace(key)
+        next_certificate.replace(certificate)
+        assert [await is_trusted_by(old), await is_trusted_by(new)] == [False, True]
+
+
+async def test_so_is_the_authority_of_clients(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "server")
+    contexts = []
+    for name in ("old", "new"):
+        shown, shown_key = make_certificate(tmp_path, name)
+        contexts.append(ssl.create_default_context(cafile=str(certificate)))
+        contexts[-1].load_cert_chain(shown, shown_key)
+    old, new = contexts
+    settings = {"tls_cert": str(certificate), "tls_key": str(key), "tls_client_ca": str(tmp_path / "old.pem")}
+    async with Gateway("127.0.0.1:1", **settings) as gateway:
+        assert await status(gateway, old) == 200
+        with pytest.raises(REFUSALS):
+            await status(gateway, new)
+        (tmp_path / "new.pem").replace(tmp_path / "old.pem")
+        assert await status(gateway, new) == 200
+        with pytest.raises(REFUSALS):
+            await status(gateway, old)
+
+
+async def test_a_gateway_shows_a_new_certificate_to_the_scheduler_from_the_next_call_on(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path, "scheduler")
+    shown, shown_key = make_certificate(tmp_path, "gateway")
+    known, known_key = make_certificate(tmp_path, "known")
+    settings = WorkerSettings(tls_cert=str(certificate), tls_key=str(key), tls_client_ca=str(tmp_path / "authority"))
+    (tmp_path / "authority").write_bytes(known.read_bytes())
+    # As above, 501 is said by a server that was reached.
+    async with running(make_server(credentials=server_credentials(settings))) as port:
+        flags = {"scheduler_tls_cert": str(shown), "scheduler_tls_key": str(shown_key)}
+        async with Gateway(f"localhost:{port}", scheduler_ca=str(certificate), **flags) as gateway:
+            assert (await gateway.get("/v1/models")).status == 503
+            known_key.replace(shown_key)
+            known.replace(shown)
+            assert (await gateway.get("/v1/models")).status == 501
 
 
 @pytest.mark.parametrize(
