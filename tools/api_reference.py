@@ -44,7 +44,8 @@ set to zero. A field that is neither optional nor a list nor a message is 0, fal
 # Numbers of fields in google/protobuf/descriptor.proto, of which the paths to comments are made.
 MESSAGES, ENUMS, SERVICES = 4, 5, 6
 FIELDS = VALUES = METHODS = 2
-Path_ = tuple[int, ...]
+Place = tuple[int, ...]
+"""A path of field numbers and indices to a part of a file, as source_code_info has it."""
 
 
 def read_files() -> list[FileDescriptorProto]:
@@ -62,7 +63,7 @@ class Reference:
 
     def __init__(self, files: list[FileDescriptorProto]) -> None:
         self._files = files
-        self._comments: dict[int, dict[Path_, str]] = {
+        self._comments: dict[int, dict[Place, str]] = {
             id(file): {tuple(at.path): at.leading_comments for at in file.source_code_info.location} for file in files
         }
         headings = [name for file in files for name in _headings(file)]
@@ -118,7 +119,7 @@ class Reference:
                             yield value.name.removeprefix(PREFIX), stated[1]
 
     @staticmethod
-    def _line_numbers(file: FileDescriptorProto) -> dict[Path_, int]:
+    def _line_numbers(file: FileDescriptorProto) -> dict[Place, int]:
         return {tuple(at.path): at.span[0] for at in file.source_code_info.location}
 
     def _contents(self) -> Iterator[str]:
@@ -129,7 +130,7 @@ class Reference:
             kinds = ", ".join(self._link(name) for name in sorted(_kinds(file)))
             yield f"  - its messages: {kinds}" if file.service else f"- {kinds}"
 
-    def _service(self, file: FileDescriptorProto, service: ServiceDescriptorProto, path: Path_) -> Iterator[str]:
+    def _service(self, file: FileDescriptorProto, service: ServiceDescriptorProto, path: Place) -> Iterator[str]:
         comments = self._comments[id(file)]
         yield from (f"## {service.name}", "", *self._prose(comments[path]))
         for number, rpc in enumerate(service.method):
@@ -138,7 +139,7 @@ class Reference:
             yield f"{self._link(_local(rpc.input_type))} → {stream}{self._link(_local(rpc.output_type))}"
             yield from ("", *self._prose(comments[*path, METHODS, number]))
 
-    def _message(self, file: FileDescriptorProto, message: DescriptorProto, path: Path_, level: str) -> Iterator[str]:
+    def _message(self, file: FileDescriptorProto, message: DescriptorProto, path: Place, level: str) -> Iterator[str]:
         comments = self._comments[id(file)]
         yield from (f"{level} {message.name}", "", *self._prose(comments[path]))
         if not message.field:
@@ -152,7 +153,7 @@ class Reference:
             yield f"| {' | '.join([*cells, self._inline(default)] if has_defaults else cells)} |"
         yield ""
 
-    def _enum(self, file: FileDescriptorProto, enum: EnumDescriptorProto, path: Path_, level: str) -> Iterator[str]:
+    def _enum(self, file: FileDescriptorProto, enum: EnumDescriptorProto, path: Place, level: str) -> Iterator[str]:
         comments = self._comments[id(file)]
         yield from (f"{level} {enum.name}", "", *self._prose(comments[path]), "| value | meaning |", "|---|---|")
         for number, value in enumerate(enum.value):
