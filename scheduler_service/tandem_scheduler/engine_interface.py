@@ -147,6 +147,10 @@ class Engine(Protocol):
     @property
     def state(self) -> EngineState: ...
 
+    @property
+    def load_report(self) -> bytes:
+        """The engine's load, a second old at most, as an encoded OrcaLoadReport. Empty if clients are not told."""
+
     async def submit(self, submission: "Submission") -> None:
         """Queues a request's sequences, all or none.
 

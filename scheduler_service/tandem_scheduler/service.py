@@ -23,6 +23,7 @@ from tandem_scheduler.engine.worker_client import GrpcWorkerClient, WorkerClient
 from tandem_scheduler.front_end.grpc_api.public_server import PublicServer
 from tandem_scheduler.model_check import ModelCheck
 from tandem_scheduler.observers.load_log import log_load
+from tandem_scheduler.observers.load_report import LoadReports
 from tandem_scheduler.observers.metrics import SchedulerMetrics
 from tandem_scheduler.observers.request_log import RequestLog
 from tandem_scheduler.processes.engine_side.front_end_pool import FrontEndPool
@@ -89,6 +90,9 @@ class SchedulerService:
         told = [self._metrics.tell, *([observer] if observer is not None else [])]
         if settings.log_requests != "none":
             told.append(self._request_log.tell)
+        reports = LoadReports()
+        if settings.load_reports:
+            told.append(reports.tell)
         self._span_export = SpanExport(settings.otlp_traces_endpoint) if settings.otlp_traces_endpoint else None
         if self._span_export is not None:
             # It needs an extra.
@@ -112,6 +116,8 @@ class SchedulerService:
             observer=observe,
         )
         self._hub.connect(self.step_loop)
+        if settings.load_reports:
+            self._hub.load_report = lambda: reports.read(self.step_loop)
         self._front_ends = self._create_front_ends(interceptors)
         self._running: asyncio.Task[None] | None = None
         self._logging: asyncio.Task[None] | None = None

@@ -151,6 +151,11 @@ class SchedulerSettings(ServiceSettings):
         " extra smg (true or false)",
     )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
+    load_reports: bool = option(
+        False,
+        "whether the trailers of generating calls tell the server's load, for clients and proxies that balance by ORCA"
+        " (true or false)",
+    )
     log_requests: str = option(
         "few",
         "requests of which the log has a line when they end; few is at most 10 a second and a count of the others",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from tandem_scheduler.core.types import FinishedSequence, FinishReason, SequenceRequest, StepOutputs
+from tandem_scheduler.engine.conversions import counts_of, error_of, sampling_of_choice
 from tandem_scheduler.engine.observer import Observer
 from tandem_scheduler.engine.request_events import RequestEvents
 from tandem_scheduler.engine.step_loop import StepLoop
@@ -26,10 +27,7 @@ from tandem_scheduler.engine_interface import (
     tell_state,
 )
 from tandem_shared.errors import (
-    DeadlinePassed,
     Draining,
-    FieldViolation,
-    InvalidRequest,
     ProtocolError,
     RequestIdInUse,
     RequestNotFound,
@@ -38,7 +36,6 @@ from tandem_shared.errors import (
     Undrained,
     WorkerUnavailable,
 )
-from tandem_shared.sampling_fields import RowSampling
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +75,8 @@ class EngineHub:
         self._is_undrained = asyncio.Event()
         # Given by connect(); the two know each other.
         self._step_loop: StepLoop | None = None
+        self.load_report: Callable[[], bytes] = lambda: b""
+        """Gives the engine's load now, for the front ends (Engine.load_report)."""
 
     def connect(self, step_loop: StepLoop) -> None:
         self._step_loop = step_loop
@@ -181,7 +180,7 @@ class EngineHub:
         for end in finished:
             sequence = self._sequences[end.sequence_id]
             sequence.num_output_tokens = end.num_output_tokens
-            error = _error_of(end)
+            error = error_of(end)
             reason = end.reason if error is None else FinishReason.ERROR
             self._end(sequence, SequenceEnd(sequence.handle, reason, end.num_cached_tokens, end.stop_token_id, error))
         self._flush()
@@ -231,7 +230,7 @@ class EngineHub:
         if worker is not None and worker.fingerprint != submission.fingerprint:
             raise WorkerUnavailable("the worker came to have another model while the request was checked")
         choices = [
-            replace(first, sequence_id=next(self._sequence_ids), sampling=_sampling_of_choice(first.sampling, index))
+            replace(first, sequence_id=next(self._sequence_ids), sampling=sampling_of_choice(first.sampling, index))
             for index in range(submission.num_choices)
         ]
         self.step_loop.submit(choices)
@@ -258,7 +257,7 @@ class EngineHub:
         """Ends a sequence whose front end wants no more of it, or could not take its outputs."""
         if sequence is not None and self._sequences.get(sequence.sequence_id) is sequence:
             ended = self.step_loop.abort(sequence.sequence_id)
-            num_output_tokens, num_cached_tokens = _counts_of(ended)
+            num_output_tokens, num_cached_tokens = counts_of(ended)
             self._forget(
                 sequence, SequenceEnd(sequence.handle, FinishReason.ABORT, num_cached_tokens), num_output_tokens
             )
@@ -284,7 +283,7 @@ class EngineHub:
                 ended = self.step_loop.abort(sequence_id)
                 if ended is not None:
                     sequence.num_output_tokens = ended.num_output_tokens
-                _, num_cached_tokens = _counts_of(ended)
+                _, num_cached_tokens = counts_of(ended)
                 self._end(sequence, SequenceEnd(sequence.handle, FinishReason.ERROR, num_cached_tokens, error=error))
         self._flush()
 
@@ -309,29 +308,6 @@ class EngineHub:
             await tell_state(attachment.listener, self.state)
 
 
-def _counts_of(end: FinishedSequence | None) -> tuple[int, int]:
-    """Output tokens and cached prompt tokens; zeros where the core had ended the sequence before."""
-    return (end.num_output_tokens, end.num_cached_tokens) if end is not None else (0, 0)
-
-
-def _sampling_of_choice(sampling: RowSampling, index: int) -> RowSampling:
-    """The choices differ in their random numbers, and only the first one reports the prompt, which they share."""
-    num_prompt_logprobs = sampling.num_prompt_logprobs if index == 0 else None
-    return replace(sampling, choice_index=index, num_prompt_logprobs=num_prompt_logprobs)
-
-
-def _error_of(end: FinishedSequence) -> TandemError | None:
-    match end.reason:
-        case FinishReason.ERROR if end.error_field is not None:
-            return InvalidRequest(FieldViolation(end.error_field, end.error or ""))
-        case FinishReason.ERROR:
-            return SequenceFailed(end.error or "the sequence failed")
-        case FinishReason.EXPIRED:
-            return DeadlinePassed("the call's deadline passed while it waited")
-        case _:
-            return None
-
-
 class Attachment:
     """One front end's Engine, in the engine's own process."""
 
@@ -347,6 +323,10 @@ class Attachment:
     @property
     def state(self) -> EngineState:
         return self._hub.state
+
+    @property
+    def load_report(self) -> bytes:
+        return self._hub.load_report()
 
     async def submit(self, submission: Submission) -> None:
         self._hub.open(self, submission)

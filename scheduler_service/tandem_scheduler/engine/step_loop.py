@@ -100,6 +100,11 @@ class StepLoop:
         return self._meter.sums
 
     @property
+    def max_num_seqs(self) -> int:
+        """The most sequences that may run at once. The worker may have fewer rows."""
+        return self._config.max_num_seqs
+
+    @property
     def is_prefix_caching(self) -> bool:
         return self._config.enable_prefix_caching
 

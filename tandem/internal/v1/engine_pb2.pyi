@@ -414,10 +414,13 @@ class AttachResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOAD_REPORT_FIELD_NUMBER: _builtins.int
     token_handles: _builtins.bytes
     """The sequences that have new tokens, as uint64, little-endian. A sequence is there once for each of its tokens."""
     token_ids: _builtins.bytes
     """Parallel to token_handles: the new tokens as int32, little-endian, those of one sequence in their order."""
+    load_report: _builtins.bytes
+    """The engine's load, as a serialised OrcaLoadReport. Set once a second if clients are to be told."""
     @_builtins.property
     def state(self) -> Global___EngineState:
         """The engine's state. Set in the first message, and whenever the state has changed."""
@@ -450,10 +453,11 @@ class AttachResponse(_message.Message):
         logprobs: Global___TokenLogprobs | None = ...,
         ends: _abc.Iterable[Global___SequenceEnd] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___SequencePromptLogprobs] | None = ...,
+        load_report: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "state", b"state", "submit_replies", b"submit_replies", "token_handles", b"token_handles", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "load_report", b"load_report", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "state", b"state", "submit_replies", b"submit_replies", "token_handles", b"token_handles", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,6 +113,8 @@ CHANGES: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {
             "        for attachment in self._attachments:\n            attachment.flush()",
             "        for attachment in self._attachments[:1]:\n            attachment.flush()",
         ),
+    ),
+    ("simulation", "tandem_scheduler/engine/conversions.py"): (
         (
             "    num_prompt_logprobs = sampling.num_prompt_logprobs if index == 0 else None",
             "    num_prompt_logprobs = sampling.num_prompt_logprobs",

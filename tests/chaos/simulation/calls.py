@@ -266,5 +266,8 @@ class _Context:
     def invocation_metadata(self) -> None:
         return None
 
+    def set_trailing_metadata(self, metadata: object) -> None:
+        pass
+
     def time_remaining(self) -> float | None:
         return None if self._call.deadline is None else self._call.deadline - now()

@@ -34,6 +34,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 SERVICE_NAME = "tandem.v1.InferenceService"
 
+LOAD_REPORT_KEY = "endpoint-load-metrics-bin"
+"""The metadata of ORCA's load reports."""
+
 MIN_TOKEN_LIMIT = 131_072
 """The most tokens that Tokenize returns and Detokenize accepts, unless the model's context is longer."""
 
@@ -70,7 +73,9 @@ class InferenceServicer:
         limit = reply_limit(context.invocation_metadata())
         live = await self._open(request, limit, context)
         with closing(live):
-            return await whole_reply(live, self._served_model, limit)
+            reply = await whole_reply(live, self._served_model, limit)
+        self._report_load(context)
+        return reply
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest | TooLargeToDecode, context: Context
@@ -81,6 +86,7 @@ class InferenceServicer:
             async for delta in live.deltas():
                 num_open -= delta.end is not None
                 yield stream_message(live, delta, is_last=not num_open)
+        self._report_load(context)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest | TooLargeToDecode, context: Context
@@ -153,6 +159,11 @@ class InferenceServicer:
                 method = "GenerateStream" if max_reply_bytes is None else "Generate"
                 trace = trace_of(context, f"{SERVICE_NAME}/{method}")
             return await front_end.open(checked, arrived_at, trace)
+
+    def _report_load(self, context: Context) -> None:
+        """Has the call's trailers bring the engine's load, for clients and proxies that know ORCA."""
+        if report := self._front_end.engine.load_report:
+            context.set_trailing_metadata(((LOAD_REPORT_KEY, report),))
 
     def token_limit(self) -> int:
         """The most tokens that Tokenize returns and Detokenize accepts, and that a prompt may have to be decoded."""

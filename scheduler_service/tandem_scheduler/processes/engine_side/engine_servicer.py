@@ -40,6 +40,7 @@ class _Outbox:
         self._has_news.set()
         self._is_closed = False
         self._is_beat_due = False
+        self._load_report = b""
         self._stats = FrontEndStats()
         self.process_id: int | None = None
         """The front end's process id, once the front end has said it."""
@@ -66,8 +67,9 @@ class _Outbox:
         self._submit_replies.append(reply)
         self._has_news.set()
 
-    def say_alive(self) -> None:
-        """Sends a message even if there is nothing to say."""
+    def say_alive(self, load_report: bytes) -> None:
+        """Sends a message even if there is nothing else to say."""
+        self._load_report = load_report
         self._is_beat_due = True
         self._has_news.set()
 
@@ -92,6 +94,8 @@ class _Outbox:
         message.submit_replies.extend(self._submit_replies)
         if self._state is not None:
             message.state.CopyFrom(encode_state(self._state))
+        if self._is_beat_due:
+            message.load_report = self._load_report
         self._batch, self._submit_replies, self._state, self._is_beat_due = OutputBatch(), [], None, False
         return message
 
@@ -123,8 +127,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 
     def say_alive(self) -> None:
         """Tells every front end that this process is alive."""
+        load_report = self._hub.load_report()
         for outbox in self._outboxes:
-            outbox.say_alive()
+            outbox.say_alive(load_report)
 
     def close(self) -> None:
         """Ends all streams, now and later, so that the front ends leave."""

@@ -55,6 +55,7 @@ class RemoteEngine:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket_path}", LOCAL_OPTIONS)
         self.control = control_pb2_grpc.ControlServiceStub(self._channel)
         self.state = EngineState()
+        self.load_report = b""
         self._outbox: asyncio.Queue[engine_pb2.AttachRequest] = asyncio.Queue()
         self._submitting: dict[int, asyncio.Future[None]] = {}
         # Counted in turns of this process's event loop, because this process may have stood still itself.
@@ -148,6 +149,8 @@ class RemoteEngine:
             await tell_state(listener, self.state)
 
     async def _take(self, message: engine_pb2.AttachResponse, listener: EngineListener) -> None:
+        if message.load_report:
+            self.load_report = message.load_report
         if message.HasField("state"):
             await self._take_state(message.state, listener)
         for reply in message.submit_replies:
