@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem_shared.config import SchedulerSettings, WorkerSettings, check_exposure
 from tandem_shared.errors import ConfigError
-from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.rpc.session_secret import read_secret
 
 
@@ -60,28 +58,3 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, problem in ((tmp_path / "fifo", "is not a regular file"), (tmp_path / "no" / "folder", "No such file")):
         with pytest.raises(ConfigError, match=f"--session-secret-file.*{problem}"):
             read_secret(str(path))
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gpu-host"])
-def test_a_worker_within_reach_of_others_wants_a_secret_or_certificates(host: str) -> None:
-    with pytest.raises(ConfigError, match=f"--host {host} lets whoever reaches it open a session"):
-        check_exposure(WorkerSettings(host=host))
-    check_exposure(WorkerSettings(host=host, session_secret_file="secret"))
-    check_exposure(WorkerSettings(host=host, tls_client_ca="ca.pem"))
-
-
-@pytest.mark.parametrize("settings", [SchedulerSettings, GatewaySettings])
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gpu-host"])
-def test_a_server_within_reach_of_others_wants_keys_or_tls_or_to_be_told(
-    host: str, settings: type[SchedulerSettings | GatewaySettings]
-) -> None:
-    with pytest.raises(ConfigError, match=f"--host {host} lets whoever reaches it use the service: .*--insecure"):
-        check_exposure(settings(host=host))
-    for taken in ({"api_key_file": "keys"}, {"tls_cert": "cert.pem"}, {"insecure": True}):
-        check_exposure(settings(host=host, **taken))
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
-def test_on_loopback_none_is_needed(host: str) -> None:
-    for settings in (WorkerSettings, SchedulerSettings, GatewaySettings):
-        check_exposure(settings(host=host))
