@@ -4,11 +4,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tandem_gateway.tls import reloaded_context
 from tandem_shared.config import read_command_line
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.host.log import configure_logging
 from tandem_shared.options import flag_of
+from tandem_shared.rpc.api_keys import KeyFile
 
 FILES = (
     "tls_cert",
@@ -42,11 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_files(settings: GatewaySettings) -> None:
-    """Raises ConfigError for a file that is not there, before a process is started that needs it."""
+    """Raises ConfigError for a file that is not there or is wrong, before a process is started that needs it."""
     for name in FILES:
         path = getattr(settings, name)
         if path and not Path(path).is_file():
             raise ConfigError(f"{flag_of(name)}: {path} is no file")
+    if settings.api_key_file:
+        KeyFile(settings.api_key_file)
+    if settings.tls_cert:
+        reloaded_context(settings)
 
 
 if __name__ == "__main__":

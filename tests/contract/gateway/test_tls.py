@@ -172,3 +172,23 @@ def test_wrong_flags_are_named(flags: str, problem: str, capsys: pytest.CaptureF
         main(flags.split())
     assert end.value.code == 2
     assert capsys.readouterr().err == f"tandem-gateway: {problem}\n"
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--api-key-file FILE", "--api-key-file FILE, line 1: must be NAME SCOPES KEY"),
+        ("--tls-cert FILE --tls-key FILE", "--tls-cert, --tls-key or --tls-client-ca: "),
+    ],
+)
+def test_wrong_files_are_refused_before_a_process_starts(
+    flags: str, problem: str, num_workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong").write_text("wrong\n")
+    given = flags.replace("FILE", str(tmp_path / "wrong")).split()
+    with pytest.raises(SystemExit) as end:
+        main([*given, "--http-port", "0", "--http-workers", num_workers])
+    assert end.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tandem-gateway: {problem.replace('FILE', str(tmp_path / 'wrong'))}")
