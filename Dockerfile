@@ -31,7 +31,7 @@ WORKDIR /home/tandem
 # pip is of no use in an image; it goes last, so that its layer has what it installed and not itself.
 FROM environment AS scheduler-environment
 COPY --from=source / ./
-RUN pip install ".[smg]" && pip uninstall --yes pip setuptools
+RUN pip install ".[otel,smg]" && pip uninstall --yes pip setuptools
 
 FROM base AS scheduler
 COPY --from=scheduler-environment /opt/tandem /opt/tandem
@@ -39,7 +39,7 @@ CMD ["tandem-scheduler"]
 
 FROM environment AS gateway-environment
 COPY --from=source / ./
-RUN pip install ".[gateway]" && pip uninstall --yes pip setuptools
+RUN pip install ".[gateway,otel]" && pip uninstall --yes pip setuptools
 
 FROM base AS gateway
 COPY --from=gateway-environment /opt/tandem /opt/tandem
@@ -51,7 +51,7 @@ FROM environment AS worker-cpu-environment
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 RUN pip install --no-deps --index-url "${TORCH_INDEX_URL}" torch
 COPY --from=source / ./
-RUN pip install ".[worker]" && pip uninstall --yes pip
+RUN pip install ".[otel,worker]" && pip uninstall --yes pip
 
 FROM base AS worker-cpu
 COPY --from=worker-cpu-environment /opt/tandem /opt/tandem
@@ -68,7 +68,7 @@ FROM environment AS worker-cuda-environment
 # First and alone, as it is gigabytes that a change of Tandem leaves as they are.
 RUN pip install torch
 COPY --from=source / ./
-RUN pip install ".[gpu]" && pip uninstall --yes pip
+RUN pip install ".[gpu,otel]" && pip uninstall --yes pip
 
 FROM base AS worker-cuda
 # Triton compiles the code that launches its kernels, where it runs.

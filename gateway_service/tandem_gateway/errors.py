@@ -111,6 +111,8 @@ def error_response(error: Exception) -> JsonAnswer:
     if status in (429, 503):
         # Clients try again after whole seconds, by the header's definition.
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)) if isinstance(error, RetryLater) else 1)
+    if status == CLIENT_GONE:
+        note_error(described[1], status)
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if status == 405 and isinstance(error, HTTPException):

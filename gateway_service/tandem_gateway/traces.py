@@ -31,7 +31,7 @@ def trace_metadata(headers: Headers) -> tuple[tuple[str, str], ...]:
 
 
 def note_error(message: str, status: int) -> None:
-    """Tells the request's span of an error that came after the answer's status had been sent."""
+    """Tells the request's span of an error that its status does not tell of: after it was sent, or below 500."""
     span = trace.get_current_span()
     span.set_attribute("error.type", str(status))
     span.set_status(trace.StatusCode.ERROR, message)

@@ -56,8 +56,10 @@ class _Call:
     events: list[tuple[str, float, Attributes]] = field(default_factory=list)
     """Name, time and attributes."""
     steps: list[_Step] = field(default_factory=list)
-    left_at: dict[int, float] = field(default_factory=dict)
-    """When sequences that had a row lost it, by sequence id, until they have one again."""
+    left_at: dict[int, float | None] = field(default_factory=dict)
+    """Sequences that had a row and lost it, by id, until they have one again: when they were preempted. None if it was
+    the worker that was lost.
+    """
 
 
 class RequestTraces:
@@ -94,8 +96,8 @@ class RequestTraces:
 
     @property
     def num_held(self) -> int:
-        """How many sequences something is kept of. 0 when no call is open and no plan is under way."""
-        return len(self._calls) + len(self._chunks)
+        """How many sequences something is kept of. 0 when no call is open."""
+        return len(self._calls)
 
     def _on_submitted(self, request: RequestSubmitted) -> None:
         if request.trace is not None:
@@ -111,9 +113,10 @@ class RequestTraces:
         for new in plan.added_rows:
             self._rows[new.row] = new.sequence_id
             call = self._calls.get(new.sequence_id)
-            if call is not None and (left_at := call.left_at.pop(new.sequence_id, None)) is not None:
+            if call is not None and new.sequence_id in call.left_at:
                 choice = {"tandem.choice.index": new.sequence_id - call.request.first_sequence_id}
-                call.events.append(("preempted", left_at, choice))
+                if (left_at := call.left_at.pop(new.sequence_id)) is not None:
+                    call.events.append(("preempted", left_at, choice))
                 call.events.append(("resumed", made.made_at, choice))
         chunks = [
             (call, num_tokens)
@@ -146,12 +149,13 @@ class RequestTraces:
 
     def _on_lost(self, lost: WorkerLost) -> None:
         now = time.monotonic()
-        calls = {call for sequence_id in self._rows.values() if (call := self._calls.get(sequence_id)) is not None}
-        for call in calls:
-            call.events.append(("worker lost", now, {"tandem.worker.loss": lost.reason}))
+        told = set()
         for sequence_id in self._rows.values():
             if (call := self._calls.get(sequence_id)) is not None:
-                call.left_at[sequence_id] = now
+                call.left_at[sequence_id] = None
+                if call not in told:
+                    told.add(call)
+                    call.events.append(("worker lost", now, {"tandem.worker.loss": lost.reason}))
         self._rows.clear()
         self._chunks.clear()
 
@@ -175,10 +179,11 @@ class RequestTraces:
             trace.rpc,
             TraceContextTextMapPropagator().extract(carrier, Context()),
             SpanKind.SERVER,
-            {"rpc.system.name": "grpc", "rpc.method": trace.rpc, **_attributes(closed, times, self._model)},
+            {"rpc.system.name": "grpc", "rpc.method": trace.rpc},
             start_time=unix_ns(closed.outcome.arrived_at if closed.outcome is not None else times.submitted_at),
         )
         if server.is_recording():
+            server.set_attributes(_attributes(closed, times, self._model))
             _set_status(server, closed)
             for name, at, attributes in call.events:
                 server.add_event(name, attributes, unix_ns(at))

@@ -35,7 +35,7 @@ class SimulatedFrontEnd(FrontEnd):
     """A front end in the step loop's process. As the listener of its engine it raises when the world says so."""
 
     def __init__(self, tokenizer: Tokenizer, rng: Random, events: Counter[str]) -> None:
-        super().__init__(tokenizer, self._note_ready)
+        super().__init__(tokenizer, self._note_ready, has_traces=True)
         self._events = events
         self._is_told = False
         self.servicer = InferenceServicer(self, "fake")

@@ -23,6 +23,7 @@ class WatchedMetrics:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._metrics = SchedulerMetrics()
+        self.times = self._metrics.times
         self._num_choices = Counter[int]()
         self._before: Values = {}
 

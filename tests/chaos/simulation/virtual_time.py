@@ -13,7 +13,7 @@ from unittest.mock import patch
 from tandem_scheduler.engine import step_loop
 from tandem_scheduler.front_end import front_end
 from tandem_scheduler.front_end.grpc_api import inference_servicer, request_codec
-from tandem_scheduler.observers import metrics
+from tandem_scheduler.observers import metrics, traces
 
 T = TypeVar("T")
 
@@ -57,12 +57,18 @@ class _Clock:
     def monotonic() -> float:
         return asyncio.get_running_loop().time()
 
+    @staticmethod
+    def monotonic_ns() -> int:
+        return round(1e9 * _Clock.monotonic())
+
+    time_ns = monotonic_ns
+
 
 @contextlib.contextmanager
 def _virtual_modules() -> Iterator[None]:
     """Gives virtual time to the modules under simulation that import the time module."""
     with contextlib.ExitStack() as stack:
-        for module in (step_loop, request_codec, front_end, inference_servicer, metrics):
+        for module in (step_loop, request_codec, front_end, inference_servicer, metrics, traces):
             stack.enter_context(patch.object(module, "time", _Clock))
         yield
 

@@ -11,6 +11,7 @@ from unittest.mock import patch
 from tandem_scheduler.core.suspects import PROBE_ID
 from tandem_scheduler.core.types import SchedulerConfig, SequenceRequest
 from tandem_scheduler.engine.hub import EngineHub
+from tandem_scheduler.engine.observer import all_of
 from tandem_scheduler.engine.step_loop import StepLoop
 from tandem_scheduler.engine_interface import HEARTBEAT_S
 from tandem_scheduler.front_end import live_request
@@ -23,6 +24,7 @@ from tests.chaos.simulation.checks import WatchedSink, check_books, check_end, c
 from tests.chaos.simulation.faults import FAULTS
 from tests.chaos.simulation.front_end import RemoteFrontEnd, SimulatedFrontEnd
 from tests.chaos.simulation.metrics import WatchedMetrics
+from tests.chaos.simulation.traces import WatchedTraces
 from tests.chaos.simulation.truths import WrongAnswer
 from tests.chaos.simulation.wishes import VOCAB_SIZE
 from tests.chaos.simulation.worker import Flaw, SimulatedWorker, now, random_size
@@ -108,7 +110,10 @@ class World:
         """All workers that the scheduler may know."""
         self.worker = SimulatedWorker(self, info)
         self.metrics = WatchedMetrics(self)
-        self.hub = EngineHub(self.metrics.tell)
+        self.traces = WatchedTraces(self, self.metrics.times)
+        # The traces read times that the metrics forget at the end of a call.
+        observe = all_of(self.traces.tell, self.metrics.tell)
+        self.hub = EngineHub(observe)
         self.sink = WatchedSink(self, self.hub)
         self.config = random_config(rng)
         self.step_loop = _WatchedLoop(
@@ -118,7 +123,7 @@ class World:
             scheduler_id="simulated",
             worker_wait_s=self.worker_wait_s,
             step_timeout_s=self.step_timeout_s,
-            observer=self.metrics.tell,
+            observer=observe,
         )
         self.step_loop.world = self
         self.hub.connect(self.step_loop)
@@ -144,6 +149,7 @@ class World:
         if not self.failures:
             await check_end(self)
             self.metrics.check_end()
+            self.traces.check_end()
             scheduler = self.step_loop.scheduler
             assert scheduler is not None
             load = scheduler.load()

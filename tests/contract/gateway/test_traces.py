@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.gated_worker import gated_runner, kill_worker
+from tests.contract.gated_worker import gated_runner, kill_worker, open_gate
 from tests.contract.services import Services
 from tests.support.collector import Collector, check_phases, parent_of, running_collector
 from tests.support.gateway import HOST, Gateway, head
@@ -64,19 +64,23 @@ async def test_requests_that_fail(traced: tuple[Services, Gateway], collector: C
     [refused] = trace.spans
     assert refused.attributes["http.response.status_code"] == 400 and not refused.is_error
 
-    long = {**CHAT, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    trace_id, _, header = parent_of(next(NUMBERS))
-    body = json.dumps(long).encode()
-    _, writer = await asyncio.open_connection(HOST, gateway.port)
-    writer.write(head("POST", "/v1/chat/completions", len(body), {"traceparent": header}) + body)
-    await services.wait_load(lambda load: load.num_step_results >= 3, "it streams")
-    writer.close()
-    trace = await asyncio.to_thread(collector.trace, trace_id, "tandem-gateway", "tandem-scheduler")
-    assert trace.server("tandem-gateway").is_error and trace.server().is_error
+    long = {**CHAT, "max_tokens": 400, "ignore_eos": True}
+    for is_stream in (True, False):
+        trace_id, _, header = parent_of(next(NUMBERS))
+        body = json.dumps({**long, "stream": is_stream}).encode()
+        _, writer = await asyncio.open_connection(HOST, gateway.port)
+        writer.write(head("POST", "/v1/chat/completions", len(body), {"traceparent": header}) + body)
+        open_gate(services.runner, 10)
+        await services.wait_load(lambda load: load.num_running_sequences == 1, "it runs")
+        writer.close()
+        trace = await asyncio.to_thread(collector.trace, trace_id, "tandem-gateway", "tandem-scheduler")
+        assert trace.server("tandem-gateway").is_error and trace.server().is_error
 
     trace_id, _, header = parent_of(next(NUMBERS))
-    asked = asyncio.create_task(gateway.post("/v1/chat/completions", long, {"traceparent": header}))
-    await services.wait_load(lambda load: load.num_step_results == 60, "it streams, and waits for the worker")
+    before = (await services.load()).num_output_tokens
+    asked = asyncio.create_task(gateway.post("/v1/chat/completions", {**long, "stream": True}, {"traceparent": header}))
+    open_gate(services.runner, 10)
+    await services.wait_load(lambda load: load.num_output_tokens > before, "it streams")
     await kill_worker(services)
     answer = await asked
     assert answer.status == 200 and b"no worker came back" in answer.body
