@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from tandem_scheduler.observers.definitions import SCHEDULER_METRICS
 from tests.contract.front_ends import connections_to_each, running_on, two_front_ends
 from tests.contract.gated_worker import gated_runner, kill_worker, open_gate
 from tests.contract.services import (
+    INFERENCE,
     Services,
     StreamedOutput,
     error_of,
@@ -191,6 +193,11 @@ async def test_refused_and_cancelled_requests() -> None:
         assert found["kv_cache_usage_perc"] == pytest.approx(1 / (model_info().num_blocks - 1))
         await error_of(services.stream(stream_request()))
         await error_of(services.stream(stream_request(top_p=7.0)))
+        # This one is refused before it is a request.
+        garbage = services.channel.unary_unary(f"/{INFERENCE}/Generate", lambda data: data)
+        await error_of(garbage(b"\xff"))
+        # This one is no request.
+        await error_of(services.channel.unary_unary(f"/{INFERENCE}/Tokenize", lambda data: data)(b"\xff"))
         waiting.cancel()
         found = await settled_aborts(port, 1)
         # It was never admitted.
@@ -203,8 +210,23 @@ async def test_refused_and_cancelled_requests() -> None:
         await error_of(services.stream(stream_request()))
         found = await scrape(port)
     assert found["draining"] == 1
-    expected = {"QUEUE_FULL": 1, "INVALID_REQUEST": 1, "DRAINING": 1}
+    expected = {"QUEUE_FULL": 1, "INVALID_REQUEST": 2, "DRAINING": 1}
     assert found.values("requests_refused_total", "reason") == expected
+
+
+async def test_calls_that_show_no_key_are_refused_and_the_metrics_need_one_for_control(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"ops inference,control {'k' * 20}\nuser inference {'u' * 20}\n")
+    (tmp_path / "keys").chmod(0o600)
+    async with Services(api_key_file=str(tmp_path / "keys"), metrics_port=0) as services:
+        assert (await error_of(services.stream(stream_request()))).code() == grpc.StatusCode.UNAUTHENTICATED
+        ask = services.control.GetMetrics
+        for key, is_allowed in (("u" * 20, False), ("k" * 20, True)):
+            call = ask(control_pb2.GetMetricsRequest(), metadata=(("authorization", f"Bearer {key}"),))
+            if is_allowed:
+                found = Scrape((await call).text.decode())
+            else:
+                assert (await error_of(call)).code() == grpc.StatusCode.PERMISSION_DENIED
+    assert found.values("requests_refused_total", "reason") == {"INVALID_API_KEY": 1}
 
 
 async def settled_aborts(port: int, count: int) -> Scrape:

@@ -143,7 +143,7 @@ class FrontEnd:
             self._fail(choice.request, error)
 
     def note_refusal(self, error: TandemError) -> None:
-        """Counts a request that was refused, before it was opened or by the engine."""
+        """Counts a request that was refused: before its call ran, before it was opened, or by the engine."""
         self._stats.num_refused[reason_of(type(error))] += 1
 
     # The engine's listener

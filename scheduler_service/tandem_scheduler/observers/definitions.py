@@ -120,7 +120,7 @@ REQUEST_PARAMS_MAX_TOKENS = Metric(
 REQUESTS_REFUSED = Metric(
     "requests_refused",
     "counter",
-    "Requests that were refused before any choice of theirs waited, by the reason in the error's details.",
+    "Generating calls that were refused before any choice of theirs waited, by the reason in the error's details.",
     ("reason",),
 )
 OVERSHOOT_TOKENS = Metric(

@@ -11,6 +11,7 @@ answered by a server that is full of other calls, and their messages are decoded
 """
 
 import asyncio
+import functools
 import inspect
 import logging
 import sys
@@ -34,6 +35,7 @@ Metadata = tuple[tuple[str, bytes], ...]
 End = tuple[grpc.StatusCode, str, Metadata]
 Parse = Callable[[bytes], Any]
 ReadRequest = Callable[[AsyncIterator[bytes], str], Awaitable[Any]]
+OnRefusal = Callable[[Exception], None]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         limits: CallLimits | None = None,
         small_limits: CallLimits | None = None,
         small_calls: Collection[str] = (),
+        on_refusal: Callable[[str, Exception], None] = lambda method, error: None,
     ) -> None:
-        """small_calls: the full names of the services, or of methods as SERVICE/METHOD, that small_limits are for."""
+        """small_calls: the full names of the services, or of methods as SERVICE/METHOD, that small_limits are for.
+        on_refusal is called with SERVICE/METHOD and the error of a call that ends before its method runs.
+        """
+        self._on_refusal = on_refusal
         self._limits = limits or CallLimits()
         self._small_limits = small_limits or self._limits
         self._small_calls = frozenset(small_calls)
@@ -73,26 +79,28 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         assert call is not None, "gRPC runs each call in a task of its own"
         self.calls.add(call)
         call.add_done_callback(self.calls.discard)
+        method = handler_call_details.method.removeprefix("/")
+        on_refusal = functools.partial(self._on_refusal, method)
         try:
             handler: Any = await continuation(handler_call_details)
         except Exception as error:
+            on_refusal(error)
             return grpc.stream_unary_rpc_method_handler(_refuse_with(_end_of(error)))
         if handler is None:
             return None
         read = _read_stream if handler.request_streaming else _read_one
-        method = handler_call_details.method.removeprefix("/")
         is_small = not self._small_calls.isdisjoint((method, method.rpartition("/")[0]))
         limits = self._small_limits if is_small else self._limits
         read_request = read(handler.request_deserializer or bytes, limits)
         behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if not handler.response_streaming:
-            make, wrapped = grpc.stream_unary_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
+            make, wrap = grpc.stream_unary_rpc_method_handler, _wrap_awaited
         elif inspect.isasyncgenfunction(behavior):
-            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_generator(behavior, read_request, limits)
+            make, wrap = grpc.stream_stream_rpc_method_handler, _wrap_generator
         else:
             # The method writes its responses to the context, as the standard health service's Watch does.
-            make, wrapped = grpc.stream_stream_rpc_method_handler, _wrap_awaited(behavior, read_request, limits)
-        return make(wrapped, None, handler.response_serializer)
+            make, wrap = grpc.stream_stream_rpc_method_handler, _wrap_awaited
+        return make(wrap(behavior, read_request, limits, on_refusal), None, handler.response_serializer)
 
 
 def _refuse_with(end: End) -> Callable[..., Awaitable[None]]:
@@ -103,32 +111,44 @@ def _refuse_with(end: End) -> Callable[..., Awaitable[None]]:
 
 
 def _wrap_awaited(
-    behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest, limits: CallLimits
+    behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest, limits: CallLimits, on_refusal: OnRefusal
 ) -> Callable[..., Any]:
     async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
+        is_running = False
         try:
             with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
-                return await behavior(await read_request(requests, context.peer()), context)
+                request = await read_request(requests, context.peer())
+                is_running = True
+                return await behavior(request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
+            if not is_running:
+                on_refusal(error)
             end = _end_of(error)
         await _abort(context, end)
 
     return awaited
 
 
-def _wrap_generator(behavior: Callable[..., Any], read_request: ReadRequest, limits: CallLimits) -> Callable[..., Any]:
+def _wrap_generator(
+    behavior: Callable[..., Any], read_request: ReadRequest, limits: CallLimits, on_refusal: OnRefusal
+) -> Callable[..., Any]:
     async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        is_running = False
         try:
             with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
-                async with aclosing(behavior(await read_request(requests, context.peer()), context)) as responses:
+                request = await read_request(requests, context.peer())
+                is_running = True
+                async with aclosing(behavior(request, context)) as responses:
                     async for response in responses:
                         yield response
             return
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
+            if not is_running:
+                on_refusal(error)
             end = _end_of(error)
         await _abort(context, end)
 

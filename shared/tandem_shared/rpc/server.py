@@ -69,6 +69,7 @@ class Server:
         max_request_bytes: int = MAX_MESSAGE_BYTES,
         max_open_calls: int = DEFAULT_MAX_OPEN_CALLS,
         num_unshared_calls: int = 0,
+        on_refusal: Callable[[str, Exception], None] = lambda method, error: None,
     ) -> None:
         """services: for each service's full name, the function that adds its servicer to a server. small_calls:
         services, or methods as SERVICE/METHOD, whose requests are all small; like health, they have limits apart from
@@ -77,6 +78,7 @@ class Server:
         the connections. max_request_bytes: gRPC refuses larger messages with RESOURCE_EXHAUSTED.
         max_open_calls: further calls are refused with QueueFull, as are those above a connection's share
         (call_gate.py). num_unshared_calls: how many calls one connection may have even if that is above its share.
+        on_refusal: is called with SERVICE/METHOD and the error of a call that ends before its method runs.
         """
         self._services = tuple(services)
         self._credentials = credentials
@@ -95,6 +97,7 @@ class Server:
             _limits(CallGate(max_open_calls, num_unshared=num_unshared_calls), max_request_bytes),
             _small_limits(),
             [*small_calls, *own_names, *SERVICE_NAMES],
+            on_refusal,
         )
         self._server = grpc.aio.server(interceptors=[self._first, *interceptors], options=options)
         for register in services.values():

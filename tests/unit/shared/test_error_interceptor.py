@@ -35,9 +35,9 @@ async def fail_streaming(request: bytes, context: Any) -> AsyncIterator[bytes]:
 
 
 async def test_an_error_for_a_call_that_is_gone_ends_it_as_a_cancelled_one() -> None:
-    awaited = _wrap_awaited(fail, read_request, CallLimits())
+    awaited = _wrap_awaited(fail, read_request, CallLimits(), lambda error: None)
     with pytest.raises(asyncio.CancelledError):
         await awaited(None, GoneContext())
-    generator = _wrap_generator(fail_streaming, read_request, CallLimits())
+    generator = _wrap_generator(fail_streaming, read_request, CallLimits(), lambda error: None)
     with pytest.raises(asyncio.CancelledError):
         await anext(generator(None, GoneContext()))

@@ -16,6 +16,7 @@ from tandem_scheduler.front_end.grammar_check import GrammarChecker
 from tandem_scheduler.front_end.grpc_api.inference_servicer import SERVICE_NAME, InferenceServicer
 from tandem_scheduler.front_end.text.tokenizer import load_tokenizer
 from tandem_shared.config import SchedulerSettings, model_name
+from tandem_shared.errors import TandemError
 from tandem_shared.rpc.api_keys import KeyFile, Scope
 from tandem_shared.rpc.authorizer import Authorizer
 from tandem_shared.rpc.credentials import server_credentials
@@ -27,6 +28,9 @@ CONTROL_SERVICE = "tandem.v1.ControlService"
 
 NUM_OTHER_CALLS = 64
 """How many calls may be open beside those that the engine has waiting or running."""
+
+GENERATING = ("Generate", "GenerateStream")
+"""The methods, of whatever service, whose calls are requests."""
 
 STOP_GRACE_S = 1.0
 """How long calls whose requests have ended may take to send their last messages."""
@@ -84,6 +88,7 @@ class PublicServer:
             max_open_calls=settings.max_num_seqs + settings.max_num_waiting + NUM_OTHER_CALLS,
             # One connection fills the batch, however few may wait: many clients have just one.
             num_unshared_calls=settings.max_num_seqs,
+            on_refusal=self._note_refusal,
         )
         self.front_end.connect(attach(self.front_end))
 
@@ -97,6 +102,10 @@ class PublicServer:
         """Lets calls whose requests have ended send their last messages."""
         await (self._server.finish(STOP_GRACE_S) if self._ends_process else self._server.stop(STOP_GRACE_S))
         await self._chats.close()
+
+    def _note_refusal(self, method: str, error: Exception) -> None:
+        if method.rpartition("/")[2] in GENERATING and isinstance(error, TandemError):
+            self.front_end.note_refusal(error)
 
     async def _set_ready(self, is_ready: bool) -> None:
         await self._server.set_ready(self._inference_services, is_ready)
