@@ -110,20 +110,31 @@ def _refuse_with(end: End) -> Callable[..., Awaitable[None]]:
     return refuse
 
 
+class _Reading:
+    """The reading of a call's request, of which nothing else may keep the request (_end_of)."""
+
+    def __init__(self, read_request: ReadRequest) -> None:
+        self.is_done = False
+        self._read_request = read_request
+
+    async def read(self, requests: AsyncIterator[bytes], peer: str) -> Any:
+        request = await self._read_request(requests, peer)
+        self.is_done = True
+        return request
+
+
 def _wrap_awaited(
     behavior: Callable[..., Awaitable[Any]], read_request: ReadRequest, limits: CallLimits, on_refusal: OnRefusal
 ) -> Callable[..., Any]:
     async def awaited(requests: AsyncIterator[bytes], context: Context) -> Any:
-        is_running = False
+        reading = _Reading(read_request)
         try:
             with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
-                request = await read_request(requests, context.peer())
-                is_running = True
-                return await behavior(request, context)
+                return await behavior(await reading.read(requests, context.peer()), context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
-            if not is_running:
+            if not reading.is_done:
                 on_refusal(error)
             end = _end_of(error)
         await _abort(context, end)
@@ -135,19 +146,17 @@ def _wrap_generator(
     behavior: Callable[..., Any], read_request: ReadRequest, limits: CallLimits, on_refusal: OnRefusal
 ) -> Callable[..., Any]:
     async def generator(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
-        is_running = False
+        reading = _Reading(read_request)
         try:
             with limits.calls.pass_through(context.peer(), if_full=limits.reads.hurry_oldest):
-                request = await read_request(requests, context.peer())
-                is_running = True
-                async with aclosing(behavior(request, context)) as responses:
+                async with aclosing(behavior(await reading.read(requests, context.peer()), context)) as responses:
                     async for response in responses:
                         yield response
             return
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
-            if not is_running:
+            if not reading.is_done:
                 on_refusal(error)
             end = _end_of(error)
         await _abort(context, end)
