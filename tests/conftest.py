@@ -3,7 +3,12 @@
 import os
 import signal
 
+import hypothesis
 import torch
+
+# No test is timed: a busy machine may take long for an example.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 # Without a GPU the Triton kernels run through Triton's interpreter, which must be said before anything imports triton.
 if not torch.cuda.is_available():

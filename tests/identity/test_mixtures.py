@@ -69,7 +69,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> TorchRunner:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(REQUESTS, st.integers(1, 4), st.sampled_from([None, 3]), st.booleans())
 def test_a_request_ends_as_it_does_alone(
     runner: TorchRunner, requests: list[SequenceRequest], depth: int, chunk: int | None, prefix_caching: bool
