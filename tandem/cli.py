@@ -13,17 +13,16 @@ import grpc
 from tandem.commands import bench, chat, demo, generate, serve, top
 from tandem.outputs import text_of
 from tandem_shared import VERSION
-from tandem_shared.config import SchedulerSettings, WorkerSettings
+from tandem_shared.config import SETTINGS
 from tandem_shared.errors import ConfigError, TandemError
-from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.options import refuse_unknown_variables, spell_out_booleans
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(spell_out_booleans(given, SchedulerSettings, WorkerSettings))
+    options = build_parser().parse_args(spell_out_booleans(given, *SETTINGS))
     try:
-        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
+        refuse_unknown_variables(os.environ, SETTINGS)
         return int(options.run(options))
     except ConfigError as error:
         print(f"tandem {options.command}: {error}", file=sys.stderr)

@@ -7,15 +7,24 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
 from tandem_shared.gateway_settings import API_KEY_FILE_HELP, INSECURE_HELP, MAX_PORT, TRACES_HELP, GatewaySettings
-from tandem_shared.options import add_options, option, read_settings, refuse_unknown_variables, spell_out_booleans
+from tandem_shared.options import (
+    Given,
+    add_options,
+    flag_of,
+    list_fields,
+    option,
+    read_settings,
+    refuse_unknown_variables,
+    spell_out_booleans,
+)
 from tandem_shared.rpc.grpc_options import DEFAULT_MAX_REQUEST_BYTES, MAX_MESSAGE_BYTES, is_loopback
 from tandem_shared.tracing import check_traces
 
@@ -105,6 +114,7 @@ class SchedulerSettings(ServiceSettings):
         "",
         "MODULE:CLASS of a grpc.aio.ServerInterceptor that calls go through, made without arguments; or several,"
         " with commas between them",
+        is_list=True,
     )
     tokenizer: str = option("", "folder with tokenizer.json; the model's if not given")
     max_num_seqs: int = option(
@@ -220,6 +230,10 @@ class WorkerSettings(ServiceSettings):
     )
 
 
+SETTINGS = (SchedulerSettings, WorkerSettings, GatewaySettings)
+"""The settings that there are, each of which may be a variable or stand in a file."""
+
+
 def read_command_line(
     settings_class: type[T],
     program: str,
@@ -233,21 +247,46 @@ def read_command_line(
     """
     parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     add_options(parser, settings_class, synonyms=SYNONYMS)
+    add_config_flag(parser)
     given = sys.argv[1:] if arguments is None else arguments
     namespace = parser.parse_args(spell_out_booleans(given, settings_class))
     try:
-        refuse_unknown_variables(os.environ, (SchedulerSettings, WorkerSettings, GatewaySettings))
-        settings = read_settings(settings_class, namespace, os.environ)
-        check_tls(settings)
-        check_metrics_prefix(settings)
-        check_exposure(settings)
-        check_traces(getattr(settings, "otlp_traces_endpoint", ""))
         if extra is not None:
             require_extra(extra)
+        refuse_unknown_variables(os.environ, SETTINGS)
+        settings = read_settings(settings_class, namespace, os.environ, read_config(namespace, program))
+        check_settings(settings)
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     return settings
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    text = "YAML file of settings, with the flags' names as keys; flags and environment variables win over it"
+    parser.add_argument("--config", metavar="FILE", help=text)
+
+
+def read_config(options: argparse.Namespace, program: str, without: Iterable[str] = ()) -> dict[str, Given]:
+    """What the file of --config says, if one is given. Services may share a file, so it may have the settings of each,
+    but for some. Raises ConfigError.
+    """
+    if options.config is None:
+        return {}
+    # It needs a package that the client alone does without.
+    from tandem_shared.config_file import read_config_file
+
+    known = {field.name for cls in SETTINGS for field in fields(cls)} - {*without}
+    return read_config_file(options.config, program, known, list_fields(*SETTINGS), SYNONYMS)
+
+
+def check_settings(settings: ServiceSettings | GatewaySettings) -> None:
+    """Raises ConfigError for what is wrong with settings beyond the limits of each."""
+    check_tls(settings)
+    check_metrics_prefix(settings)
+    check_exposure(settings)
+    check_traces(getattr(settings, "otlp_traces_endpoint", ""))
+    check_outputs(settings)
 
 
 def check_tls(settings: ServiceSettings | GatewaySettings) -> None:
@@ -287,6 +326,23 @@ def check_exposure(settings: ServiceSettings | GatewaySettings) -> None:
             f"--host {settings.host} lets whoever reaches it open a session: give the worker and its scheduler the "
             "same --session-secret-file, or the worker --tls-client-ca"
         )
+
+
+def check_outputs(settings: ServiceSettings | GatewaySettings) -> None:
+    """Raises ConfigError for a file that can't be written once the service runs."""
+    for name in ("port_file", "record"):
+        path = getattr(settings, name, "")
+        folder = Path(path).parent
+        if not path:
+            continue
+        if not folder.is_dir():
+            raise ConfigError(f"{flag_of(name)} {path}: there is no folder {folder}")
+        if Path(path).is_dir():
+            raise ConfigError(f"{flag_of(name)} {path}: is a folder")
+        # A port file is replaced by another file.
+        written = path if name == "record" and Path(path).exists() else folder
+        if not os.access(written, os.W_OK):
+            raise ConfigError(f"{flag_of(name)} {path}: {written} can't be written")
 
 
 def model_name(settings: ServiceSettings) -> str:

@@ -19,10 +19,11 @@ _SCHEDULER_MODULES = (
     "prometheus_client",
     "tokenizers",
     "xxhash",
+    "yaml",
 )
 MODULES_OF_EXTRA = {
     "cli": ("httptools", "rich"),
-    "gateway": ("fastapi", "grpc_health", "httptools", "prometheus_client", "uvicorn", "uvloop"),
+    "gateway": ("fastapi", "grpc_health", "httptools", "prometheus_client", "uvicorn", "uvloop", "yaml"),
     "otel": ("opentelemetry.exporter.otlp.proto.grpc", "opentelemetry.sdk"),
     "scheduler": _SCHEDULER_MODULES,
     "smg": (*_SCHEDULER_MODULES, "smg_grpc_proto"),

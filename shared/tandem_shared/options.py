@@ -1,4 +1,5 @@
-"""Reads frozen settings from command-line flags and environment variables. A flag wins over its variable.
+"""Reads frozen settings from command-line flags, environment variables and a file (config_file.py). A flag wins over
+its variable, and that over the file.
 
 This file knows how to read, check and describe the fields of a settings dataclass, not what they mean; config.py has
 the dataclasses. A field named `max_num_seqs` is the flag --max-num-seqs and the variable TANDEM_MAX_NUM_SEQS. An empty
@@ -14,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tandem_shared.errors import ConfigError
 
@@ -32,6 +33,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
+class Given(NamedTuple):
+    """A value as somebody wrote it, and where, for messages about it."""
+
+    text: str
+    source: str
+
+
 def option(
     default: Any,
     text: str,
@@ -40,11 +48,19 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
+    is_list: bool = False,
 ) -> Any:
     """Makes a field of a settings dataclass. text is what --help says of it; its value is in `unit` and limited by
-    minimum, maximum and choices.
+    minimum, maximum and choices. is_list: it is text that may hold several values, with commas between them.
     """
-    metadata = {"text": text, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": choices}
+    metadata = {
+        "text": text,
+        "unit": unit,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "is_list": is_list,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -98,17 +114,31 @@ def _help_of(field: "dataclasses.Field[Any]") -> str:
     return f"{field.metadata['text']} [{'; '.join(details)}]"
 
 
-def read_settings(settings_class: type[T], arguments: argparse.Namespace, environment: Mapping[str, str]) -> T:
-    """Builds the settings. Raises ConfigError, which names the flag or variable that is wrong."""
+def read_settings(
+    settings_class: type[T],
+    arguments: argparse.Namespace,
+    environment: Mapping[str, str],
+    file: Mapping[str, Given] | None = None,
+) -> T:
+    """Builds the settings. file: what a file says of fields. Raises ConfigError, which names the flag, the variable or
+    the place in the file that is wrong.
+    """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):  # type: ignore[arg-type]
         raw, source = getattr(arguments, field.name, None), flag_of(field.name)
         variable = variable_of(field.name)
         if raw is None and _is_ours(variable, environment.get(variable, "")):
             raw, source = environment[variable], variable
+        if raw is None and file and field.name in file:
+            raw, source = file[field.name]
         if raw is not None:
             values[field.name] = _convert(raw, source, _value_type(settings_class, field.name), field.metadata)
     return settings_class(**values)
+
+
+def list_fields(*classes: type) -> set[str]:
+    """The fields whose text may hold several values."""
+    return {field.name for cls in classes for field in dataclasses.fields(cls) if field.metadata["is_list"]}
 
 
 def refuse_unknown_variables(environment: Mapping[str, str], classes: Iterable[type]) -> None:

@@ -8,11 +8,14 @@ import signal
 import sys
 from typing import Any
 
-from tandem.commands.serve_http import add_http_flags, read_http_flags
-from tandem.commands.service_flags import add_service_flags, read_service_flags, refuse_taken_port
+from tandem.commands.serve_http import NOT_FOR_SERVE, add_http_flags, read_http_flags
+from tandem.commands.service_flags import NOT_FOR_USERS, add_service_flags, read_service_flags, refuse_taken_port
 from tandem.processes import Services
+from tandem_shared.config import add_config_flag, read_config
+from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
 from tandem_shared.host.log import configure_logging
+from tandem_shared.options import variable_of
 
 
 def add(commands: Any) -> None:
@@ -25,19 +28,26 @@ def add(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "served", metavar="MODEL", help="a model folder, a hub id, or 'embedded' for the package's own model"
+        "served",
+        metavar="MODEL",
+        nargs="?",
+        help="a model folder, a hub id, or 'embedded' for the package's own model; may stand in the file of --config",
     )
+    add_config_flag(parser)
     add_service_flags(parser)
     add_http_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    options.model = options.served
-    worker, scheduler = read_service_flags(options)
     require_extra("worker")
+    file = read_config(options, "tandem serve", without={*NOT_FOR_SERVE, *NOT_FOR_USERS} - {"model"})
+    if options.served is None and "model" not in file and not os.environ.get(variable_of("model")):
+        raise ConfigError("give a MODEL: a folder, a hub id, or 'embedded'")
+    options.model = options.served
+    worker, scheduler = read_service_flags(options, file)
     refuse_taken_port("--port", scheduler.host, scheduler.port)
-    gateway = read_http_flags(options, os.environ, scheduler)
+    gateway = read_http_flags(options, os.environ, scheduler, file)
     say = functools.partial(_say, scheduler.log_format)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

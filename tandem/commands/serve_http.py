@@ -10,7 +10,7 @@ from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.extras import require_extra
 from tandem_shared.gateway_settings import GatewaySettings
-from tandem_shared.options import add_options, read_settings, variable_of
+from tandem_shared.options import Given, add_options, read_settings, variable_of
 
 NOT_FOR_SERVE = ("scheduler_address", "scheduler_ca", "scheduler_tls_cert", "scheduler_tls_key")
 """Settings of a gateway that stands alone. Here the scheduler is beside it."""
@@ -26,23 +26,28 @@ def add_http_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_http_flags(
-    options: argparse.Namespace, environment: Mapping[str, str], scheduler: SchedulerSettings
+    options: argparse.Namespace,
+    environment: Mapping[str, str],
+    scheduler: SchedulerSettings,
+    file: Mapping[str, Given] | None = None,
 ) -> GatewaySettings | None:
-    """The gateway's settings, or None if there is to be none. Raises ConfigError.
+    """The gateway's settings, or None if there is to be none. file: what a file says of settings. Raises ConfigError.
 
     A gateway that nobody asked for must not keep the services from starting. So if its port is taken it gets another
     one, and if it can't be at all it is left out; both with a warning on stderr.
     """
+    file = file or {}
     ours = {name: value for name, value in vars(options).items() if name not in (*PRIVATE, *NOT_FOR_SERVE)}
     hidden = {variable_of(name) for name in (*PRIVATE, *NOT_FOR_SERVE)}
     settings = read_settings(
         GatewaySettings,
         argparse.Namespace(**ours),
         {name: value for name, value in environment.items() if name not in hidden},
+        {name: value for name, value in file.items() if name not in PRIVATE},
     )
     if not settings.http_port:
         return None
-    is_wanted = options.http_port is not None or bool(environment.get(variable_of("http_port")))
+    is_wanted = options.http_port is not None or bool(environment.get(variable_of("http_port"))) or "http_port" in file
     try:
         require_extra("gateway")
         if scheduler.tls_cert:

@@ -3,18 +3,11 @@
 import argparse
 import os
 import socket
+from collections.abc import Mapping
 
-from tandem_shared.config import (
-    SYNONYMS,
-    SchedulerSettings,
-    WorkerSettings,
-    check_exposure,
-    check_metrics_prefix,
-    check_tls,
-)
+from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_settings
 from tandem_shared.errors import ConfigError
-from tandem_shared.options import add_options, option_names, read_settings
-from tandem_shared.tracing import check_traces
+from tandem_shared.options import Given, add_options, option_names, read_settings
 
 NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
 PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")
@@ -28,16 +21,19 @@ def add_service_flags(parser: argparse.ArgumentParser, without: tuple[str, ...] 
     add_options(parser, SchedulerSettings, WorkerSettings, without=(*NOT_FOR_USERS, *without), synonyms=SYNONYMS)
 
 
-def read_service_flags(options: argparse.Namespace) -> tuple[WorkerSettings, SchedulerSettings]:
-    """The settings of a worker, and of a scheduler beside it. options.model is the model. Raises ConfigError."""
-    scheduler = read_settings(SchedulerSettings, options, os.environ)
-    check_tls(scheduler)
-    check_metrics_prefix(scheduler)
-    check_exposure(scheduler)
-    check_traces(scheduler.otlp_traces_endpoint)
+def read_service_flags(
+    options: argparse.Namespace, file: Mapping[str, Given] | None = None
+) -> tuple[WorkerSettings, SchedulerSettings]:
+    """The settings of a worker, and of a scheduler beside it. options.model is the model. file: what a file says of
+    settings. Raises ConfigError.
+    """
+    file = file or {}
+    scheduler = read_settings(SchedulerSettings, options, os.environ, file)
+    check_settings(scheduler)
     worker_options = argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in PRIVATE}, port="0")
     environment = {name: value for name, value in os.environ.items() if name not in option_names(PRIVATE)}
-    return read_settings(WorkerSettings, worker_options, environment), scheduler
+    worker_file = {name: value for name, value in file.items() if name not in PRIVATE}
+    return read_settings(WorkerSettings, worker_options, environment, worker_file), scheduler
 
 
 def is_taken(host: str, port: int) -> bool:

@@ -1,6 +1,7 @@
 """A worker whose name leads elsewhere after a restart, as a pod's does, or nowhere for a while."""
 
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -96,3 +97,14 @@ async def test_a_missing_name_is_asked_for_at_each_try(names: NameServer) -> Non
         assert names.num_questions >= NUM_TRIES - 1
         names.address = FIRST_ADDRESS
         await find(client)
+
+
+async def test_why_there_is_no_worker_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        async with client_of(f"127.0.0.1:{port}") as client:
+            with pytest.raises(WorkerUnavailable, match="it does not answer"):
+                await client.get_info(TRY_S)
+    async with client_of(f"127.0.0.1:{port}") as client:
+        with pytest.raises(WorkerUnavailable, match="Connection refused"):
+            await client.get_info(TRY_S)

@@ -18,6 +18,7 @@ from tandem_scheduler.core.types import FinishedSequence, SchedulerConfig, Seque
 from tandem_scheduler.engine.chunk_pace import ChunkPace
 from tandem_scheduler.engine.observer import Observer, PlanMade, PlanSent, StepDone, WorkerAttached, WorkerLost, guarded
 from tandem_scheduler.engine.step_sums import StepMeter, StepSums
+from tandem_scheduler.engine.waiting_log import WaitingLog
 from tandem_scheduler.engine.worker_client import CONNECT_TIMEOUT_S, WorkerClient, WorkerSession
 from tandem_shared.errors import DeadlinePassed, InvalidPlan, SessionTaken, WorkerFailed, WorkerUnavailable
 from tandem_shared.step_plan import StepPlan, StepTimes, WorkerInfo
@@ -91,9 +92,9 @@ class StepLoop:
         self._pace: ChunkPace | None = None
         self._meter = StepMeter()
         self._result_at = 0.0
-        # The pause between sessions that bring no result, and the last reason for having no worker that was logged.
+        # The pause between sessions that bring no result.
         self._backoff_s = 0.0
-        self._last_reason = ""
+        self._waiting_log = WaitingLog(client.address)
 
     @property
     def step_sums(self) -> StepSums:
@@ -174,7 +175,7 @@ class StepLoop:
             try:
                 return await self._try_connect(timeout_s)
             except (WorkerUnavailable, SessionTaken) as error:
-                self._say_no_worker(str(error))
+                self._waiting_log.say(str(error))
                 if may_give_up and time.monotonic() >= deadline:
                     self._give_up(WorkerUnavailable(f"no worker came back in {self._worker_wait_s:g} s: {error}"))
             await asyncio.sleep(backoff)
@@ -191,7 +192,7 @@ class StepLoop:
             # A request came while the session was opened.
             await session.close()
             raise WorkerUnavailable(problem)
-        self._last_reason = ""
+        self._waiting_log.end()
         self._pace = ChunkPace(info.max_num_batched_tokens, info.device)
         logger.info("session %d with worker %s, %s", self.epoch, info.worker_instance_id, info.model)
         self.worker = info
@@ -209,12 +210,6 @@ class StepLoop:
         if is_same or self.scheduler is None or not self.scheduler.num_unfinished:
             return ""
         return f"live requests wait for their model, and the worker has another one: fingerprint {info.fingerprint}"
-
-    def _say_no_worker(self, reason: str) -> None:
-        """Logs why there is no worker: as a warning if the reason is new."""
-        level = logging.INFO if reason == self._last_reason else logging.WARNING
-        self._last_reason = reason
-        logger.log(level, "waiting for a worker: %s", reason)
 
     def _give_up(self, error: WorkerUnavailable) -> None:
         self._has_given_up = True

@@ -19,6 +19,7 @@ from tandem_shared.step_codec import PROTOCOL_VERSION, decode_info, decode_resul
 from tandem_shared.step_plan import StepPlan, StepResult, WorkerInfo
 
 CONNECT_TIMEOUT_S = 5.0
+ASK_WHY_S = 0.1
 
 
 class WorkerSession(Protocol):
@@ -42,6 +43,9 @@ class WorkerSession(Protocol):
 class WorkerClient(Protocol):
     """A worker at an address, whether it is there or not."""
 
+    address: str
+    """HOST:PORT"""
+
     async def get_info(self, timeout_s: float) -> WorkerInfo:
         """What the worker is. Raises WorkerUnavailable if none answers in time."""
 
@@ -60,14 +64,14 @@ class GrpcWorkerClient:
         self, address: str, credentials: Reloaded[grpc.ChannelCredentials] | None = None, *, secret: bytes = b""
     ) -> None:
         """credentials: without them there is no TLS."""
-        self._address = address
+        self.address = address
         self._metadata = ((SECRET_METADATA_KEY, secret),) if secret else ()
         self._credentials = credentials
         self._connect()
 
     def _connect(self) -> None:
         credentials = self._credentials.value if self._credentials is not None else None
-        self._channel = open_channel(self._address, credentials, WORKER_CHANNEL_OPTIONS)
+        self._channel = open_channel(self.address, credentials, WORKER_CHANNEL_OPTIONS)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
 
     async def get_info(self, timeout_s: float) -> WorkerInfo:
@@ -81,12 +85,28 @@ class GrpcWorkerClient:
                 worker_pb2.GetWorkerInfoRequest(), timeout=timeout_s, wait_for_ready=True, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
+            reason = await self._why_not(error)
             # A channel looks up a name that is missing less and less often, down to once in 2 minutes; a new one does
             # so at once. In Kubernetes a worker's name is missing from its end until the next one has an address.
             await self._channel.close()
             self._connect()
-            raise WorkerUnavailable(f"worker at {self._address}: {error.details()}") from error
+            raise WorkerUnavailable(reason) from error
         return decode_info(response)
+
+    async def _why_not(self, error: grpc.aio.AioRpcError) -> str:
+        """Why there is no answer. A call that waited for a connection does not know why there was none; one that does
+        not wait is told.
+        """
+        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+            return str(error.details())
+        try:
+            await self._stub.GetWorkerInfo(
+                worker_pb2.GetWorkerInfoRequest(), timeout=ASK_WHY_S, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as second:
+            if second.code() is grpc.StatusCode.UNAVAILABLE:
+                return str(second.details())
+        return "it does not answer"
 
     async def open_session(
         self, info: WorkerInfo, scheduler_id: str, epoch: int, num_live_sequences: int
@@ -106,12 +126,11 @@ class GrpcWorkerClient:
                 response = await call.read()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             call.cancel()
-            reason = f"worker at {self._address}: {_why(error)}"
             is_taken = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.ABORTED
-            raise (SessionTaken if is_taken else WorkerUnavailable)(reason) from error
+            raise (SessionTaken if is_taken else WorkerUnavailable)(_why(error)) from error
         if response is grpc.aio.EOF or response.WhichOneof("kind") != "opened":
             call.cancel()
-            raise WorkerUnavailable(f"worker at {self._address} did not open the session")
+            raise WorkerUnavailable("it did not open the session")
         return GrpcWorkerSession(info, call)
 
     async def close(self) -> None:

@@ -74,6 +74,8 @@ class World(Protocol):
 class SimulatedWorker:
     """A WorkerClient, whose worker goes and comes when the world says so."""
 
+    address = "simulated:1"
+
     def __init__(self, world: World, info: WorkerInfo) -> None:
         self.info = info
         self.is_up = True

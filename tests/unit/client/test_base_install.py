@@ -21,6 +21,7 @@ MODULES = {
     "opentelemetry.exporter.otlp.proto.grpc": "opentelemetry-exporter-otlp-proto-grpc",
     "opentelemetry.sdk": "opentelemetry-sdk",
     "smg_grpc_proto": "smg-grpc-proto",
+    "yaml": "pyyaml",
 }
 """The packages whose modules are not called as they are."""
 

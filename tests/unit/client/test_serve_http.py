@@ -10,6 +10,7 @@ from tandem.commands.serve_http import read_http_flags
 from tandem_shared.config import SchedulerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import DEFAULT_HTTP_PORT
+from tandem_shared.options import Given
 
 PLAIN = SchedulerSettings()
 TLS = SchedulerSettings(tls_cert="cert.pem", tls_key="key.pem")
@@ -33,8 +34,14 @@ def test_a_default_that_is_taken_gives_way_and_a_wish_does_not(capsys: pytest.Ca
         settings = read_http_flags(options(host="127.0.0.3"), {}, PLAIN)
         assert settings is not None and settings.http_port == 0
         assert "port 8000 is taken" in capsys.readouterr().err
-        wished = read_http_flags(options(host="127.0.0.3", http_port="8000"), {}, PLAIN)
-        assert wished is not None and wished.http_port == 8000
+        # Whether a flag, a variable or a file wishes for it.
+        for given, environment, file in (
+            ({"http_port": "8000"}, {}, {}),
+            ({}, {"TANDEM_HTTP_PORT": "8000"}, {}),
+            ({}, {}, {"http_port": Given("8000", "a file")}),
+        ):
+            with pytest.raises(ConfigError, match=r"127\.0\.0\.3:8000"):
+                read_http_flags(options(host="127.0.0.3", **given), environment, PLAIN, file)
 
 
 def test_where_http_can_not_be_it_is_left_out_unless_it_was_wished_for(

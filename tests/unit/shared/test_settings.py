@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tandem import cli
 from tandem_shared.config import SchedulerSettings, WorkerSettings, model_name, read_command_line
 from tandem_shared.errors import ConfigError
 from tandem_shared.options import refuse_unknown_variables, to_arguments, variable_of
@@ -198,3 +199,29 @@ def test_dots_are_named_by_the_folder_that_they_stand_for(tmp_path: Path, monkey
     ]:
         monkeypatch.chdir(here)
         assert model_name(WorkerSettings(model=model)) == name
+
+
+@pytest.mark.parametrize("flag", ["--record", "--port-file"])
+def test_a_file_that_can_not_be_written_is_refused_at_start(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").write_text("old")
+    for path, problem in (
+        (tmp_path / "missing" / "file", f"there is no folder {tmp_path / 'missing'}"),
+        (tmp_path / "there" / "file", f"there is no folder {tmp_path / 'there'}"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            read_command_line(SchedulerSettings, "tandem-scheduler", "Tests.", [flag, str(path)])
+        assert capsys.readouterr().err == f"tandem-scheduler: {flag} {path}: {problem}\n"
+    for name in ("new", "there"):
+        read_command_line(SchedulerSettings, "tandem-scheduler", "Tests.", [flag, str(tmp_path / name)])
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == "old"
+
+
+def test_tandem_serve_refuses_a_recording_that_can_not_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "embedded", "--port", "0", "--record", str(tmp_path / "missing" / "file")]) == 2
+    assert "--record" in capsys.readouterr().err

@@ -48,6 +48,8 @@ class FlakySession:
 class FlakyClient:
     """A client whose sessions last for so many plans each, and the last one for ever."""
 
+    address = "worker:50052"
+
     def __init__(self, sends: Sequence[int] = (), info: WorkerInfo | None = None) -> None:
         self.info = info or worker_info()
         self._sends: list[int | None] = [*sends, None]
