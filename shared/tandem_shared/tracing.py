@@ -47,12 +47,17 @@ class SpanExport:
     """
 
     def __init__(self, endpoint: str) -> None:
-        """endpoint: the collector's URL. http is without TLS, https with it. Raises ConfigError."""
+        """endpoint: the collector's URL. http is without TLS, https with it. Raises ConfigError, also for variables of
+        OpenTelemetry's that it can't take.
+        """
         check_traces(endpoint)
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
+        try:
+            self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
+        except Exception as error:
+            raise ConfigError(f"OpenTelemetry can't send traces: {error}") from error
 
     def provider(self, service_name: str, instance_id: str = "") -> "TracerProvider":
         """Makes the spans of a service, of one instance of it if that is given."""

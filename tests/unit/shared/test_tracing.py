@@ -51,6 +51,15 @@ def test_an_endpoint_that_is_no_url_is_refused(endpoint: str, capsys: pytest.Cap
     assert ended.value.code == 2 and "must be a URL" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("variable", "value"), [("COMPRESSION", "zip"), ("TIMEOUT", "soon")])
+def test_a_wrong_variable_of_opentelemetrys_is_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{variable}", value)
+    with pytest.raises(ConfigError, match=f"OpenTelemetry can't send traces: .*{value}"):
+        SpanExport("http://127.0.0.1:4317")
+
+
 def test_a_url_is_taken() -> None:
     check_traces("")
     check_traces("http://127.0.0.1:4317")
