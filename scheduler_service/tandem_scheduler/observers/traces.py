@@ -7,6 +7,7 @@ the request had lost its row. A token has no span, so a step in which all rows d
 docs/decisions/0012-traces.md says why the worker makes no spans itself.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -78,8 +79,10 @@ class RequestTraces:
         self._calls: dict[int, _Call] = {}
         # Which sequence has which row of the worker's batch.
         self._rows: dict[int, int] = {}
-        # The parts of prompts in plans under way: step id -> requests, each with its number of tokens.
+        # Of plans under way, by their steps' ids: parts of prompts, with the number of tokens of each, and sequences
+        # whose rows are free because their last token is under way.
         self._chunks: dict[int, list[tuple[_Call, int]]] = {}
+        self._ending: dict[int, list[int]] = {}
         self._tell = {
             RequestSubmitted: self._on_submitted,
             PlanMade: self._on_plan,
@@ -105,11 +108,14 @@ class RequestTraces:
 
     def _on_plan(self, made: PlanMade) -> None:
         plan = made.plan
-        for row in plan.removed_rows.tolist():
-            sequence_id = self._rows.pop(row)
-            # It has ended, unless it gets a row again.
-            if made.num_preempted and (call := self._calls.get(sequence_id)) is not None:
-                call.left_at[sequence_id] = made.made_at
+        removed = [self._rows.pop(row) for row in plan.removed_rows.tolist()]
+        # A plan doesn't say which of them were preempted. Those that are have a row again some day, the others end.
+        if made.num_preempted:
+            for sequence_id in removed:
+                if (call := self._calls.get(sequence_id)) is not None:
+                    call.left_at[sequence_id] = made.made_at
+        if len(removed) > made.num_preempted:
+            self._ending[plan.step_id] = removed
         for new in plan.added_rows:
             self._rows[new.row] = new.sequence_id
             call = self._calls.get(new.sequence_id)
@@ -128,6 +134,7 @@ class RequestTraces:
 
     def _on_step(self, step: StepDone) -> None:
         made, times = step.plan, step.result.times
+        self._ending.pop(made.plan.step_id, None)
         for call, num_tokens in self._chunks.pop(made.plan.step_id, ()):
             if len(call.steps) == MAX_STEPS:
                 continue
@@ -150,14 +157,14 @@ class RequestTraces:
     def _on_lost(self, lost: WorkerLost) -> None:
         now = time.monotonic()
         told = set()
-        for sequence_id in self._rows.values():
+        for sequence_id in itertools.chain(self._rows.values(), *self._ending.values()):
             if (call := self._calls.get(sequence_id)) is not None:
                 call.left_at[sequence_id] = None
                 if call not in told:
                     told.add(call)
                     call.events.append(("worker lost", now, {"tandem.worker.loss": lost.reason}))
-        self._rows.clear()
-        self._chunks.clear()
+        for each in (self._rows, self._chunks, self._ending):
+            each.clear()
 
     def _on_closed(self, closed: RequestClosed) -> None:
         request = closed.ended.request

@@ -3,6 +3,7 @@ phases follow each other within it, and whose steps lie in its phases.
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
 
 from tandem_scheduler.engine.observer import Event, RequestSubmitted
 from tandem_scheduler.observers.metrics import RequestTimes
@@ -76,6 +77,13 @@ class WatchedTraces:
             all(_is_within(step, phase) for phase in phases for step in below.get(_id(phase), ())),
             "a step is not within its phase",
         )
+        # The first token comes of a step. A call that fails at its first token ends before the step is told.
+        is_whole = call.status.status_code is not StatusCode.ERROR
+        self._claim(not is_whole or bool(below.get(_id(phases[1]))), "a prefill has no step")
+        assert call.attributes is not None
+        if call.attributes["gen_ai.request.n"] == 1:
+            initials = "".join(event.name[0] for event in call.events)
+            self._claim(re.fullmatch("([pw]r)*w?", initials) is not None, f"a call has the events {initials}")
         start, end = _times(call)
         self._claim(all(start <= event.timestamp <= end for event in call.events), "an event is not within its call")
 
