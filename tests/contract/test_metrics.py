@@ -201,6 +201,7 @@ async def test_refused_and_cancelled_requests() -> None:
         waiting.cancel()
         found = await settled_aborts(port, 1)
         # It was never admitted.
+        assert found["request_prefill_kv_computed_tokens_count"] == 0
         assert found["prefix_cache_queries_total"] == 3 and found["request_queue_time_seconds_count"] == 1
         running.cancel()
         found = await settled_aborts(port, 2)

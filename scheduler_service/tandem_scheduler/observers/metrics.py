@@ -115,15 +115,16 @@ class SchedulerMetrics:
     def _on_closed(self, event: RequestClosed) -> None:
         ended, outcome = event.ended, event.outcome
         request = ended.request
-        del self.times[request.first_sequence_id]
+        times = self.times.pop(request.first_sequence_id)
         self._num_ended.update(ended.reasons if outcome is None else outcome.reasons)
-        num_computed = request.num_prompt_tokens * request.num_choices - ended.num_cached_tokens
         observe: dict[Metric, float] = {
             d.REQUEST_PROMPT_TOKENS: request.num_prompt_tokens,
-            d.REQUEST_COMPUTED_TOKENS: num_computed,
             d.REQUEST_PARAMS_N: request.num_choices,
             d.REQUEST_PARAMS_MAX_TOKENS: request.max_tokens,
         }
+        if times.admitted_at is not None:
+            num_prompt_tokens = request.num_prompt_tokens * request.num_choices
+            observe[d.REQUEST_COMPUTED_TOKENS] = num_prompt_tokens - ended.num_cached_tokens
         if outcome is not None:
             longest = max(outcome.num_output_tokens)
             observe |= {
