@@ -13,13 +13,14 @@ from tandem_scheduler.observers.load_log import Look, fields_between
 from tandem_scheduler.observers.request_log import FEW_PER_SECOND, RequestLog
 from tandem_shared.errors import SequenceFailed
 from tandem_shared.host.log import FIELDS
+from tandem_shared.sampling_fields import RowSampling
 
 STOP, LENGTH, ABORT, ERROR = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR
 LOGGER = "tandem_scheduler.observers.request_log"
 
 
 def closed(request_id: str = "a", reason: FinishReason = LENGTH) -> RequestClosed:
-    submitted = RequestSubmitted(request_id, 0, 1, num_prompt_tokens=20, max_tokens=50)
+    submitted = RequestSubmitted(request_id, 0, 1, num_prompt_tokens=20, max_tokens=50, sampling=RowSampling())
     return RequestClosed(
         RequestEnded(submitted, (reason,), 50, 16, None), RequestOutcome(10.0, 10.25, 12.5, (reason,), (48,))
     )
@@ -33,7 +34,7 @@ def test_a_request_has_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
     log = RequestLog(is_limited=False)
     log.tell(closed("a", STOP))
-    several = RequestSubmitted("b", 1, 2, 20, 50)
+    several = RequestSubmitted("b", 1, 2, 20, 50, RowSampling())
     log.tell(
         RequestClosed(
             RequestEnded(several, (LENGTH, ERROR), 60, 16, SequenceFailed("it failed")),
