@@ -4,7 +4,7 @@ A call is a server span of the scheduler. Its children are the phases queue, pre
 other. Below them are spans of the worker: the steps that computed parts of the prompt, or computed tokens again after
 the request had lost its row. A token has no span, so a step in which all rows decode costs a lookup.
 
-docs/decisions/0012-traces.md says why the worker makes no spans itself.
+docs/decisions/0013-traces.md says why the worker makes no spans itself.
 """
 
 import itertools
