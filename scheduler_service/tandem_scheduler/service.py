@@ -130,7 +130,7 @@ class SchedulerService:
         try:
             port = await self._front_ends.start()
         except BaseException:
-            self._metrics_server.stop()
+            await asyncio.to_thread(self._metrics_server.stop)
             raise
         self._running = asyncio.create_task(self.step_loop.run())
         self._logging = asyncio.create_task(log_load(self.step_loop, self._request_log.flush))
@@ -164,7 +164,7 @@ class SchedulerService:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
-        self._metrics_server.stop()
+        await asyncio.to_thread(self._metrics_server.stop)
         if self._recorder is not None:
             self._recorder.close()
         if self._span_export is not None:

@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     options.model = options.served
     worker, scheduler = read_service_flags(options, file)
     refuse_taken_port("--port", scheduler.host, scheduler.port)
+    refuse_taken_port("--metrics-port", scheduler.host, scheduler.metrics_port or 0)
     gateway = read_http_flags(options, os.environ, scheduler, file)
     say = functools.partial(_say, scheduler.log_format)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

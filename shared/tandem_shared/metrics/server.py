@@ -24,7 +24,11 @@ READ_TIMEOUT_S = 5.0
 CONNECTION_TIMEOUT_S = 10.0
 """How long a scraper may be silent."""
 MAX_CONNECTIONS = 16
-"""Scrapers that are served at once. Further ones wait."""
+"""Scrapers that are served at once."""
+PLACE_TIMEOUT_S = 1.0
+"""How long a further one waits for a place. Then its connection is closed."""
+POLL_S = 0.1
+"""How soon the thread notices that it is to stop."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +54,14 @@ class MetricsServer:
             self._server = make_server(host, port, make_wsgi_app(registry), server_class, _Handler)
         except OSError as error:
             raise ConfigError(f"--metrics-port: can't listen on {host}:{port}: {error.strerror}") from error
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=[POLL_S], name="metrics", daemon=True)
         self._thread.start()
         bound: int = self._server.server_address[1]
         logger.info("metrics on http://%s:%d/metrics", f"[{host}]" if ":" in host else host, bound)
         return bound
 
     def stop(self) -> None:
+        """Takes up to PLACE_TIMEOUT_S, so it should not be called in an event loop."""
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._thread.join()
@@ -92,7 +97,9 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._places.acquire()
+        if not self._places.acquire(timeout=PLACE_TIMEOUT_S):
+            self.shutdown_request(request)
+            return
         try:
             super().process_request(request, client_address)
         except BaseException:

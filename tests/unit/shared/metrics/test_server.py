@@ -1,0 +1,112 @@
+"""The port of the metrics: scrapers that are silent, scrapes that fail, a port that is taken."""
+
+import asyncio
+import gzip
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tandem_shared.errors import ConfigError
+from tandem_shared.metrics import server as module
+from tandem_shared.metrics.exposition import Metric, Samples
+from tandem_shared.metrics.server import MetricsServer
+
+LEVEL = Metric("level", "gauge", "A level.")
+HOST = "127.0.0.1"
+
+
+class Source:
+    """Gives a number that rises with each scrape, unless it is broken."""
+
+    def __init__(self) -> None:
+        self.num_scrapes = 0
+        self.is_broken = False
+
+    def read(self) -> Samples:
+        asyncio.get_running_loop()
+        if self.is_broken:
+            raise RuntimeError("broken")
+        self.num_scrapes += 1
+        return Samples("x:", {}, [(LEVEL, {(): self.num_scrapes})])
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+async def port(source: Source) -> AsyncIterator[int]:
+    server = MetricsServer(source.read)
+    yield server.start(HOST, 0)
+    await asyncio.to_thread(server.stop)
+
+
+async def get(port: int, headers: dict[str, str] | None = None) -> bytes:
+    request = urllib.request.Request(f"http://{HOST}:{port}/metrics", headers=headers or {})
+    return await asyncio.to_thread(lambda: urllib.request.urlopen(request, timeout=20).read())
+
+
+async def test_each_scrape_reads_anew_and_a_failed_one_ends_nothing(port: int, source: Source) -> None:
+    assert b"\nx:level 1.0\n" in await get(port)
+    source.is_broken = True
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        await get(port)
+    source.is_broken = False
+    compressed = await get(port, {"Accept-Encoding": "gzip"})
+    assert b"\nx:level 2.0\n" in gzip.decompress(compressed)
+    assert b"process_resident_memory_bytes" in gzip.decompress(compressed)
+
+
+async def test_silent_scrapers_hold_up_nobody_for_long(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(module, "PLACE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(module._Handler, "timeout", 0.2)
+    server = MetricsServer(source.read)
+    port = server.start(HOST, 0)
+    silent = [socket.create_connection((HOST, port)) for _ in range(5)]
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    assert b"x:level" in await get(port)
+                    break
+                except OSError:
+                    # There was no place for it yet.
+                    await asyncio.sleep(0.05)
+    finally:
+        for each in silent:
+            each.close()
+        await asyncio.to_thread(server.stop)
+
+
+async def test_a_loop_that_stands_still_fails_the_scrape(
+    port: int, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "READ_TIMEOUT_S", 0.05)
+    with socket.create_connection((HOST, port)) as scraper:
+        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        # This holds up the event loop.
+        assert scraper.recv(65536).startswith(b"HTTP/1.0 500 ")
+    assert b"x:level" in await get(port)
+
+
+async def test_a_taken_port_is_a_wrong_setting(port: int) -> None:
+    with pytest.raises(ConfigError, match=f"--metrics-port: can't listen on {HOST}:{port}: "):
+        MetricsServer(Source().read).start(HOST, port)
+
+
+async def test_it_listens_on_version_6_of_ip_too(source: Source) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    server = MetricsServer(source.read)
+    try:
+        port = server.start("::1", 0)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    response = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://[::1]:{port}/", timeout=20).read())
+    await asyncio.to_thread(server.stop)
+    assert b"x:level" in response
