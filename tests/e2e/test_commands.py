@@ -100,7 +100,7 @@ def test_killed_serve_takes_its_services_and_their_front_ends_along() -> None:
     ("arguments", "status", "problem"),
     [
         ([], 2, "the following arguments are required: command"),
-        (["serve"], 2, "the following arguments are required: MODEL"),
+        (["serve"], 2, "give a MODEL: a folder, a hub id, or 'embedded'"),
         (["serve", "embedded", "--block-size", "0"], 2, "--block-size must be at least 1, is 0"),
         (["serve", "embedded", "--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
         (["serve", "/no/such/model", "--port", "0"], 1, "/no/such/model: no such folder"),
