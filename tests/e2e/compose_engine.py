@@ -43,6 +43,14 @@ events_logger = "file"
 default_ulimits = ["nofile=1024:4096", "nproc=1024:2048"]
 """
 
+# Older podmans than 4.4, such as Debian's, know no start_interval, and podman-compose then waits for ever.
+OVERRIDES = """\
+services:
+  worker: {healthcheck: {start_interval: !reset null}}
+  scheduler: {healthcheck: {start_interval: !reset null}}
+  gateway: {healthcheck: {start_interval: !reset null}}
+"""
+
 
 class EngineError(Exception):
     """The engine is missing or failed; the text says what went wrong."""
@@ -86,6 +94,8 @@ class Engine:
         """folder is for scratch files; variables are the ones that docker-compose.yml reads from the environment."""
         config = folder / "containers.conf"
         config.write_text(CONTAINERS_CONF)
+        self._overrides = folder / "overrides.yml"
+        self._overrides.write_text(OVERRIDES)
         self.project = project
         self._environment = {**os.environ, **variables, "CONTAINERS_CONF": str(config)}
 
@@ -94,7 +104,15 @@ class Engine:
 
     def compose(self, *arguments: str, timeout_s: float = 60) -> str:
         command = [sys.executable, "-m", "podman_compose", "--podman-args=--runtime=runc", "--in-pod", "false"]
-        command += ["-f", str(REPOSITORY / "docker-compose.yml"), "-p", self.project, *arguments]
+        command += [
+            "-f",
+            str(REPOSITORY / "docker-compose.yml"),
+            "-f",
+            str(self._overrides),
+            "-p",
+            self.project,
+            *arguments,
+        ]
         return run(command, timeout_s, environment=self._environment)
 
     def container(self, service: str) -> str:

@@ -154,6 +154,18 @@ def check_not_root(deployment: Deployment) -> None:
         assert user == "tandem", user
 
 
+def check_confined(deployment: Deployment) -> None:
+    """No container can write to its image, has a capability or can get one, and its log has an end."""
+    engine = deployment.engine
+    for service in SERVICES:
+        script = "touch /tmp/x && ! touch /home/tandem/x && ! touch /opt/tandem/x && cat /proc/1/status"
+        lines = engine.podman("exec", engine.container(service), "sh", "-c", script).splitlines()
+        status = dict(line.split(":\t") for line in lines if ":\t" in line)
+        assert (int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"]) == (0, 0, "1"), status
+        assert engine.inspect(service, "{{.HostConfig.ReadonlyRootfs}}") == "true"
+        assert "10M" in engine.inspect(service, "{{.HostConfig.LogConfig.Size}}").upper()
+
+
 def check_packages(deployment: Deployment) -> None:
     """Each image has the packages of its service alone."""
     program = "import importlib.metadata as m; print(*(d.name.lower() for d in m.distributions()))"
@@ -233,6 +245,7 @@ CHECKS = (
     check_curl_chats,
     check_openai_client,
     check_not_root,
+    check_confined,
     check_packages,
     check_image_sizes,
     check_grpcurl_lists,

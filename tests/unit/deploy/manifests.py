@@ -144,12 +144,17 @@ def environment_of(pods: Pods, objects: tuple[Object, ...], pod_index: int = 0) 
 
 
 def settings_of(pods: Pods, objects: tuple[Object, ...], pod_index: int = 0) -> Settings:
-    """The settings as the program itself would read them, or refuse them."""
-    variables = {k: v for k, v in environment_of(pods, objects, pod_index).items() if k.startswith("TANDEM_")}
     command = pods.container["command"]
-    arguments = command[command.index(pods.program) + 1 :]
-    with mock.patch.dict(os.environ, variables):
-        return read_command_line(SETTINGS[pods.program], pods.program, "", arguments)
+    return read_settings(
+        pods.program, command[command.index(pods.program) + 1 :], environment_of(pods, objects, pod_index)
+    )
+
+
+def read_settings(program: str, arguments: list[str], environment: dict[str, str]) -> Settings:
+    """The settings as the program itself would read them, or refuse them."""
+    own = {name: value for name, value in environment.items() if name.startswith("TANDEM_")}
+    with mock.patch.dict(os.environ, own):
+        return read_command_line(SETTINGS[program], program, "", arguments)
 
 
 def services(objects: tuple[Object, ...], settings_class: type[Settings]) -> list[Pods]:
