@@ -1,15 +1,17 @@
 """uvicorn's HTTP protocol over httptools, where it does not do what the gateway promises.
 
 What the parser keeps until a head is complete is bounded. What is no HTTP is answered by an error in OpenAI's form.
-And a request that asks to upgrade the connection is served as if it had not, as it may have a body: Java's HttpClient
-asks for HTTP/2 so. httptools stops at the end of such a head, so another parser goes on with the body (_Parser).
+A request that asks to upgrade the connection is served as if it had not, as it may have a body: Java's HttpClient asks
+for HTTP/2 so. httptools stops at the end of such a head, so another parser goes on with the body (_Parser). And a
+request that runs learns that its connection is lost also if another one waits behind it; uvicorn tells only that one.
 """
 
 import json
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tandem_gateway.errors import ApiError, error_body
 
@@ -31,6 +33,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_spoilt = False
         self._unparsed = b""
         self._is_head_known = False
+        self._running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         self._unparsed = data

@@ -197,7 +197,9 @@ def _check_log(log: str, found: Findings) -> None:
     for word in ("Traceback", " ERROR ", " CRITICAL "):
         if word in log:
             at = log.index(word)
-            found.note(PROCESS, f"the gateway's log has {log.count(word)} times {word.strip()}: {log[at : at + 3000]}")
+            found.note(
+                PROCESS, f"the gateway's log has {log.count(word)} times {word.strip()}: {log[at : at + 9000][-2500:]}"
+            )
 
 
 PART = Part(

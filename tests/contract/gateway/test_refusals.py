@@ -172,33 +172,37 @@ async def test_request_ids_pass_through_and_live_ones_are_taken(folder: Path) ->
 
 
 async def test_a_client_that_goes_away_ends_its_request(folder: Path) -> None:
-    runner = gated_runner(1, permits=1)
+    runner = gated_runner(1)
     async with Services(runner, tokenizer=str(folder)) as services, Gateway(services.address) as gateway:
 
-        async def start(stream: bool) -> Callable[[], None]:
+        async def wait_sequences(count: int) -> None:
+            await services.wait_load(
+                lambda load: load.num_running_sequences + load.num_waiting_sequences == count, f"{count} sequences"
+            )
+
+        async def start(number: int, stream: bool, behind: bytes) -> Callable[[], None]:
             body = f'{{"prompt": "ROMEO", "max_tokens": 500, "stream": {str(stream).lower()}}}'.encode()
             reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-            writer.write(head("POST", "/v1/completions", len(body)) + body)
+            writer.write(head("POST", "/v1/completions", len(body), {"connection": "keep-alive"}) + body + behind)
+            await wait_sequences(number)
             if stream:
-                await reader.readuntil(b"data: ")
+                open_gate(runner, 4)
+                await asyncio.wait_for(reader.readuntil(b"data: "), WAIT_S)
             return writer.close
 
-        closes = [await start(stream) for stream in (True, False)]
-        await services.wait_load(
-            lambda load: load.num_running_sequences + load.num_waiting_sequences == 2, "both requests are there"
-        )
+        # Also with another request that waits for its turn on the same connection.
+        cases = [(stream, behind) for stream in (True, False) for behind in (b"", head("GET", "/version", 0))]
+        closes = [await start(number, *case) for number, case in enumerate(cases, 1)]
         for close in closes:
             close()
         open_gate(runner, 4)
-        await services.wait_load(
-            lambda load: load.num_running_sequences + load.num_waiting_sequences == 0, "both requests are gone"
-        )
+        await wait_sequences(0)
         open_gate(runner)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_prompt_that_is_refused_ends_the_others_of_its_request(folder: Path, stream: bool) -> None:
-    runner = gated_runner(1, permits=1)
+    runner = gated_runner(2, permits=1)
     async with Services(runner, tokenizer=str(folder)) as services, Gateway(services.address) as gateway:
         body = {"prompt": ["ROMEO", "a " * 9000], "max_tokens": 500, "ignore_eos": True, "stream": stream}
         answer = await gateway.post("/v1/completions", body)
