@@ -61,6 +61,15 @@ def smg(overlay: str) -> list[Pods]:
     return [pods for pods in pods_of(build(overlay)) if pods.program == "smg"]
 
 
+def pod_names(pods: Pods, objects: tuple[Object, ...]) -> list[str]:
+    """What the pods are called in the cluster's DNS, also before they are ready."""
+    # LeaderWorkerSet takes the service of its own name.
+    service = pods.owner["spec"].get("serviceName", pods.name)
+    spec = named(objects, "Service")[service]["spec"]
+    assert pods.selected_by(spec["selector"]) and spec["clusterIP"] == "None" and spec["publishNotReadyAddresses"]
+    return [f"{name}.{service}" for name in pods.names]
+
+
 @every_overlay
 def test_both_services_have_the_same_model_and_secret(overlay: str) -> None:
     worker, scheduler = worker_settings(overlay), scheduler_settings(overlay)
@@ -74,15 +83,6 @@ def test_each_scheduler_finds_the_worker_of_its_number(overlay: str) -> None:
     port, num_schedulers = worker_settings(overlay).port, len(scheduler_pods(overlay).names)
     found = [scheduler_settings(overlay, index).worker_address for index in range(num_schedulers)]
     assert found == [f"{name}:{port}" for name in pod_names(worker_pods(overlay), build(overlay))]
-
-
-def pod_names(pods: Pods, objects: tuple[Object, ...]) -> list[str]:
-    """What the pods are called in the cluster's DNS, also before they are ready."""
-    # LeaderWorkerSet takes the service of its own name.
-    service = pods.owner["spec"].get("serviceName", pods.name)
-    spec = named(objects, "Service")[service]["spec"]
-    assert pods.selected_by(spec["selector"]) and spec["clusterIP"] == "None" and spec["publishNotReadyAddresses"]
-    return [f"{name}.{service}" for name in pods.names]
 
 
 @every_overlay
@@ -116,11 +116,16 @@ def test_ports_are_those_that_the_programs_listen_on(overlay: str) -> None:
                 assert pods.ports["http"] == settings.http_port
             else:
                 assert pods.ports["grpc"] == settings.port
+                assert pods.ports["health"] == settings.health_port
+                assert pods.ports["metrics"] == settings.metrics_port
+                scraped = pods.template["metadata"]["annotations"]
+                assert scraped == {"prometheus.io/scrape": "true", "prometheus.io/port": str(settings.metrics_port)}
         for probe in pods.probes.values():
-            assert (probe["grpc"] if "grpc" in probe else probe["httpGet"])["port"] in {
-                *pods.ports,
-                *pods.ports.values(),
-            }
+            if "grpc" in probe:
+                # The port that speaks no TLS.
+                assert probe["grpc"]["port"] == pods.ports["health"]
+            else:
+                assert probe["httpGet"]["port"] in pods.ports
 
 
 @every_overlay
@@ -196,17 +201,15 @@ def test_other_workers_leave_the_schedulers_pod_as_it_is() -> None:
 @every_overlay
 def test_pods_have_the_time_to_drain(overlay: str) -> None:
     for pods in pods_of(build(overlay)):
-        grace_s = pods.spec["terminationGracePeriodSeconds"]
         if pods.program == "smg":
             [drain_s] = re.findall(r"--shutdown-grace-period-secs=(\d+)", " ".join(pods.container["command"]))
         else:
             settings = settings_of(pods, build(overlay))
-            if isinstance(settings, WorkerSettings):
-                assert grace_s >= STOP_LIMIT_S + END_S and "lifecycle" not in pods.container
-                continue
-            drain_s = settings.drain_grace_s
-        sleep_s = pods.container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert sleep_s > 0 and grace_s >= sleep_s + float(drain_s) + END_S
+            drain_s = STOP_LIMIT_S if isinstance(settings, WorkerSettings) else settings.drain_grace_s
+        sleep_s = pods.container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        assert pods.spec["terminationGracePeriodSeconds"] >= sleep_s + float(drain_s) + END_S
+        # Where a Service has other pods too, it must forget the one that ends before that one stops listening.
+        assert (sleep_s > 0) == (pods.owner["kind"] == "Deployment")
 
 
 @every_overlay
