@@ -24,7 +24,7 @@ TP_SIZES ?= 1 2 4 8
 # The processes that share the tests. A file's tests are run by one of them.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gateway bench-gaps bench-sampling bench-scaling bench-scheduler bench-costly bench-plot chaos compose-test clean
+.PHONY: help demo test test-slow check protos bench bench-serve bench-gateway bench-gaps bench-sampling bench-scaling bench-scheduler bench-capacity bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -148,6 +148,9 @@ endif
 
 bench-scheduler: $(STAMP)  ## The scheduler's CPU time per step; writes benchmarks/results
 	$(BIN)/python -m benchmarks.scheduler_cpu
+
+bench-capacity: $(STAMP)  ## What one scheduler carries before a worker that computes nothing; writes benchmarks/results
+	$(BIN)/python -m benchmarks.capacity $(BENCH_FLAGS)
 
 bench-costly: $(STAMP)  ## The costliest requests beside streams: gaps and memory; writes benchmarks/results
 	$(BIN)/python -m benchmarks.costly_requests $(if $(TOKENIZER),--tokenizer $(dir $(TOKENIZER)))

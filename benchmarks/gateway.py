@@ -34,6 +34,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.cpu_times import CpuTimes
+from tandem.commands.connection import add_connection_flags
 from tandem.commands.load.clients import LoadClients, Run
 from tandem.commands.load.grpc_target import GrpcTarget
 from tandem.commands.load.http_target import HttpTarget
@@ -131,11 +132,16 @@ def _check(run: Run, asks: Sequence[Ask]) -> None:
 def _clients(engine: Engine, api: str, count: int) -> Iterator[dict[str, LoadClients]]:
     services = engine.services
     model = engine.client.model_info().model
-    flags = argparse.Namespace(address=services.address, tls=False, ca=None, client_cert=None, client_key=None)
     url = f"http://{services.http_address}{PATHS[api]}"
     http = HttpTarget(url, model, is_chat=api == "chat", has_extensions=True, api_key=None)
-    with LoadClients(GrpcTarget(flags, model), count) as grpc, LoadClients(http, count) as over_http:
+    with LoadClients(grpc_target(services.address, model), count) as grpc, LoadClients(http, count) as over_http:
         yield {"grpc": grpc, "http": over_http}
+
+
+def grpc_target(address: str, model: str) -> GrpcTarget:
+    parser = argparse.ArgumentParser()
+    add_connection_flags(parser)
+    return GrpcTarget(parser.parse_args(["--address", address]), model)
 
 
 def _length(text: str) -> tuple[int, int]:

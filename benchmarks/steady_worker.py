@@ -2,8 +2,8 @@
 
 Usage: python -m benchmarks.steady_worker STEP_MS TOKENIZER_FOLDER [FLAGS OF tandem-worker]
 
-A token's id depends on its row and step, and all ids of the vocabulary come. Of the flags, only those that say where to
-listen have an effect.
+A token's id depends on its row and step, and all ids of the vocabulary come. Of the flags, only --max-num-seqs and
+those that say where to listen have an effect.
 """
 
 import asyncio
@@ -44,14 +44,14 @@ class SteadyRunner:
 
     progress = 0
 
-    def __init__(self, step_s: float, tokenizer_folder: Path) -> None:
+    def __init__(self, step_s: float, tokenizer_folder: Path, max_num_rows: int = 256) -> None:
         tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
         self._step_s = step_s
         self.info = modelless_worker(
             vocab_size=tokenizer.get_vocab_size(),
             max_model_len=MAX_MODEL_LEN,
             num_blocks=NUM_BLOCKS,
-            max_num_rows=256,
+            max_num_rows=max_num_rows,
             tokenizer_digest=tokenizer_digest(tokenizer_folder),
         )
         self.reset()
@@ -106,7 +106,7 @@ def main() -> None:
     step_ms, folder, flags = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     settings = read_command_line(WorkerSettings, "steady_worker", "A worker without a model.", flags)
     configure_logging(settings.log_level)
-    asyncio.run(serve(settings, WorkerServicer(SteadyRunner(step_ms / 1000, folder))))
+    asyncio.run(serve(settings, WorkerServicer(SteadyRunner(step_ms / 1000, folder, settings.max_num_seqs))))
 
 
 if __name__ == "__main__":
