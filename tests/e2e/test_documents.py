@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tandem_shared.config import SchedulerSettings, read_command_line
 from tests.e2e.documents import Block, Machine, blocks_of, documents, is_server, new_machine
 from tests.e2e.hosts import PROGRAMS, why_no_hosts
 from tests.support.programs import require_programs
@@ -159,8 +161,18 @@ def test_a_clone_has_text_on_the_screen(tmp_path: Path) -> None:
     assert Path(done.stdout.splitlines()[-1]) == tmp_path / ".venv" / "bin" / "tandem"
 
 
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_files_of_settings_are_taken(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "tandem.yaml"
+    file.write_text(block.text)
+    settings = read_command_line(SchedulerSettings, "tandem-scheduler", "", ["--config", str(file)])
+    for name, value in yaml.safe_load(block.text).items():
+        expected = ",".join(value) if isinstance(value, list) else value
+        assert getattr(settings, name.replace("-", "_")) == expected
+
+
 def test_blocks_are_of_known_kinds_and_exceptions_are_needed() -> None:
-    assert {block.language for block in BLOCKS} <= {"", "python", "text"}
+    assert {block.language for block in BLOCKS} <= {"", "python", "text", "yaml"}
     assert 2 * len(BLOCKS) == sum((ROOT / document).read_text().count("```") for document in documents())
     commands = [command for block in BLOCKS if not block.language for command in block.commands]
     for pattern in [*EXCEPTIONS, *map(re.escape, REPLACED)]:
