@@ -10,14 +10,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from tandem.calls import build
 from tandem.v1 import inference_pb2
 from tandem_gateway import chat, completions, responses
 from tandem_gateway.connection import BoundedRequests, metadata_of, while_connected
 from tandem_gateway.conversation import chat_of
-from tandem_gateway.engine import Engine
-from tandem_gateway.errors import ApiError, JsonAnswer, add_error_handlers, error_response, refuse
+from tandem_gateway.engine import Engine, Fields
+from tandem_gateway.errors import ApiError, JsonAnswer, add_error_handlers, error_response
 from tandem_gateway.metrics import CountedRequests, HttpMetrics
 from tandem_gateway.page import read_page
+from tandem_gateway.problems import name_params, refuse
 from tandem_gateway.protocol import ChatBody, ChatOptions, CompletionBody, DetokenizeBody, TokenizeBody
 from tandem_gateway.responses_protocol import ResponseBody
 from tandem_gateway.traces import telemetry_of
@@ -115,19 +117,20 @@ async def _model(request: Request) -> dict[str, Any]:
 def _add_tokens(app: FastAPI) -> None:
     @app.post("/tokenize")
     async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
+        name_params(request, text="prompt")
         body.check_unknown()
         if (body.prompt is None) == (body.messages is None):
             raise refuse("prompt", "exactly one of prompt and messages must be given")
-        message = inference_pb2.TokenizeRequest(model=body.model, add_special_tokens=body.add_special_tokens)
-        if body.messages is None:
-            message.text = body.prompt or ""
-        else:
+        prompt: Fields = {"text": body.prompt}
+        if body.messages is not None:
             options = ChatOptions(
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 chat_template_kwargs=body.chat_template_kwargs,
             )
-            message.chat.CopyFrom(chat_of(body.messages, body.tools or (), options))
+            prompt = {"chat": chat_of(body.messages, body.tools or (), options)}
+        fields = {"model": body.model, "add_special_tokens": body.add_special_tokens, **prompt}
+        message = build(inference_pb2.TokenizeRequest, **fields)
         metadata = metadata_of(request)
         ids = await while_connected(request, _engine(request).tokenize(message, metadata))
         info = await _engine(request).model_info(metadata)
@@ -135,14 +138,11 @@ def _add_tokens(app: FastAPI) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request, body: DetokenizeBody) -> dict[str, Any]:
+        name_params(request, token_ids="tokens")
         body.check_unknown()
-        try:
-            # As in vLLM, special tokens stay.
-            message = inference_pb2.DetokenizeRequest(
-                token_ids=body.tokens, model=body.model, skip_special_tokens=False
-            )
-        except (TypeError, ValueError) as error:
-            raise refuse("tokens", str(error)) from error
+        # As in vLLM, special tokens stay.
+        fields = {"model": body.model, "token_ids": body.tokens, "skip_special_tokens": False}
+        message = build(inference_pb2.DetokenizeRequest, **fields)
         work = _engine(request).detokenize(message, metadata_of(request))
         return {"prompt": await while_connected(request, work)}
 

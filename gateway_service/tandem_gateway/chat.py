@@ -20,11 +20,11 @@ from tandem_gateway.connection import (
 )
 from tandem_gateway.conversation import new_call_id
 from tandem_gateway.engine import Engine
-from tandem_gateway.errors import refuse
 from tandem_gateway.events import TextEvents, event
-from tandem_gateway.generation import stop_reason_of, usage_of
+from tandem_gateway.generation import form_name, stop_reason_of, usage_of
 from tandem_gateway.logprobs import chat_logprobs, prompt_logprobs
 from tandem_gateway.output_parser import CallStart, Content, Piece, Reasoning
+from tandem_gateway.problems import name_params, refuse
 from tandem_gateway.protocol import ChatBody
 
 
@@ -49,6 +49,8 @@ class Chats:
 
 
 async def create(engine: Engine, request: Request, body: ChatBody) -> Any:
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    name_params(request, response_format=form_name(body), logprobs="top_logprobs", max_tokens=limit)
     metadata = metadata_of(request)
     request_id = body.request_id or request_id_of(request)
     if body.reasoning_effort == "none" and body.enable_thinking is None:
@@ -59,7 +61,7 @@ async def create(engine: Engine, request: Request, body: ChatBody) -> Any:
         body,
         body.messages,
         request_id,
-        max_tokens=body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
+        max_tokens=getattr(body, limit),
         logprobs=_num_logprobs(body),
     )
     plan = await while_connected(request, work)

@@ -7,9 +7,9 @@ from tandem.structured_output import StructuredOutput
 from tandem.v1 import inference_pb2
 from tandem_gateway.conversation import chat_of
 from tandem_gateway.engine import Engine, Fields, Metadata
-from tandem_gateway.errors import refuse
 from tandem_gateway.generation import form_of, request_fields
 from tandem_gateway.output_parser import END_THINK, CallStart, Content, OutputParser, Piece, Reasoning
+from tandem_gateway.problems import refuse
 from tandem_gateway.protocol import ChatOptions, Message, NamedToolChoice
 from tandem_gateway.tools import TAGS, after_thinking, calls_grammar
 
@@ -71,7 +71,7 @@ async def plan_chat(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> ChatPlan:
-    """Raises ApiError or InvalidRequest for what can't be asked."""
+    """Raises InvalidRequest for what can't be asked."""
     options.check_unknown()
     choice = options.tool_choice if options.tool_choice is not None else "auto"
     # A model that is not to call tools does not see them.

@@ -18,10 +18,10 @@ from tandem_gateway.connection import (
     with_first,
 )
 from tandem_gateway.engine import Engine, Fields
-from tandem_gateway.errors import refuse
 from tandem_gateway.events import TextEvents, event
-from tandem_gateway.generation import form_of, is_plain, request_fields, stop_reason_of, usage_of
+from tandem_gateway.generation import form_name, form_of, is_plain, request_fields, stop_reason_of, usage_of
 from tandem_gateway.logprobs import completion_logprobs, prompt_logprobs
+from tandem_gateway.problems import name_params, refuse
 from tandem_gateway.protocol import CompletionBody
 
 MAX_PROMPTS = 256
@@ -61,6 +61,7 @@ class Completions:
 
 
 async def create(engine: Engine, request: Request, body: CompletionBody) -> Any:
+    name_params(request, response_format=form_name(body))
     completions = Completions(body, body.request_id or request_id_of(request))
     requests, metadata = completions.requests(), metadata_of(request)
     if body.stream:

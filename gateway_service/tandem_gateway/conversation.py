@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.v1 import inference_pb2
-from tandem_gateway.errors import refuse
+from tandem_gateway.problems import refuse
 from tandem_gateway.protocol import ChatOptions, Message, Tool, ToolCall
 
 
 def chat_of(messages: Sequence[Message], tools: Sequence[Tool], options: ChatOptions) -> inference_pb2.Chat:
-    """tools: those that the model is to see. Raises ApiError for what can't be a conversation."""
+    """tools: those that the model is to see. Raises InvalidRequest for what can't be a conversation."""
     kwargs = dict(options.chat_template_kwargs or {})
     for name in ("add_generation_prompt", "continue_final_message"):
         # vLLM takes these as fields of the body; transformers takes them beside the template's variables.
@@ -34,7 +34,7 @@ def chat_of(messages: Sequence[Message], tools: Sequence[Tool], options: ChatOpt
 
 def _enable_thinking(options: ChatOptions) -> bool | None:
     """Whether the model is to think, as a field of the body or of chat_template_kwargs. None is the template's default.
-    Raises ApiError.
+    Raises InvalidRequest.
     """
     given = options.enable_thinking
     if given is None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tandem_gateway.events import encoded
+from tandem_gateway.problems import problems_of, violations_of
 from tandem_gateway.traces import note_error
 from tandem_shared.errors import FieldViolation, InvalidApiKey, InvalidRequest, OutputTooLarge, RetryLater, TandemError
 from tandem_shared.rpc.rich_status import code_of
@@ -52,16 +53,6 @@ TYPES = {
 }
 """HTTP status -> OpenAI's type of error. Others are invalid_request_error below 500 and server_error above."""
 
-PARAMS = {
-    "stop_strings": "stop",
-    "include_stop_string": "include_stop_str_in_output",
-    "num_logprobs": "logprobs",
-    "num_prompt_logprobs": "prompt_logprobs",
-    "num_choices": "n",
-    "structured_output": "response_format",
-}
-"""The gRPC API's names of fields that HTTP has under another name."""
-
 
 class ApiError(Exception):
     """An error of the gateway's own."""
@@ -78,11 +69,6 @@ class ClientGone(ApiError):
 
     def __init__(self) -> None:
         super().__init__(CLIENT_GONE, "the client closed the connection")
-
-
-def refuse(param: str, description: str) -> ApiError:
-    """An error of the request's field `param`."""
-    return ApiError(400, f"{param}: {description}", param=param)
 
 
 def error_body(error: Exception) -> dict[str, Any]:
@@ -104,8 +90,9 @@ class JsonAnswer(JSONResponse):
         return encoded(content)
 
 
-def error_response(error: Exception) -> JsonAnswer:
-    described = _described(error)
+def error_response(error: Exception, request: Request | None = None) -> JsonAnswer:
+    """request: the one whose body the error may be about."""
+    described = _described(error, request)
     status = described[0]
     headers = {}
     if status in (429, 503):
@@ -121,19 +108,20 @@ def error_response(error: Exception) -> JsonAnswer:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    async def answer(_: Request, error: Exception) -> JsonAnswer:
-        return error_response(error)
+    async def answer(request: Request, error: Exception) -> JsonAnswer:
+        return error_response(error, request)
 
     for each in (ApiError, TandemError, grpc.RpcError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(each, answer)
 
 
-def _described(error: Exception) -> tuple[int, str, str | None, str | None]:
+def _described(error: Exception, request: Request | None = None) -> tuple[int, str, str | None, str | None]:
     """Status, message, param and code."""
     if isinstance(error, ApiError):
         return error.status, str(error), error.param, error.code
     if isinstance(error, InvalidRequest):
-        return _invalid_request(error)
+        refusal = _refusal(violations_of(error, request))
+        return (404, *refusal[1:3], "model_not_found") if refusal[2] == "model" else refusal
     if isinstance(error, OutputTooLarge):
         return 400, str(error), None, "output_too_large"
     if isinstance(error, InvalidApiKey):
@@ -143,20 +131,16 @@ def _described(error: Exception) -> tuple[int, str, str | None, str | None]:
     if isinstance(error, grpc.aio.AioRpcError):
         return _grpc_error(error)
     if isinstance(error, RequestValidationError):
-        return _validation_error(error)
+        return _refusal(problems_of(error))
     if isinstance(error, HTTPException):
         return error.status_code, str(error.detail), None, None
     logger.error("a request failed", exc_info=error)
     return 500, "an internal error of the gateway", None, None
 
 
-def _invalid_request(error: InvalidRequest) -> tuple[int, str, str | None, str | None]:
-    violations = [FieldViolation(param_of(each.field), each.description) for each in error.violations]
+def _refusal(violations: Sequence[FieldViolation]) -> tuple[int, str, str | None, str | None]:
     message = "; ".join(f"{each.field}: {each.description}" if each.field else each.description for each in violations)
-    param = violations[0].field if violations else None
-    if param == "model":
-        return 404, message, param, "model_not_found"
-    return 400, message, param or None, None
+    return 400, message or "the request is not valid", (violations[0].field or None) if violations else None, None
 
 
 def _grpc_error(error: grpc.aio.AioRpcError) -> tuple[int, str, str | None, str | None]:
@@ -171,22 +155,3 @@ def _grpc_error(error: grpc.aio.AioRpcError) -> tuple[int, str, str | None, str 
     if status == 503:
         return status, f"the scheduler can't be reached: {message}", None, None
     return status, message, None, None
-
-
-def _validation_error(error: RequestValidationError) -> tuple[int, str, str | None, str | None]:
-    """The first ten problems of a body that has the wrong types."""
-    problems = [(_path(each["loc"][1:]), str(each["msg"])) for each in error.errors()[:10]]
-    message = "; ".join(f"{path}: {text}" if path else text for path, text in problems)
-    return 400, message or "the body is not valid", problems[0][0] or None if problems else None, None
-
-
-def _path(location: tuple[str | int, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")[:200]
-
-
-def param_of(field: str) -> str:
-    """The HTTP API's name of a field of the gRPC API, such as "top_p" of "sampling.top_p"."""
-    field = re.sub(r"^(sampling|stopping|output|prompt\.chat)\.", "", field)
-    name = re.match(r"\w*", field)
-    assert name is not None
-    return PARAMS.get(name[0], name[0]) + field[name.end() :]

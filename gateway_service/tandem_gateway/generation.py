@@ -8,8 +8,9 @@ from tandem.sampling_params import SamplingParams
 from tandem.structured_output import StructuredOutput
 from tandem.v1 import inference_pb2
 from tandem_gateway.engine import Fields
-from tandem_gateway.errors import refuse
+from tandem_gateway.problems import refuse
 from tandem_gateway.protocol import GenerationBody, ResponseFormat
+from tandem_shared.errors import InvalidRequest
 from tandem_shared.sampling_fields import REQUEST_FIELDS
 
 SAME_NAMES = (
@@ -18,6 +19,9 @@ SAME_NAMES = (
     "include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "skip_special_tokens",
 )  # fmt: skip
 """The fields of bodies that SamplingParams has under the same name."""
+
+GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+"""vLLM's older names of forms -> the fields of StructuredOutput."""
 
 
 def request_fields(
@@ -45,24 +49,31 @@ def request_fields(
 
 
 def form_of(body: GenerationBody) -> StructuredOutput | None:
-    """The form that the body asks for, by whichever name. Raises ApiError if it asks for several."""
+    """The form that the body asks for, by whichever name. Raises InvalidRequest if it asks for several."""
     forms: dict[str, dict[str, Any]] = {}
     if (given := body.structured_outputs) is not None:
         values = {"json": given.json_, **given.model_dump(exclude={"json_"})}
         forms["structured_outputs"] = values
-    for name, field in (
-        ("guided_json", "json"),
-        ("guided_regex", "regex"),
-        ("guided_choice", "choice"),
-        ("guided_grammar", "grammar"),
-    ):
+    for name, field in GUIDED.items():
         if getattr(body, name) is not None:
             forms[name] = {field: getattr(body, name)}
     if body.response_format is not None and body.response_format.type != "text":
         forms["response_format"] = _response_form(body.response_format)
     if len(forms) > 1:
         raise refuse(list(forms)[1], f"is one form too many beside {next(iter(forms))}")
-    return StructuredOutput(**next(iter(forms.values()))) if forms else None
+    if not forms:
+        return None
+    [(name, fields)] = forms.items()
+    try:
+        return StructuredOutput(**fields)
+    except InvalidRequest as error:
+        raise refuse(name, "; ".join(each.description for each in error.violations)) from error
+
+
+def form_name(body: GenerationBody) -> str:
+    """The name by which the body asks for a form, for errors."""
+    given = (name for name in ("structured_outputs", *GUIDED) if getattr(body, name) is not None)
+    return next(given, "response_format")
 
 
 def _response_form(wanted: ResponseFormat) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from tandem_gateway.errors import refuse
+from tandem_gateway.problems import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     def check_unknown(self) -> None:
-        """Raises ApiError for a field that asks for what Tandem does not do; logs fields that it does not know."""
+        """Raises InvalidRequest for a field that asks for what Tandem does not do; logs unknown fields."""
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED:
                 if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):

@@ -14,6 +14,8 @@ from tandem_gateway.connection import EventStream, metadata_of, request_id_of, w
 from tandem_gateway.engine import Engine
 from tandem_gateway.errors import ApiError, JsonAnswer, error_body
 from tandem_gateway.events import event
+from tandem_gateway.generation import form_name
+from tandem_gateway.problems import name_params
 from tandem_gateway.response_items import ResponseItems
 from tandem_gateway.responses_protocol import ResponseBody
 
@@ -69,6 +71,13 @@ class Responses:
 async def create(engine: Engine, request: Request, body: ResponseBody) -> Any:
     metadata = metadata_of(request)
     options = body.options()
+    form = form_name(options)
+    name_params(
+        request,
+        response_format="text.format" if form == "response_format" else form,
+        max_tokens="max_output_tokens",
+        messages="input",
+    )
     _check_echo(body)
     request_id = options.request_id or request_id_of(request)
     work = plan_chat(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 
-from tandem_gateway.errors import refuse
+from tandem_gateway.problems import refuse
 from tandem_gateway.protocol import (
     Body,
     ChatOptions,
@@ -116,7 +116,7 @@ class ResponseBody(Body):
     metadata: dict[str, Any] | None = None
 
     def options(self) -> ChatOptions:
-        """What is asked beside the conversation. Raises ApiError or RequestValidationError."""
+        """What is asked beside the conversation. Raises InvalidRequest or RequestValidationError."""
         if LOGPROBS in (self.include or ()) or self.top_logprobs:
             raise refuse("include", "log-probabilities are in /v1/chat/completions only")
         extra = dict(self.model_extra or {})
@@ -145,7 +145,7 @@ class ResponseBody(Body):
             )
         except ValidationError as error:
             located = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-            raise RequestValidationError(located) from error
+            raise RequestValidationError(located, body=given) from error
 
     def messages(self) -> list[Message]:
         """The conversation."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.structured_output import StructuredOutput
-from tandem_gateway.errors import refuse
 from tandem_gateway.output_parser import CALL, END_CALL, END_THINK, THINK
+from tandem_gateway.problems import refuse
 from tandem_gateway.protocol import Function
 
 TAGS = (THINK, END_THINK, CALL, END_CALL)
@@ -46,7 +46,7 @@ def calls_grammar(
 
 
 def after_thinking(form: StructuredOutput, *, thinking: str) -> StructuredOutput:
-    """The form for an output whose reasoning is free. Raises ApiError for a form that is a grammar itself."""
+    """The form for an output whose reasoning is free. Raises InvalidRequest for a form that is a grammar itself."""
     if thinking == "no":
         return form
     if form.json is not None or form.json_object:
@@ -57,7 +57,7 @@ def after_thinking(form: StructuredOutput, *, thinking: str) -> StructuredOutput
         # A slash ends an expression in Lark's format, unless it is escaped, as it may be already.
         body = "/" + re.sub(r"(\\.)|/", lambda match: match[1] or "\\/", form.regex, flags=re.DOTALL) + "/"
     else:
-        raise refuse("structured_outputs.grammar", "needs enable_thinking to be false, as the model may think first")
+        raise refuse("structured_output", "needs enable_thinking to be false, as the model may think first")
     return StructuredOutput(grammar=f"{_start(thinking, 'answer')}answer: {body}\n")
 
 
@@ -81,12 +81,12 @@ def _answer_schema(form: StructuredOutput) -> str:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise refuse("response_format", f"is no JSON: {error}") from error
+            raise refuse("structured_output", f"is no JSON: {error}") from error
     if schema is None:
         schema = {"type": "object"}
     if not isinstance(schema, dict):
-        raise refuse("response_format", "must be a JSON object")
-    return _dumped(schema | {"x-guidance": ANSWER_OPTIONS}, "response_format")
+        raise refuse("structured_output", "must be a JSON object")
+    return _dumped(schema | {"x-guidance": ANSWER_OPTIONS}, "structured_output")
 
 
 def _dumped(schema: dict[str, Any], param: str) -> str:

@@ -19,6 +19,12 @@ from tests.contract.services import MODEL, WAIT_S, Services
 from tests.support.chats import USER
 from tests.support.gateway import Gateway, head, read_answer
 
+TEXT_FORMAT = {"type": "json_schema", "name": "a", "schema": {"type": "nothing"}}
+JSON_FORMAT = {"type": "json_schema", "json_schema": TEXT_FORMAT}
+FUNCTION = {"name": "f", "arguments": "{"}
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]}
+IMAGE = {"type": "input_image", "image_url": "x"}
+
 WRONG_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", {"prompt": PROMPT, "model": "other"}, 404, "model"),
     ("/v1/completions", {"prompt": PROMPT, "temperature": -1}, 400, "temperature"),
@@ -32,9 +38,23 @@ WRONG_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", {"prompt": [-1]}, 400, "prompt"),
     ("/v1/completions", {"prompt": []}, 400, "prompt"),
     ("/v1/completions", {"prompt": "\ud800"}, 400, "prompt"),
-    ("/v1/completions", {"prompt": PROMPT, "guided_regex": "("}, 400, "response_format"),
+    ("/v1/completions", {"prompt": PROMPT, "guided_regex": "("}, 400, "guided_regex"),
     ("/v1/completions", {}, 400, "prompt"),
     ("/v1/completions", [], 400, None),
+    ("/v1/completions", {"prompt": {}}, 400, "prompt"),
+    ("/v1/completions", {"prompt": ""}, 400, "prompt"),
+    ("/v1/completions", {"prompt": [1, "a"]}, 400, "prompt[0]"),
+    ("/v1/completions", {"prompt": "a", "model": 5}, 400, "model"),
+    ("/v1/completions", {"prompt": "a", "response_format": JSON_FORMAT}, 400, "response_format"),
+    ("/v1/chat/completions", {"messages": [USER], "logprobs": True, "top_logprobs": 50}, 400, "top_logprobs"),
+    ("/v1/chat/completions", {"messages": [USER], "max_completion_tokens": 0}, 400, "max_completion_tokens"),
+    ("/v1/chat/completions", {"messages": [USER], "max_tokens": 0}, 400, "max_tokens"),
+    ("/v1/chat/completions", {"messages": [USER], "tool_choice": {"type": "custom"}}, 400, "tool_choice.type"),
+    ("/v1/chat/completions", {"messages": [{"content": "a"}]}, 400, "messages[0].role"),
+    ("/v1/chat/completions", {"messages": [USER, CALL]}, 400, "messages[1].tool_calls[0].function.arguments"),
+    ("/v1/responses", {"input": []}, 400, "input"),
+    ("/v1/responses", {"input": "a", "text": {"format": TEXT_FORMAT}}, 400, "text.format"),
+    ("/v1/responses", {"input": [{"role": "user", "content": [IMAGE]}]}, 400, "input[0].content[0]"),
     ("/v1/chat/completions", {"messages": []}, 400, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "a"}]}, 400, "messages[0].role"),
     ("/v1/chat/completions", {"messages": [USER], "top_logprobs": 2}, 400, "top_logprobs"),
@@ -44,17 +64,24 @@ WRONG_BODIES: list[tuple[str, Any, int, str | None]] = [
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
-        None,
+        "messages[0].content[0]",
     ),
-    ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, 400, None),
+    ("/v1/responses", {"input": [{"type": "image_generation_call"}]}, 400, "input[0]"),
     ("/v1/responses", {"input": "a", "n": 2}, 400, "n"),
     ("/v1/responses", {"input": "a", "seed": "x"}, 400, "seed"),
-    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_tokens"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, 400, "max_output_tokens"),
     ("/v1/responses", {"input": "a", "include": ["message.output_text.logprobs"]}, 400, "include"),
     ("/v1/responses", {"input": "a", "metadata": {"a": float("nan")}}, 400, None),
     ("/v1/responses", {"input": "a", "metadata": {"a": float("inf")}, "stream": True}, 400, None),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"\ud800": "x"}}, 400, None),
     ("/tokenize", {}, 400, "prompt"),
+    ("/v1/completions", {"prompt": "a", "guided_choice": ["\ud800"]}, 400, "guided_choice"),
+    ("/v1/completions", {"prompt": "a", "structured_outputs": {}}, 400, "structured_outputs"),
+    ("/tokenize", {"prompt": "\ud800"}, 400, "prompt"),
+    ("/tokenize", {"prompt": "a", "model": "\ud800"}, 404, "model"),
+    ("/tokenize", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
+    ("/detokenize", {"tokens": [1], "model": "\ud800"}, 404, "model"),
+    ("/detokenize", {"tokens": [10**7]}, 400, "tokens"),
     ("/detokenize", {"tokens": [2**40]}, 400, "tokens"),
     ("/v1/nothing", {}, 404, None),
 ]
@@ -68,6 +95,27 @@ async def test_what_is_wrong_is_said_in_openais_form(gateway: Gateway) -> None:
         assert param is None or error["param"] == param, (body, error)
         assert answer.headers["x-request-id"]
     assert (await gateway.get("/v1/completions")).status == 405
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "said"),
+    [
+        (b'{"prompt": "a"}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b'{"prompt": "a"}', "text/plain", "Content-Type: application/json"),
+        (b"", "application/json", "there is no body"),
+        (b"[1]", "application/json", "must be a JSON object"),
+        (b'{"prompt": "a",}', "application/json", "is no JSON"),
+    ],
+)
+async def test_a_body_that_is_no_json_object_is_told_why(
+    gateway: Gateway, body: bytes, content_type: str, said: str
+) -> None:
+    """curl sends the first one where its header was forgotten."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(head("POST", "/v1/completions", len(body), {"content-type": content_type}) + body)
+    answer = await asyncio.wait_for(read_answer(reader), WAIT_S)
+    writer.close()
+    assert answer.status == 400 and said in answer.error()["message"] and answer.error()["param"] is None
 
 
 @pytest.mark.parametrize(
