@@ -23,18 +23,22 @@ class ChatPlan:
     has_tools: bool
     is_single_call: bool
     """Whether calls after the first are left out, as parallel_tool_calls=false wants it."""
+    has_reasoning: bool
+    """Whether reasoning is answered with, which include_reasoning=false keeps from it."""
 
     def reader(self) -> "OutputReader":
         """A reader of one choice's text."""
-        return OutputReader(OutputParser(reasoning=self.reasoning, has_tools=self.has_tools), self.is_single_call)
+        parser = OutputParser(reasoning=self.reasoning, has_tools=self.has_tools)
+        return OutputReader(parser, self.is_single_call, self.has_reasoning)
 
 
 class OutputReader:
     """Reads one choice's text, and keeps what was found."""
 
-    def __init__(self, parser: OutputParser, is_single_call: bool) -> None:
+    def __init__(self, parser: OutputParser, is_single_call: bool, has_reasoning: bool) -> None:
         self._parser = parser
         self._is_single_call = is_single_call
+        self._has_reasoning = has_reasoning
         self.reasoning = ""
         self.content = ""
         self.calls: list[tuple[str, str]] = []
@@ -47,6 +51,8 @@ class OutputReader:
         kept = []
         for piece in pieces:
             if isinstance(piece, Reasoning):
+                if not self._has_reasoning:
+                    continue
                 self.reasoning += piece.text
             elif isinstance(piece, Content):
                 self.content += piece.text
@@ -89,7 +95,8 @@ async def plan_chat(
         thinking = await _thinking(engine, metadata, chat, reasoning)
         form = after_thinking(form, thinking=thinking)
     fields = request_fields(options, {"chat": chat}, request_id, max_tokens=max_tokens, logprobs=logprobs, form=form)
-    return ChatPlan(fields, reasoning, bool(seen), options.parallel_tool_calls is False)
+    is_single_call, has_reasoning = options.parallel_tool_calls is False, options.include_reasoning is not False
+    return ChatPlan(fields, reasoning, bool(seen), is_single_call, has_reasoning)
 
 
 async def _calls(

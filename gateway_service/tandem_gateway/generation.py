@@ -20,6 +20,9 @@ SAME_NAMES = (
 )  # fmt: skip
 """The fields of bodies that SamplingParams has under the same name."""
 
+MIN_SEED = -(2**63)
+"""OpenAI's and vLLM's seeds are signed. The negative ones are seeds like others."""
+
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 """vLLM's older names of forms -> the fields of StructuredOutput."""
 
@@ -37,6 +40,8 @@ def request_fields(
     values: dict[str, Any] = {name: getattr(body, name) for name in SAME_NAMES}
     # vLLM and OpenAI take an empty list for none.
     values["allowed_token_ids"] = values["allowed_token_ids"] or None
+    if body.seed is not None and MIN_SEED <= body.seed < 0:
+        values["seed"] = body.seed % 2**64
     params = SamplingParams(**values, max_tokens=max_tokens, logprobs=logprobs, structured_outputs=form)
     return {
         "model": body.model,
@@ -52,7 +57,7 @@ def form_of(body: GenerationBody) -> StructuredOutput | None:
     """The form that the body asks for, by whichever name. Raises InvalidRequest if it asks for several."""
     forms: dict[str, dict[str, Any]] = {}
     if (given := body.structured_outputs) is not None:
-        values = {"json": given.json_, **given.model_dump(exclude={"json_"})}
+        values = {"json": given.json_, **given.model_dump(include={"json_object", "regex", "choice", "grammar"})}
         forms["structured_outputs"] = values
     for name, field in GUIDED.items():
         if getattr(body, name) is not None:

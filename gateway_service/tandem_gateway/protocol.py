@@ -22,28 +22,50 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "background": (None, False),
     "beam_width": (None, 1),
+    "chat_template": (None,),
+    "context_management": (None, []),
     "conversation": (None,),
+    "documents": (None, []),
+    "ec_transfer_params": (None,),
     "echo": (None, False),
+    "enable_response_messages": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "image": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
+    "logprob_token_ids": (None, []),
     "logits_processors": (None, []),
     "modalities": (None, ["text"]),
+    "previous_input_messages": (None, []),
+    "previous_response": (None,),
     "previous_response_id": (None,),
+    "prompt": (None,),
     "prompt_embeds": (None,),
+    "repetition_detection": (None,),
+    "return_prompt_text": (None, False),
+    "return_token_ids": (None, False),
+    "return_token_strs": (None, False),
+    "return_tokens_as_token_ids": (None, False),
     "suffix": (None, ""),
+    "thinking_token_budget": (None, -1),
     "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
+    "vllm_xargs": (None, {}),
+    "watermarking": (None, False),
     "web_search_options": (None,),
 }
 """Field -> the values that ask for nothing. Others are refused."""
 
 WITHOUT_EFFECT = {
-    "include", "metadata", "moderation", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "text_verbosity", "truncation", "user", "verbosity",
+    "access_programs", "background_options", "include", "max_tool_calls", "metadata", "moderation", "prediction",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
+    "text_verbosity", "truncation", "user", "verbosity",
+    # Of vLLM: for images, for templates of other models, or for what is refused above.
+    "add_special_tokens", "media_io_kwargs", "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
+    "routed_experts_prompt_start", "session_id", "spaces_between_special_tokens", "stream_interval", "truncation_side",
 }  # fmt: skip
-"""Fields of OpenAI's that say nothing of the output here. They are ignored, and not logged."""
+"""Fields that say nothing of the output here. They are ignored, and not logged."""
 
 _logged: set[str] = set()
 
@@ -57,11 +79,16 @@ class Body(BaseModel):
         """Raises InvalidRequest for a field that asks for what Tandem does not do; logs unknown fields."""
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED:
-                if not any(value == each and type(value) is type(each) for each in UNSUPPORTED[name]):
+                if not any(_is_same(value, each) for each in UNSUPPORTED[name]):
                     raise refuse(name, "is not supported")
             elif name not in WITHOUT_EFFECT and name not in _logged and len(_logged) < MAX_LOGGED_NAMES:
                 _logged.add(name)
                 logger.warning("unknown field %r of %s is ignored", name[:100], type(self).__name__)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values of JSON are the same, for which Python takes 1 and true too."""
+    return bool(value == other and isinstance(value, bool) == isinstance(other, bool))
 
 
 class StreamOptions(BaseModel):
@@ -89,6 +116,12 @@ class StructuredOutputs(BaseModel):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    # What a client may send that sends all fields of vLLM's class.
+    structural_tag: None = None
+    whitespace_pattern: None = None
+    disable_additional_properties: Literal[False] | None = None
+    disable_any_whitespace: Literal[False] | None = None
+    disable_fallback: Literal[False] | None = None
 
 
 class GenerationBody(Body):
@@ -220,6 +253,7 @@ class ChatOptions(GenerationBody):
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

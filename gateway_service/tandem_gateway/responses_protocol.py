@@ -26,7 +26,7 @@ from tandem_gateway.protocol import (
 )
 
 LOGPROBS = "message.output_text.logprobs"
-NOT_PASSED_ON = {"n", "stream_options", "max_tokens", "response_format"}
+NOT_PASSED_ON = {"n", "max_tokens", "max_completion_tokens", "messages", "reasoning_effort", "response_format"}
 """Fields of chats that responses do not have, or have under another name."""
 
 
@@ -106,6 +106,8 @@ class ResponseBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    """OpenAI's have no effect on the output. The usage is always told at the end."""
     tools: list[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None

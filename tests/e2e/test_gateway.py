@@ -82,6 +82,9 @@ def test_reasoning_content_and_calls_are_found_in_an_output(client: openai.OpenA
         (call.function.name, call.function.arguments) for call in message.tool_calls or () if call.type == "function"
     ]
     assert calls == [("get_weather", ARGUMENTS), ("get_time", "{}")]
+    without = {**asked, "extra_body": {**asked["extra_body"], "include_reasoning": False}}
+    bare = client.chat.completions.create(**without).choices[0].message
+    assert bare.content == message.content and "reasoning_content" not in bare.to_dict()
 
     content = reasoning = ""
     streamed: dict[int, list[str]] = {}

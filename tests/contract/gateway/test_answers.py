@@ -131,11 +131,12 @@ async def test_each_field_reaches_grpc_under_its_own_name(services: Services, ga
         "logit_bias": {"5": 1.5, "9": -2}, "bad_words": ["thou"], "min_tokens": 3, "stop_token_ids": [7, 11],
         "ignore_eos": True, "allowed_token_ids": list(range(500)), "cache_salt": "s", "priority": 2, "top_p": 0.9,
     }  # fmt: skip
-    request = stream_request(PROMPT, 20, temperature=0.9, seed=5, stop_strings=["zzz"])
+    # OpenAI's seeds are signed.
+    request = stream_request(PROMPT, 20, temperature=0.9, seed=2**64 - 5, stop_strings=["zzz"])
     for name, value in fields.items():
         set_field(request, name, {int(k): v for k, v in value.items()} if isinstance(value, dict) else value)
     truth = (await services.generate(request)).choices[0]
-    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0.9, "seed": 5, "stop": "zzz", **fields}
+    body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0.9, "seed": -5, "stop": "zzz", **fields}
     answer = await gateway.post("/v1/completions", body)
     assert answer.status == 200, answer.body
     [choice] = answer.json()["choices"]
