@@ -28,7 +28,7 @@ ENV PATH=/opt/tandem/bin:${PATH} PYTHONUNBUFFERED=1
 USER 1000
 WORKDIR /home/tandem
 
-# pip is of no use in an image; it goes last, so that its layer has what it installed and not itself.
+# pip is of no use in an image, so it removes itself at the end.
 FROM environment AS scheduler-environment
 COPY --from=source / ./
 RUN pip install ".[otel,smg]" && pip uninstall --yes pip setuptools
