@@ -153,7 +153,7 @@ async def test_the_metrics_of_front_end_processes_add_up() -> None:
         assert port is not None
 
         async def has_refusals() -> bool:
-            return (await scrape(port)).values("requests_refused_total", "reason") == {"INVALID_REQUEST": 2}
+            return (await scrape(port)).counts("requests_refused_total", "reason") == {"INVALID_REQUEST": 2}
 
         await wait_until(has_refusals, "both refusals")
         # The metrics by RPC, whichever front end is asked, are those of the port.
@@ -212,7 +212,7 @@ async def test_refused_and_cancelled_requests() -> None:
         found = await scrape(port)
     assert found["draining"] == 1
     expected = {"QUEUE_FULL": 1, "INVALID_REQUEST": 2, "DRAINING": 1}
-    assert found.values("requests_refused_total", "reason") == expected
+    assert found.counts("requests_refused_total", "reason") == expected
 
 
 async def test_calls_that_show_no_key_are_refused_and_the_metrics_need_one_for_control(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ async def test_calls_that_show_no_key_are_refused_and_the_metrics_need_one_for_c
                 found = Scrape((await call).text.decode())
             else:
                 assert (await error_of(call)).code() == grpc.StatusCode.PERMISSION_DENIED
-    assert found.values("requests_refused_total", "reason") == {"INVALID_API_KEY": 1}
+    assert found.counts("requests_refused_total", "reason") == {"INVALID_API_KEY": 1}
 
 
 async def settled_aborts(port: int, count: int) -> Scrape:

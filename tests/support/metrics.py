@@ -20,6 +20,10 @@ class Scrape:
         """The samples of a name, without the prefix, by the value of one label."""
         return {sample.labels[label]: sample.value for sample in self._named(name)}
 
+    def counts(self, name: str, label: str) -> dict[str, float]:
+        """The samples of a name that are not 0, by the value of one label."""
+        return {value: count for value, count in self.values(name, label).items() if count}
+
     def __getitem__(self, name: str) -> float:
         """The sum of all samples of that name, without the prefix."""
         return sum(sample.value for sample in self._named(name))

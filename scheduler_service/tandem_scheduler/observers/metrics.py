@@ -26,6 +26,8 @@ from tandem_scheduler.observers import definitions as d
 from tandem_shared.metrics.exposition import Metric, Sample, Samples
 
 REASONS = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR)
+NOT_REFUSED = dict.fromkeys(("DRAINING", "INVALID_API_KEY", "INVALID_REQUEST", "QUEUE_FULL", "WORKER_UNAVAILABLE"), 0)
+"""Prometheus sees the first of a kind as an increase only if it has seen 0 before."""
 ENGINE = "0"
 """vLLM numbers the engines behind one port. Here there is one."""
 
@@ -179,7 +181,7 @@ def _state(hub: EngineHub) -> Iterator[Sample]:
     """What the front ends have counted, and what the engine is at."""
     stats, step_loop = hub.front_end_stats(), hub.step_loop
     yield d.INTER_TOKEN_LATENCY, {(): stats.token_gaps.copy()}
-    yield d.REQUESTS_REFUSED, {(reason,): count for reason, count in stats.num_refused.items()}
+    yield d.REQUESTS_REFUSED, {(reason,): count for reason, count in (NOT_REFUSED | stats.num_refused).items()}
     yield d.WORKER_UP, {(): step_loop.is_connected}
     yield d.DRAINING, {(): hub.is_draining}
     sums = step_loop.step_sums

@@ -68,5 +68,22 @@ class Samples(Collector):
 
 def encode(collector: Collector, accept: str = "") -> tuple[bytes, str]:
     """A scrape's answer and its content type. accept: the header in which the scraper says what it reads."""
-    encoder, content_type = choose_encoder(accept)
+    encoder, content_type = choose_encoder(with_colons(accept))
     return encoder(collector), content_type
+
+
+def with_colons(accept: str) -> str:
+    """The header, changed so that prometheus_client leaves the colons of names as they are: where OpenMetrics is asked
+    for without an escaping, some of its releases write `_` for them, but in the text format `:`.
+    """
+    return ",".join(map(_with_colons, accept.split(",")))
+
+
+def _with_colons(accepted: str) -> str:
+    name, *parameters = (part.strip() for part in accepted.split(";"))
+    if name != "application/openmetrics-text":
+        return accepted
+    parameters = [part for part in parameters if not part.startswith("escaping=")]
+    if not any(part.startswith("version=") for part in parameters):
+        parameters.append("version=1.0.0")
+    return ";".join([name, *parameters, "escaping=allow-utf-8"])

@@ -18,6 +18,7 @@ from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 from tandem_shared.errors import ConfigError
+from tandem_shared.metrics.exposition import with_colons
 
 READ_TIMEOUT_S = 5.0
 """How long the event loop may take to give its values. Prometheus waits 10 s for a scrape by default."""
@@ -49,9 +50,15 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(_LoopCollector(self._read, asyncio.get_running_loop()))
         ProcessCollector(registry=registry)
+        application = make_wsgi_app(registry)
+
+        def answer(environ: dict[str, Any], start_response: Any) -> Any:
+            environ["HTTP_ACCEPT"] = with_colons(environ.get("HTTP_ACCEPT", ""))
+            return application(environ, start_response)
+
         server_class = _Server6 if ":" in host else _Server
         try:
-            self._server = make_server(host, port, make_wsgi_app(registry), server_class, _Handler)
+            self._server = make_server(host, port, answer, server_class, _Handler)
         except OSError as error:
             raise ConfigError(f"--metrics-port: can't listen on {host}:{port}: {error.strerror}") from error
         self._thread = threading.Thread(target=self._server.serve_forever, args=[POLL_S], name="metrics", daemon=True)

@@ -46,7 +46,7 @@ async def test_requests_are_counted_by_route_and_status(gateway: Gateway, servic
     assert 0 < own["http_request_duration_seconds_sum"] < took_s
     assert own["http_scheduler_up"] == 1
     assert schedulers["request_generation_tokens_sum"] == 3 * 6 and schedulers["worker_up"] == 1
-    assert schedulers.values("requests_refused_total", "reason") == {"INVALID_REQUEST": 1}
+    assert schedulers.counts("requests_refused_total", "reason") == {"INVALID_REQUEST": 1}
 
 
 async def test_without_a_scheduler_the_gateways_metrics_are_there(gateway: Gateway, services: Services) -> None:

@@ -51,8 +51,33 @@ def test_numbers_with_labels_of_their_own() -> None:
         ("x:ended_total", 'a"b', "length"): 0,
         ("x:level", 'a"b'): 0.5,
     }
-    openmetrics, content_type = encode(samples, "application/openmetrics-text; version=1.0.0")
-    assert content_type.startswith("application/openmetrics-text") and openmetrics.endswith(b"# EOF\n")
+
+
+PROMETHEUS_2 = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/openmetrics-text;version=0.0.1;"
+    "q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        PROMETHEUS_2,
+        PROMETHEUS_3,
+        "application/openmetrics-text",
+        "application/openmetrics-text; version=1.0.0",
+        "application/openmetrics-text; version=1.0.0; escaping=underscores",
+    ],
+)
+def test_names_keep_their_colons_in_openmetrics(accept: str) -> None:
+    level = Metric("level", "gauge", "Says a level.")
+    text, content_type = encode(Samples("x:", {"model": "any"}, [(level, {(): 0.5})]), accept)
+    assert content_type.startswith("application/openmetrics-text")
+    assert text == b'# HELP x:level Says a level.\n# TYPE x:level gauge\nx:level{model="any"} 0.5\n# EOF\n'
 
 
 def test_histograms_of_different_bounds_are_not_added_up() -> None:

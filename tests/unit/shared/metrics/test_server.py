@@ -56,8 +56,11 @@ async def test_each_scrape_reads_anew_and_a_failed_one_ends_nothing(port: int, s
     with pytest.raises(urllib.error.HTTPError, match="500"):
         await get(port)
     source.is_broken = False
+    # As Prometheus 2 asks.
+    openmetrics = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    assert b"\nx:level 2.0\n# HELP process" in await get(port, {"Accept": openmetrics})
     compressed = await get(port, {"Accept-Encoding": "gzip"})
-    assert b"\nx:level 2.0\n" in gzip.decompress(compressed)
+    assert b"\nx:level 3.0\n" in gzip.decompress(compressed)
     assert b"process_resident_memory_bytes" in gzip.decompress(compressed)
 
 
