@@ -186,7 +186,7 @@ class Engine:
 
 def requirements() -> list[str]:
     """What building the package and installing it for each image that is built here takes."""
-    extras = (declared_requirements(extra) for extra in ("worker", "smg"))
+    extras = (declared_requirements(extra) for extra in ("worker", "smg", "otel"))
     return sorted({*itertools.chain(*extras), *PYPROJECT["build-system"]["requires"], "wheel"})
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import grpc
 import openai
+import yaml
 
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from tests.e2e.compose_engine import Engine, free_port, install_missing_tools
+from tests.e2e.compose_engine import REPOSITORY, Engine, free_port, install_missing_tools
 from tests.e2e.grpcurl import grpcurl, json_stream
 from tests.e2e.services import serving_process
+from tests.support.metrics import Scrape
 
 HEALTHY_TIMEOUT_S = 120
 MAX_RESTARTS = 5
@@ -187,6 +189,20 @@ def check_image_sizes(deployment: Deployment) -> None:
         assert added <= MAX_ADDED_BYTES, f"the image of the {service} adds {added} bytes to its base"
 
 
+def check_metrics(deployment: Deployment) -> None:
+    """Each service gives its metrics where deploy/observability has Prometheus scrape it."""
+    jobs = yaml.safe_load((REPOSITORY / "deploy/observability/prometheus.yml").read_text())["scrape_configs"]
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in jobs}
+    seen = {"scheduler": "tandem:worker_up", "worker": "tandem:worker_session_open", "gateway": "http_scheduler_up"}
+    program = (
+        "import sys, urllib.request as r; print(r.urlopen(f'http://{sys.argv[1]}/metrics', timeout=20).read().decode())"
+    )
+    container = deployment.engine.container("gateway")
+    for service, metric in seen.items():
+        text = deployment.engine.podman("exec", container, "python", "-c", program, *targets[service])
+        assert Scrape(text, prefix="")[metric] == 1, text
+
+
 def check_grpcurl_lists(deployment: Deployment) -> None:
     listed = grpcurl(deployment.address, "list").split()
     assert {"tandem.v1.InferenceService", "tandem.v1.ControlService", "grpc.health.v1.Health"} <= set(listed), listed
@@ -248,6 +264,7 @@ CHECKS = (
     check_confined,
     check_packages,
     check_image_sizes,
+    check_metrics,
     check_grpcurl_lists,
     check_grpcurl_streams_text,
     check_killed_worker,

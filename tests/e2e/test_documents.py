@@ -22,7 +22,7 @@ EXCEPTIONS = {
     r"make test": "runs all tests, and is what CI runs",
     r"make bench.*": "measures for minutes, and wants a GPU; tests/unit/benchmarks runs its parts",
     r"make chaos.*": "takes hours; tests/chaos runs short forms of its parts",
-    r"(\w+=\S+ )*docker compose (-f \S+ )*up": "needs Docker; `make compose-test` runs docker-compose.yml with podman",
+    r"(\w+=\S+ )*docker compose ((-f|--profile) \S+ )*up": "needs Docker; `make compose-test` runs them with podman",
     r"pip install .*": "downloads; tests/e2e/test_wheel.py installs the extras",
     r"torchrun .*": "two hosts; tests/e2e/test_tensor_parallel.py runs it on two",
     r"kubectl .*": "there is no cluster; tests/unit/deploy builds what they apply",
