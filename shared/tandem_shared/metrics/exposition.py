@@ -68,15 +68,22 @@ class Samples(Collector):
 
 def encode(collector: Collector, accept: str = "") -> tuple[bytes, str]:
     """A scrape's answer and its content type. accept: the header in which the scraper says what it reads."""
-    encoder, content_type = choose_encoder(with_colons(accept))
+    encoder, content_type = choose_encoder(readable(accept))
     return encoder(collector), content_type
 
 
-def with_colons(accept: str) -> str:
-    """The header, changed so that prometheus_client leaves the colons of names as they are: where OpenMetrics is asked
-    for without an escaping, some of its releases write `_` for them, but in the text format `:`.
+def readable(accept: str) -> str:
+    """The header as prometheus_client reads it, or an empty one where it would raise: a version may be no number.
+
+    It is changed so that colons of names stay as they are: where OpenMetrics is asked for without an escaping, some
+    releases write `_` for them, but in the text format `:`.
     """
-    return ",".join(map(_with_colons, accept.split(",")))
+    accept = ",".join(map(_with_colons, accept.split(",")))
+    try:
+        choose_encoder(accept)
+    except (TypeError, ValueError):
+        return ""
+    return accept
 
 
 def _with_colons(accepted: str) -> str:

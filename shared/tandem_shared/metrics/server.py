@@ -1,24 +1,27 @@
 """The HTTP port from which Prometheus reads a service's metrics.
 
 A thread serves it, so that a slow scraper holds up nobody. The values are read in the service's event loop, at one
-moment; if the loop stands still, the scrape fails, as it should.
+moment; if the loop stands still, the scrape fails, as it should. What goes wrong on the way is a line in the log: the
+standard library would write tracebacks to stderr, where whoever reaches the port could fill the log with them.
 """
 
 import asyncio
+import io
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
+from typing import Any, TextIO, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
 from tandem_shared.errors import ConfigError
-from tandem_shared.metrics.exposition import with_colons
+from tandem_shared.metrics.exposition import readable
 
 READ_TIMEOUT_S = 5.0
 """How long the event loop may take to give its values. Prometheus waits 10 s for a scrape by default."""
@@ -50,15 +53,9 @@ class MetricsServer:
         registry = CollectorRegistry()
         registry.register(_LoopCollector(self._read, asyncio.get_running_loop()))
         ProcessCollector(registry=registry)
-        application = make_wsgi_app(registry)
-
-        def answer(environ: dict[str, Any], start_response: Any) -> Any:
-            environ["HTTP_ACCEPT"] = with_colons(environ.get("HTTP_ACCEPT", ""))
-            return application(environ, start_response)
-
         server_class = _Server6 if ":" in host else _Server
         try:
-            self._server = make_server(host, port, answer, server_class, _Handler)
+            self._server = make_server(host, port, _guarded(make_wsgi_app(registry)), server_class, _Handler)
         except OSError as error:
             raise ConfigError(f"--metrics-port: can't listen on {host}:{port}: {error.strerror}") from error
         self._thread = threading.Thread(target=self._server.serve_forever, args=[POLL_S], name="metrics", daemon=True)
@@ -73,6 +70,23 @@ class MetricsServer:
             self._server.shutdown()
             self._thread.join()
             self._server.server_close()
+
+
+def _guarded(app: WSGIApplication) -> WSGIApplication:
+    """The application, which answers whatever a scraper says that it reads, and 500 if the values can't be had."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ["HTTP_ACCEPT"] = readable(environ.get("HTTP_ACCEPT", ""))
+        try:
+            return app(environ, start_response)
+        except TimeoutError:
+            logger.warning("a scrape failed: the service did not give its values within %g s", READ_TIMEOUT_S)
+        except Exception:
+            logger.exception("a scrape failed")
+        start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
+        return [b"the values can't be had; the log has more\n"]
+
+    return answer
 
 
 class _LoopCollector(Collector):
@@ -119,6 +133,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         finally:
             self._places.release()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Scrapers that are silent or go away are no news."""
+        logger.debug("the connection of a scraper failed", exc_info=True)
+
 
 class _Server6(_Server):
     address_family = socket.AF_INET6
@@ -130,5 +148,16 @@ class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:
         """Scrapes are no news."""
 
+    def get_stderr(self) -> TextIO:
+        return cast(TextIO, _DebugLog())
+
     def address_string(self) -> str:
         return str(self.client_address[0])
+
+
+class _DebugLog(io.TextIOBase):
+    """Where wsgiref tells of answers that could not be sent."""
+
+    def write(self, text: str) -> int:
+        logger.debug("%s", text.rstrip())
+        return len(text)

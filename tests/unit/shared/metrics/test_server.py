@@ -97,6 +97,22 @@ async def test_a_loop_that_stands_still_fails_the_scrape(
     assert b"x:level" in await get(port)
 
 
+async def test_whatever_a_scraper_reads_there_is_an_answer_and_no_traceback(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module._Handler, "timeout", 0.05)
+    for version in ("zz", "1.0.0", "", "1..0", "9" * 5000, "\xb2"):
+        for kind in ("application/openmetrics-text", "text/plain"):
+            assert b"\nx:level " in await get(port, {"Accept": f"{kind};version={version};escaping=x"})
+    for sent in (b"", b"GET /met", b"\x00\xff\r\n\r\n"):
+        with socket.create_connection((HOST, port)) as scraper:
+            scraper.settimeout(10)
+            scraper.sendall(sent)
+            # The server closes the connection, if only because it was silent.
+            await asyncio.to_thread(lambda: b"".join(iter(lambda: scraper.recv(65536), b"")))
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_taken_port_is_a_wrong_setting(port: int) -> None:
     with pytest.raises(ConfigError, match=f"--metrics-port: can't listen on {HOST}:{port}: "):
         MetricsServer(Source().read).start(HOST, port)
