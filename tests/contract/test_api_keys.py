@@ -3,8 +3,10 @@ and what a server without keys leaves open.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tandem.v1 import control_pb2
 from tandem_scheduler.control import audit
+from tandem_shared.host.log import configure_logging
 from tests.contract.front_ends import connections_to_each
 from tests.contract.services import INFERENCE, Services, error_of, model_info, stream_request, true_tokens, wait_until
 from tests.contract.test_authorization import bearer
@@ -33,6 +36,19 @@ def key_file(tmp_path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers[:] = []
+    configure_logging("debug")
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
 async def generate(services: Any, key: str, **fields: Any) -> Any:
     request = stream_request(**{"prompt": [3] * 64, "max_tokens": 2, **fields})
     return [message async for message in services.inference.GenerateStream(request, metadata=bearer(key))]
@@ -49,6 +65,44 @@ async def test_a_prefix_is_shared_within_a_key_alone(key_file: Path) -> None:
     async with Services(runner, api_key_file=str(key_file)) as services:
         found = [await num_cached(services, key, cache_salt=salt) for key, salt in asked]
     assert found == [0, 0, 64, 0, 0, 64, 64]
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+def _literal(text: bytes) -> bytes:
+    """A string of HPACK, of less than 127 bytes."""
+    return bytes([len(text)]) + text
+
+
+async def test_a_key_that_is_no_text_is_refused_and_not_logged(
+    key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """gRPC's own client sends no such bytes, so this speaks HTTP/2."""
+    headers = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/tandem.v1.InferenceService/GetModelInfo",
+        b":authority": b"x",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+        b"authorization": b"Bearer " + ALICE.encode() + b"\xff",
+    }
+    block = b"".join(b"\0" + _literal(name) + _literal(value) for name, value in headers.items())
+    with log_to_stderr():
+        async with Services(api_key_file=str(key_file)) as services:
+            host, _, port = services.address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, b"") + _frame(1, 5, 1, block))
+            kind = None
+            while kind != 1:
+                start = await reader.readexactly(9)
+                kind = start[3]
+                payload = await reader.readexactly(int.from_bytes(start[:3]))
+            writer.close()
+            assert b"the API key is not known" in payload
+    assert ALICE not in capsys.readouterr().err
 
 
 async def test_a_key_says_which_priorities_its_requests_may_have(key_file: Path) -> None:

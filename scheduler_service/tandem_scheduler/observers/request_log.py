@@ -78,11 +78,14 @@ def fields_of(event: RequestClosed) -> dict[str, object]:
 
 
 def _line(fields: dict[str, object]) -> str:
+    # Clients choose ids, of printable characters. In quotes one with spaces can't pass for a part of the line.
+    name = str(fields["id"])
+    name = repr(name) if " " in name else name
     choices = f" in {fields['choices']} choices" if fields["choices"] != 1 else ""
     first = f", first token after {fields['first_token_s']:.3f} s" if "first_token_s" in fields else ""
     total = f", all after {fields['total_s']:.3f} s" if "total_s" in fields else ", its front end has gone"
     error = f" ({fields['error']})" if "error" in fields else ""
     return (
-        f"request {fields['id']}: {fields['prompt_tokens']} tokens in ({fields['cached_tokens']} cached), "
+        f"request {name}: {fields['prompt_tokens']} tokens in ({fields['cached_tokens']} cached), "
         f"{fields['output_tokens']} out{choices}{first}{total}: {fields['end']}{error}"
     )

@@ -1,5 +1,6 @@
 """Logging to stderr, one line for each event, as text or as JSON. Each line names the service that wrote it, as several
-may share a terminal or a file.
+may share a terminal or a file. What a client sent, and a line repeats, neither ends a line nor reaches a terminal as an
+escape sequence.
 """
 
 import json
@@ -10,6 +11,27 @@ from typing import Any
 FORMATS = ("text", "json")
 FIELDS = "fields"
 """The key in a logging call's `extra` under which a JSON line's further fields are given."""
+
+
+CONTROL_CHARACTERS = {
+    code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029) if code != 9
+}
+
+
+class _TextFormatter(logging.Formatter):
+    """A line for each event, and the lines of its traceback if it has one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _escaped(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(_escaped, super().formatException(ei).split("\n")))
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -30,7 +52,7 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)
 
 
 def configure_logging(level: str, form: str = "text", service: str = "tandem") -> None:
@@ -42,5 +64,11 @@ def configure_logging(level: str, form: str = "text", service: str = "tandem") -
         handler.setFormatter(_JsonFormatter(service))
     else:
         name = service.replace("%", "%%")
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s"))
+        handler.setFormatter(_TextFormatter(f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_no_metadata)
+
+
+def _tells_no_metadata(record: logging.LogRecord) -> bool:
+    """False for what gRPC says of metadata that is not UTF-8: it repeats it all, an API key too, for any caller."""
+    return not str(record.msg).startswith("Invalid encoding on")

@@ -67,6 +67,28 @@ def test_json_lines_have_all_that_there_is(stderr: Written) -> None:
     assert second["level"] == "ERROR" and second["exception"].splitlines()[-1] == "ValueError: wrong"
 
 
+CHARACTERS = "".join(map(chr, range(0x3000))) + "\ud800 end"
+"""With all that ends a line somewhere, or that a terminal obeys."""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_what_a_client_sent_stays_within_its_line(form: str, stderr: Written) -> None:
+    configure_logging("info", form, "scheduler")
+    logger = logging.getLogger("some.module")
+    logger.info("request %s", CHARACTERS)
+    try:
+        raise ValueError(f"first\nsecond {CHARACTERS}")
+    except ValueError:
+        logger.exception("it failed")
+    text = stderr.getvalue()
+    assert all(character.isprintable() for character in text if character != "\n")
+    line, *others = text.splitlines()
+    assert line.endswith(" end" if form == "text" else ' end"}')
+    if form == "json":
+        assert text.isascii() and json.loads(line)["message"] == f"request {CHARACTERS}"
+        assert json.loads(others[0])["exception"].endswith(f"second {CHARACTERS}")
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)

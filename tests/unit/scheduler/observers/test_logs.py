@@ -42,10 +42,12 @@ def test_a_request_has_a_line(caplog: pytest.LogCaptureFixture) -> None:
         )
     )
     log.tell(RequestClosed(RequestEnded(several, (ABORT, ABORT), 7, 0, None), None))
+    log.tell(closed("a: 1 tokens", STOP))
     assert lines(caplog) == [
         "request a: 20 tokens in (16 cached), 48 out, first token after 0.250 s, all after 2.500 s: stop",
         "request b: 20 tokens in (16 cached), 60 out in 2 choices, all after 1.000 s: length, error (SEQUENCE_FAILED)",
         "request b: 20 tokens in (0 cached), 7 out in 2 choices, its front end has gone: abort",
+        "request 'a: 1 tokens': 20 tokens in (16 cached), 48 out, first token after 0.250 s, all after 2.500 s: stop",
     ]
     assert getattr(caplog.records[0], FIELDS) == {
         "request": {
