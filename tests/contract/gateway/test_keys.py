@@ -110,3 +110,20 @@ async def test_a_gateway_that_checks_keys_reads_them_again(tmp_path: Path) -> No
         new.replace(keys)
         assert await status(INFERENCE) == 401
         assert await status(f"{INFERENCE}-new") == 200
+
+
+async def test_no_spelling_of_a_path_needs_another_scope(tmp_path: Path) -> None:
+    """The scheduler has no keys, so that nobody checks but the gateway."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice inference {INFERENCE}\nops control {CONTROL}\n")
+    spellings = ["/metrics", "/metrics%0A", "/%6detrics", "/metrics?a=b", "http://elsewhere/metrics", "//metrics"]
+    async with Services() as services, Gateway(services.address, api_key_file=str(keys)) as gateway:
+        seen = []
+        for path in spellings:
+            for key in (INFERENCE, CONTROL):
+                headers = {"authorization": f"Bearer {key}"}
+                answer = await plain_request(gateway.port, "GET", path, headers=headers)
+                seen.append((path, key, b"http_requests_total" in answer.body))
+    assert not [path for path, key, is_metrics in seen if is_metrics and key == INFERENCE]
+    # Spellings of another path are no attack.
+    assert [path for path, key, is_metrics in seen if is_metrics and key == CONTROL] == spellings[:5]
