@@ -90,7 +90,7 @@ def _with_colons(accepted: str) -> str:
     name, *parameters = (part.strip() for part in accepted.split(";"))
     if name != "application/openmetrics-text":
         return accepted
-    parameters = [part for part in parameters if not part.startswith("escaping=")]
+    parameters = [part for part in parameters if part != "version=" and not part.startswith("escaping=")]
     if not any(part.startswith("version=") for part in parameters):
         parameters.append("version=1.0.0")
     return ";".join([name, *parameters, "escaping=allow-utf-8"])
