@@ -1,17 +1,18 @@
-"""Writes the tables of docs/performance.md that must follow from the results: the summary at its head, and each commit
-of the files that it names.
+"""Writes the tables of documents that must follow from the results: those of docs/capacity.md, and of
+docs/performance.md the summary at its head, and each commit of the files that it names.
 
 Usage: python -m benchmarks.summary [--check]
 
---check: fails where the document differs instead.
+--check: fails where a document differs instead.
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks import capacity_tables
 from benchmarks.anchors import NANO_VLLM, VLLM, anchors_of
 from benchmarks.common import REPOSITORY, RESULTS, Report, commit_in
 
@@ -72,11 +73,12 @@ def _flag(commit: str, of_summary: str) -> str:
 
 
 PARTS: dict[str, Callable[[Path, str], str]] = {"summary": lambda folder, _: speeds(folder), "commits": commits}
+DOCUMENTS = {DOCUMENT: PARTS, capacity_tables.DOCUMENT: capacity_tables.PARTS}
 
 
-def filled(text: str, folder: Path) -> str:
-    """The document with its tables made anew."""
-    for name, make in PARTS.items():
+def filled(text: str, folder: Path, parts: Mapping[str, Callable[[Path, str], str]] = PARTS) -> str:
+    """A document with its tables made anew."""
+    for name, make in parts.items():
         begin, end = f"<!-- {name}: make bench-plot writes it -->\n", f"<!-- end of {name} -->\n"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
@@ -88,14 +90,16 @@ def filled(text: str, folder: Path) -> str:
 
 def main() -> int:
     """Exit status 1 if --check finds a difference."""
-    text = DOCUMENT.read_text()
-    new = filled(text, RESULTS)
-    if sys.argv[1:] == ["--check"]:
-        if new != text:
-            print("docs/performance.md differs from benchmarks/results; run make bench-plot", file=sys.stderr)
-        return int(new != text)
-    DOCUMENT.write_text(new)
-    return 0
+    is_check, status = sys.argv[1:] == ["--check"], 0
+    for document, parts in DOCUMENTS.items():
+        text = document.read_text()
+        new = filled(text, RESULTS, parts)
+        if not is_check:
+            document.write_text(new)
+        elif new != text:
+            print(f"{document.name} differs from benchmarks/results; run make bench-plot", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":
