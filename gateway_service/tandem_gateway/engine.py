@@ -46,7 +46,7 @@ class Engine:
         self._credentials = _credentials(settings)
         self._channels: list[grpc.aio.Channel] = []
         self._connect()
-        self.reasoning = settings.reasoning_parser
+        self.reasoning = "think" if settings.reasoning_parser == "qwen3" else settings.reasoning_parser
         self._is_token: dict[str, bool] = {}
         self._forget_tokens_at = 0.0
 

@@ -49,9 +49,9 @@ class GatewaySettings:
     )
     reasoning_parser: str = option(
         "think",
-        "how reasoning is found in a chat's output: think looks for <think> at its start; opened is for models whose"
-        " prompt already ends with <think>; none leaves all text as it is",
-        choices=("think", "opened", "none"),
+        "how reasoning is found in a chat's output: think, or qwen3 as vLLM has it, looks for <think> at its start;"
+        " opened is for models whose prompt already ends with <think>; none leaves all text as it is",
+        choices=("think", "qwen3", "opened", "none"),
     )
     drain_grace_s: float = option(30.0, "how long running requests may go on after SIGTERM", unit="seconds", minimum=0)
     port_file: str = option("", "file that the port is written to once the service listens")

@@ -17,6 +17,9 @@ from tandem_shared.extras import require_extra
 from tandem_shared.host.log import configure_logging
 from tandem_shared.options import variable_of
 
+ALWAYS_SO = ("--enable-auto-tool-choice", "--enable-chunked-prefill", "--enable-prompt-tokens-details")
+"""Flags of `vllm serve` that ask for what Tandem always does."""
+
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
@@ -36,7 +39,19 @@ def add(commands: Any) -> None:
     add_config_flag(parser)
     add_service_flags(parser)
     add_http_flags(parser)
+    add_vllm_flags(parser)
     parser.set_defaults(run=run)
+
+
+def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds flags of `vllm serve` that change nothing here, and -tp, so that its command lines can be kept."""
+    for flag in ALWAYS_SO:
+        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    no_code = "has no effect: no code of a model's folder is ever run"
+    parser.add_argument("--trust-remote-code", action="store_true", help=no_code)
+    calls = "how calls of tools are found in a chat's output: hermes, which is Qwen3's form"
+    parser.add_argument("--tool-call-parser", choices=("hermes",), help=calls)
+    parser.add_argument("-tp", dest="tp_size", help=argparse.SUPPRESS)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -55,7 +55,9 @@ def engine(start_engine: StartEngine, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def gateway(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    gateway = GatewayProcess(engine.scheduler.address, tmp_path_factory.mktemp("gateway"))
+    # vLLM's name of the default.
+    flags = ["--reasoning-parser", "qwen3"]
+    gateway = GatewayProcess(engine.scheduler.address, tmp_path_factory.mktemp("gateway"), *flags)
     yield gateway
     gateway.kill()
     print(gateway.log_file.read_text())

@@ -12,6 +12,7 @@ import pytest
 from tandem import cli
 from tandem.chat import Chat
 from tandem.commands import generate
+from tandem.commands.serve_http import read_http_flags
 from tandem.commands.service_flags import add_service_flags, read_service_flags
 from tandem.sampling_params import SamplingParams
 from tandem.structured_output import StructuredOutput
@@ -79,6 +80,20 @@ def test_vllms_flags_are_those_of_the_settings() -> None:
         port=0, tp_size=2, enforce_eager=True, served_model_name="mine", max_num_seqs=8, num_blocks=99
     )
     assert scheduler == SchedulerSettings(served_model_name="mine", max_num_seqs=8, enable_prefix_caching=False)
+
+
+def test_a_command_line_of_vllms_for_qwen3_can_be_kept() -> None:
+    line = (
+        "serve Qwen/Qwen3-0.6B --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3 -tp 2 "
+        "--trust-remote-code --enable-chunked-prefill --max-model-len 4096 --gpu-memory-utilization 0.9"
+    )
+    options = cli.build_parser().parse_args(line.split())
+    worker, scheduler = read_service_flags(options)
+    assert (worker.tp_size, worker.max_model_len, worker.gpu_memory_utilization) == (2, 4096, 0.9)
+    gateway = read_http_flags(options, {"TANDEM_HTTP_PORT": "0"}, scheduler)
+    assert gateway is None and options.reasoning_parser == "qwen3"
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["serve", "embedded", "--tool-call-parser", "mistral"])
 
 
 def test_a_boolean_flag_keeps_the_value_that_follows_it() -> None:
