@@ -96,11 +96,12 @@ async def _generate(client: AsyncTandemClient, item: Item) -> tuple[RequestOutpu
         # A call of its own tells the prompt's ids, which an output has.
         ids = await _until_taken(lambda: client.tokenize(prompt))
     wants_prompt = params.prompt_logprobs is not None
+    asked: dict[str, Any] = {"cache_salt": item.cache_salt, "priority": item.priority}
     if wants_prompt or params.logprobs is not None or params.logprob_token_ids:
         # A reply has a limit, which log-probabilities may exceed.
-        reply = await _until_taken(lambda: _join(client.generate_stream(ids, params, cache_salt=item.cache_salt)))
+        reply = await _until_taken(lambda: _join(client.generate_stream(ids, params, **asked)))
     else:
-        reply = await _until_taken(lambda: client.generate(ids, params, cache_salt=item.cache_salt))
+        reply = await _until_taken(lambda: client.generate(ids, params, **asked))
     return read_reply(reply, text, ids, has_prompt_logprobs=wants_prompt), reply.usage
 
 

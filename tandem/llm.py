@@ -21,6 +21,7 @@ from tandem.loop_thread import LoopThread
 from tandem.outputs import PromptsFailed, RequestOutput
 from tandem.processes import ServiceFailed, Services
 from tandem.prompts import ParamsForm, PromptForm, is_single, read_items
+from tandem.sampling_params import SamplingParams
 from tandem.tokenizer import Tokenizer
 from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError, FieldViolation, InvalidRequest
@@ -109,6 +110,8 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         prompt_token_ids: Iterable[int] | Iterable[Iterable[int]] | ArrayOfIds | None = None,
+        priority: Sequence[int] | None = None,
+        lora_request: None = None,
     ) -> list[RequestOutput]:
         """Returns one output for each prompt, in the order of the prompts.
 
@@ -117,6 +120,8 @@ class LLM:
         ids.
         sampling_params is for all prompts, or a list with those of each.
         use_tqdm shows a progress bar with the rates of prefill and decode; a function that makes the bar may be given.
+        priority has a number for each prompt; a lower one is served earlier. lora_request must be None, and is there
+        because vLLM has it.
 
         Raises InvalidRequest, before anything is generated, for what can be no prompt. If the server refuses one prompt
         of a list, or fails on it, the others are completed. Then PromptsFailed is raised, which has their outputs, and
@@ -125,9 +130,10 @@ class LLM:
         """
         if (prompts is None) == (prompt_token_ids is None):
             raise InvalidRequest(FieldViolation("prompts", "give either prompts or prompt_token_ids"))
+        _refuse_given(lora_request=lora_request)
         given: Any = prompt_token_ids if prompts is None else prompts
         single = is_single(given)
-        items = read_items([given] if single else given, sampling_params, self._seeds)
+        items = read_items([given] if single else given, sampling_params, self._seeds, priority)
         progress = _progress(use_tqdm, len(items))
         try:
             result = self._loop.run(run_batch(self._async_client, items, self._num_at_once, progress))
@@ -151,10 +157,14 @@ class LLM:
         continue_final_message: bool | None = None,
         enable_thinking: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: None = None,
+        lora_request: None = None,
     ) -> list[RequestOutput]:
         """Returns the output of a conversation, or of each of several, as generate() does for prompts. The arguments
-        but the first three are those of Chat, for all conversations.
+        from tools to chat_template_kwargs are those of Chat, for all conversations. The last two must be None, and are
+        there because vLLM has them.
         """
+        _refuse_given(chat_template=chat_template, lora_request=lora_request)
         options = (tools, add_generation_prompt, enable_thinking, chat_template_kwargs, continue_final_message)
         if len(messages) == 0 or isinstance(messages[0], Mapping):
             return self.generate(Chat(messages, *options), sampling_params, use_tqdm)  # type: ignore[arg-type]
@@ -168,9 +178,19 @@ class LLM:
                 ) from error
         return self.generate(chats, sampling_params, use_tqdm)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The params of a prompt that has none: all are the model's defaults, which the server knows."""
+        return SamplingParams()
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer, which asks the server."""
         return Tokenizer(self.client)
+
+
+def _refuse_given(**arguments: object) -> None:
+    """Raises InvalidRequest for arguments of vLLM's that are not None, which is all that Tandem can do with them."""
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise InvalidRequest(*(FieldViolation(name, "is not supported; leave it None") for name in given))
 
 
 def _start(worker: WorkerSettings, scheduler: SchedulerSettings) -> tuple[Services, IO[str]]:

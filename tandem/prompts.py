@@ -28,6 +28,7 @@ class Item:
     prompt: Prompt
     params: SamplingParams
     cache_salt: str | None = None
+    priority: int | None = None
 
 
 def is_single(prompts: Any) -> bool:
@@ -40,9 +41,13 @@ def is_single(prompts: Any) -> bool:
 
 
 def read_items(
-    prompts: Iterable[PromptForm], sampling_params: ParamsForm, seeds: random.Random | None = None
+    prompts: Iterable[PromptForm],
+    sampling_params: ParamsForm,
+    seeds: random.Random | None = None,
+    priority: Sequence[int] | None = None,
 ) -> list[Item]:
     """The prompts with their params: one for all, or a list of as many. seeds makes the seeds of params without one.
+    priority: that of each prompt.
 
     Raises InvalidRequest, which names the prompt by its index, for a value that is no prompt.
     """
@@ -60,9 +65,14 @@ def read_items(
         params = [
             each if each.seed is not None else dataclasses.replace(each, seed=seeds.getrandbits(64)) for each in params
         ]
-    return [
+    items = [
         _read(prompt, of_prompt, index) for index, (prompt, of_prompt) in enumerate(zip(every, params, strict=True))
     ]
+    if priority is None:
+        return items
+    if len(priority) != len(items):
+        raise _refusal("priority", f"has {len(priority)} for {len(items)} prompts")
+    return [dataclasses.replace(item, priority=each) for item, each in zip(items, priority, strict=True)]
 
 
 def _read(prompt: Any, params: SamplingParams, index: int) -> Item:

@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from tandem.structured_output import StructuredOutput, shown
@@ -49,8 +49,12 @@ class SamplingParams:
     """Tokens whose log-probabilities are reported in each place of the output."""
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutput | None = None
+    detokenize: InitVar[bool | None] = None
+    """vLLM's. An output has its text always."""
+    spaces_between_special_tokens: InitVar[bool | None] = None
+    """vLLM's. Has no effect, as it has none in vLLM with a tokenizer of the kind that Tandem reads."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, detokenize: bool | None, spaces_between_special_tokens: bool | None) -> None:
         problems = [(name, check(getattr(self, name))) for name, check in _CHECKS.items()]
         violations = [FieldViolation(name, problem) for name, problem in problems if problem]
         if not violations and self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:

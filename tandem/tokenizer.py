@@ -55,6 +55,11 @@ class Tokenizer:
         return self._client.model_info().vocab_size
 
     @property
+    def eos_token_id(self) -> int | None:
+        """The first of the tokens that end an output, None if there is none."""
+        return next(iter(self.eos_token_ids), None)
+
+    @property
     def eos_token_ids(self) -> list[int]:
         """The tokens that end an output."""
         return list(self._client.model_info().eos_token_ids)

@@ -131,6 +131,22 @@ def test_the_tokenizer_is_the_models(llm: LLM) -> None:
     )
     assert tokenizer.vocab_size == 1024
     assert truth.token_to_id("<|im_end|>") in tokenizer.eos_token_ids
+    assert tokenizer.eos_token_id in tokenizer.eos_token_ids
+
+
+def test_a_program_of_vllms_may_name_what_tandem_does_not_do_if_it_asks_for_nothing(llm: LLM) -> None:
+    plain = llm.generate(["O Romeo", "O Juliet"], GREEDY, use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=GREEDY.max_tokens, ignore_eos=GREEDY.ignore_eos,
+                            detokenize=True, spaces_between_special_tokens=True)  # fmt: skip
+    assert params == GREEDY
+    same = llm.generate(["O Romeo", "O Juliet"], params, use_tqdm=False, lora_request=None, priority=[1, 0])
+    assert [output["token_ids"] for output in same] == [output["token_ids"] for output in plain]
+    message = {"role": "user", "content": "hi"}
+    [chat] = llm.chat([message], params, use_tqdm=False, chat_template=None, lora_request=None)
+    assert chat["token_ids"] == llm.chat([message], GREEDY, use_tqdm=False)[0]["token_ids"]
+    assert llm.get_default_sampling_params() == SamplingParams()
+    with pytest.raises(InvalidRequest, match="chat_template: is not supported"):
+        llm.chat([message], chat_template="{{ messages }}")  # type: ignore[arg-type]
 
 
 def test_a_chat_is_what_transformers_makes_of_it(llm: LLM) -> None:

@@ -87,6 +87,13 @@ def test_params_are_for_all_or_for_each() -> None:
         read_items(["a", "b"], [PARAMS, {"max_tokens": 1}])  # type: ignore[list-item]
 
 
+def test_each_prompt_has_its_priority() -> None:
+    assert [item.priority for item in read_items("ab", None)] == [None, None]
+    assert [item.priority for item in read_items("ab", None, priority=[3, -1])] == [3, -1]
+    with pytest.raises(InvalidRequest, match="priority: has 1 for 2 prompts"):
+        read_items("ab", None, priority=[3])
+
+
 def test_seeds_go_to_params_that_have_none() -> None:
     params = [SamplingParams(), SamplingParams(seed=0), SamplingParams(max_tokens=5)]
     once, again = ([item.params for item in read_items("abc", params, random.Random(7))] for _ in range(2))
