@@ -164,7 +164,8 @@ def to_arguments(settings: Any) -> list[str]:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != field.default:
-            arguments += [flag_of(field.name), str(value).lower() if isinstance(value, bool) else str(value)]
+            # With =, as a value may begin with a dash.
+            arguments.append(f"{flag_of(field.name)}={str(value).lower() if isinstance(value, bool) else value}")
     return arguments
 
 

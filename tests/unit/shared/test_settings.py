@@ -36,7 +36,9 @@ def test_flags_and_variables_and_who_wins(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_settings_go_to_a_child_process_and_come_back_equal() -> None:
-    settings = WorkerSettings(block_size=3, num_blocks=7, dtype="float64", kv_cache_memory_gib=0.25)
+    settings = WorkerSettings(
+        block_size=3, num_blocks=7, dtype="float64", kv_cache_memory_gib=0.25, served_model_name="-a --b=c"
+    )
     assert read(*to_arguments(settings)) == settings
     scheduler = SchedulerSettings(enable_prefix_caching=False, max_chunk_tokens=5, worker_wait_s=1.5)
     arguments = to_arguments(scheduler)
