@@ -5,6 +5,7 @@ the exporter's headers and certificates, and the queue; OTEL_SERVICE_NAME and OT
 process says of itself.
 """
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -58,6 +59,9 @@ class SpanExport:
             self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint))
         except Exception as error:
             raise ConfigError(f"OpenTelemetry can't send traces: {error}") from error
+        # They warn of headers that clients send, and repeat them, before it is known who the client is.
+        for name in ("opentelemetry.trace", "opentelemetry.baggage"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def provider(self, service_name: str, instance_id: str = "") -> "TracerProvider":
         """Makes the spans of a service, of one instance of it if that is given."""

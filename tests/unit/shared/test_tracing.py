@@ -1,9 +1,11 @@
 """Traces are off unless they are asked for, and then cost no import; what asks for them wrongly is told so."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
+from opentelemetry.propagate import extract
 
 from tandem_shared.config import SchedulerSettings, read_command_line
 from tandem_shared.errors import ConfigError
@@ -32,6 +34,17 @@ make_app(GatewaySettings())
 def modules_of(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout
+
+
+def test_headers_that_clients_send_are_no_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    span = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    export = SpanExport("http://127.0.0.1:1")
+    for state in ("=", "a=1,a=2", "a", "x" * 9000, "A=\x1b[31m"):
+        for parent in (span, "ff" + span[2:], "0" * 600):
+            extract({"traceparent": parent, "tracestate": state, "baggage": "k=v;" * 1000 + state})
+    export.close()
+    assert caplog.records == []
 
 
 def test_without_traces_no_sdk_is_imported() -> None:
