@@ -1,15 +1,21 @@
 """What the scheduler service writes to its log about requests, and what it never writes."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tandem_scheduler.observers import load_log
 from tests.contract.gated_worker import gated_runner, open_gate
 from tests.contract.services import Services, error_of, stream_request, wait_until
+from tests.support.certificates import make_certificate
 from tests.support.tokenizers import embedded
 
 SECRET = "Mordecai and Esther"
@@ -90,3 +96,40 @@ async def test_a_busy_engine_says_how_busy_it_is(
         num_lines = len(load_lines())
         await asyncio.sleep(0.2)
         assert len(load_lines()) == num_lines
+
+
+SERVER_WITH_TLS = """
+import asyncio, sys
+from tandem_shared.config import SchedulerSettings
+from tandem_shared.host.log import configure_logging
+from tandem_shared.rpc.credentials import server_credentials
+from tandem_shared.rpc.server import Server
+
+async def main():
+    configure_logging("info", "json", "scheduler")
+    settings = SchedulerSettings(tls_cert=sys.argv[1], tls_key=sys.argv[2])
+    server = Server({}, credentials=server_credentials(settings))
+    print(await server.start("127.0.0.1", 0), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+
+
+def test_what_comes_without_tls_writes_no_line_that_is_no_json(tmp_path: Path) -> None:
+    paths = map(str, make_certificate(tmp_path, "server"))
+    program = [sys.executable, "-c", SERVER_WITH_TLS, *paths]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(program, text=True, **pipes) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        for sent in (b"\0" * 50, b"GET / HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(sent)
+                # The server closes the connection once the handshake has failed.
+                with contextlib.suppress(ConnectionResetError):
+                    while client.recv(4096):
+                        pass
+        _, written = server.communicate(timeout=60)
+    assert [json.loads(line)["logger"] for line in written.splitlines()] == ["tandem_shared.rpc.server"]

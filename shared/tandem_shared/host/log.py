@@ -5,6 +5,7 @@ escape sequence.
 
 import json
 import logging
+import os
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,6 +63,8 @@ def configure_logging(level: str, form: str = "text", service: str = "tandem") -
     handler = logging.StreamHandler()
     if form == "json":
         handler.setFormatter(_JsonFormatter(service))
+        # gRPC's core writes lines of its own to stderr, for example for each client without TLS at a server with it.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     else:
         name = service.replace("%", "%%")
         handler.setFormatter(_TextFormatter(f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s"))
