@@ -5,9 +5,10 @@ import os
 import socket
 from collections.abc import Mapping
 
-from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings, check_settings
+from tandem_shared.config import SYNONYMS, SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.options import Given, add_options, option_names, read_settings
+from tandem_shared.settings_checks import check_settings
 
 NOT_FOR_USERS = ("model", "port_file", "worker_address", "worker_ca")
 PRIVATE = ("host", "port", "port_file", "tls_cert", "tls_key", "tls_client_ca")

@@ -17,11 +17,12 @@ from grpc_reflection.v1alpha import reflection_pb2
 from tandem.internal.v1 import worker_pb2, worker_pb2_grpc
 from tandem_scheduler.engine.worker_client import GrpcWorkerClient
 from tandem_scheduler.service import worker_credentials
-from tandem_shared.config import SchedulerSettings, WorkerSettings, check_tls
+from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError, WorkerUnavailable
 from tandem_shared.rpc.credentials import server_credentials
 from tandem_shared.rpc.grpc_options import WORKER_CHANNEL_OPTIONS, WORKER_KEEPALIVE_TIME_MS
 from tandem_shared.rpc.server import Server
+from tandem_shared.settings_checks import check_tls
 from tandem_worker.service.servicer import SERVICE_NAME, WorkerServicer
 from tests.support.builders import worker_info
 from tests.support.certificates import make_certificate

@@ -5,9 +5,10 @@ import pytest
 from tandem import cli
 from tandem_gateway.__main__ import main as gateway_main
 from tandem_scheduler.__main__ import main as scheduler_main
-from tandem_shared.config import SchedulerSettings, WorkerSettings, check_exposure
+from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.gateway_settings import GatewaySettings
+from tandem_shared.settings_checks import check_exposure
 from tandem_worker.__main__ import main as worker_main
 
 
