@@ -61,6 +61,12 @@ class Answer:
     def json(self) -> Any:
         return json.loads(self.body)
 
+    def events(self) -> list[Any]:
+        """The data of a stream's events but the last, which must be [DONE]."""
+        *events, last = [line.removeprefix("data: ") for line in self.body.decode().split("\n") if line]
+        assert last == "[DONE]"
+        return [json.loads(each) for each in events]
+
     def error(self) -> dict[str, Any]:
         """The error in OpenAI's form, with no more and no less than it has."""
         [(name, error)] = self.json().items()

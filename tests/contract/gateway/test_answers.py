@@ -155,6 +155,45 @@ async def test_prompts_are_reported(services: Services, gateway: Gateway) -> Non
         assert entry[str(true.token_id)] == {"logprob": true.logprob, "rank": true.rank, "decoded_token": true.text}
 
 
+@pytest.mark.parametrize("prompt", [PROMPT + "O, é", [4, 5, 6]])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+async def test_a_prompt_is_echoed_before_its_output(gateway: Gateway, prompt: Any, max_tokens: int) -> None:
+    """What evaluations ask for to score a text: its tokens' log-probabilities, which vLLM's prompt_logprobs are too."""
+    truth = PreTrainedTokenizerFast(tokenizer_file=str(EMBEDDED))
+    ids = truth.encode(prompt) if isinstance(prompt, str) else prompt
+    text = truth.decode(ids)
+    asked = {"prompt": prompt, "temperature": 0, "logprobs": 2, "ignore_eos": True}
+    [plain] = (await gateway.post("/v1/completions", {**asked, "max_tokens": 3, "prompt_logprobs": 2})).json()[
+        "choices"
+    ]
+    body = {**asked, "max_tokens": max_tokens, "echo": True}
+    [whole] = (await gateway.post("/v1/completions", body)).json()["choices"]
+    own = plain["logprobs"]["tokens"] if max_tokens else []
+    assert whole["text"] == text + (plain["text"] if max_tokens else "")
+    found = whole["logprobs"]
+    assert found["tokens"] == [truth.decode([each]) for each in ids] + own
+    scores = [entry[str(each)]["logprob"] for each, entry in zip(ids[1:], plain["prompt_logprobs"][1:], strict=True)]
+    assert found["token_logprobs"] == [None, *scores] + (plain["logprobs"]["token_logprobs"] if max_tokens else [])
+    assert found["top_logprobs"][0] is None
+    for token, score, top in zip(
+        found["tokens"][1:], found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True
+    ):
+        assert top[token] == score
+    assert found["text_offset"] == [len("".join(found["tokens"][:number])) for number in range(len(found["tokens"]))]
+
+    stream = await gateway.post("/v1/completions", {**body, "stream": True})
+    choices = [each for chunk in stream.events() for each in chunk["choices"]]
+    assert "".join(each["text"] for each in choices) == whole["text"]
+    for name, values in found.items():
+        assert [value for each in choices for value in (each["logprobs"] or {name: []})[name]] == values
+    without = {**body, "logprobs": None, "n": 2, "stream": True}
+    texts = {0: "", 1: ""}
+    for chunk in (await gateway.post("/v1/completions", without)).events():
+        for each in chunk["choices"]:
+            texts[each["index"]] += each["text"]
+    assert texts == {0: whole["text"], 1: whole["text"]}
+
+
 async def test_conversations_are_the_prompts_that_transformers_makes_of_them(gateway: Gateway) -> None:
     reference = PreTrainedTokenizerFast(tokenizer_file=str(EMBEDDED), chat_template=QWEN3_TEMPLATE)
     for name, (messages, options) in CONVERSATIONS.items():
