@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -10,6 +11,10 @@ from tandem_shared.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+RETRY_S = 1.0
+"""How soon files that could not be loaded are tried again although they have not changed: the process may have had too
+many files open, and a key that was withdrawn must not stay for that."""
 
 Stamp = tuple[tuple[int, ...] | None, ...]
 
@@ -26,21 +31,26 @@ class Reloaded(Generic[T]):
         self._paths = [path for path in paths if path]
         self._load = load
         self._stamp = self._look()
+        self._retry_at: float | None = None
         self.value = load()
 
     def refresh(self) -> bool:
-        """Loads the value again if a file has changed since the last look, and says whether there is a new one. Files
+        """Loads the value again if a file has changed since it was loaded, and says whether there is a new one. Files
         that are wrong now leave the value as it is, and the log says so once.
         """
         stamp = self._look()
-        if stamp == self._stamp:
+        has_changed = stamp != self._stamp
+        if not has_changed and (self._retry_at is None or time.monotonic() < self._retry_at):
             return False
         self._stamp = stamp
         try:
             self.value = self._load()
         except ConfigError as error:
-            logger.error("%s; what was read before stays in use", error)
+            self._retry_at = time.monotonic() + RETRY_S
+            if has_changed:
+                logger.error("%s; what was read before stays in use", error)
             return False
+        self._retry_at = None
         logger.info("read again: %s", ", ".join(self._paths))
         return True
 

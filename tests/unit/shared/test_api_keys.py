@@ -2,11 +2,13 @@
 
 import logging
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from tandem_shared.errors import ConfigError, InvalidApiKey, PermissionDenied
+from tandem_shared.host import reloaded
 from tandem_shared.rpc.api_keys import KeyFile, Scope, read_keys
 
 ALICE, OPS = "alices-key-00000001", "operators-key-000002"
@@ -128,6 +130,25 @@ def test_a_file_that_is_wrong_or_gone_changes_nothing_and_is_logged_once(
     errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 2 and "line 1" in errors[0] and "No such file" in errors[1]
     assert OPS not in caplog.text and ALICE not in caplog.text
+
+
+def test_a_withdrawn_key_goes_once_the_process_can_open_files_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reloaded, "RETRY_S", 0.0)
+    keys = KeyFile(str(path))
+    replace(path, f"ops control {OPS}\n")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No descriptor is left, as the lowest free one is always taken.
+    free = os.open(path, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        assert keys.find([f"Bearer {ALICE}"]).name == "alice"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with pytest.raises(InvalidApiKey):
+        keys.find([f"Bearer {ALICE}"])
 
 
 def test_a_file_without_keys_lets_nobody_in(path: Path) -> None:
