@@ -171,11 +171,12 @@ async def _disconnect(request: Request) -> None:
 def metadata_of(request: Request) -> Metadata:
     """What is passed on to the scheduler, which checks keys too. Raises ApiError for a header that can't be."""
     trace = trace_metadata(request.headers)
-    value = request.headers.get("authorization")
-    if value is None:
+    values = request.headers.getlist("authorization")
+    if not values:
         return trace
-    if not (value.isascii() and value.isprintable() and len(value) <= MAX_KEY_BYTES):
-        message = f"the header Authorization must be printable ASCII of at most {MAX_KEY_BYTES} bytes"
+    value = values[0]
+    if not (len(values) == 1 and value.isascii() and value.isprintable() and len(value) <= MAX_KEY_BYTES):
+        message = f"the header Authorization must be there once, and printable ASCII of at most {MAX_KEY_BYTES} bytes"
         raise ApiError(401, message, code="invalid_api_key")
     return (("authorization", value), *trace)
 

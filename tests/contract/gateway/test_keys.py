@@ -2,6 +2,7 @@
 checks keys itself, and where the scheduler alone does.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tandem_shared.gateway_settings import GatewaySettings
 from tests.contract.gateway.refusal import PROMPT, refusal
 from tests.contract.services import MODEL, Services
 from tests.support.chats import QWEN3_TEMPLATE, USER
-from tests.support.gateway import Gateway, plain_request
+from tests.support.gateway import HOST, Gateway, plain_request, read_answer
 from tests.support.tokenizers import EMBEDDED
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -110,6 +111,15 @@ async def test_a_gateway_that_checks_keys_reads_them_again(tmp_path: Path) -> No
         new.replace(keys)
         assert await status(INFERENCE) == 401
         assert await status(f"{INFERENCE}-new") == 200
+
+
+async def test_two_keys_are_none(gateway: Gateway) -> None:
+    reader, writer = await asyncio.open_connection(HOST, gateway.port)
+    lines = [f"Authorization: Bearer {key}\r\n" for key in (INFERENCE, CONTROL)]
+    writer.write(f"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n{''.join(lines)}\r\n".encode())
+    answer = await read_answer(reader)
+    writer.close()
+    assert (answer.status, answer.error()["code"]) == (401, "invalid_api_key")
 
 
 async def test_no_spelling_of_a_path_needs_another_scope(tmp_path: Path) -> None:
