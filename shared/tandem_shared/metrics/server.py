@@ -73,12 +73,16 @@ class MetricsServer:
 
 
 def _guarded(app: WSGIApplication) -> WSGIApplication:
-    """The application, which answers whatever a scraper says that it reads, and 500 if the values can't be had."""
+    """The application, which answers whatever a scraper says that it reads, and 500 if the values can't be had. It makes
+    one answer at a time: each takes milliseconds of the interpreter's time, and many scrapers would slow the service.
+    """
+    making = threading.Lock()
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ["HTTP_ACCEPT"] = readable(environ.get("HTTP_ACCEPT", ""))
         try:
-            return app(environ, start_response)
+            with making:
+                return app(environ, start_response)
         except TimeoutError:
             logger.warning("a scrape failed: the service did not give its values within %g s", READ_TIMEOUT_S)
         except Exception:

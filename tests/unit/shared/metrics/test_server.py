@@ -3,11 +3,13 @@
 import asyncio
 import gzip
 import socket
+import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from prometheus_client import Metric as Family
 
 from tandem_shared.errors import ConfigError
 from tandem_shared.metrics import server as module
@@ -95,6 +97,25 @@ async def test_a_loop_that_stands_still_fails_the_scrape(
         # This holds up the event loop.
         assert scraper.recv(65536).startswith(b"HTTP/1.0 500 ")
     assert b"x:level" in await get(port)
+
+
+async def test_one_answer_is_made_at_a_time() -> None:
+    num_now, most = 0, 0
+
+    class Slow(Samples):
+        def collect(self) -> Iterator[Family]:
+            nonlocal num_now, most
+            num_now += 1
+            most = max(most, num_now)
+            time.sleep(0.02)
+            num_now -= 1
+            yield from super().collect()
+
+    server = MetricsServer(lambda: Slow("x:", {}, [(LEVEL, {(): 1})]))
+    port = server.start(HOST, 0)
+    answers = await asyncio.gather(*(get(port) for _ in range(6)))
+    await asyncio.to_thread(server.stop)
+    assert most == 1 and all(b"x:level 1.0" in answer for answer in answers)
 
 
 async def test_whatever_a_scraper_reads_there_is_an_answer_and_no_traceback(
