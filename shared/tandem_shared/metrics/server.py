@@ -73,8 +73,9 @@ class MetricsServer:
 
 
 def _guarded(app: WSGIApplication) -> WSGIApplication:
-    """The application, which answers whatever a scraper says that it reads, and 500 if the values can't be had. It makes
-    one answer at a time: each takes milliseconds of the interpreter's time, and many scrapers would slow the service.
+    """The application, which answers whatever a scraper says that it reads, and 500 if the values can't be had.
+
+    It makes one answer at a time: each takes milliseconds of the interpreter's time, and many would slow the service.
     """
     making = threading.Lock()
 
