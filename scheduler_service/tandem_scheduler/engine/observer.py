@@ -60,10 +60,11 @@ class StepDone:
     @property
     def wire_s(self) -> float:
         """Seconds between plan and result in which the worker had neither: encoding, both ways, and decoding. The
-        worker's clock may be another, so only differences of its times count.
+        worker's clock may be another, so only differences of its times count. It may be set meanwhile, so this is never
+        negative, nor more than all of that time.
         """
-        times = self.result.times
-        return self.received_at - self.plan.made_at - (times.sent_ns - times.received_ns) / 1e9
+        times, round_trip_s = self.result.times, self.received_at - self.plan.made_at
+        return min(max(round_trip_s - (times.sent_ns - times.received_ns) / 1e9, 0.0), round_trip_s)
 
 
 @dataclass(frozen=True, slots=True)

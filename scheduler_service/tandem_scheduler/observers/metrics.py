@@ -90,7 +90,7 @@ class SchedulerMetrics:
     def _on_step(self, step: StepDone) -> None:
         self._num_generated += len(step.outputs.token_ids)
         self._histograms[d.STEP_TIME].observe(step.step_s)
-        self._histograms[d.WIRE_TIME].observe(max(step.wire_s, 0.0))
+        self._histograms[d.WIRE_TIME].observe(step.wire_s)
 
     # Requests
 

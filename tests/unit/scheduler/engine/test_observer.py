@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -24,6 +25,7 @@ from tandem_scheduler.engine.observer import (
 from tandem_scheduler.engine_interface import EngineState, FrontEndStats, OutputBatch, RequestOutcome, Submission
 from tandem_shared.errors import RequestIdInUse, SequenceFailed
 from tandem_shared.step_codec import encode_plan
+from tandem_shared.step_plan import StepTimes
 from tests.support.builders import create_request, create_requests, worker_info
 from tests.support.fake_worker import expected_tokens
 from tests.unit.scheduler.engine.step_loops import Collector, FlakyClient, running_loop
@@ -66,6 +68,10 @@ async def test_plans_and_results_account_for_every_token() -> None:
     assert sent[plans.index(steady)].num_bytes < 10 < sent[0].num_bytes
     # The fake worker's times are zeros.
     assert results[0].wire_s == results[0].received_at - plans[0].made_at
+    # Its clock is set by an hour while it has the plan.
+    for set_by_ns, wire_s in ((3600 * 10**9, 0), (-3600 * 10**9, results[0].wire_s)):
+        times = StepTimes(received_ns=10**18, sent_ns=10**18 + set_by_ns)
+        assert replace(results[0], result=replace(results[0].result, times=times)).wire_s == wire_s
 
 
 async def test_losses_of_the_worker() -> None:
