@@ -34,6 +34,7 @@ class Panel:
     row: str
     title: str
     unit: str
+    maximum: float | None
     queries: dict[str, str]
     is_instant: bool
 
@@ -46,11 +47,18 @@ def panels(dashboard: Path = DASHBOARD) -> Iterator[Panel]:
             continue
         targets = panel["targets"]
         queries = {target["legendFormat"]: target["expr"] for target in targets}
-        unit = panel["fieldConfig"]["defaults"]["unit"]
-        yield Panel(row, panel["title"], unit, queries, all(target.get("instant") for target in targets))
+        look = panel["fieldConfig"]["defaults"]
+        is_instant = all(target.get("instant") for target in targets)
+        yield Panel(row, panel["title"], look["unit"], look.get("max"), queries, is_instant)
 
 
-def as_grafana_asks(query: str, rate_interval_s: float, range_s: float) -> str:
+def annotations(speed: float, dashboard: Path = DASHBOARD) -> dict[str, str]:
+    """The queries of events by their names, with windows divided by speed."""
+    listed = json.loads(dashboard.read_text())["annotations"]["list"]
+    return {each["name"]: faster_windows(each["expr"], speed) for each in listed}
+
+
+def as_grafana_asks(query: str, rate_interval_s: float = 0, range_s: float = 0) -> str:
     """The query with Grafana's variables replaced: all schedulers, and these windows."""
     query = query.replace("$__rate_interval", f"{rate_interval_s * 1000:.0f}ms")
     return query.replace("$__range", f"{range_s * 1000:.0f}ms").replace("$instance", ".*")
@@ -69,6 +77,7 @@ class Prometheus:
         rules = yaml.safe_load((FOLDER / "alerts.yml").read_text())
         (folder / "alerts.yml").write_text(yaml.safe_dump(faster_rules(rules, speed)))
         (folder / "prometheus.yml").write_text(yaml.safe_dump(local_config(config, targets, speed)))
+        self.speed = speed
         self.scrape_interval_s = seconds(config["global"]["scrape_interval"]) / speed
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -152,6 +161,10 @@ def faster(duration: str, speed: float) -> str:
     return f"{seconds(duration) / speed * 1000:.0f}ms"
 
 
+def faster_windows(query: str, speed: float) -> str:
+    return re.sub(r"\[(\w+)\]", lambda match: f"[{faster(match[1], speed)}]", query)
+
+
 def local_config(config: dict[str, Any], targets: Mapping[str, str], speed: float) -> dict[str, Any]:
     config = copy.deepcopy(config)
     for name in ("scrape_interval", "evaluation_interval"):
@@ -169,7 +182,7 @@ def local_config(config: dict[str, Any], targets: Mapping[str, str], speed: floa
 def faster_rules(rules: dict[str, Any], speed: float) -> dict[str, Any]:
     rules = copy.deepcopy(rules)
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
-        rule["expr"] = re.sub(r"\[(\w+)\]", lambda match: f"[{faster(match[1], speed)}]", rule["expr"])
+        rule["expr"] = faster_windows(rule["expr"], speed)
         if "for" in rule:
             rule["for"] = faster(rule["for"], speed)
     return rules

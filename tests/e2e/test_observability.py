@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.observed import MAX_NUM_SEQS, MAX_NUM_WAITING, Answer, Load, Site, grpc_request, observed_site
 from tests.e2e.services import Stream
 from tests.e2e.waiting import WAIT_S, wait_until
-from tools.prometheus import Panel, as_grafana_asks, panels
+from tools.prometheus import Panel, annotations, as_grafana_asks, panels
 
 pytestmark = pytest.mark.slow
 
@@ -36,17 +36,17 @@ class Window:
     """A time that begins before a load and ends after it."""
 
     def __init__(self, site: Site) -> None:
-        self._site = site
+        self.site = site
         self.start = time.time()
         self._wait_scrape()
 
     def _wait_scrape(self) -> None:
         """A rate is that between scrapes within its window."""
-        prometheus, now = self._site.prometheus, time.time()
+        prometheus, now = self.site.prometheus, time.time()
         wait_until(lambda: (prometheus.value("timestamp(tandem:worker_up)") or 0) > now, "a scrape of the scheduler")
 
     def end(self, num_output_tokens: int) -> None:
-        prometheus = self._site.prometheus
+        prometheus = self.site.prometheus
         total = "tandem:request_generation_tokens_sum"
         wait_until(lambda: prometheus.value(total) == num_output_tokens, "Prometheus has all tokens")
         self._wait_scrape()
@@ -58,11 +58,11 @@ class Window:
 
     def values(self, panel: Panel) -> dict[str, list[float]]:
         """The panel's values by its queries' legends, as Grafana draws them over the window."""
-        step_s = 2 * self._site.prometheus.scrape_interval_s
+        step_s = 2 * self.site.prometheus.scrape_interval_s
         found: dict[str, list[float]] = {}
         for legend, query in panel.queries.items():
             query = as_grafana_asks(query, 2 * step_s, self.length_s)
-            series = self._site.prometheus.query_range(query, self.start, self.stop, step_s)
+            series = self.site.prometheus.query_range(query, self.start, self.stop, step_s)
             found[legend] = [value for _, values in series for _, value in values]
         return found
 
@@ -71,7 +71,7 @@ class Window:
         totals = {}
         for legend, query in panel.queries.items():
             query = as_grafana_asks(query, self.length_s, self.length_s)
-            totals[legend] = sum(value for _, value in self._site.prometheus.query(query, self.stop))
+            totals[legend] = sum(value for _, value in self.site.prometheus.query(query, self.stop))
         return totals
 
 
@@ -81,8 +81,9 @@ def check_is_drawn(panel: Panel, values: dict[str, list[float]]) -> None:
         numbers = [value for value in found if not math.isnan(value)]
         assert numbers, f"{panel.title}, {legend}: no data"
         assert all(0 <= number < math.inf for number in numbers), f"{panel.title}, {legend}: {numbers}"
-        if panel.unit == "percentunit":
-            assert max(numbers) <= 1.5, f"{panel.title}, {legend}: {max(numbers)}"
+        assert panel.maximum is None or max(numbers) <= panel.maximum * (1 + TOLERANCE), (
+            f"{panel.title}, {legend}: {max(numbers)}"
+        )
 
 
 def check_counts(window: Window, by_title: dict[str, Panel], answers: list[Answer]) -> None:
@@ -120,6 +121,9 @@ def check_latencies(window: Window, by_title: dict[str, Panel], answers: list[An
 def check_losses(window: Window, by_title: dict[str, Panel]) -> None:
     workers = window.totals(by_title["Workers"])
     assert workers["up"] == 1 and workers["losses"] == pytest.approx(NUM_KILLS, rel=TOLERANCE)
+    prometheus = window.site.prometheus
+    [query] = annotations(prometheus.speed).values()
+    assert prometheus.query_range(as_grafana_asks(query), window.start, window.stop, prometheus.scrape_interval_s)
     [recovery_s] = window.totals(by_title["Time to recover"]).values()
     assert 0 < recovery_s < WAIT_S
 
@@ -129,25 +133,25 @@ def test_the_dashboard_shows_what_the_clients_see(site: Site) -> None:
     window = Window(site)
     load = Load(site)
     load.wait_answers(15)
-    assert site.prometheus.firing() == set()
+    wait_until(lambda: not site.prometheus.firing(), "no alert")
     for number in range(NUM_KILLS):
         site.kill_worker()
         wait_until(lambda: site.engine.load().num_worker_losses == number + 1, "the loss is seen")  # noqa: B023
-        load.wait_answers(8)
+        load.wait_answers(4)
+    wait_until(lambda: "TandemWorkerLostOften" in site.prometheus.firing(), "the alert of many losses")
     answers = load.end()
     window.end(sum(answer.num_output_tokens for answer in answers))
     values = {title: window.values(panel) for title, panel in by_title.items()}
     for title, panel in by_title.items():
         check_is_drawn(panel, values[title])
-    assert max(values["Sequences"]["running"]) == MAX_NUM_SEQS
+    assert 2 <= max(values["Sequences"]["running"]) <= MAX_NUM_SEQS
     assert max(values["KV cache in use"]["{{instance}}"]) > 0.5 and max(values["Preemptions"]["preemptions"]) > 0
     assert max(values["Plans in flight"]["{{instance}}"]) in (1, 2)
     assert max(values["HTTP requests"]["{{status}}"]) > 0 and max(values["Plan size"]["p99"]) > 10
     check_counts(window, by_title, answers)
     check_latencies(window, by_title, answers)
     check_losses(window, by_title)
-    # Three losses within the window of the rule, and nothing else to alert of.
-    wait_until(lambda: site.prometheus.firing() == {"TandemWorkerLostOften"}, "the alert of many losses")
+    wait_until(lambda: site.prometheus.firing() <= {"TandemWorkerLostOften"}, "the end of other alerts")
 
 
 def test_a_full_queue_fires_its_alert(site: Site) -> None:
