@@ -23,6 +23,10 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 MAX_TRACE_HEADER = 512
 """The longest of them that is passed on, in characters: what W3C asks for."""
 
+MAX_ATTRIBUTE = 1024
+"""The longest text of a span's attribute, in characters, unless OpenTelemetry's variables say otherwise. Clients choose
+some, such as the URL, and a collector refuses a batch of spans that is too large as a whole."""
+
 CLOSE_TIMEOUT_S = 2.0
 """How long a process that ends tries to send its last spans."""
 
@@ -60,19 +64,22 @@ class SpanExport:
         except Exception as error:
             raise ConfigError(f"OpenTelemetry can't send traces: {error}") from error
         # They warn of headers that clients send, and repeat them, before it is known who the client is.
-        for name in ("opentelemetry.trace", "opentelemetry.baggage"):
+        for name in ("opentelemetry.trace", "opentelemetry.baggage", "opentelemetry.attributes"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
     def provider(self, service_name: str, instance_id: str = "") -> "TracerProvider":
         """Makes the spans of a service, of one instance of it if that is given."""
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 
         attributes = {"service.name": service_name, "service.version": VERSION}
         if instance_id:
             attributes["service.instance.id"] = instance_id
         resource = Resource.create(attributes).merge(OTELResourceDetector().detect())
-        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        limits = SpanLimits()
+        if limits.max_attribute_length is None:
+            limits = SpanLimits(max_attribute_length=MAX_ATTRIBUTE)
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False, span_limits=limits)
         provider.add_span_processor(self._processor)
         return provider
 

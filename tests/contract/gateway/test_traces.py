@@ -89,6 +89,16 @@ async def test_requests_that_fail(traced: tuple[Services, Gateway], collector: C
         assert span.is_error and "no worker came back" in span.description
 
 
+async def test_long_urls_make_no_long_spans(traced: tuple[Services, Gateway], collector: Collector) -> None:
+    _, gateway = traced
+    for path in ("/v1/chat/completions?" + "q" * 30_000, "/" + "p" * 30_000):
+        trace_id, _, header = parent_of(next(NUMBERS))
+        await gateway.post(path, CHAT, {"traceparent": header})
+        trace = await asyncio.to_thread(collector.trace, trace_id, "tandem-gateway")
+        for span in trace.spans:
+            assert all(len(str(value)) <= 1024 for value in (span.name, *span.attributes.values()))
+
+
 async def test_a_gateway_without_traces_passes_the_clients_trace_on(folder: Path, collector: Collector) -> None:
     settings = {"tokenizer": str(folder), "otlp_traces_endpoint": collector.endpoint}
     async with Services(**settings) as services, Gateway(services.address) as gateway:
