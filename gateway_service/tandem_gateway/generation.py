@@ -57,6 +57,8 @@ def form_of(body: GenerationBody) -> StructuredOutput | None:
     """The form that the body asks for, by whichever name. Raises InvalidRequest if it asks for several."""
     forms: dict[str, dict[str, Any]] = {}
     if (given := body.structured_outputs) is not None:
+        for name in given.model_extra or ():
+            raise refuse(f"structured_outputs.{name[:100]}", "is unknown")
         values = {"json": given.json_, **given.model_dump(include={"json_object", "regex", "choice", "grammar"})}
         forms["structured_outputs"] = values
     for name, field in GUIDED.items():

@@ -5,13 +5,20 @@ refused unless they ask for nothing (UNSUPPORTED). docs/http.md lists both.
 """
 
 import logging
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from tandem_gateway.problems import refuse
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong item. pydantic would go on, and make an error for each of millions. For the
+same reason a field that is a dict must not say what its values are.
+"""
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of /v1/completions, and vLLM's."""
@@ -108,13 +115,13 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's structured_outputs."""
+    """vLLM's structured_outputs. Fields that are unknown are kept, for form_of() to refuse."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     grammar: str | None = None
     # What a client may send that sends all fields of vLLM's class.
     structural_tag: None = None
@@ -132,11 +139,11 @@ class GenerationBody(Body):
     top_p: float | None = None
     n: int | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -145,17 +152,17 @@ class GenerationBody(Body):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Items[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: Items[str] | None = None
+    allowed_token_ids: Items[int] | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
@@ -166,7 +173,7 @@ class GenerationBody(Body):
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
     logprobs: int | None = None
     echo: bool | None = None
@@ -194,7 +201,7 @@ class RefusalPart(BaseModel):
     refusal: str
 
 
-Content = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+Content = str | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
 
 
 class Message(BaseModel):
@@ -204,7 +211,7 @@ class Message(BaseModel):
     content: Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -250,7 +257,7 @@ class NamedToolChoice(BaseModel):
 class ChatOptions(GenerationBody):
     """What chats and responses have in common beside the conversation."""
 
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
@@ -261,7 +268,7 @@ class ChatOptions(GenerationBody):
 
 
 class ChatBody(ChatOptions):
-    messages: list[Message]
+    messages: Items[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -273,14 +280,14 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Items[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
 
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]

@@ -17,6 +17,7 @@ from tandem_gateway.protocol import (
     Function,
     FunctionCall,
     FunctionName,
+    Items,
     JsonSchema,
     Message,
     NamedToolChoice,
@@ -55,8 +56,8 @@ class ReasoningText(BaseModel):
 
 class ReasoningItem(BaseModel):
     type: Literal["reasoning"]
-    content: list[ReasoningText] | None = None
-    summary: list[ReasoningText] | None = None
+    content: Items[ReasoningText] | None = None
+    summary: Items[ReasoningText] | None = None
 
 
 def _type(item: Any) -> str:
@@ -100,7 +101,7 @@ class ResponseBody(Body):
     """Further fields of chats, such as vLLM's, are taken too."""
 
     model: str | None = None
-    input: str | list[InputItem]
+    input: str | Items[InputItem]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -108,12 +109,12 @@ class ResponseBody(Body):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     """OpenAI's have no effect on the output. The usage is always told at the end."""
-    tools: list[ResponseTool] | None = None
+    tools: Items[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     top_logprobs: int | None = None
     metadata: dict[str, Any] | None = None
 

@@ -6,8 +6,17 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
+from pydantic import ValidationError
 
-from tandem_gateway.protocol import UNSUPPORTED, WITHOUT_EFFECT, Body, ChatBody, CompletionBody, TokenizeBody
+from tandem_gateway.protocol import (
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 from tandem_gateway.responses_protocol import ResponseBody
 from tandem_shared.errors import InvalidRequest
 
@@ -50,6 +59,30 @@ def test_no_field_of_openais_or_vllms_is_unknown(body: type[Body], openai_params
     theirs = {*getattr(openai_params, "__annotations__", ()), *vllm_fields.split()}
     further = set(ChatBody.model_fields) if body is ResponseBody else set()
     assert theirs - set(body.model_fields) - further - UNSUPPORTED.keys() - WITHOUT_EFFECT == set()
+
+
+MANY = 1000
+WRONG: list[Any] = [
+    [None] * MANY,
+    [[None] * MANY] * MANY,
+    [{"role": "user", "content": [None] * MANY}] * MANY,
+    [{"role": "assistant", "tool_calls": [None] * MANY}] * MANY,
+    [{"type": "reasoning", "content": [None] * MANY, "summary": [None] * MANY}] * MANY,
+    [{"type": "function_call_output", "call_id": "a", "output": [None] * MANY}] * MANY,
+    {str(number): None for number in range(MANY)},
+    {"choice": [None] * MANY},
+]
+
+
+@pytest.mark.parametrize("body", [CompletionBody, ChatBody, ResponseBody, TokenizeBody, DetokenizeBody])
+def test_what_is_wrong_many_times_is_not_told_many_times(body: type[Body]) -> None:
+    """A body of a few megabytes kept the gateway's process from all else for half a minute."""
+    for name in body.model_fields:
+        for value in WRONG:
+            try:
+                body.model_validate({name: value})
+            except ValidationError as error:
+                assert error.error_count() < 30, (name, value)
 
 
 @pytest.mark.parametrize(
