@@ -106,6 +106,12 @@ async def run(listener: Listener, folder: Path, act: Callable[[ScriptedEngine, R
         await engine.connect(10)
         running = asyncio.create_task(engine.run(listener))
         await act(scripted, engine)
+
+        async def is_heard() -> bool:
+            return any(request.HasField("alive") for request in scripted.requests)
+
+        # A message that is under way when the stream ends would hide how it ended.
+        await wait_until(is_heard, "the front end has said that it is alive")
         scripted.responses.put_nowait(None)
         # The engine has read all that came before the end.
         await running
