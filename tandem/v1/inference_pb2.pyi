@@ -652,7 +652,9 @@ class GenerateRequest(_message.Message):
     num_choices: _builtins.int
     """The number of independent outputs for the prompt, 1 to 64. Default 1."""
     priority: _builtins.int
-    """Requests with a lower number are started earlier and preempted later. Any int32. Default 0."""
+    """Requests with a lower number are started earlier and preempted later. Any int32. Default 0, or the nearest
+    to it that the caller's API key allows.
+    """
     cache_salt: _builtins.str
     """Requests share cached prefixes only with requests of the same salt. 1024 bytes at most. Default empty."""
     @_builtins.property
@@ -829,7 +831,9 @@ class GenerateStreamRequest(_message.Message):
     num_choices: _builtins.int
     """The number of independent outputs for the prompt, 1 to 64. Default 1."""
     priority: _builtins.int
-    """Requests with a lower number are started earlier and preempted later. Any int32. Default 0."""
+    """Requests with a lower number are started earlier and preempted later. Any int32. Default 0, or the nearest
+    to it that the caller's API key allows.
+    """
     cache_salt: _builtins.str
     """Requests share cached prefixes only with requests of the same salt. 1024 bytes at most. Default empty."""
     @_builtins.property

@@ -116,6 +116,25 @@ async def test_a_key_says_which_priorities_its_requests_may_have(key_file: Path)
                 assert error.code() == FORBIDDEN and "priority" in str(error.details())
 
 
+@pytest.mark.parametrize(("allowed", "given"), [("-3..10", 0), ("5..9", 5), ("-9..-5", -5), ("7..7", 7)])
+async def test_a_request_without_a_priority_has_the_nearest_to_0_that_its_key_allows(
+    key_file: Path, allowed: str, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_file.write_text(f"alice inference {ALICE} priority={allowed}\n")
+    async with Services(api_key_file=str(key_file)) as services:
+        step_loop, taken = services.service._hub.step_loop, []
+        submit = step_loop.submit
+
+        def noted(requests: Any) -> None:
+            taken.extend(request.priority for request in requests)
+            submit(requests)
+
+        monkeypatch.setattr(step_loop, "submit", noted)
+        assert await generate(services, ALICE) and taken == [given]
+        if given:
+            assert (await error_of(generate(services, ALICE, priority=0))).code() == FORBIDDEN
+
+
 @pytest.mark.parametrize("api_server_count", [0, 2])
 async def test_a_changed_file_of_keys_holds_for_the_next_call(key_file: Path, api_server_count: int) -> None:
     new = key_file.with_name("new")

@@ -84,7 +84,7 @@ class GenerationParams:
     logprob_token_ids: Sequence[int] = ()
     structured_output: StructuredOutput | None = None
     num_choices: int = 1
-    priority: int = 0
+    priority: int | None = None
     cache_salt: str = ""
     caller_salt: bytes = b""
     """Of the caller's API key; 64 bytes at most. Requests share cached prefixes only if both salts are equal."""

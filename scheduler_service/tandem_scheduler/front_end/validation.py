@@ -102,7 +102,7 @@ async def check_request(
         max_tokens=max_tokens,
         sampling=RowSampling(**sampling),
         stop_token_ids=frozenset([*params.stop_token_ids, *eos_token_ids]),
-        priority=params.priority,
+        priority=params.priority or 0,
         cache_salt=_hashed(params.cache_salt, params.caller_salt),
         deadline=params.deadline,
         lists=replace(lists, grammar=grammar),
@@ -204,7 +204,7 @@ def _check_num_choices(num_choices: int, violations: Violations) -> None:
 
 def _check_output(params: GenerationParams, violations: Violations) -> None:
     _check_num_choices(params.num_choices, violations)
-    violations.check(-(2**31) <= params.priority < 2**31, "priority", "must be a number of 32 bits")
+    violations.check(-(2**31) <= (params.priority or 0) < 2**31, "priority", "must be a number of 32 bits")
     violations.check(
         _is_short(params.cache_salt, MAX_CACHE_SALT_BYTES),
         "cache_salt",

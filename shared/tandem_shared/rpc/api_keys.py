@@ -142,8 +142,8 @@ def _read_priorities(options: Sequence[str], where: str) -> tuple[int, int]:
     if not options:
         return 0, 0
     found = _PRIORITY.fullmatch(options[0]) if len(options) == 1 else None
-    if found is None or int(found[1]) > int(found[2]):
-        raise ConfigError(f"{where}: after the key there may only be priority=LOWEST..HIGHEST")
+    if found is None or not -(2**31) <= int(found[1]) <= int(found[2]) < 2**31:
+        raise ConfigError(f"{where}: after the key there may only be priority=LOWEST..HIGHEST, numbers of 32 bits")
     return int(found[1]), int(found[2])
 
 

@@ -7,11 +7,14 @@ from tandem_shared.rpc.authorizer import CALLER
 
 
 def for_caller(params: GenerationParams) -> GenerationParams:
-    """The request as the caller of this call may make it. Raises PermissionDenied for a priority that its key does not
-    allow.
+    """The request as the caller of this call may make it. One without a priority gets the nearest to 0 that its key
+    allows. Raises PermissionDenied for a priority that the key does not allow.
     """
     key = CALLER.get()
     if key is None:
         return params
-    key.check_priority(params.priority)
-    return replace(params, caller_salt=key.cache_salt)
+    priority = params.priority
+    if priority is None:
+        priority = min(max(0, key.min_priority), key.max_priority)
+    key.check_priority(priority)
+    return replace(params, priority=priority, caller_salt=key.cache_salt)

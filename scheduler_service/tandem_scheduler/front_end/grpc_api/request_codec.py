@@ -63,7 +63,7 @@ def params_of(
         logprob_token_ids=output.logprob_token_ids,
         structured_output=_form_of(request.structured_output) if request.HasField("structured_output") else None,
         num_choices=request.num_choices if request.HasField("num_choices") else 1,
-        priority=request.priority,
+        priority=request.priority if request.HasField("priority") else None,
         cache_salt=request.cache_salt,
         max_reply_bytes=max_reply_bytes,
         deadline=deadline,
