@@ -24,10 +24,7 @@ from tandem_gateway.events import TextEvents, event
 from tandem_gateway.generation import form_name, form_of, is_plain, request_fields, stop_reason_of, usage_of
 from tandem_gateway.logprobs import completion_logprobs, prompt_logprobs
 from tandem_gateway.problems import name_params, refuse
-from tandem_gateway.protocol import CompletionBody
-
-MAX_PROMPTS = 256
-"""The most prompts of one request."""
+from tandem_gateway.protocol import MAX_PROMPTS, CompletionBody
 
 
 @dataclass
@@ -172,6 +169,6 @@ def _prompts(prompt: str | list[Any]) -> list[Fields]:
         return [{"text": prompt}]
     if prompt and isinstance(prompt[0], int):
         return [{"token_ids": {"ids": prompt}}]
-    if not 1 <= len(prompt) <= MAX_PROMPTS:
-        raise refuse("prompt", f"must have 1 to {MAX_PROMPTS} prompts, has {len(prompt)}")
+    if not prompt:
+        raise refuse("prompt", f"must have 1 to {MAX_PROMPTS} prompts, has none")
     return [{"text": each} if isinstance(each, str) else {"token_ids": {"ids": each}} for each in prompt]

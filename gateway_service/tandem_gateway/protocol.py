@@ -7,7 +7,16 @@ refused unless they ask for nothing (UNSUPPORTED). docs/http.md lists both.
 import logging
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from tandem_gateway.problems import refuse
 
@@ -19,6 +28,12 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 """A list that is refused at its first wrong item. pydantic would go on, and make an error for each of millions. For the
 same reason a field that is a dict must not say what its values are.
 """
+
+ChatItems = Annotated[list[T], Field(fail_fast=True, max_length=16384)]
+"""A list that a conversation is made of. The scheduler takes no more in all of them together (its MAX_CHAT_FIELDS)."""
+
+MAX_PROMPTS = 256
+"""The most prompts of one request."""
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default of /v1/completions, and vLLM's."""
@@ -172,8 +187,16 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+def _check_prompts(prompt: Any) -> Any:
+    """Raises PydanticCustomError for what has too many prompts, before any of them is looked at."""
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        text = "must have 1 to {most} prompts, has {number}"
+        raise PydanticCustomError("too_many_prompts", text, {"most": MAX_PROMPTS, "number": len(prompt)})
+    return prompt
+
+
 class CompletionBody(GenerationBody):
-    prompt: str | Items[str] | Items[int] | Items[Items[int]]
+    prompt: Annotated[str | Items[str] | Items[int] | Items[Items[int]], BeforeValidator(_check_prompts)]
     max_tokens: int | None = DEFAULT_COMPLETION_TOKENS
     logprobs: int | None = None
     echo: bool | None = None
@@ -201,7 +224,7 @@ class RefusalPart(BaseModel):
     refusal: str
 
 
-Content = str | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+Content = str | ChatItems[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
 
 
 class Message(BaseModel):
@@ -211,7 +234,7 @@ class Message(BaseModel):
     content: Content | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Items[ToolCall] | None = None
+    tool_calls: ChatItems[ToolCall] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -257,7 +280,7 @@ class NamedToolChoice(BaseModel):
 class ChatOptions(GenerationBody):
     """What chats and responses have in common beside the conversation."""
 
-    tools: Items[Tool] | None = None
+    tools: ChatItems[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
@@ -268,7 +291,7 @@ class ChatOptions(GenerationBody):
 
 
 class ChatBody(ChatOptions):
-    messages: Items[Message]
+    messages: ChatItems[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -280,12 +303,12 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Items[Message] | None = None
+    messages: ChatItems[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Items[Tool] | None = None
+    tools: ChatItems[Tool] | None = None
 
 
 class DetokenizeBody(Body):

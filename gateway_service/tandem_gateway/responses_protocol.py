@@ -12,6 +12,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError
 from tandem_gateway.problems import refuse
 from tandem_gateway.protocol import (
     Body,
+    ChatItems,
     ChatOptions,
     Content,
     Function,
@@ -56,8 +57,8 @@ class ReasoningText(BaseModel):
 
 class ReasoningItem(BaseModel):
     type: Literal["reasoning"]
-    content: Items[ReasoningText] | None = None
-    summary: Items[ReasoningText] | None = None
+    content: ChatItems[ReasoningText] | None = None
+    summary: ChatItems[ReasoningText] | None = None
 
 
 def _type(item: Any) -> str:
@@ -101,7 +102,7 @@ class ResponseBody(Body):
     """Further fields of chats, such as vLLM's, are taken too."""
 
     model: str | None = None
-    input: str | Items[InputItem]
+    input: str | ChatItems[InputItem]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -109,7 +110,7 @@ class ResponseBody(Body):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     """OpenAI's have no effect on the output. The usage is always told at the end."""
-    tools: Items[ResponseTool] | None = None
+    tools: ChatItems[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None

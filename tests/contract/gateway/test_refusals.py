@@ -81,7 +81,10 @@ WRONG_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("/v1/completions", {"prompt": "a", "structured_outputs": {}}, 400, "structured_outputs"),
     ("/v1/completions", {"prompt": "a", "structured_outputs": {"xml": "a"}}, 400, "structured_outputs.xml"),
     ("/v1/completions", {"prompt": "a", "logit_bias": {"5": "much"}}, 400, "logit_bias"),
-    ("/v1/completions", {"prompt": [None] * 100_000}, 400, "prompt[0]"),
+    ("/v1/completions", {"prompt": [None] * 100}, 400, "prompt[0]"),
+    ("/v1/completions", {"prompt": [[1]] * 257}, 400, "prompt"),
+    ("/v1/chat/completions", {"messages": [USER] * 20_000}, 400, "messages"),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "function", "name": "a"}] * 20_000}, 400, "tools"),
     (
         "/v1/chat/completions",
         {"messages": [USER], "logit_bias": {str(n): None for n in range(9999)}},
