@@ -24,7 +24,7 @@ TP_SIZES ?= 1 2 4 8
 # The processes that share the tests. A file's tests are run by one of them.
 TEST_PROCESSES ?= 2
 
-.PHONY: help demo test test-slow check protos bench bench-serve bench-gateway bench-gaps bench-sampling bench-scaling bench-scheduler bench-capacity bench-costly bench-plot chaos compose-test clean
+.PHONY: help demo test test-slow check protos docs bench bench-serve bench-gateway bench-gaps bench-sampling bench-scaling bench-scheduler bench-capacity bench-costly bench-plot chaos compose-test clean
 
 help:  ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -66,7 +66,7 @@ test: check  ## The checks, then the tests (10 minutes at most on 2 cores)
 test-slow: $(STAMP)  ## The long tests (40 minutes at most on 2 cores)
 	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile
 
-check: $(STAMP)  ## Format, lint, types, import rules, protos
+check: $(STAMP)  ## Format, lint, types, import rules, protos, generated documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -74,11 +74,16 @@ check: $(STAMP)  ## Format, lint, types, import rules, protos
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs --check
 	$(BIN)/python -m tools.api_reference --check
+	$(BIN)/python -m tools.settings_reference --check
 
 protos: $(STAMP)  ## Generates the stubs in tandem and docs/api.md from protos
 	$(BIN)/buf lint protos
 	$(BIN)/python -m tools.generate_stubs
 	$(BIN)/python -m tools.api_reference
+
+docs: $(STAMP)  ## Generates docs/api.md and docs/settings.md
+	$(BIN)/python -m tools.api_reference
+	$(BIN)/python -m tools.settings_reference
 
 ifneq ($(GPU),)
 BENCH_MODELS := $(MODELS:%=%/config.json)
