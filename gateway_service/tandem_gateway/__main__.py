@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments,
         extra="gateway",
     )
-    # Imported once the packages of the extra are known to be there.
+    configure_logging(settings.log_level, settings.log_format, "gateway")
+    # Imported once the packages of the extra are known to be there. gRPC looks at its import at what it may log.
     from tandem_gateway.server import serve
 
     try:
         _check_files(settings)
-        configure_logging(settings.log_level, settings.log_format, "gateway")
         serve(settings)
     except ConfigError as error:
         print(f"tandem-gateway: {error}", file=sys.stderr)

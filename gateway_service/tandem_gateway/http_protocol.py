@@ -7,6 +7,7 @@ request that runs learns that its connection is lost also if another one waits b
 """
 
 import json
+import logging
 from typing import Any
 
 import httptools
@@ -22,12 +23,17 @@ CLOSING_HEAD = b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nc
 FRAMING = (b"content-length", b"transfer-encoding")
 """The headers that say where a body ends."""
 
+logger = logging.getLogger("uvicorn.error.requests")
+logger.setLevel(logging.ERROR)
+"""uvicorn's logger for requests. It warns of each that is no HTTP, which anybody can send, and whose sender is told."""
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """Answers 400, and closes the connection, once more than MAX_HEAD_BYTES came without completing anything."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = logger
         self.parser = _Parser(self)
         self._num_kept = 0
         self._is_spoilt = False

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 from tandem_scheduler.observers import load_log
 from tests.contract.gated_worker import gated_runner, open_gate
 from tests.contract.services import Services, error_of, stream_request, wait_until
+from tests.e2e.waiting import wait_until as wait_for
 from tests.support.certificates import make_certificate
+from tests.support.gateway import HOST, Gateway, read_answer
 from tests.support.tokenizers import embedded
 
 SECRET = "Mordecai and Esther"
@@ -98,38 +101,37 @@ async def test_a_busy_engine_says_how_busy_it_is(
         assert len(load_lines()) == num_lines
 
 
-SERVER_WITH_TLS = """
-import asyncio, sys
-from tandem_shared.config import SchedulerSettings
-from tandem_shared.host.log import configure_logging
-from tandem_shared.rpc.credentials import server_credentials
-from tandem_shared.rpc.server import Server
-
-async def main():
-    configure_logging("info", "json", "scheduler")
-    settings = SchedulerSettings(tls_cert=sys.argv[1], tls_key=sys.argv[2])
-    server = Server({}, credentials=server_credentials(settings))
-    print(await server.start("127.0.0.1", 0), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    await server.stop(0)
-
-asyncio.run(main())
-"""
-
-
 def test_what_comes_without_tls_writes_no_line_that_is_no_json(tmp_path: Path) -> None:
-    paths = map(str, make_certificate(tmp_path, "server"))
-    program = [sys.executable, "-c", SERVER_WITH_TLS, *paths]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen(program, text=True, **pipes) as server:
-        assert server.stdout is not None
-        port = int(server.stdout.readline())
-        for sent in (b"\0" * 50, b"GET / HTTP/1.1\r\n\r\n"):
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
-                client.sendall(sent)
-                # The server closes the connection once the handshake has failed.
-                with contextlib.suppress(ConnectionResetError):
-                    while client.recv(4096):
-                        pass
-        _, written = server.communicate(timeout=60)
-    assert [json.loads(line)["logger"] for line in written.splitlines()] == ["tandem_shared.rpc.server"]
+    certificate, key = make_certificate(tmp_path, "server")
+    port_file = tmp_path / "port"
+    flags = {"tls-cert": certificate, "tls-key": key, "port-file": port_file, "port": 0, "worker-address": f"{HOST}:1"}
+    program = [sys.executable, "-m", "tandem_scheduler", "--model", "embedded", "--log-format", "json"]
+    program += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(program, stderr=log, env=environment) as server:
+        try:
+            wait_for(lambda: port_file.exists() and port_file.read_text() != "", "it listens")
+            for sent in (b"\0" * 50, b"GET / HTTP/1.1\r\n\r\n"):
+                with socket.create_connection((HOST, int(port_file.read_text())), timeout=20) as client:
+                    client.sendall(sent)
+                    # The server closes the connection once the handshake has failed.
+                    with contextlib.suppress(ConnectionResetError):
+                        while client.recv(4096):
+                            pass
+        finally:
+            server.terminate()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines and all(json.loads(line)["service"] == "scheduler" for line in lines)
+
+
+async def test_what_is_no_http_is_answered_and_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    async with Services() as services, Gateway(services.address) as gateway:
+        # The gateway has set up logging anew.
+        logging.getLogger().addHandler(caplog.handler)
+        for sent in (b"\x16\x03\x01 no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nx-id: a\x1b[31m\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(HOST, gateway.port)
+            writer.write(sent)
+            assert (await read_answer(reader)).status == 400
+            writer.close()
+        logging.getLogger().removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -63,7 +63,8 @@ def configure_logging(level: str, form: str = "text", service: str = "tandem") -
     handler = logging.StreamHandler()
     if form == "json":
         handler.setFormatter(_JsonFormatter(service))
-        # gRPC's core writes lines of its own to stderr, for example for each client without TLS at a server with it.
+        # gRPC's core writes lines of its own to stderr, for example for each client without TLS at a server with it. It
+        # looks at this when it is imported, or in a child process.
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     else:
         name = service.replace("%", "%%")
