@@ -14,11 +14,6 @@ FIELDS = "fields"
 """The key in a logging call's `extra` under which a JSON line's further fields are given."""
 
 
-CONTROL_CHARACTERS = {
-    code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160), 0x2028, 0x2029) if code != 9
-}
-
-
 class _TextFormatter(logging.Formatter):
     """A line for each event, and the lines of its traceback if it has one."""
 
