@@ -1,8 +1,6 @@
 """The files in deploy/observability with a real Prometheus: its rules, and each query of the dashboard, under load."""
 
 import math
-import os
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import pytest
 from tests.e2e.observed import MAX_NUM_SEQS, MAX_NUM_WAITING, Answer, Load, Site, grpc_request, observed_site
 from tests.e2e.services import Stream
 from tests.e2e.waiting import WAIT_S, wait_until
+from tests.support.programs import require_programs
 from tools.prometheus import Panel, annotations, as_grafana_asks, panels
 
 pytestmark = pytest.mark.slow
@@ -25,9 +24,7 @@ TOLERANCE = 0.1
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    if shutil.which("prometheus") is None:
-        assert "CI" not in os.environ, "CI must have Debian's package prometheus"
-        pytest.skip("needs Debian's package prometheus")
+    require_programs("prometheus")
     with observed_site() as site:
         yield site
 
