@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,6 +246,13 @@ def test_several_processes_share_the_port_and_end_in_order(engine: Engine, tmp_p
         with gateway.client() as client:
             assert client.completions.create(model=MODEL, prompt="ROMEO:", max_tokens=3).usage
     served = psutil.Process(gateway.process.pid).children()
+    # Connections that come at once are dealt out: that a process has less than a fifth of 40 is once in 10,000 times.
+    address = ("127.0.0.1", urllib.parse.urlsplit(gateway.url).port)
+    connections = [socket.create_connection(address) for _ in range(40)]
+    wait_until(lambda: sum(num_connections(process) for process in served) >= 40, "all have been accepted")
+    assert sum(num_connections(process) >= 8 for process in served) == 2
+    for connection in connections:
+        connection.close()
     # Whichever process is asked tells of all of them, also of one that has been killed.
     assert num_completions(gateway) == 8
     for process in served:
@@ -254,6 +262,10 @@ def test_several_processes_share_the_port_and_end_in_order(engine: Engine, tmp_p
     for _ in range(8):
         wait_until(lambda: num_completions(gateway) == 8, "it is served again, and nothing is forgotten")
     assert gateway.stop() == 0
+
+
+def num_connections(process: psutil.Process) -> int:
+    return sum(each.status == psutil.CONN_ESTABLISHED for each in process.net_connections("tcp"))
 
 
 def num_completions(gateway: GatewayProcess) -> float:

@@ -147,8 +147,9 @@ def kill_gateway_process(site: Site) -> None:
     """One of several processes of a gateway: the same, and it is replaced."""
     site.let_run()
     main = psutil.Process(site.gateways[0].process.pid)
-    serving = [child for child in main.children() if child.net_connections("tcp")]
-    site.rng.choice(serving).kill()
+    # One that was started later than the clients' connections may have none of them.
+    serving = {child: len(found) for child in main.children() if (found := child.net_connections("tcp"))}
+    max(serving, key=lambda child: serving[child]).kill()
     site.expect_answers()
     site.take_endings(site.loads[0], BROKEN)
     site.expect_no_endings("after another gateway's process was killed", site.loads[1:])

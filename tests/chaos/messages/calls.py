@@ -143,9 +143,9 @@ def _check_drained(engine: Engine, found: Findings) -> None:
 
 def _engine_socket(engine: Engine) -> str | None:
     for child in psutil.Process(engine.scheduler.process.pid).children():
-        line = child.cmdline()
-        if "--engine-socket" in line:
-            return line[line.index("--engine-socket") + 1]
+        for word in child.cmdline():
+            if word.startswith("--engine-socket="):
+                return word.partition("=")[2]
     return None
 
 

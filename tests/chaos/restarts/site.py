@@ -91,7 +91,8 @@ class Site:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 words = process.cmdline()
-                if str(self.model) in words and any(word.startswith(module) for word in words):
+                # A setting of a child process is one word, --model=FOLDER.
+                if any(str(self.model) in word for word in words) and any(word.startswith(module) for word in words):
                     found.append(process)
         return found
 

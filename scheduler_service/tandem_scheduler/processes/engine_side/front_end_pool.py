@@ -19,12 +19,12 @@ from tandem.v1 import control_pb2_grpc
 from tandem_scheduler.engine.hub import EngineHub
 from tandem_scheduler.engine_interface import HEARTBEAT_S
 from tandem_scheduler.processes.engine_side.engine_servicer import EngineServicer
-from tandem_scheduler.processes.engine_side.shared_port import SharedPort
 from tandem_scheduler.processes.front_end_side.front_end_process import FrontEndSettings
 from tandem_shared.config import SchedulerSettings
 from tandem_shared.errors import ConfigError
 from tandem_shared.host.private_folder import PrivateFolder
 from tandem_shared.host.process import child_environment
+from tandem_shared.host.shared_port import SharedPort
 from tandem_shared.options import to_arguments
 from tandem_shared.rpc.error_interceptor import ErrorInterceptor
 from tandem_shared.rpc.grpc_options import LOCAL_OPTIONS
