@@ -16,7 +16,7 @@ from tandem_scheduler.engine_interface import (
     Submission,
     TraceContext,
 )
-from tandem_shared.errors import ProtocolError, TandemError
+from tandem_shared.errors import ProtocolError, TandemError, UnexpectedMessage
 from tandem_shared.rpc.rich_status import read_status, status_of
 from tandem_shared.sampling_lists import NO_LISTS
 from tandem_shared.step_codec import (
@@ -180,11 +180,11 @@ def encode_stats(stats: FrontEndStats) -> engine_pb2.FrontEndStats:
 
 
 def decode_stats(message: engine_pb2.FrontEndStats) -> FrontEndStats:
-    """Raises ProtocolError for another number of buckets."""
+    """Raises UnexpectedMessage for another number of buckets."""
     stats = FrontEndStats()
     gaps = stats.token_gaps
     if len(message.token_gap_counts) != len(gaps.counts):
-        raise ProtocolError(f"a front end sent {len(message.token_gap_counts)} buckets, not {len(gaps.counts)}")
+        raise UnexpectedMessage(f"a front end sent {len(message.token_gap_counts)} buckets, not {len(gaps.counts)}")
     gaps.counts, gaps.total = list(message.token_gap_counts), message.token_gap_sum_s
     stats.num_refused.update(message.num_refused)
     return stats

@@ -172,6 +172,7 @@ def test_a_number_past_int32_arrives_as_one_that_validation_refuses() -> None:
 def test_ids_are_four_bytes_each_whatever_they_are() -> None:
     """64 new rows of 40,000 tokens are bytes that are copied, not varints that are decoded one by one."""
     ids = np.full(40_000, 151_935, np.int32)
+    assert len(pack_ids(ids)) == 4 * len(ids)
     assert pack_ids(ids) == ids.tobytes()
     assert unpack_ids(pack_ids(ids)).tolist() == ids.tolist()
 
