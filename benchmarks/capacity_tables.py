@@ -79,7 +79,7 @@ def machine(report: Report) -> str:
     most = max(row["cpus"].get(role, 0) for row in report["streams"] for role in ("scheduler", "gateway"))
     versions, where = report["versions"], f"{report['num_cpus']} CPUs ({report['cpu']})"
     return (
-        f"Measured on {where}, which clients and server shared with other work: the\n"
+        f"Measured on {where}, which clients and server shared: the\n"
         f"load average was {min(loads):.0f} to {max(loads):.0f}, and neither scheduler nor gateway got more than "
         f"{most:.1f} of a core. Steps of {report['step_ms']:g} ms;\n"
         f"prompts of {report['prompt_len']} tokens and outputs of {report['output_len']}, at rates "
