@@ -23,6 +23,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 from tools.generate_stubs import PROTOS, ROOT
+from tools.generated_file import write_or_check
 
 PACKAGE = "tandem.v1"
 FILES = ("inference.proto", "control.proto", "error_reason.proto")
@@ -239,14 +240,8 @@ def _split_default(comment: str) -> tuple[str, str]:
 
 def main() -> int:
     """Exit status 1 if --check finds a difference."""
-    text = Reference(read_files()).text()
-    if sys.argv[1:] != ["--check"]:
-        REFERENCE.write_text(text)
-        return 0
-    if not REFERENCE.exists() or REFERENCE.read_text() != text:
-        print("docs/api.md differs from what protos gives; run make protos", file=sys.stderr)
-        return 1
-    return 0
+    stale = "docs/api.md differs from what protos gives; run make protos"
+    return write_or_check(REFERENCE, Reference(read_files()).text(), stale)
 
 
 if __name__ == "__main__":

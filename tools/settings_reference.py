@@ -12,6 +12,7 @@ from tandem_shared.config import SchedulerSettings, WorkerSettings
 from tandem_shared.gateway_settings import GatewaySettings
 from tandem_shared.options import flag_of
 from tools.generate_stubs import ROOT
+from tools.generated_file import write_or_check
 
 REFERENCE = ROOT / "docs" / "settings.md"
 SERVICES = {"scheduler": SchedulerSettings, "worker": WorkerSettings, "gateway": GatewaySettings}
@@ -64,13 +65,8 @@ def _meaning(field: Field, *_: Field) -> str:
 
 def main() -> int:
     """Exit status 1 if --check finds a difference."""
-    if sys.argv[1:] != ["--check"]:
-        REFERENCE.write_text(text())
-        return 0
-    if not REFERENCE.exists() or REFERENCE.read_text() != text():
-        print("docs/settings.md differs from the services' settings; run make docs", file=sys.stderr)
-        return 1
-    return 0
+    stale = "docs/settings.md differs from the services' settings; run make docs"
+    return write_or_check(REFERENCE, text(), stale)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -65,14 +64,6 @@ def run(command: Sequence[str], timeout_s: float, *, environment: dict[str, str]
     if done.returncode != 0:
         raise EngineError(f"exit status {done.returncode}: {' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout
-
-
-def free_port() -> int:
-    """A port that was free a moment ago: podman does not take 0 for a free one."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def install_missing_tools() -> None:

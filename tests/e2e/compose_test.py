@@ -19,9 +19,9 @@ import openai
 import yaml
 
 from tandem.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from tests.e2e.compose_engine import REPOSITORY, Engine, free_port, install_missing_tools
+from tests.e2e.compose_engine import REPOSITORY, Engine, install_missing_tools
 from tests.e2e.grpcurl import grpcurl, json_stream
-from tests.e2e.services import serving_process
+from tests.e2e.services import free_port, serving_process
 from tests.support.metrics import Scrape
 
 HEALTHY_TIMEOUT_S = 120

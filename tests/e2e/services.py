@@ -99,6 +99,7 @@ class Service:
 
 
 def free_port() -> int:
+    """A port that was free a moment ago, for programs that can't take one themselves and say which."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     return port

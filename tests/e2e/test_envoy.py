@@ -17,7 +17,7 @@ import pytest
 from tandem import SamplingParams, TandemClient
 from tandem_shared.rpc.health_probe import health_status
 from tests.e2e.conftest import StartEngine
-from tests.e2e.services import INFERENCE, REPOSITORY, Engine
+from tests.e2e.services import INFERENCE, REPOSITORY, Engine, free_port
 from tests.e2e.waiting import WAIT_S, wait_until
 
 PROGRAM = Path(sys.executable).with_name("envoy")
@@ -65,8 +65,7 @@ def engine(start_engine: StartEngine) -> Engine:
 @pytest.fixture(scope="module")
 def envoy(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """Starts Envoy; gives the address that it listens on, and its process id."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     text = (REPOSITORY / "docs/envoy.yaml").read_text()
     text, num_changes = re.subn(r"\b50050\b", str(port), text)
     text, more = re.subn(r"\b50051\b", str(engine.scheduler.port), text)

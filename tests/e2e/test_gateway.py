@@ -18,7 +18,7 @@ import pytest
 
 from tests.e2e.conftest import StartEngine
 from tests.e2e.gateway import GatewayProcess, forced
-from tests.e2e.services import Engine
+from tests.e2e.services import Engine, free_port
 from tests.e2e.waiting import WAIT_S, wait_until
 from tests.support.chats import QWEN3_TEMPLATE
 from tests.support.metrics import Scrape
@@ -220,8 +220,7 @@ def test_a_worker_killed_under_http_streams_loses_nothing(engine: Engine, client
 
 @pytest.mark.slow
 def test_serve_has_http_and_starts_it_again(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     log_file = tmp_path / "log"
     command = [sys.executable, "-m", "tandem.cli", "serve", "embedded", "--port", "0", "--http-port", str(port)]
     with log_file.open("wb") as log, subprocess.Popen(command, stderr=log) as process:

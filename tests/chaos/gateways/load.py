@@ -8,10 +8,8 @@ unary answers too.
 import asyncio
 import itertools
 import json
-import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ import httpx2
 
 from tests.chaos.gateways.answers import Answer, WrongAnswer
 from tests.chaos.gateways.requests import KINDS, RESPONSES, make_request, num_sequences
+from tests.chaos.support.client_thread import ClientThread
 
 PAUSE_S = 0.1
 """The pause before a request that was refused is sent again."""
@@ -52,11 +51,12 @@ class NoAnswer(Exception):
         self.has_advice = has_advice
 
 
-class HttpLoad:
+class HttpLoad(ClientThread):
     """Clients in an event loop and a thread of their own. A context manager, which learns the true answers on entry."""
 
     def __init__(self, url: str, num_clients: int, *, num_tokens: int, first_number: int = 0) -> None:
         """first_number: that of the first client, by which requests differ. num_tokens: of the shortest answer."""
+        super().__init__()
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         """Descriptions of what was wrong, the first MAX_FAULTS of them."""
@@ -74,11 +74,7 @@ class HttpLoad:
         self.num_sequences = sum(num_sequences(*request) for request in self._requests.values())
         """The most sequences that the clients have in the scheduler."""
         self._truth: dict[int, Answer] = {}
-        self._is_last = False
         self._serial = itertools.count()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._tasks: list[asyncio.Task[None]] = []
 
     def __enter__(self) -> "HttpLoad":
         self._thread.start()
@@ -89,28 +85,8 @@ class HttpLoad:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._is_last = True
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
     def start(self) -> None:
-        async def start() -> None:
-            self._tasks = [asyncio.create_task(self._run_client(number)) for number in self.numbers]
-
-        self._run(start())
-
-    def finish(self, timeout_s: float = 600.0) -> None:
-        """Lets each client get the answer that it waits for. No more requests are sent then."""
-        self._is_last = True
-
-        async def wait() -> None:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*self._tasks)
-
-        self._run(wait())
+        self._start(self.numbers)
 
     @property
     def found(self) -> dict[str, Any]:
@@ -123,9 +99,6 @@ class HttpLoad:
             "faults": self.faults,
         }
 
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
     async def _open(self) -> None:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self._client = httpx2.AsyncClient(base_url=self._url, limits=limits, timeout=None, trust_env=False)
@@ -133,9 +106,6 @@ class HttpLoad:
         self._truth = dict(zip(self.numbers, answers, strict=True))
 
     async def _close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.aclose()
 
     async def _learn(self, number: int) -> Answer:

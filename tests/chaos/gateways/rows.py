@@ -1,9 +1,8 @@
 """The rows that the trials of gateways add to the table."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
-from tests.chaos.harness.definitions import Found, Row
+from tests.chaos.harness.definitions import Found, Row, trials_by_kind
 
 PROMISES = {
     "worker killed": "A killed worker ends no HTTP stream, and loses, doubles or changes nothing of an answer",
@@ -35,10 +34,7 @@ TIMES = {
 
 
 def rows(pieces: Sequence[Found]) -> list[Row]:
-    found: dict[str, list[Found]] = defaultdict(list)
-    for piece in pieces:
-        for trial in piece["trials"]:
-            found[trial["kind"]].append({**trial, "piece": piece})
+    found = trials_by_kind(pieces)
     return [_row(kind, found[kind]) for kind in PROMISES if kind in found]
 
 

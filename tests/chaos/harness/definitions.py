@@ -1,7 +1,8 @@
 """The parts of the harness: what a part is, in which forms it runs, and the rows that it adds to the table."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -27,6 +28,15 @@ class Row:
     """What was done how often, with numbers from the results."""
     found: str
     is_met: bool
+
+
+def trials_by_kind(pieces: Iterable[Found]) -> dict[str, list[Found]]:
+    """The `trials` of all pieces by their `kind`, each with its `piece`."""
+    found: dict[str, list[Found]] = defaultdict(list)
+    for piece in pieces:
+        for trial in piece["trials"]:
+            found[trial["kind"]].append({**trial, "piece": piece})
+    return found
 
 
 @dataclass(frozen=True)

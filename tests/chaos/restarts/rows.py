@@ -1,9 +1,8 @@
 """The rows that the trials of restarts add to the table."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
-from tests.chaos.harness.definitions import Found, Row
+from tests.chaos.harness.definitions import Found, Row, trials_by_kind
 
 PROMISES = {
     "drain": "Drain: accepted streams end whole, new ones get UNAVAILABLE with RetryInfo, then it returns",
@@ -38,10 +37,7 @@ WORDS = {
 
 
 def rows(pieces: Sequence[Found]) -> list[Row]:
-    found: dict[str, list[Found]] = defaultdict(list)
-    for piece in pieces:
-        for trial in piece["trials"]:
-            found[trial["kind"]].append({**trial, "piece": piece})
+    found = trials_by_kind(pieces)
     return [_row(kind, found[kind]) for kind in PROMISES if kind in found]
 
 

@@ -6,10 +6,9 @@ The true answer is what the engine gave for the same request when nothing distur
 import asyncio
 import itertools
 import math
-import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem_shared.errors import RetryLater
 from tandem_shared.rpc.grpc_options import CHANNEL_OPTIONS
 from tandem_shared.rpc.rich_status import error_of
+from tests.chaos.support.client_thread import ClientThread
 from tests.chaos.support.poisoned_worker import POISONS
 from tests.e2e.services import generate_request, random_prompt
 
@@ -139,7 +139,7 @@ class Ending:
     """The wait that the server advised."""
 
 
-class Load:
+class Load(ClientThread):
     """Clients in an event loop and a thread of their own. A context manager, which learns the true answers on entry."""
 
     def __init__(
@@ -155,6 +155,7 @@ class Load:
         """num_connections: the connections that the streams share. may_end: status codes that a stream may end with;
         its request is then sent again, with the same id, until it has its answer. timeout_s: the deadline of each call.
         """
+        super().__init__()
         self.counts: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         """The number of calls that ended with an error, by status code, those of may_end included."""
@@ -179,11 +180,7 @@ class Load:
         self._truth: list[Answer] = []
         self._may_end = set(may_end)
         self._timeout_s = timeout_s
-        self._is_last = False
         self._serial = itertools.count()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._streams: list[asyncio.Task[None]] = []
 
     def __enter__(self) -> "Load":
         self._thread.start()
@@ -191,28 +188,8 @@ class Load:
         self._truth = self._run(self._learn())
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._is_last = True
-        self._run(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
     def start(self) -> None:
-        async def start() -> None:
-            self._streams = [asyncio.create_task(self._run_client(number)) for number in range(len(self._requests))]
-
-        self._run(start())
-
-    def finish(self, timeout_s: float = 600.0) -> None:
-        """Lets each client get the answer that it waits for. No more requests are sent then."""
-        self._is_last = True
-
-        async def wait() -> None:
-            async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*self._streams)
-
-        self._run(wait())
+        self._start(range(len(self._requests)))
 
     @property
     def found(self) -> dict[str, Any]:
@@ -226,9 +203,6 @@ class Load:
             "wrong": self.counts["wrong"],
             "faults": self.faults,
         }
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _open(self) -> None:
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -246,9 +220,6 @@ class Load:
         return truth
 
     async def _close(self) -> None:
-        for stream in self._streams:
-            stream.cancel()
-        await asyncio.gather(*self._streams, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
     async def _ask(
