@@ -5,7 +5,7 @@ llguidance never raises for a grammar that is wrong or too costly. Its matchers 
 mask allows the end-of-sequence token. So each use of a matcher is followed by a look at is_error().
 
 All limits below count what llguidance does, not time, so that the front end and all ranks of a worker decide alike.
-docs/performance-log.md, "what bounds a grammar", has the times that grammars near a limit take, and on which machine.
+docs/performance-log.md, "what bounds a grammar", says what became of grammars near a limit.
 
 Only this module uses llguidance. Knows no torch.
 """
@@ -44,7 +44,7 @@ MAX_GRAMMAR_SIZE = 10_000
 """The most symbols of a grammar's rules. A JSON schema of 1,000 properties has fewer, one of 2,000 has more."""
 MAX_MULTIPLE_OF = 10_000
 """The limit of the least common multiple of all `multipleOf` of a schema, without decimal point and trailing zeros.
-llguidance makes a state for each remainder and has no limit of its own: with 9,999,991 it takes over a minute.
+llguidance makes a state for each remainder and has no limit of its own: with 9,999,991 it takes far too long.
 """
 
 MAX_COPIES = 4
