@@ -8,6 +8,7 @@ from grpc import StatusCode
 
 from tandem.internal.v1 import worker_pb2
 from tandem.v1 import control_pb2, inference_pb2
+from tandem_scheduler.processes.engine_side.front_end_pool import MODULE as FRONT_END
 from tests.chaos.harness.definitions import Found
 from tests.chaos.messages.callers import Callers
 from tests.chaos.messages.findings import ANSWER, PROCESS, Findings
@@ -142,10 +143,12 @@ def _check_drained(engine: Engine, found: Findings) -> None:
 
 
 def _engine_socket(engine: Engine) -> str | None:
+    """Where front-end processes reach the engine. None without such processes."""
     for child in psutil.Process(engine.scheduler.process.pid).children():
-        for word in child.cmdline():
-            if word.startswith("--engine-socket="):
-                return word.partition("=")[2]
+        words = child.cmdline()
+        if FRONT_END in words:
+            [setting] = [word for word in words if word.startswith("--engine-socket=")]
+            return setting.partition("=")[2]
     return None
 
 
